@@ -1,0 +1,77 @@
+"""For all tests: eight CPU devices, no network, and an honest account of what did not run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tempfile
+from collections import Counter
+
+# Before jax is imported; child processes inherit these. Whoever has a chip may set JAX_PLATFORMS.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: do not look for a TPU machine's metadata
+
+# A run that a test starts again compiles nothing anew, in this process or in a child.
+_compiled = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax
+import pytest
+from hypothesis import settings
+
+# Eight devices stand in for a pod, in this process only: XLA_FLAGS would be inherited, and a verb
+# started by a test is to meet the machine as its user does, with one device.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+
+settings.register_profile("stablelm", deadline=None)  # a first call may compile
+settings.load_profile("stablelm")
+
+# Import name -> the extra that brings it.
+EXTRA_OF = {
+    "torch": "parity",
+    "transformers": "parity",
+    "megatron": "parity",
+    "libtpu": "aot",
+    "jax_cuda13_plugin": "aot",
+    "resiliparse": "demo",
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `parity` or `aot` is skipped unless its whole extra is installed."""
+    for name, extra in EXTRA_OF.items():
+        if item.get_closest_marker(extra) and importlib.util.find_spec(name) is None:
+            pytest.skip(f"could not import '{name}'")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names what did not run and how to run it: a green line alone would hide that."""
+    counts = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        what = "tests" if "::" in report.nodeid else "whole files"
+        counts[_why(report.longrepr), what] += 1
+    for item in terminalreporter.stats.get("deselected", []):
+        if item.get_closest_marker("slow"):
+            counts["slow: launch/test.sh --all runs them", "tests"] += 1
+    if not counts:
+        return
+    terminalreporter.section("NOT RUN HERE")
+    for (why, what), count in sorted(counts.items()):
+        terminalreporter.write_line(f"{count:4} {what}: {why}")
+
+
+def _why(longrepr) -> str:
+    reason = longrepr[2].removeprefix("Skipped: ") if isinstance(longrepr, tuple) else str(longrepr)
+    missing = re.match(r"could not import '([\w.]+)'", reason)
+    if not missing:
+        return reason
+    extra = EXTRA_OF.get(missing[1].split(".")[0])
+    if extra is None:
+        return f"{missing[1]} is not installed"
+    how = "launch/test.sh --all" if extra in ("parity", "aot") else f"pip install -e '.[{extra}]'"
+    return f"{missing[1]} is not installed (extra {extra}: {how})"
