@@ -1,0 +1,1 @@
+"""How the hot parts run on each chip, each with a plain reference beside it. Arrays only."""

@@ -1,0 +1,52 @@
+"""The two small modules everything is made of: a projection and a LayerNorm.
+
+`make(name)` gives the parameter of that name as an nnx.Param, or None when the table of
+parameters has none: the table alone decides which biases exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Make = Callable[[str], "nnx.Param | None"]
+
+
+class Projection(nnx.Module):
+    """A matrix product over the last `num_in` dims of x, with a bias where the table has one."""
+
+    def __init__(self, make: Make, name: str, num_in: int = 1):
+        self.kernel = make(f"{name}/kernel")
+        self.bias = make(f"{name}/bias")
+        self.num_in = num_in
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        in_shape, out_shape = kernel.shape[: self.num_in], kernel.shape[self.num_in :]
+        # One matrix by one matrix: with more dims XLA:CPU copies operands of the backward products.
+        size = math.prod(in_shape)
+        y = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1))
+        y = y.reshape(*x.shape[: x.ndim - self.num_in], *out_shape)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last dim; statistics, scale and bias in float32, result in x's dtype."""
+
+    def __init__(self, make: Make, name: str, epsilon: float):
+        self.scale = make(f"{name}/scale")
+        self.bias = make(f"{name}/bias")
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        centred = x_f32 - jnp.mean(x_f32, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)

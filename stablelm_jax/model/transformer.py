@@ -1,0 +1,186 @@
+"""The decoder: embedding, a scanned stack of blocks, final norm, head.
+
+`Transformer` is the NNX module; `init_params`, `hidden_states` and `logits` are the pure functions
+the rest of the project uses, on a plain nested dict of parameters (names: parameters.py).
+
+B batch, T sequence, D width, V vocabulary, N query heads, K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stablelm_jax.kernels.attention import SAVED_NAMES
+from stablelm_jax.kernels.attention import attention as attention_kernel
+from stablelm_jax.model.attention import Attend, Attention
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.layers import LayerNorm, Make, Projection
+from stablelm_jax.model.parameters import initial_value, specs_by_name
+from stablelm_jax.model.rotary import rotary_angles
+
+Params = dict[str, Any]
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+# Names of the dims of x_BTD that the `constrain` hook receives.
+ACTIVATION_AXES = ("batch", "sequence", "width")
+
+# What the backward pass finds saved from the forward pass; the rest it computes again.
+_policies = jax.checkpoint_policies
+REMAT_POLICIES = {
+    "none": _policies.everything_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*SAVED_NAMES)
+    ),
+    "full": _policies.nothing_saveable,
+}
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, make: Make):
+        self.gate = Projection(make, "layers/mlp/gate")
+        self.up = Projection(make, "layers/mlp/up")
+        self.down = Projection(make, "layers/mlp/down")
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    """One layer; the parallel form feeds attention and MLP from one norm and adds both at once."""
+
+    def __init__(self, config: ModelConfig, make: Make):
+        self.attention_norm = LayerNorm(make, "layers/attention_norm", config.norm_epsilon)
+        self.attention = Attention(config, make)
+        if not config.parallel_residual:
+            self.mlp_norm = LayerNorm(make, "layers/mlp_norm", config.norm_epsilon)
+        self.mlp = Mlp(make)
+        self.parallel_residual = config.parallel_residual
+
+    def __call__(
+        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> jax.Array:
+        normed_BTD = self.attention_norm(x_BTD)
+        attended_BTD = self.attention(normed_BTD, rotary, attend)
+        if self.parallel_residual:
+            return x_BTD + attended_BTD + self.mlp(normed_BTD)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Embedding(nnx.Module):
+    def __init__(self, make: Make):
+        self.embedding = make("embed/embedding")
+
+    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.embedding[...][tokens_BT].astype(dtype)
+
+
+class Transformer(nnx.Module):
+    """The whole model; `layers` is one Block whose parameters carry the layers on axis 0."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        make = functools.partial(_make_parameter, config, key)
+        self.embed = Embedding(make)
+        self.layers = nnx.vmap(functools.partial(_make_block, config))(
+            jax.random.split(key, config.num_layers)
+        )
+        self.final_norm = LayerNorm(make, "final_norm", config.norm_epsilon)
+        self.head = Projection(make, "head")
+
+    def scan_layers(self, x: jax.Array, step: Callable, remat: str = "none") -> jax.Array:
+        """Runs x through `step(block, x) -> x` for every layer in turn."""
+        block_def, stacked = nnx.split(self.layers)
+
+        def body(x, layer):
+            return step(nnx.merge(block_def, layer), x), None
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return jax.lax.scan(body, x, stacked)[0]
+
+
+def _make_parameter(config, key, name):
+    spec = specs_by_name(config).get(name)
+    return None if spec is None else nnx.Param(initial_value(spec, key))
+
+
+def _make_block(config, key):
+    return Block(config, functools.partial(_make_parameter, config, key))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters as a plain nested dict; the same bits on any mesh."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, key)))
+
+
+@functools.cache
+def _graph(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, jax.random.key(0))))[0]
+
+
+def bind(config: ModelConfig, params: Params) -> Transformer:
+    """The NNX module with these parameters in it."""
+    return nnx.merge(_graph(config), params)
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+    constrain: Constrain = lambda x, axes: x,
+) -> jax.Array:
+    """What the head reads: x_BTD in `dtype`, after the final norm.
+
+    Args:
+      tokens_BT: int32 ids below config.vocab_size (an id outside reads as its nearest valid row).
+      segment_ids_BT: int32; a token attends to earlier tokens of the same id only.
+      positions_BT: int32 position of each token in its document.
+      dtype: of matrix products and activations. Norm statistics, softmax and rotary are float32.
+      remat: what backward computes again: 'none', 'dots' (all but matrix products), 'full'.
+      attention: name of an implementation in kernels/attention.py.
+      constrain: called as constrain(x, ('batch', 'sequence', 'width')) on the residual stream.
+
+    Raises:
+      ValueError: for an unknown `remat` or `attention`.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+    model = bind(config, params)
+    rotary = rotary_angles(positions_BT, config.rotary_size, config.rotary_theta)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH):
+        return attention_kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=attention)
+
+    def step(block, x_BTD):
+        return constrain(block(x_BTD, rotary, attend), ACTIVATION_AXES)
+
+    x_BTD = constrain(model.embed(tokens_BT, dtype), ACTIVATION_AXES)
+    return model.final_norm(model.scan_layers(x_BTD, step, remat))
+
+
+def logits(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    **options,
+) -> jax.Array:
+    """Scores of the next token, float32 [B, T, V]; arguments as in `hidden_states`."""
+    x_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, positions_BT, **options)
+    kernel_DV = params["head"]["kernel"].astype(x_BTD.dtype)
+    return jnp.matmul(x_BTD, kernel_DV, preferred_element_type=jnp.float32)

@@ -1,0 +1,101 @@
+"""One table from logical axes to mesh axes, and the shardings that follow from it.
+
+ZeRO-1 as published: float32 master weights and Adam moments are split over `data`; the copy in
+the compute type is gathered once a step. A "spec" below is a `PartitionSpec`, one for each leaf
+of a parameter tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Tensor parallelism splits heads, feed-forward and vocabulary over `model`; the rest stays whole.
+LOGICAL_TO_MESH: Mapping[str, str | None] = {
+    "batch": "data",
+    "vocab": "model",
+    "heads": "model",
+    "kv_heads": "model",
+    "feed_forward": "model",
+    "width": None,
+    "head_size": None,
+    "sequence": None,
+    "layers": None,
+}
+
+
+def mesh_axes(logical_axes: Iterable[str | None]) -> PartitionSpec:
+    """The mesh axes of an array whose dims have these logical names (None: not split)."""
+    return PartitionSpec(*(None if a is None else LOGICAL_TO_MESH[a] for a in logical_axes))
+
+
+def zero_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """`spec` with `data` added to the largest whole dim that it divides; unchanged if none."""
+    size = mesh.shape["data"]
+    entries = list(spec) + [None] * (len(shape) - len(spec))
+    whole = [d for d, axis in enumerate(entries) if axis is None and shape[d] % size == 0]
+    if size == 1 or not whole:
+        return PartitionSpec(*entries)
+    entries[max(whole, key=lambda d: shape[d])] = "data"
+    return PartitionSpec(*entries)
+
+
+def data_dim(spec: PartitionSpec) -> int | None:
+    """The dim that `spec` splits over `data`, or None."""
+    return next((d for d, axis in enumerate(spec) if axis == "data"), None)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a/b': x} as {'a': {'b': x}}: the tree that belongs to a table of names."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def parameter_specs(table: Iterable[Any]) -> dict[str, Any]:
+    """Specs of the compute copy: split over `model` only. `table`: model.parameters' rows."""
+    return nest({row.name: mesh_axes(row.axes) for row in table})
+
+
+def master_specs(table: Iterable[Any], mesh: Mesh, zero1: bool) -> dict[str, Any]:
+    """Specs of the float32 master weights and of each moment: with ZeRO-1 over `data` too."""
+    specs = {row.name: mesh_axes(row.axes) for row in table}
+    if zero1:
+        specs = {row.name: zero_spec(specs[row.name], row.shape, mesh) for row in table}
+    return nest(specs)
+
+
+def named(mesh: Mesh, specs: Any) -> Any:
+    """A tree of specs as a tree of `NamedSharding`."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data`."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows as global arrays, split over `data` (dim 0 of every entry)."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

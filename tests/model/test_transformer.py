@@ -1,0 +1,137 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.loss import token_losses
+from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.transformer import Transformer, bind, hidden_states, logits
+from stablelm_jax.parallel.sharding import nest
+
+SMALL = ModelConfig(
+    vocab_size=320, num_layers=3, width=64, num_heads=4, num_kv_heads=4, feed_forward_width=96
+)
+KINDS = {
+    "1.6b": SMALL,
+    "12b": dataclasses.replace(
+        SMALL,
+        num_kv_heads=2,
+        qkv_bias=False,
+        qk_norm=True,
+        parallel_residual=True,
+        final_norm_bias=False,
+    ),
+    "3b": dataclasses.replace(SMALL, block_norm_bias=True, qkv_bias=False),
+}
+
+
+def random_params(config):
+    """Every tensor random, those that start at zero or one too."""
+    rng = np.random.default_rng()
+    return nest(
+        {
+            row.name: jnp.asarray(rng.normal(row.init_std == "ones", 0.1, row.shape), jnp.float32)
+            for row in parameter_table(config)
+        }
+    )
+
+
+def packed(lengths):
+    """segment_ids and positions of one row of documents."""
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    return segments[None].astype(np.int32), positions[None].astype(np.int32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_row_gives_each_document_the_logits_it_has_alone(kind):
+    config, params, lengths = KINDS[kind], random_params(KINDS[kind]), (1, 7, 30, 2, 24)
+    tokens = np.random.default_rng().integers(0, 320, (1, sum(lengths)), np.int32)
+    together = logits(config, params, tokens, *packed(lengths))
+    for start, length in zip(np.cumsum((0, *lengths)), lengths):
+        alone = logits(config, params, tokens[:, start : start + length], *packed((length,)))
+        np.testing.assert_allclose(together[:, start : start + length], alone, rtol=0, atol=2e-5)
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    params, segments_positions = random_params(SMALL), packed((20,))
+    tokens = np.random.default_rng().integers(0, 320, (1, 20), np.int32)
+    before = logits(SMALL, params, tokens, *segments_positions)
+    tokens[0, 12] = (tokens[0, 12] + 1) % 320
+    after = logits(SMALL, params, tokens, *segments_positions)
+    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+    assert not np.allclose(before[:, 12:], after[:, 12:])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_changes_neither_loss_nor_gradient(remat):
+    params = random_params(SMALL)
+    tokens = np.random.default_rng().integers(0, 320, (2, 24), np.int32)
+    segments, positions = packed((10, 14))
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "segment_ids": np.repeat(segments, 2, 0),
+        "positions": np.repeat(positions, 2, 0),
+        "loss_mask": np.ones((2, 24), np.float32),
+    }
+
+    def loss(params, remat):
+        return token_losses(
+            SMALL, params, batch, dtype=jnp.float32, remat=remat, attention="reference"
+        ).mean()
+
+    plain, plain_gradient = jax.value_and_grad(loss)(params, "none")
+    again, again_gradient = jax.value_and_grad(loss)(params, remat)
+    np.testing.assert_allclose(plain, again, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        plain_gradient,
+        again_gradient,
+    )
+
+
+def test_bfloat16_stays_close_to_float32():
+    params, place = random_params(SMALL), packed((24,))
+    tokens = np.random.default_rng().integers(0, 320, (1, 24), np.int32)
+    exact = logits(SMALL, params, tokens, *place)
+    rounded = logits(SMALL, params, tokens, *place, dtype=jnp.bfloat16)
+    assert rounded.dtype == jnp.float32
+    assert hidden_states(SMALL, params, tokens, *place, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    # 8 bits of mantissa through 3 layers
+    assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_an_unknown_remat_or_attention_is_refused_with_the_known_ones():
+    params, place = random_params(SMALL), packed((4,))
+    tokens = np.zeros((1, 4), np.int32)
+    with pytest.raises(ValueError, match="remat is 'some'.*none, dots, full"):
+        hidden_states(SMALL, params, tokens, *place, remat="some")
+    with pytest.raises(ValueError, match="'quick' is unknown.*reference, chunked"):
+        hidden_states(SMALL, params, tokens, *place, attention="quick")
+
+
+def test_the_model_is_one_nnx_module_with_its_layers_stacked():
+    model = bind(SMALL, random_params(SMALL))
+    assert isinstance(model, Transformer) and isinstance(model, nnx.Module)
+    shapes = {leaf.shape[0] for leaf in jax.tree.leaves(nnx.state(model.layers))}
+    assert shapes == {SMALL.num_layers}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 3}, "width 64 is not a multiple of model.num_heads 3"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+        ({"rotary_fraction": 0.1}, "gives 1 rotary dims"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"init_std": float("nan")}, "init_std is nan"),
+    ],
+)
+def test_an_impossible_shape_is_refused_with_the_remedy(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)

@@ -1,0 +1,67 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from stablelm_jax.model.config import STABLELM_2_1_6B
+from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import make_mesh
+
+
+def leaves(specs):
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def test_every_logical_axis_of_the_parameter_table_has_a_rule():
+    for row in parameter_table(STABLELM_2_1_6B):
+        assert len(sharding.mesh_axes(row.axes)) == len(row.shape)
+
+
+def test_heads_feed_forward_and_vocabulary_are_split_over_model_and_width_is_whole():
+    specs = sharding.parameter_specs(parameter_table(STABLELM_2_1_6B))
+    assert specs["embed"]["embedding"] == P("model", None)
+    assert specs["layers"]["attention"]["query"]["kernel"] == P(None, None, "model", None)
+    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "model", None)
+    assert specs["final_norm"]["scale"] == P(None)
+
+
+def test_zero1_splits_the_largest_whole_dim_that_divides():
+    mesh = make_mesh(4, 2)
+    assert sharding.zero_spec(P(None, "model"), (8, 16), mesh) == P("data", "model")
+    assert sharding.zero_spec(P(None, None), (8, 16), mesh) == P(None, "data")
+    assert sharding.zero_spec(P(None, None), (8, 18), mesh) == P("data", None)
+    assert sharding.zero_spec(P(None), (7,), mesh) == P(None)
+
+
+def test_zero1_on_one_replica_changes_nothing():
+    assert sharding.zero_spec(P(None, "model"), (8, 16), make_mesh(1, 8)) == P(None, "model")
+
+
+def test_every_large_master_weight_of_the_1_6b_is_split_over_512_replicas():
+    class PublishedMesh:
+        shape = {"data": 512, "model": 1}
+
+    table = parameter_table(STABLELM_2_1_6B)
+    specs = leaves(sharding.master_specs(table, PublishedMesh, zero1=True))
+    whole = [s for s in specs if sharding.data_dim(s) is None]
+    large = [row for row in table if row.count > 1_000_000]
+    assert len(specs) - len(whole) >= len(large)
+
+
+def test_a_batch_is_split_by_rows_and_keeps_its_values():
+    mesh = make_mesh(4, 2)
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    placed = sharding.put_batch({"tokens": rows}, mesh)["tokens"]
+    assert placed.sharding.spec == P("data")
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(placed, rows)
+
+
+def test_nest_turns_paths_into_a_tree():
+    assert sharding.nest({"a/b": 1, "a/c/d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+@pytest.mark.parametrize("spec, dim", [(P(None, "data"), 1), (P("model", None), None), (P(), None)])
+def test_data_dim_finds_the_split_dim(spec, dim):
+    assert sharding.data_dim(spec) == dim
