@@ -1,0 +1,58 @@
+"""Seven languages and code, for a longer run: readable samples, a curve for each language.
+
+    bash launch/demo_corpus.sh  # fetches and prepares the eight sources into data/
+    python -m stablelm_jax.train --config configs/demo_multilingual.py --workdir runs/demo
+
+Time and result: not measured yet; meant for a GPU or for some hours of a CPU.
+
+The text is LibreOffice's help, the same pages in each language, so bits per byte compare across
+languages.
+"""
+
+from pathlib import Path
+
+from stablelm_jax.config import load
+
+LANGUAGES = ("en", "de", "es", "fr", "it", "nl", "pt")  # Stable LM 2's seven (model card)
+
+
+def get_config():
+    config = load(Path(__file__).with_name("smoke.py"))
+    config.name = "demo_multilingual"
+
+    # Ours: about three times the smoke model without its embeddings, still for CPUs.
+    config.model.vocab_size = 100_352  # Arcade100k, padded as published
+    config.data.tokenizer = "arcade100k"
+    config.model.num_layers = 6
+    config.model.width = 256
+    config.model.num_heads = 4  # heads of 64
+    config.model.num_kv_heads = 4
+    config.model.feed_forward_width = 704  # 2.75 of the width, the 1.6B's ratio
+
+    # Ours: equal, so that no language is favoured.
+    config.data.weights = {f"libreoffice_help_{language}": 1.0 for language in LANGUAGES}
+    config.data.weights.stdlib_code = 1.0
+    config.data.sequence_length = 512
+    config.data.batch_size = 16
+
+    config.schedule.peak = 2e-3  # ours: less than the smoke run's for twice its width
+    config.schedule.minimum = 2e-4  # a tenth of the peak, the 1.6B's ratio
+    config.schedule.warmup_steps = 100  # ours: 5 % of the run
+    # Ours: 2,000 steps of 8,192 tokens are 16.4 M, about one epoch (the help has 12.5 M tokens).
+    config.schedule.total_steps = 2000
+    config.training.num_steps = 2000
+
+    config.checkpoint.every = 500
+    config.evaluation.every = 250
+    config.samples.every = 500
+    config.samples.prompts = (  # ours: an opening in each language, and one of code
+        "To insert a table,",
+        "Um eine Tabelle einzufügen,",
+        "Para insertar una tabla,",
+        "Pour insérer un tableau,",
+        "Per inserire una tabella,",
+        "Om een tabel in te voegen,",
+        "Para inserir uma tabela,",
+        "def read_",
+    )
+    return config

@@ -1,0 +1,59 @@
+"""The config of a run: one tree, its rules, the files and flags that fill it.
+
+A config file is Python with `get_config()`, or `get_config(text)` for `--config FILE.py:text`. It
+starts from `default_config()`, or from its parent through `load`, and sets what differs. The tree
+is locked: a mistyped field is an error, not a new field. Only `data.weights`, whose keys are the
+names of the user's sources, takes new keys.
+"""
+
+from stablelm_jax.config.access import (
+    ConfigError,
+    flatten,
+    from_dict,
+    get,
+    set_by,
+    set_value,
+    to_dict,
+    to_text,
+)
+from stablelm_jax.config.derived import (
+    mixture_weights,
+    model_config,
+    tokens_per_step,
+    transition_step,
+)
+from stablelm_jax.config.files import load, parse_weights
+from stablelm_jax.config.flags import (
+    config_from_flags,
+    define_flags,
+    overrides_from_flags,
+    parse_flags,
+    run,
+)
+from stablelm_jax.config.rules import validate, validate_mesh
+from stablelm_jax.config.tree import default_config
+
+__all__ = [
+    "ConfigError",
+    "config_from_flags",
+    "default_config",
+    "define_flags",
+    "flatten",
+    "from_dict",
+    "get",
+    "load",
+    "mixture_weights",
+    "model_config",
+    "overrides_from_flags",
+    "parse_flags",
+    "parse_weights",
+    "run",
+    "set_by",
+    "set_value",
+    "to_dict",
+    "to_text",
+    "tokens_per_step",
+    "transition_step",
+    "validate",
+    "validate_mesh",
+]

@@ -1,0 +1,87 @@
+"""Config files: reading one, and what to say when that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from stablelm_jax.config.access import SOURCE_NAME, ConfigError, flatten, nearest, set_value
+from stablelm_jax.config.tree import default_config, locked
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`mine=0.7,other=0.3` -> {'mine': 0.7, 'other': 0.3}; a source without a weight has 1.
+
+    No text gives no weights, which `validate` refuses.
+    """
+    weights = {}
+    for part in text.split(",") if text else []:
+        source, equals, weight = part.partition("=")
+        source = source.strip()
+        if not SOURCE_NAME.fullmatch(source) or source in weights:
+            why = "is named twice" if source in weights else "is no source name (a-z, 0-9, _)"
+            raise ConfigError(
+                f"weights {text!r}: {source!r} {why}; write them as mine=0.7,other=0.3"
+            )
+        try:
+            weights[source] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ConfigError(
+                f"weights {text!r}: the weight {weight!r} of {source} is not a number; "
+                "write them as mine=0.7,other=0.3"
+            ) from None
+    return weights
+
+
+def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of `FILE.py` or `FILE.py:text` with `overrides` by dotted key; not validated."""
+    file, colon, text = os.fspath(path).partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", file)
+        if spec is None:
+            raise ConfigError(f"config file {file}: is no Python file; give one with get_config()")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"config {path}: takes no text after the colon; write {file}")
+        config = module.get_config(*([text] if colon else []))
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(
+                f"config file {file}: get_config() returns no config; end it with one"
+            )
+        config = locked(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file is the user's program: anything may come out of it
+        raise ConfigError(f"config file {file}: {_what_failed(file, error)}") from error
+    for key, value in (overrides or {}).items():
+        set_value(config, key, value)
+    return config
+
+
+def _what_failed(file: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and not os.path.exists(file):
+        folder = os.path.dirname(file) or "."
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        files = ", ".join(name for name in names if name.endswith(".py"))
+        return f"there is no such file; {folder} holds: {files or 'no config file'}"
+    new_field = re.match(r'[\'"]?Key "(\w+)" does not exist and cannot be added', str(error))
+    if new_field:
+        known = [key for key, _ in flatten(default_config())]
+        likely = nearest(new_field[1], known)
+        what = f"there is no field {new_field[1]!r}; did you mean config.{likely}?"
+    else:
+        what = f"{type(error).__name__}: {error}"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
+    return f"line {lines[-1]}: {what}" if lines else what

@@ -1,0 +1,356 @@
+"""The rules a config must keep; each error is one line: key, value, why, remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+from ml_collections import ConfigDict
+
+from stablelm_jax.config.access import (
+    SOURCE_NAME,
+    ConfigError,
+    field_type,
+    flatten,
+    get,
+    shown,
+    unknown_key,
+)
+from stablelm_jax.config.derived import model_config, transition_step
+from stablelm_jax.config.tree import default_config
+
+
+def _refuse(config: ConfigDict, key: str, why: str, remedy: str) -> NoReturn:
+    raise ConfigError(f"config.{key}={shown(get(config, key))}: {why}; {remedy}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises `ConfigError` at the first rule that `config` breaks; devices: see `validate_mesh`."""
+    _check_tree(config)
+    _check_types(config)
+    _check_texts(config)
+    _check_ranges(config)
+    model_config(config)
+    _check_weights(config)
+    _check_tokenizer(config)
+    _check_schedule(config)
+    _check_cooldown(config)
+    _check_batch(config)
+    _check_periods(config)
+
+
+def _check_tree(config: ConfigDict) -> None:
+    """A file or a flag may have replaced a whole group: every field must still be there."""
+    known = dict(flatten(default_config()))
+    given = dict(flatten(config))
+    for key in given:
+        if key not in known and not key.startswith("data.weights"):
+            raise unknown_key(key)
+    for key in known:
+        if key not in given and key != "data.weights":
+            raise ConfigError(
+                f"config.{key}: is missing; set fields one by one, as in --config.{key}=VALUE, "
+                "and start a config file from stablelm_jax.config.default_config()"
+            )
+
+
+_OPTIONAL = (
+    "schedule.cooldown_start",
+    "schedule.cooldown_steps",
+    "schedule.cooldown_learning_rate",
+    "checkpoint.keep_every",
+)
+
+
+def _check_types(config: ConfigDict) -> None:
+    defaults = default_config()
+    for key, value in flatten(config):
+        if key.startswith("data.weights"):
+            continue
+        if value is None:
+            if key not in _OPTIONAL:
+                remedy = f"set it in the config file or with --config.{key}=VALUE"
+                _refuse(config, key, "has no default", remedy)
+            continue
+        kind = field_type(defaults, key)
+        number = kind is float and type(value) is int
+        if type(value) is not kind and not number:
+            why = f"is of type {type(value).__name__}"
+            _refuse(config, key, why, f"give a value of type {kind.__name__}")
+
+
+def _check_texts(config: ConfigDict) -> None:
+    for key in ("name", "data.root", "data.tokenizer", "writers.wandb_project"):
+        if not get(config, key):
+            _refuse(config, key, "is empty", "name one")
+
+
+_CHOICES = {
+    "schedule.kind": ("hybrid", "cosine"),
+    "training.dtype": ("bfloat16", "float32"),
+    "training.remat": ("none", "dots", "full"),
+}
+# key -> (least, most), both allowed
+_RANGES = {
+    "seed": (0, 2**32 - 1),
+    "data.sequence_length": (1, math.inf),
+    "data.batch_size": (1, math.inf),
+    "data.prefetch_batches": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "schedule.minimum": (0, math.inf),
+    "schedule.warmup_steps": (0, math.inf),
+    "schedule.total_steps": (1, math.inf),
+    "schedule.cooldown_start": (0, math.inf),
+    "schedule.cooldown_steps": (1, math.inf),
+    "schedule.cooldown_learning_rate": (0, math.inf),
+    "schedule.cooldown_end": (0, math.inf),
+    "training.num_steps": (1, math.inf),
+    "training.accumulation": (1, math.inf),
+    "training.log_every": (1, math.inf),
+    "parallel.model": (1, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep_latest": (1, math.inf),
+    "checkpoint.keep_every": (1, math.inf),
+    "evaluation.every": (0, math.inf),
+    "evaluation.max_rows": (1, math.inf),
+    "samples.every": (0, math.inf),
+    "samples.max_new_tokens": (1, math.inf),
+    "samples.temperature": (0, math.inf),
+    "samples.top_p": (0, 1),
+}
+# the least value itself is not allowed, nor the most
+_OPEN_RANGES = {
+    "optimizer.b1": (-1e-9, 1),
+    "optimizer.b2": (-1e-9, 1),
+    "optimizer.epsilon": (0, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
+    "schedule.peak": (0, math.inf),
+    "schedule.transition": (0, 0.5),
+}
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    for key, value in flatten(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            _refuse(config, key, "is not a finite number", "give one")
+    for key, choices in _CHOICES.items():
+        if get(config, key) not in choices:
+            _refuse(config, key, "is not known", f"use one of: {', '.join(choices)}")
+    for key, (least, most) in _RANGES.items():
+        value = get(config, key)
+        if value is not None and not least <= value <= most:
+            _refuse(config, key, "is out of range", f"use {_interval(least, most)}")
+    for key, (least, most) in _OPEN_RANGES.items():
+        if not least < get(config, key) < most:
+            _refuse(config, key, "is out of range", f"use a number {_open_interval(least, most)}")
+
+
+def _interval(least: float, most: float) -> str:
+    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+
+
+def _open_interval(least: float, most: float) -> str:
+    lower = "0 or more" if least < 0 else f"above {least}"
+    return lower if most == math.inf else f"{lower} and below {most}"
+
+
+def _check_weights(config: ConfigDict) -> None:
+    weights = config.data.weights.to_dict()
+    if not weights:
+        raise ConfigError(
+            "config.data.weights={}: no source to train on; name the prepared sources "
+            "in the config file, as in config.data.weights.mine = 1.0, or start from "
+            "--config configs/own_text.py:mine=1"
+        )
+    for source, weight in weights.items():
+        key = f"data.weights.{source}"
+        if not SOURCE_NAME.fullmatch(source):
+            _refuse(config, key, "is no source name", "use a-z, 0-9 and _, a letter first")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            _refuse(config, key, "is not a number", "give a weight of 0 or more")
+        if not 0 <= weight < math.inf:
+            _refuse(config, key, "is negative or not finite", "give a weight of 0 or more")
+    if not any(weights.values()):
+        _refuse(
+            config, "data.weights", "all weights are 0", "give at least one source a weight above 0"
+        )
+
+
+ARCADE100K_IDS = 100_289  # ids in use, without the padding rows
+
+
+def _check_tokenizer(config: ConfigDict) -> None:
+    if config.data.tokenizer == "arcade100k" and config.model.vocab_size < ARCADE100K_IDS:
+        _refuse(
+            config,
+            "model.vocab_size",
+            f"arcade100k has {ARCADE100K_IDS} ids",
+            "use 100352 rows, or name another tokenizer.json in config.data.tokenizer",
+        )
+
+
+def _check_schedule(config: ConfigDict) -> None:
+    schedule, num_steps = config.schedule, config.training.num_steps
+    hybrid = schedule.kind == "hybrid"
+    if schedule.minimum > schedule.peak or (hybrid and schedule.minimum == schedule.peak):
+        _refuse(
+            config,
+            "schedule.minimum",
+            f"is not below config.schedule.peak={schedule.peak}",
+            "lower it",
+        )
+    if schedule.warmup_steps >= num_steps:
+        _refuse(
+            config,
+            "schedule.warmup_steps",
+            f"the run is over before the warmup, config.training.num_steps={num_steps}",
+            f"use fewer warmup steps (here {num_steps // 10}) or a longer run",
+        )
+    if hybrid and schedule.warmup_steps > transition_step(config):
+        _refuse(
+            config,
+            "schedule.warmup_steps",
+            f"the inverse square root begins at step {transition_step(config)}, in the warmup",
+            "use fewer warmup steps, a larger schedule.total_steps or schedule.transition",
+        )
+    if not hybrid and schedule.warmup_steps >= schedule.total_steps:
+        _refuse(
+            config,
+            "schedule.warmup_steps",
+            f"is not below config.schedule.total_steps={schedule.total_steps}",
+            "lower it",
+        )
+    if not hybrid and num_steps > schedule.total_steps:
+        _refuse(
+            config,
+            "training.num_steps",
+            f"the cosine ends at config.schedule.total_steps={schedule.total_steps}",
+            f"set config.schedule.total_steps={num_steps} too",
+        )
+
+
+_COOLDOWN = (
+    "schedule.cooldown_steps",
+    "schedule.cooldown_learning_rate",
+    "schedule.cooldown_end",
+)
+
+
+def _check_cooldown(config: ConfigDict) -> None:
+    schedule, num_steps = config.schedule, config.training.num_steps
+    start, steps = schedule.cooldown_start, schedule.cooldown_steps
+    if start is None:
+        for key in _COOLDOWN:
+            if get(config, key) not in (None, 0):
+                _refuse(
+                    config,
+                    key,
+                    "a cooldown needs its first step",
+                    "set config.schedule.cooldown_start",
+                )
+        return
+    if steps is None:
+        why = f"the cooldown at config.schedule.cooldown_start={start} needs a length"
+        _refuse(config, "schedule.cooldown_steps", why, "set it")
+    earliest = transition_step(config) if schedule.kind == "hybrid" else schedule.warmup_steps
+    if start < earliest:
+        _refuse(
+            config,
+            "schedule.cooldown_start",
+            f"is before step {earliest}, where the schedule is still in its "
+            f"{'cosine' if schedule.kind == 'hybrid' else 'warmup'}",
+            f"use {earliest} or later",
+        )
+    if not start < num_steps <= start + steps:
+        _refuse(
+            config,
+            "training.num_steps",
+            f"the cooldown is steps {start} to {start + steps}, the run must end in it",
+            f"use {start + steps} for the whole cooldown",
+        )
+
+
+def _check_batch(config: ConfigDict) -> None:
+    data, model, accumulation = (
+        config.parallel.data,
+        config.parallel.model,
+        config.training.accumulation,
+    )
+    if data != -1 and data < 1:
+        _refuse(
+            config,
+            "parallel.data",
+            "is no number of devices",
+            "use -1 (all that the model axis leaves) or a number of devices",
+        )
+    batch_size = config.data.batch_size
+    parts = accumulation * max(data, 1)
+    if batch_size % parts:
+        _refuse(
+            config,
+            "data.batch_size",
+            f"does not divide into config.training.accumulation={accumulation} microbatches"
+            f"{'' if data == -1 else f' on config.parallel.data={data} devices'}",
+            f"use a multiple of {parts}, or another accumulation",
+        )
+    for key in ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size"):
+        if config.model[key] % model:
+            _refuse(
+                config,
+                "parallel.model",
+                f"does not divide config.model.{key}={config.model[key]}",
+                "use a divisor of it",
+            )
+
+
+def _check_periods(config: ConfigDict) -> None:
+    keep_every, every = config.checkpoint.keep_every, config.checkpoint.every
+    if keep_every is not None and keep_every % every:
+        _refuse(
+            config,
+            "checkpoint.keep_every",
+            f"steps are saved every config.checkpoint.every={every}",
+            "use a multiple of that",
+        )
+    prompts = config.samples.prompts
+    if not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        _refuse(config, "samples.prompts", "an empty prompt or one that is no text", "give texts")
+    if config.samples.top_p == 0:
+        _refuse(
+            config,
+            "samples.top_p",
+            "leaves no token to choose",
+            "use a number above 0, or samples.temperature=0 for the likeliest token",
+        )
+
+
+def validate_mesh(config: ConfigDict, num_devices: int) -> tuple[int, int]:
+    """The mesh (data, model) on `num_devices`; `ConfigError` where the config does not fit them."""
+    data, model = config.parallel.data, config.parallel.model
+    if num_devices % model:
+        _refuse(
+            config,
+            "parallel.model",
+            f"does not divide the {num_devices} devices found",
+            "use a divisor of their number",
+        )
+    if data == -1:
+        data = num_devices // model
+    if data * model != num_devices:
+        _refuse(
+            config,
+            "parallel.data",
+            f"times config.parallel.model={model} is not the number of "
+            f"devices found, {num_devices}",
+            f"use -1 or {num_devices // model}",
+        )
+    parts = data * config.training.accumulation
+    if config.data.batch_size % parts:
+        _refuse(
+            config,
+            "data.batch_size",
+            f"does not divide into {data} devices along data x config.training.accumulation="
+            f"{config.training.accumulation}",
+            f"use a multiple of {parts}, fewer devices or another accumulation",
+        )
+    return data, model

@@ -1,0 +1,219 @@
+"""Every rule refuses with one line that names the key, its value and what to do."""
+
+import re
+
+import pytest
+
+from stablelm_jax import config as config_lib
+
+
+def small(**overrides):
+    """A valid config with `overrides`, whose keys have __ for dots."""
+    config = config_lib.default_config()
+    values = {
+        "model.vocab_size": 100_352,
+        "model.num_layers": 2,
+        "model.width": 128,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.feed_forward_width": 352,
+        "data.weights.code": 1.0,
+        "data.weights.prose": 0.5,
+        "data.batch_size": 12,
+        "schedule.peak": 1e-3,
+        "schedule.minimum": 1e-4,
+        "schedule.warmup_steps": 10,
+        "schedule.total_steps": 400,
+        "training.num_steps": 300,
+    }
+    for key, value in (values | {k.replace("__", "."): v for k, v in overrides.items()}).items():
+        config_lib.set_value(config, key, value)
+    return config
+
+
+def refusal(config, check=config_lib.validate):
+    with pytest.raises(config_lib.ConfigError) as error:
+        check(config)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_sound_config_passes():
+    config_lib.validate(small())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("seed", -1, "0 to 4294967295"),
+        ("seed", 2**32, "0 to 4294967295"),
+        ("model__width", 130, "multiple of model.num_heads"),
+        ("model__num_kv_heads", 3, "divisor of 4"),
+        ("model__rotary_fraction", 0.1, "even number"),
+        ("model__vocab_size", 50_304, "use 100352 rows"),
+        ("model__init_std", 0.0, "above 0"),
+        ("data__tokenizer", "", "name"),
+        ("data__sequence_length", 0, "1 or more"),
+        ("data__batch_size", 0, "1 or more"),
+        ("data__prefetch_batches", -1, "0 or more"),
+        ("data__weights__code", -1.0, "0 or more"),
+        ("data__weights__code", float("nan"), "finite"),
+        ("data__weights__code", float("inf"), "finite"),
+        ("data__weights__code", "much", "0 or more"),
+        ("data__weights__code", True, "0 or more"),
+        ("data__weights__Code", 1.0, "a letter first"),
+        ("optimizer__b1", 1.0, "below 1"),
+        ("optimizer__b2", -0.1, "0 or more"),
+        ("optimizer__epsilon", 0.0, "above 0"),
+        ("optimizer__weight_decay", -0.1, "0 or more"),
+        ("optimizer__clip_norm", 0.0, "above 0"),
+        ("schedule__kind", "linear", "hybrid, cosine"),
+        ("schedule__peak", 0.0, "above 0"),
+        ("schedule__peak", float("nan"), "finite"),
+        ("schedule__minimum", 1e-3, "lower it"),
+        ("schedule__minimum", -1e-4, "0 or more"),
+        ("schedule__transition", 0.5, "below 0.5"),
+        ("schedule__total_steps", 0, "1 or more"),
+        ("schedule__warmup_steps", 300, "fewer warmup steps"),
+        ("schedule__warmup_steps", 101, "fewer warmup steps"),  # the cosine is over at 100
+        ("schedule__cooldown_steps", 10, "set config.schedule.cooldown_start"),
+        ("schedule__cooldown_learning_rate", 1e-4, "set config.schedule.cooldown_start"),
+        ("schedule__cooldown_end", 1e-5, "set config.schedule.cooldown_start"),
+        ("schedule__cooldown_start", 200, "set it"),
+        ("training__num_steps", 0, "1 or more"),
+        ("training__accumulation", 5, "multiple of 5"),
+        ("training__dtype", "float16", "bfloat16, float32"),
+        ("training__remat", "some", "none, dots, full"),
+        ("training__log_every", 0, "1 or more"),
+        ("parallel__data", 0, "use -1"),
+        ("parallel__data", 5, "multiple of 5"),
+        ("parallel__model", 0, "1 or more"),
+        ("parallel__model", 4, "num_kv_heads"),
+        ("checkpoint__every", 0, "1 or more"),
+        ("checkpoint__keep_latest", 0, "1 or more"),
+        ("checkpoint__keep_every", 1500, "multiple"),
+        ("evaluation__every", -1, "0 or more"),
+        ("evaluation__max_rows", 0, "1 or more"),
+        ("samples__temperature", -0.1, "0 or more"),
+        ("samples__top_p", 0.0, "above 0"),
+        ("samples__top_p", 1.1, "0 to 1"),
+        ("samples__max_new_tokens", 0, "1 or more"),
+        ("samples__prompts", ("",), "give texts"),
+        ("name", "", "name"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_its_remedy(key, value, remedy):
+    message = refusal(small(**{key: value}))
+    assert key.split("__")[-1] in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schedule__warmup_steps": 100},
+        {"schedule__warmup_steps": 200, "schedule__shift_warmup": True},
+        {"training__num_steps": 4000},  # the hybrid schedule has no end
+        {"data__weights__code": 0.0},
+        {"data__weights__code": 3},
+        {"parallel__data": 3, "training__accumulation": 2},
+        {"parallel__model": 2},
+        {"checkpoint__keep_every": 2000},
+        {"evaluation__every": 0, "samples__every": 0},
+        {"samples__temperature": 0.0},
+        {"schedule__cooldown_start": 250, "schedule__cooldown_steps": 50},
+        {"schedule__cooldown_start": 250, "schedule__cooldown_steps": 80},
+        {"schedule__kind": "cosine", "schedule__minimum": 1e-3},
+    ],
+)
+def test_what_is_unusual_but_possible_passes(values):
+    config_lib.validate(small(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"schedule__cooldown_start": 99, "schedule__cooldown_steps": 300}, "cooldown_start=99"),
+        (
+            {
+                "schedule__cooldown_start": 105,
+                "schedule__cooldown_steps": 300,
+                "schedule__shift_warmup": True,
+            },
+            "cooldown_start=105",
+        ),
+        ({"schedule__cooldown_start": 200, "schedule__cooldown_steps": 50}, "num_steps=300"),
+        ({"schedule__cooldown_start": 300, "schedule__cooldown_steps": 50}, "num_steps=300"),
+        (
+            {
+                "schedule__kind": "cosine",
+                "schedule__cooldown_start": 9,
+                "schedule__cooldown_steps": 300,
+            },
+            "cooldown_start=9",
+        ),
+    ],
+)
+def test_a_cooldown_begins_after_the_cosine_and_holds_the_runs_end(values, key):
+    assert key in refusal(small(**values))
+
+
+def test_a_cosine_run_may_not_outlast_its_schedule():
+    message = refusal(small(schedule__kind="cosine", schedule__total_steps=299))
+    assert "training.num_steps=300" in message
+    assert "total_steps=300" in message
+
+
+def test_weights_that_are_all_zero_or_none_are_refused():
+    assert "all weights are 0" in refusal(small(data__weights__code=0.0, data__weights__prose=0.0))
+    config = small()
+    config.data.weights = {}
+    assert "no source to train on" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.batch_size", "schedule.peak", "training.num_steps", "model.width"]
+)
+def test_a_field_without_default_must_be_set(key):
+    config = small()
+    config_lib.set_value(config, key, None)
+    assert f"--config.{key}=VALUE" in refusal(config)
+
+
+def test_a_replaced_group_must_have_every_field_and_no_other():
+    config = small()
+    config.schedule = {"kind": "cosine"}
+    assert "config.schedule.cooldown_end: is missing" in refusal(config)
+    config = small()
+    config.optimizer = config.optimizer.to_dict() | {"momentum": 0.9}
+    assert "config.optimizer.momentum: there is no such field" in refusal(config)
+
+
+def test_a_value_of_another_type_is_refused():
+    config = small()
+    config.schedule = config.schedule.to_dict() | {"warmup_steps": 1.5}
+    assert "config.schedule.warmup_steps=1.5: is of type float" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "num_devices", "mesh"),
+    [(-1, 1, 1, (1, 1)), (-1, 1, 4, (4, 1)), (-1, 2, 4, (2, 2)), (3, 2, 6, (3, 2))],
+)
+def test_the_mesh_fills_the_devices(data, model, num_devices, mesh):
+    config = small(parallel__data=data, parallel__model=model)
+    assert config_lib.validate_mesh(config, num_devices) == mesh
+
+
+@pytest.mark.parametrize(
+    ("values", "num_devices", "key"),
+    [
+        ({"parallel__model": 2}, 3, "parallel.model=2"),
+        ({"parallel__data": 3}, 4, "parallel.data=3"),
+        ({}, 8, "data.batch_size=12"),
+        ({"training__accumulation": 4}, 6, "data.batch_size=12"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, num_devices, key):
+    message = refusal(small(**values), lambda c: config_lib.validate_mesh(c, num_devices))
+    assert re.match(rf"config\.{key}: .*; use", message)

@@ -1,0 +1,107 @@
+"""The shipped configs: their resolved text is held by golden files.
+
+After a change that is meant: STABLELM_UPDATE_GOLDEN=1 pytest tests/test_configs.py, read the diff.
+"""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.model import config as named_sizes
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GOLDEN = Path(__file__).parent / "golden"
+TEXT = {"own_text": "mine=0.7,other=0.3", "stablelm_3b_4e1t": "web=0.75,code=0.25"}
+OVERRIDES = {"stablelm_3b_4e1t": {"data.tokenizer": "tokenizer.json"}}
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def load(name):
+    text = f":{TEXT[name]}" if name in TEXT else ""
+    return config_lib.load(f"{CONFIGS / name}.py{text}", OVERRIDES.get(name))
+
+
+def test_the_configs_of_the_project_are_there():
+    assert set(NAMES) >= {
+        "smoke", "demo_multilingual", "own_text",
+        "stablelm_2_1_6b", "stablelm_2_12b", "stablelm_3b_4e1t",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_resolved_config_is_the_golden_one(name):
+    text = config_lib.to_text(load(name))
+    golden = GOLDEN / f"config_{name}.txt"
+    if os.environ.get("STABLELM_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_is_valid_and_named_after_its_file(name):
+    config = load(name)
+    config_lib.validate(config)
+    assert config.name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_file_says_how_to_run_it_and_what_to_expect(name):
+    docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+    assert f"configs/{name}.py" in docstring
+    assert "Time" in docstring or "Published:" in docstring
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "tokens_per_step"),
+    [
+        ("stablelm_2_1_6b", 512, 8_388_608),
+        ("stablelm_2_12b", 384, 6_291_456),
+        ("stablelm_3b_4e1t", 256, 4_194_304),
+    ],
+)
+def test_a_published_run_fits_its_machine_with_its_tokens_a_step(name, devices, tokens_per_step):
+    config = load(name)
+    assert config_lib.tokens_per_step(config) == tokens_per_step
+    data, model = config_lib.validate_mesh(config, devices)
+    assert data * model == devices
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("stablelm_2_1_6b", named_sizes.STABLELM_2_1_6B),
+        ("stablelm_2_12b", named_sizes.STABLELM_2_12B),
+        ("stablelm_3b_4e1t", named_sizes.STABLELM_3B_4E1T),
+    ],
+)
+def test_a_published_run_trains_the_named_size(name, size):
+    assert config_lib.model_config(load(name)) == size
+
+
+def test_the_weights_of_the_1_6b_are_28_and_add_up_as_reported():
+    weights = config_lib.mixture_weights(load("stablelm_2_1_6b"))
+    assert len(weights) == 28
+    assert sum(weights.values()) == pytest.approx(1.0001, abs=1e-9)
+    other_languages = [w for s, w in weights.items() if s[:9] == "culturax_" and s[9:] != "en"]
+    assert sum(other_languages) == pytest.approx(0.0697, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("stablelm_2_1_6b", 0.018), ("stablelm_2_12b", 0.0065), ("stablelm_3b_4e1t", 0.005)],
+)
+def test_the_published_share_of_warmup_gives_its_steps(name, share):
+    schedule = load(name).schedule
+    assert schedule.warmup_steps == round(share * schedule.total_steps)
+
+
+def test_the_3b_asks_for_the_weights_and_the_tokenizer_it_cannot_know():
+    config = config_lib.load(CONFIGS / "stablelm_3b_4e1t.py")
+    with pytest.raises(config_lib.ConfigError, match=r"config\.data\.tokenizer=not set"):
+        config_lib.validate(config)
+    config.data.tokenizer = "tokenizer.json"
+    with pytest.raises(config_lib.ConfigError, match=r"no source to train on"):
+        config_lib.validate(config)
