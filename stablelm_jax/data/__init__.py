@@ -1,0 +1,1 @@
+"""From documents to batches: tokenizer, readers, shards, manifests, mixture, rows, batches."""

@@ -1,0 +1,305 @@
+"""Batches: rows of the mixture with documents marked, for training and for held-out loss.
+
+Legend: B rows of this process, T sequence length, R = T + 1 tokens of a row.
+
+A batch is a dict of
+    tokens       int32   [B, T]  inputs, row[:-1]
+    targets      int32   [B, T]  row[1:]
+    segment_ids  int32   [B, T]  document of each input within its row, from 1 on
+    positions    int32   [B, T]  place in the document, from 0; a row may open in mid-document
+    loss_mask    float32 [B, T]  1 where the target counts
+    source_ids   int32   [B]     index of the row's source among the sorted names of the mixture
+`<|endoftext|>` belongs to the document that it ends; the next token opens a new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import grain
+import numpy as np
+
+from stablelm_jax.data.manifest import Source
+from stablelm_jax.data.mixture import Mixture, SelectionMap
+from stablelm_jax.data.rows import Row, TokenStream, token_stream, train_rows
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """What a batch of the whole job looks like.
+
+    Attributes:
+      sequence_length: T.
+      batch_size: rows of all processes together.
+      seed: of the shuffles.
+      eod: id of `<|endoftext|>`.
+      loss_on_first_token: whether the target that follows an `<|endoftext|>` counts (as in NeoX).
+    """
+
+    sequence_length: int
+    batch_size: int
+    seed: int
+    eod: int
+    loss_on_first_token: bool = True
+
+    def rows_of_a_process(self, process_index: int, process_count: int) -> int:
+        """B, or a ValueError where the processes cannot share the batch evenly."""
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process {process_index} of {process_count}: count from 0")
+        rows, rest = divmod(self.batch_size, process_count)
+        if rest or rows < 1 or self.sequence_length < 1:
+            raise ValueError(
+                f"data.batch_size {self.batch_size} over {process_count} processes and"
+                f" data.sequence_length {self.sequence_length}: the batch must be a positive"
+                " multiple of the processes and the length positive"
+            )
+        return rows
+
+
+def train_batches(
+    sources: Mapping[str, Source],
+    mixture: Mixture,
+    spec: BatchSpec,
+    *,
+    start_row: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 2,
+) -> BatchIterator:
+    """This process's part of the batches from global row `start_row` on, without end.
+
+    Batch n of the job is the global rows [start_row + n * batch_size, + batch_size); process p of
+    P takes the p-th of its P equal parts. Row i depends on the data, the sequence length, the seed
+    and the mixture alone, so neither hosts nor restarts change it.
+
+    Args:
+      sources: at least the mixture's sources, by name.
+      mixture: the mixture.
+      spec: the batch of the whole job.
+      start_row: rows consumed so far by the whole job.
+      process_index, process_count: of this process.
+      prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`.
+
+    Returns:
+      An iterator of batches; close it to end its threads.
+
+    Raises:
+      ValueError: a source that is missing, has another `<|endoftext|>` or does not fill a row; a
+        batch size that the processes cannot share; a negative start.
+      ShardError: a shard that is missing or damaged.
+    """
+    rows = spec.rows_of_a_process(process_index, process_count)
+    if start_row < 0:
+        raise ValueError(f"start_row {start_row}: rows are counted from 0")
+    datasets = []
+    for index, name in enumerate(mixture.sources):
+        source = _source_of(sources, name)
+        _check_eod(source, spec.eod)
+        datasets.append(train_rows(source, spec.sequence_length, spec.seed, index))
+    selection = SelectionMap(
+        mixture, start_row + process_index * rows, take=rows, stride=spec.batch_size
+    )
+    mixed = grain.MapDataset.select_from_datasets(datasets, selection)
+    return BatchIterator(mixed.batch(rows, batch_fn=_Assemble(spec)), prefetch)
+
+
+def held_out_batches(
+    sources: Mapping[str, Source],
+    name: str,
+    spec: BatchSpec,
+    *,
+    max_rows: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 2,
+) -> BatchIterator:
+    """This process's part of the batches that score each held-out token of a source once, in order.
+
+    The first token has nothing before it and is no target. What is left of the last row, and of
+    the last batch, is filled with `<|endoftext|>` under a loss mask of 0; every process gets the
+    same number of batches.
+
+    Args:
+      sources: the mixture's sources, by name; `source_ids` is the place among their sorted names.
+      name: which of them; a held-out split shorter than a row will do.
+      spec: the batch of the whole job; its seed plays no part.
+      max_rows: score only the first rows; None: all.
+      process_index, process_count: of this process.
+      prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`.
+
+    Raises:
+      ValueError: an unknown source, one of fewer than two held-out tokens or of another
+        `<|endoftext|>`, or a batch size that the processes cannot share.
+      ShardError: a shard that is missing or damaged.
+    """
+    rows = spec.rows_of_a_process(process_index, process_count)
+    source = _source_of(sources, name)
+    _check_eod(source, spec.eod)
+    stream = token_stream(source, "held_out")
+    if stream.num_tokens < 2:
+        raise ValueError(
+            f"{source.directory}: {stream.num_tokens} held-out tokens, nothing to score;"
+            " prepare the source again with a larger held-out fraction"
+        )
+    source_index = sorted(sources).index(name)
+    dataset = _HeldOut(stream, spec, rows * process_index, rows, max_rows, source_index)
+    return BatchIterator(dataset, prefetch)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches of a grain dataset in order, made ahead by grain's threads.
+
+    An error in making a batch is raised by `next`, and again by every later one: no batch is
+    skipped. `close`, leaving a `with` block, an error or the end stop the threads.
+    """
+
+    def __init__(self, dataset: grain.MapDataset[Batch], prefetch: int):
+        # Few threads: they share the interpreter, and only waiting for a disk is done in parallel.
+        # On one core, 2 threads instead of 1 cost 15 % of the speed.
+        threads = (prefetch + 1) // 2
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+        self._ended: Exception | None = None
+
+    def __next__(self) -> Batch:
+        if self._ended is not None:
+            raise self._ended
+        try:
+            return next(self._iterator)
+        except BaseException as error:
+            # Also when interrupted: grain has let go of the batch, and would give the one after it.
+            self.close()
+            if isinstance(error, Exception):
+                self._ended = error
+            raise
+
+    def close(self) -> None:
+        """Stops making batches and returns when the threads are gone. May be called again."""
+        if self._ended is not None:
+            return
+        self._ended = ValueError("the batch iterator is closed; make a new one")
+        self._iterator.close()
+        # grain tells its threads to stop, but does not wait for them.
+        executor = getattr(self._iterator, "_executor", None)
+        if executor is not None:
+            executor.shutdown(wait=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def _source_of(sources: Mapping[str, Source], name: str) -> Source:
+    if name not in sources:
+        raise ValueError(
+            f"source {name!r} is asked for, but only {sorted(sources)} are open;"
+            " open it with open_sources or set its weight to 0"
+        )
+    return sources[name]
+
+
+def _check_eod(source: Source, eod: int) -> None:
+    found = source.manifest.tokenizer.eod
+    if found != eod:
+        raise ValueError(
+            f"{source.directory}: documents end with token {found}, but the run says {eod};"
+            " prepare the source again with the tokenizer of the run"
+        )
+
+
+class _Assemble:
+    """Makes a batch of rows. A class, as grain wants batch functions it can name."""
+
+    def __init__(self, spec: BatchSpec):
+        self._spec = spec
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        rows_BR = np.concatenate([row.tokens for row in rows]).reshape(len(rows), -1)
+        return assemble(rows_BR, [row.source for row in rows], self._spec)
+
+
+class _HeldOut(grain.MapDataset[Batch]):
+    """Batches of one process over a held-out stream; `first` is its place in a job's batch."""
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        spec: BatchSpec,
+        first: int,
+        rows: int,
+        max_rows: int | None,
+        source_index: int,
+    ):
+        super().__init__()
+        self._stream, self._spec = stream, spec
+        self._first, self._rows = first, rows
+        self._total = math.ceil((stream.num_tokens - 1) / spec.sequence_length)
+        if max_rows is not None:
+            self._total = min(self._total, max_rows)
+        self._source_ids = [source_index] * rows
+
+    def __len__(self) -> int:
+        return math.ceil(self._total / self._spec.batch_size)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        length = self._spec.sequence_length
+        rows_BR = np.full((self._rows, length + 1), self._spec.eod, np.int32)
+        scored_BT = np.zeros((self._rows, length), np.float32)
+        first = index * self._spec.batch_size + self._first
+        for place, row in enumerate(range(first, min(first + self._rows, self._total))):
+            start = row * length
+            part = self._stream.read(start, min(start + length + 1, self._stream.num_tokens))
+            rows_BR[place, : len(part)] = part
+            scored_BT[place, : len(part) - 1] = 1
+        batch = assemble(rows_BR, self._source_ids, self._spec)
+        batch["loss_mask"] *= scored_BT
+        return batch
+
+
+def assemble(rows_BR: np.ndarray, source_ids: Sequence[int], spec: BatchSpec) -> Batch:
+    """The batch of some rows, int32 [B, T + 1], and the sources they come from."""
+    tokens_BT = np.ascontiguousarray(rows_BR[:, :-1])
+    segment_ids_BT, positions_BT = mark_documents(tokens_BT, spec.eod)
+    if spec.loss_on_first_token:
+        loss_mask_BT = np.ones(tokens_BT.shape, np.float32)
+    else:
+        loss_mask_BT = (tokens_BT != spec.eod).astype(np.float32)
+    return {
+        "tokens": tokens_BT,
+        "targets": np.ascontiguousarray(rows_BR[:, 1:]),
+        "segment_ids": segment_ids_BT,
+        "positions": positions_BT,
+        "loss_mask": loss_mask_BT,
+        "source_ids": np.array(source_ids, np.int32),
+    }
+
+
+def mark_documents(tokens_BT: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids (from 1) and positions (from 0) of inputs [B, T], both int32 [B, T].
+
+    Works on the few places where a document opens and spreads the result by `np.repeat`: three
+    times as fast as running sums over all tokens.
+    """
+    opens_BT = np.empty(tokens_BT.shape, bool)
+    opens_BT[:, 0] = True
+    np.equal(tokens_BT[:, :-1], eod, out=opens_BT[:, 1:])
+    # One entry a document from here on, over the rows laid end to end.
+    starts = np.flatnonzero(opens_BT)
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1] = tokens_BT.size - starts[-1]
+    first_of_row = np.searchsorted(starts, starts - starts % tokens_BT.shape[1])
+    numbers = np.arange(1, len(starts) + 1) - first_of_row
+    segment_ids = np.repeat(numbers.astype(np.int32), lengths)
+    positions = np.arange(tokens_BT.size, dtype=np.int32)
+    positions -= np.repeat(starts.astype(np.int32), lengths)
+    return segment_ids.reshape(tokens_BT.shape), positions.reshape(tokens_BT.shape)

@@ -1,0 +1,319 @@
+"""Documents into token shards: `python -m stablelm_jax.prepare --source NAME --input PATH...`
+
+    python -m stablelm_jax.prepare --source news --input news/*.jsonl.gz --output data --workers 8
+
+reads jsonl (.gz, .zst), parquet, text files and source trees, local or any fsspec URL, and writes
+`data/news/`: token shards, held-out shards, `manifest.json`, `rejected.jsonl`. Stopped at any
+moment, the same command goes on where it was and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import loguru
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stablelm_jax.data import manifest, parts, units
+from stablelm_jax.data.assemble import MAX_HELD_OUT_FRACTION, HeldOut
+from stablelm_jax.data.executors import EXECUTORS, Executor, TasksFailed
+from stablelm_jax.data.manifest import SourceManifest
+from stablelm_jax.data.preparation import SHARD_TOKENS, Job, Preparation
+
+_POLL_SECONDS = 0.5
+# Where there is no terminal to draw a bar on, a line now and then.
+_LINE_SECONDS = 15.0
+_REASONS_SHOWN = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
+    loguru.logger.remove()  # datatrove's; its logs stay in files
+    flags = _parser().parse_args(arguments)
+    console = Console(highlight=False)
+    try:
+        preparation = Preparation(_job(flags))
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    try:
+        with preparation.locked():
+            _prepare(preparation, _executor(flags), console)
+    except (ValueError, OSError, TasksFailed) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to go on from here", 1)
+    return 0
+
+
+def _fail(error, code: int) -> int:
+    print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
+    return code
+
+
+def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
+    if found := preparation.finished():
+        line = f"{preparation.directory}: already prepared, {_counts(found)}"
+        console.print(line, soft_wrap=True)
+        return
+    started = time.monotonic()
+    resumed = preparation.begin()
+    console.print(_plan(preparation, executor, resumed), soft_wrap=True)
+    with _progress(preparation, console) as watch:
+        preparation.tokenize(executor)
+    held_out = preparation.assemble(executor)
+    made = preparation.finish()
+    console.print(_table(made))
+    for line in _remarks(preparation, made, held_out):
+        console.print(line, soft_wrap=True)
+    seconds = time.monotonic() - started
+    speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
+    console.print(f"{seconds:.1f} s from the first byte to the last{speed}")
+    path = preparation.directory / manifest.MANIFEST_NAME
+    console.print(f"prepared {made.source}: {_counts(made)} -> {path}", soft_wrap=True)
+
+
+def _counts(made: SourceManifest) -> str:
+    documents = made.train.documents + made.held_out.documents
+    tokens = made.train.tokens + made.held_out.tokens
+    return f"{documents:,} documents, {tokens:,} tokens"
+
+
+def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
+    kinds = [file.kind + (f'.{file.compression}' if file.compression else '')
+             for file in preparation.files]  # fmt: skip
+    files = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
+    tokenizer = preparation.tokenizer
+    return (
+        f"{preparation.job.source}: {files} file{'s' if len(kinds) > 1 else ''},"
+        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.units):,} units for"
+        f" {executor.workers} {executor.kind} worker{'s' if executor.workers > 1 else ''};"
+        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
+        + ("; going on with what was begun" if resumed else "")
+    )
+
+
+class _Watch:
+    """Adds up the parts as they appear: what is done, and how fast since this call began."""
+
+    def __init__(self, preparation: Preparation):
+        self._directory = preparation.parts
+        self._sizes = [unit.size for unit in preparation.units]
+        self._seen: set[str] = set()
+        self._consumed: dict[int, int] = {}
+        self.text_bytes = self.tokens = self.rejected = 0
+        self.look()
+        self._bytes_before, self._tokens_before = self.text_bytes, self.tokens
+        self._started = time.monotonic()
+
+    @property
+    def share(self) -> float:
+        """How much of the inputs is done, 0 to 1."""
+        return sum(self._consumed.values()) / max(sum(self._sizes), 1)
+
+    def look(self) -> None:
+        """Reads the counts of new parts."""
+        for name in sorted(set(os.listdir(self._directory)) - self._seen):
+            if name.startswith("scratch-"):
+                continue
+            self._seen.add(name)
+            unit = int(name.split("-")[0])
+            info = parts.Part(self._directory / name, unit).info
+            size = self._sizes[unit]
+            consumed = size if info.last else min(info.consumed, size)
+            self._consumed[unit] = max(self._consumed.get(unit, 0), consumed)
+            self.text_bytes += info.text_bytes
+            self.tokens += info.tokens
+            self.rejected += info.rejected
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of text tokenised since this call began."""
+        return self.text_bytes - self._bytes_before
+
+    def speed(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        megabytes = self.new_bytes / 1e6
+        tokens = self.tokens - self._tokens_before
+        rejected = f", {self.rejected:,} rejected" if self.rejected else ""
+        return f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s{rejected}"
+
+
+@contextlib.contextmanager
+def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
+    """Shows how far the tokenising is, from the parts that appear, whoever makes them."""
+    watch, stop = _Watch(preparation), threading.Event()
+    show = _show_bar if console.is_terminal else _show_lines
+    thread = threading.Thread(target=show, args=(console, watch, stop), daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _show_bar(console: Console, watch: _Watch, stop) -> None:
+    columns = (
+        TextColumn('tokenizing'), BarColumn(), TextColumn('{task.percentage:.0f} %'),
+        TextColumn('{task.fields[speed]}'), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=1.0, speed="")
+        stopped = False
+        while not stopped:
+            stopped = stop.wait(_POLL_SECONDS)
+            watch.look()
+            progress.update(task, completed=watch.share, speed=watch.speed())
+
+
+def _show_lines(console: Console, watch: _Watch, stop) -> None:
+    stopped = False
+    while not stopped:
+        stopped = stop.wait(_LINE_SECONDS)
+        watch.look()
+        console.print(f"tokenizing {watch.share:.0%}, {watch.speed()}", soft_wrap=True)
+
+
+def _table(made: SourceManifest) -> Table:
+    table = Table(box=box.SIMPLE)
+    for name in ("", "train", "held out"):
+        table.add_column(name, justify="right" if name else "left")
+    train, held = made.train, made.held_out
+    for name, one, other in (
+        ("documents", train.documents, held.documents),
+        ("tokens", train.tokens, held.tokens),
+        ("bytes of text", train.text_bytes, held.text_bytes),
+        ("shards", len(train.shards), len(held.shards)),
+    ):
+        table.add_row(name, f"{one:,}", f"{other:,}")
+    return table
+
+
+def _remarks(preparation: Preparation, made: SourceManifest, held_out: HeldOut) -> Iterator[str]:
+    yield f"held out: {held_out.note}"
+    if made.rejected:
+        first = preparation.reasons.most_common(_REASONS_SHOWN)
+        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in first)
+        more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
+        path = preparation.directory / "rejected.jsonl"
+        yield f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
+    else:
+        yield "rejected: none"
+    yield f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stablelm prepare", description=__doc__.split("\n")[0].split(":")[0] + "."
+    )
+    add = parser.add_argument
+    add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
+    add('--input', required=True, nargs='+', metavar='PATH',
+        help='files, folders, patterns; local or any fsspec URL')  # fmt: skip
+    add("--output", required=True, metavar="DATA", help="the source becomes DATA/NAME")
+    add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
+        help='arcade100k (default), or a tokenizer.json')  # fmt: skip
+    add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
+    add('--format', default='auto', choices=units.FORMATS,
+        help='auto: by the name; what has no known one is one document a file')  # fmt: skip
+    add('--text-key', default='text', metavar='KEY',
+        help='key (jsonl) or column (parquet) of the text (default text)')  # fmt: skip
+    add('--held-out', type=_fraction, default=0.001, metavar='FRACTION',
+        help='of the text, kept out of training (default 0.001); at least 64 KiB')  # fmt: skip
+    add('--shard-tokens', type=_positive, default=SHARD_TOKENS, metavar='N',
+        help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
+    add("--language", nargs="+", default=[], metavar="CODE", help="ISO 639-1, for the manifest")
+    add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
+    add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
+        help='anything else to keep in the manifest')  # fmt: skip
+    add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
+    add('--workers', type=_positive, default=_cores(), metavar='N',
+        help='tasks at a time (default: the cores of this machine)')  # fmt: skip
+    slurm = parser.add_argument_group("SLURM (the output must be on a disk that all nodes share)")
+    slurm.add_argument("--slurm-partition", default="", metavar="NAME")
+    slurm.add_argument("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a job")
+    slurm.add_argument('--slurm-option', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
+                       help='further options of sbatch, such as account=NAME')  # fmt: skip
+    return parser
+
+
+def _cores() -> int:
+    """Cores this process may use, which a container or taskset may have made fewer."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 1 up")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= MAX_HELD_OUT_FRACTION:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 to {MAX_HELD_OUT_FRACTION}")
+    return value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE")
+    return key, value
+
+
+def _job(flags: argparse.Namespace) -> Job:
+    """The job that the flags ask for; ValueError for what argparse cannot see."""
+    if not manifest.SOURCE_NAME.fullmatch(flags.source):
+        raise ValueError(
+            f"--source {flags.source}: use lower case letters, digits and _, a letter first"
+        )
+    if "://" in flags.output:
+        raise ValueError(f"--output {flags.output}: shards are memory-mapped, give a local folder")
+    if flags.executor == "slurm" and not flags.slurm_partition:
+        raise ValueError("--executor slurm needs --slurm-partition NAME (`sinfo` lists them)")
+    if flags.executor == "slurm" and not shutil.which("sbatch"):
+        raise ValueError("--executor slurm needs sbatch: run this where jobs can be submitted")
+    if flags.executor == "ray" and not importlib.util.find_spec("ray"):
+        raise ValueError('--executor ray needs Ray: pip install "datatrove[ray]"')
+    return Job(
+        source=flags.source,
+        inputs=tuple(flags.input),
+        output=flags.output,
+        tokenizer=flags.tokenizer,
+        ranks=flags.ranks,
+        text_key=flags.text_key,
+        file_format=flags.format,
+        held_out=flags.held_out,
+        shard_tokens=flags.shard_tokens,
+        languages=tuple(flags.language),
+        licence=flags.licence,
+        provenance=dict(flags.provenance),
+    )
+
+
+def _executor(flags: argparse.Namespace) -> Executor:
+    return Executor(
+        flags.executor,
+        flags.workers,
+        flags.slurm_partition,
+        flags.slurm_time,
+        dict(flags.slurm_option),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The mixture rule: weights as whole rows, nobody a whole row off, every row located at once."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepared import slow_mixture, slow_selection
+
+from stablelm_jax.data.mixture import MAX_PERIOD, Mixture, SelectionMap, quantise
+
+# The 28 reported weights of Stable LM 2's data table; they add up to 1.0001.
+PUBLISHED = [
+    0.0079, 0.0120, 0.0318, 0.0013, 0.0045, 0.0091, 0.0018, 0.2521, 0.0155, 0.0152,
+    0.0097, 0.0096, 0.0097, 0.0100, 0.0855, 0.0130, 0.3292, 0.0231, 0.0019, 0.0023,
+    0.0088, 0.0063, 0.0066, 0.0011, 0.0132, 0.0363, 0.0724, 0.0102,
+]  # fmt: skip
+WEIGHTS = {f"source_{number:02d}": weight for number, weight in enumerate(PUBLISHED)}
+# The same, but with nothing exact about it: these need the longest period.
+UNEVEN = {name: weight * math.pi for name, weight in WEIGHTS.items()}
+BILLION = 10**9
+
+SHARES = st.dictionaries(
+    st.text("abcdefgh", min_size=1, max_size=2), st.integers(1, 60), min_size=1, max_size=9
+)
+
+
+def largest_deviation(mixture):
+    """The furthest any source is from its weight, in rows, just before and after it is dealt.
+
+    Between two of its own rows a source only falls behind, so these moments hold its extremes.
+    """
+    stage = mixture.stages[0]
+    row, share = np.arange(stage.period), stage.counts[stage.table] / stage.period
+    behind = np.abs(stage.rank - share * row).max()
+    ahead = np.abs(stage.rank + 1 - share * (row + 1)).max()
+    return max(behind, ahead)
+
+
+def test_decimal_weights_are_kept_exactly():
+    assert quantise({"a": 0.7, "b": 0.3}) == {"a": 7, "b": 3}
+    assert quantise({"b": 3, "a": 1}) == {"a": 1, "b": 3}
+    assert quantise({"a": 50.0}) == {"a": 1}
+    assert list(quantise(WEIGHTS).values()) == [round(weight * 10_000) for weight in PUBLISHED]
+
+
+def test_weights_that_fit_no_short_period_are_rounded_to_65536_rows():
+    counts = quantise(UNEVEN)
+    assert sum(counts.values()) == MAX_PERIOD
+    total = sum(UNEVEN.values())
+    for name, weight in UNEVEN.items():
+        assert abs(counts[name] - weight / total * MAX_PERIOD) < 1
+
+
+@settings(max_examples=100)
+@given(weights=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=40))
+def test_every_positive_weight_gets_a_row_and_the_period_is_bounded(weights):
+    names = {f"s{number}": weight for number, weight in enumerate(weights)}
+    counts = quantise(names)
+    assert min(counts.values()) >= 1 and sum(counts.values()) <= MAX_PERIOD
+    total = sum(Fraction(str(weight)) for weight in weights)
+    lifted = sum(weight / float(total) * MAX_PERIOD < 1 for weight in weights)
+    for name, weight in names.items():
+        exact = float(weight / total * sum(counts.values()))
+        assert abs(counts[name] - exact) < 1 + lifted
+
+
+def test_tiny_weights_take_their_one_row_from_the_largest():
+    weights = {f"tiny_{number}": 1e-12 for number in range(100)} | {"large": 1.0}
+    assert quantise(weights) == {**dict.fromkeys(weights, 1), "large": MAX_PERIOD - 100}
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_share_is_refused_and_the_source_named(weight):
+    with pytest.raises(ValueError, match="weight of 'web'"):
+        Mixture({"web": weight, "code": 1.0})
+
+
+@pytest.mark.parametrize("weights", [{}, {"web": 0.0}, {"web": 0, "code": 0}])
+def test_weights_without_a_positive_one_are_refused(weights):
+    with pytest.raises(ValueError, match="none is positive"):
+        Mixture(weights)
+
+
+def test_more_sources_than_rows_of_a_period_are_refused():
+    with pytest.raises(ValueError, match="at most 65536"):
+        quantise(dict.fromkeys(map(str, range(MAX_PERIOD + 1)), 1))
+
+
+def test_a_source_of_weight_zero_is_no_source():
+    mixture = Mixture({"a": 1, "b": 0, "c": 1})
+    assert mixture.sources == ("a", "c")
+
+
+def test_the_table_is_tijdemans_rule_worked_out_in_fractions():
+    many = {name: 1 + round(weight * 500) for name, weight in WEIGHTS.items()}
+    for counts in ({"a": 7, "b": 3}, {"a": 1, "b": 1, "c": 1, "d": 2}, many):
+        mixture = Mixture(counts)
+        rows = 2 * sum(counts.values())
+        names = [mixture.sources[mixture.locate(row)[0]] for row in range(rows)]
+        assert names == slow_selection(counts, rows)
+
+
+@settings(max_examples=60)
+@given(counts=SHARES)
+def test_no_source_is_ever_a_whole_row_off_its_weight(counts):
+    mixture = Mixture(counts)
+    bound = 1 - 1 / (2 * len(counts) - 2) if len(counts) > 1 else 0
+    assert largest_deviation(mixture) <= bound + 1e-9
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, UNEVEN], ids=["exact", "rounded"])
+def test_28_weights_are_kept_within_one_row_at_every_row_of_the_first_billion(weights):
+    """Over one period by looking at every row, beyond by its repetition, looked at in samples."""
+    mixture = Mixture(weights)
+    stage = mixture.stages[0]
+    assert largest_deviation(mixture) <= 1 - 1 / 54 + 1e-9
+    rows = np.unique(np.random.default_rng(0).integers(0, BILLION, 200_000))
+    rows = np.append(rows, [0, BILLION - 1])
+    sources, indices = mixture.locate_many(rows)
+    first_sources, first_indices = mixture.locate_many(rows % stage.period)
+    assert np.array_equal(sources, first_sources)
+    periods = rows // stage.period
+    assert np.array_equal(indices, first_indices + periods * stage.counts[first_sources])
+    for row in (1, 54_321, BILLION):
+        assert np.abs(mixture.rows_before(row) - row * stage.counts / stage.period).max() < 1
+
+
+@pytest.mark.slow
+def test_28_weights_are_kept_within_one_row_when_a_billion_rows_are_walked():
+    mixture = Mixture(WEIGHTS)
+    counts, period = mixture.stages[0].counts, mixture.stages[0].period
+    dealt = np.zeros(len(mixture.sources), np.int64)
+    chunk = 1 << 16  # fits the cache
+    for start in range(0, BILLION, chunk):
+        rows = np.arange(start, min(start + chunk, BILLION))
+        sources, indices = mixture.locate_many(rows)
+        share = counts[sources]
+        # In whole numbers: period times the rows that a source is ahead of its weight.
+        before = indices * period - share * rows
+        after = before + period - share
+        assert -period < before.min() and after.max() < period
+        dealt += np.bincount(sources, minlength=len(dealt))
+        assert np.array_equal(dealt, mixture.rows_before(start + len(rows)))
+
+
+@settings(max_examples=60)
+@given(
+    spans=st.lists(st.tuples(st.integers(1, 60), SHARES), min_size=1, max_size=4),
+    tail=st.integers(0, 80),
+)
+def test_rows_are_located_as_if_dealt_one_by_one_over_all_stages(spans, tail):
+    """No row is skipped or given twice where the weights change: each source just goes on."""
+    first_rows = np.cumsum([0] + [length for length, _ in spans[:-1]]).tolist()
+    stages = [(row, counts) for row, (_, counts) in zip(first_rows, spans, strict=True)]
+    mixture = Mixture(stages[0][1], stages[1:])
+    rows = first_rows[-1] + tail
+    in_lowest_terms = [(row, quantise(counts)) for row, counts in stages]
+    expected = slow_mixture(in_lowest_terms, rows)
+    located = [mixture.locate(row) for row in range(rows)]
+    assert [(mixture.sources[source], index) for source, index in located] == expected
+    sources, indices = mixture.locate_many(np.arange(rows))
+    assert list(zip(sources.tolist(), indices.tolist(), strict=True)) == located
+    for row in (0, rows // 2, rows):
+        names = [name for name, _ in expected[:row]]
+        assert mixture.rows_before(row).tolist() == [names.count(n) for n in mixture.sources]
+
+
+@pytest.mark.parametrize("first_rows", [[0], [-5], [10, 10], [10, 5]])
+def test_stages_out_of_order_are_refused(first_rows):
+    with pytest.raises(ValueError, match="rising order"):
+        Mixture({"a": 1}, [(row, {"a": 1}) for row in first_rows])
+
+
+def test_a_later_stage_is_held_to_the_same_rules():
+    with pytest.raises(ValueError, match="none is positive"):
+        Mixture({"a": 1}, [(10, {"a": 0})])
+
+
+def test_a_negative_row_is_refused():
+    mixture = Mixture({"a": 1, "b": 1})
+    for call in (mixture.locate, mixture.rows_before, lambda row: mixture.locate_many([row])):
+        with pytest.raises(ValueError, match="counted from 0"):
+            call(-1)
+
+
+def test_rows_far_beyond_any_run_are_located_without_overflow():
+    mixture = Mixture(UNEVEN)
+    row = 2**55 + 12_345
+    source, index = mixture.locate(row)
+    sources, indices = mixture.locate_many(np.array([row]))
+    assert (source, index) == (sources[0], indices[0])
+    share = mixture.stages[0].counts[source] / mixture.stages[0].period
+    assert index == pytest.approx(row * share, rel=1e-12)
+
+
+def test_the_selection_map_takes_a_part_of_every_batch():
+    mixture = Mixture({"a": 2, "b": 3, "c": 1})
+    selection = SelectionMap(mixture, first=7, take=3, stride=12)
+    rows = [7, 8, 9, 19, 20, 21, 31, 32]
+    assert [selection[n] for n in range(8)] == [mixture.locate(row) for row in rows]
+
+
+def test_the_weights_are_printed_as_they_are_kept():
+    text = Mixture({"web": 0.7, "code": 0.3}, [(40, {"code": 1})]).describe()
+    assert text.splitlines() == [
+        "from row 0, a period of 10 rows",
+        "  code                          3 rows  0.300000",
+        "  web                           7 rows  0.700000",
+        "from row 40, a period of 1 rows",
+        "  code                          1 rows  1.000000",
+        "  web                           0 rows  0.000000",
+    ]
