@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stablelm_jax.checkpoint.checksum import checksums, differing
+from stablelm_jax.parallel.mesh import make_mesh
+
+
+def oracle(x):
+    """The documented sum in numpy, element by element of the flat array."""
+    bits = np.ascontiguousarray(x).view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+    position = np.arange(x.size, dtype=np.uint64)
+    mixed = ((position ^ (position >> np.uint64(16))) * np.uint64(0x85EBCA6B)) % 2**32
+    mixed = ((mixed ^ (mixed >> np.uint64(13))) * np.uint64(0xC2B2AE35)) % 2**32
+    products = (bits.reshape(-1).astype(np.uint64) * (mixed | np.uint64(1))) % 2**32
+    return int(products.sum() % 2**32)
+
+
+def test_the_checksum_is_the_documented_sum():
+    rng = np.random.default_rng()
+    for x in (rng.normal(size=(5, 7, 3)).astype(np.float32), rng.integers(-9, 9, 11, np.int32)):
+        assert checksums({"leaf": jnp.asarray(x)}) == {"leaf": oracle(x)}
+    x = jnp.asarray(rng.normal(size=(4, 4)), jnp.bfloat16)
+    assert checksums({"leaf": x}) == {"leaf": oracle(np.asarray(x))}
+
+
+def test_every_single_flipped_bit_changes_the_checksum():
+    x = np.random.default_rng().normal(size=(3, 5)).astype(np.float32)
+    before = checksums({"x": jnp.asarray(x)})
+    for element in range(x.size):
+        for bit in range(32):
+            y = x.copy()
+            y.reshape(-1).view(np.uint32)[element] ^= np.uint32(1 << bit)
+            assert checksums({"x": jnp.asarray(y)}) != before
+
+
+def test_swapped_elements_change_the_checksum():
+    x = np.random.default_rng().normal(size=257).astype(np.float32)
+    before = checksums({"x": jnp.asarray(x)})
+    for other in range(1, 257):
+        y = x.copy()
+        y[[0, other]] = y[[other, 0]]
+        assert checksums({"x": jnp.asarray(y)}) != before
+
+
+@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
+def test_the_checksum_does_not_depend_on_the_sharding(data, model):
+    x = np.random.default_rng().normal(size=(16, 24)).astype(np.float32)
+    split = jax.device_put(x, NamedSharding(make_mesh(data, model), P("data", "model")))
+    assert checksums({"x": split}) == checksums({"x": jnp.asarray(x)})
+
+
+def test_differing_names_what_changed_and_what_one_side_lacks():
+    assert differing({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}) == ["b", "c", "d"]
