@@ -1,0 +1,1 @@
+"""Pretraining: state, gradient, step, loop, metrics and the run folder."""

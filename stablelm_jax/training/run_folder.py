@@ -1,0 +1,103 @@
+"""The run folder: a run explains itself.
+
+WORKDIR/
+  config.json        the resolved config and where each value was set
+  environment.json   versions, devices, git commit, command: one entry for each start
+  metrics.jsonl      one line every `training.log_every` steps, one for each evaluation
+  loss.png           the curves of metrics.jsonl
+  checkpoints/global_step<N>/
+  samples/global_step<N>.txt
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stablelm_jax.training.metrics import MetricsFile
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
+
+
+class RunFolder:
+    """Paths and small files of one run. Only process 0 writes."""
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        self.path = Path(workdir).resolve()
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.loss_picture = self.path / "loss.png"
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+    def create(self) -> None:
+        """Makes the folders."""
+        self.samples.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, values: dict[str, Any], set_by: dict[str, str]) -> None:
+        """`config.json`: {"config": tree, "set_by": {key: default | file | command line}}."""
+        write_json(self.path / "config.json", {"config": values, "set_by": set_by})
+
+    def add_environment(self) -> None:
+        """Appends this start to `environment.json`."""
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        write_json(path, [*starts, environment()])
+
+    def write_sample(self, name: str, text: str) -> Path:
+        """`samples/<name>.txt`; returns its path."""
+        path = self.samples / f"{name}.txt"
+        write_text(path, text)
+        return path
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on and with."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "devices": [str(d.device_kind) for d in jax.local_devices()],
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+        "host": platform.node(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree this package lies in, `-dirty` if changed; None outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes aside, then renames: nobody ever sees half a file."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside, then renames."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

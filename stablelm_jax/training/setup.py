@@ -1,0 +1,191 @@
+"""From a config to everything the loop needs, decided once and said aloud."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
+from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
+from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from stablelm_jax.evaluation.held_out import EvalStep, make_eval_step
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.optimizer.adamw import make_optimizer
+from stablelm_jax.optimizer.schedule import make_schedule
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.state import TrainState, abstract_state
+from stablelm_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything about a run that does not change while it trains."""
+
+    config: ConfigDict
+    model: ModelConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    sources: Mapping[str, Source]
+    mixture: Mixture
+    spec: BatchSpec
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    abstract: TrainState
+    eval_step: EvalStep
+
+    @property
+    def dtype(self) -> Any:
+        """The compute type."""
+        return jnp.dtype(self.config.training.dtype)
+
+    @property
+    def manifests(self) -> dict[str, SourceManifest]:
+        """The manifest of each source."""
+        return {name: source.manifest for name, source in self.sources.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run to be continued by it."""
+        return {
+            "model_config": dataclasses.asdict(self.model),
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "data_hash": data_hash(self.manifests),
+            "row_order": {
+                "seed": self.spec.seed,
+                "sequence_length": self.spec.sequence_length,
+                "loss_on_first_token": self.spec.loss_on_first_token,
+                "mixture": self.mixture_counts(),
+            },
+        }
+
+    def mixture_counts(self) -> dict[str, int]:
+        """Rows of each source in one period of the mixture."""
+        return dict(zip(self.sources, self.mixture.stages[0].counts.tolist()))
+
+    def tokens_by_source(self, rows: int) -> dict[str, int]:
+        """The ledger: tokens each source has given in the first `rows` rows of the mixture."""
+        seen = self.mixture.rows_before(rows)
+        return {name: int(n) * self.spec.sequence_length for name, n in zip(self.sources, seen)}
+
+    def batches(self, start_row: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's share of each batch from row `start_row` on."""
+        return train_batches(
+            self.sources,
+            self.mixture,
+            self.spec,
+            start_row=start_row,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            prefetch=self.config.data.prefetch_batches,
+        )
+
+    def held_out(self) -> dict[str, Iterator[dict[str, np.ndarray]]]:
+        """This process's share of each source's held-out batches."""
+        return {
+            name: held_out_batches(
+                self.sources,
+                name,
+                self.spec,
+                max_rows=self.config.evaluation.max_rows,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            for name in self.sources
+        }
+
+    def held_out_tokens_per_byte(self) -> dict[str, float]:
+        """Tokens (end-of-text counted) a UTF-8 byte of each source's held-out text."""
+        held_out = {name: manifest.held_out for name, manifest in self.manifests.items()}
+        return {name: part.tokens / part.text_bytes for name, part in held_out.items()}
+
+    def compile_step(self) -> Any:
+        """The train step, compiled ahead for this run's shapes."""
+        training = self.config.training
+        step = make_train_step(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.mesh,
+            self.abstract,
+            num_sources=len(self.sources),
+            zero1=self.config.parallel.zero1,
+            accumulation=training.accumulation,
+            dtype=self.dtype,
+            remat=training.remat,
+            attention=training.attention,
+        )
+        return step.lower(self.abstract, self.abstract_batch()).compile()
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Contract 1's arrays with their shardings."""
+        rows, length = self.spec.batch_size, self.spec.sequence_length
+        place = sharding.batch_sharding(self.mesh)
+
+        def array(dtype, *shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        return {
+            "tokens": array(jnp.int32, rows, length),
+            "targets": array(jnp.int32, rows, length),
+            "segment_ids": array(jnp.int32, rows, length),
+            "positions": array(jnp.int32, rows, length),
+            "loss_mask": array(jnp.float32, rows, length),
+            "source_ids": array(jnp.int32, rows),
+        }
+
+
+def prepare_run(config: ConfigDict) -> Run:
+    """Checks the config against devices and data; touches no accelerator memory.
+
+    Raises:
+      ValueError: with what is wrong, where, and what to do.
+    """
+    config_lib.validate(config)
+    config_lib.validate_mesh(config, jax.device_count())
+    model = config_lib.model_config(config)
+    mesh = make_mesh(config.parallel.data, config.parallel.model)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    weights = config_lib.mixture_weights(config)
+    sources = open_sources(config.data.root, weights, tokenizer_sha256=tokenizer.sha256)
+    schedule = make_schedule(config.schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model)
+    return Run(
+        config=config,
+        model=model,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        sources=sources,
+        mixture=Mixture(weights),
+        spec=batch_spec(config, tokenizer),
+        optimizer=optimizer,
+        schedule=schedule,
+        abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
+        eval_step=make_eval_step(
+            model,
+            mesh,
+            num_sources=len(sources),
+            dtype=jnp.dtype(config.training.dtype),
+            attention=config.training.attention,
+        ),
+    )
+
+
+def batch_spec(config: ConfigDict, tokenizer: Tokenizer) -> BatchSpec:
+    """Shape and order of the batches."""
+    return BatchSpec(
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        eod=tokenizer.eod,
+        loss_on_first_token=config.data.loss_on_first_token,
+    )

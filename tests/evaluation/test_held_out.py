@@ -1,0 +1,63 @@
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from tiny import SOURCES, tiny_config, write_data
+
+from stablelm_jax.data.shards import Shard
+from stablelm_jax.evaluation.held_out import evaluate_held_out, make_eval_step, mean_losses
+from stablelm_jax.model.transformer import init_params, logits
+from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.setup import prepare_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    data = write_data(tmp_path_factory.mktemp("data") / "sources")
+    return prepare_run(tiny_config(data, **{"evaluation.max_rows": 10_000}))
+
+
+def loss_by_hand(run, params, name):
+    """The held-out rows of one source, each document by itself, in float64 sums."""
+    (shard,) = run.sources[name].manifest.held_out.shards
+    tokens = np.asarray(Shard(run.sources[name].directory / shard.file).tokens)
+    length, total, count = run.spec.sequence_length, 0.0, 0
+    for start in range(0, len(tokens) - 1, length):
+        row = tokens[start : start + length + 1]
+        inputs, targets = row[:-1], row[1:]
+        ends = np.flatnonzero(inputs == run.spec.eod)
+        for piece in np.split(np.arange(len(inputs)), ends + 1):
+            if len(piece):
+                scores = np.asarray(forward(run, params, inputs[piece]), np.float64)
+                log_sum = np.log(np.exp(scores).sum(-1))
+                total += (log_sum - scores[np.arange(len(piece)), targets[piece]]).sum()
+        count += len(inputs)
+    assert count == len(tokens) - 1  # every token but the first is a target once
+    return total / count
+
+
+def forward(run, params, tokens):
+    row = np.asarray(tokens, np.int32)[None]
+    positions = np.arange(row.shape[1], dtype=np.int32)[None]
+    return logits(run.model, params, row, np.ones_like(row), positions)[0]
+
+
+@pytest.mark.parametrize("data, model", [(8, 1), (2, 4)])
+def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model):
+    mesh: Mesh = make_mesh(data, model)
+    params = init_params(run.model, jax.random.key(3))
+    step = make_eval_step(run.model, mesh, num_sources=2, dtype=np.float32, attention="reference")
+    line = evaluate_held_out(step, params, run.held_out(), run.held_out_tokens_per_byte(), mesh)
+    for name in SOURCES:
+        expected = loss_by_hand(run, params, name)
+        assert line[f"eval/loss/{name}"] == pytest.approx(expected, abs=2e-5)
+        part = run.manifests[name].held_out
+        bits = expected / math.log(2) * part.tokens / part.text_bytes
+        assert line[f"eval/bits_per_byte/{name}"] == pytest.approx(bits, abs=2e-5)
+
+
+def test_means_weigh_tokens_and_leave_out_sources_without_any():
+    line = mean_losses("eval/loss", ["a", "b", "c"], np.array([8.0, 3.0, 0.0]), np.array([2, 3, 0]))
+    assert line == {"eval/loss": 2.2, "eval/loss/a": 4.0, "eval/loss/b": 1.0}

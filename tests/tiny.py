@@ -1,0 +1,101 @@
+"""A small tokenizer, two small sources and a small run for the tests that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.data.manifest import (
+    SourceManifest,
+    Split,
+    TokenizerInfo,
+    unigram_entropy,
+    write_manifest,
+)
+from stablelm_jax.data.shards import ShardWriter
+from stablelm_jax.data.tokenizer import load_tokenizer
+
+VOCAB = 120
+SOURCES = ("fibonacci", "squares")
+
+
+def write_tokenizer(path: Path) -> Path:
+    """A word-level tokenizer of the words w0 .. w110 and `<|endoftext|>`."""
+    words = {f"w{i}": i for i in range(VOCAB - 9)} | {"<unk>": VOCAB - 9}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
+    return path
+
+
+def write_data(root: Path, seed: int = 0) -> Path:
+    """`root/tokenizer.json` and `root/<source>/`: documents with a pattern a model can learn."""
+    root.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer.json"))
+    rng = np.random.default_rng(seed)
+    for number, name in enumerate(SOURCES):
+        _write_source(root / name, name, tokenizer, rng, step=number + 2)
+    return root
+
+
+def _write_source(folder: Path, name: str, tokenizer, rng, step: int) -> None:
+    folder.mkdir()
+    splits, counts = {}, np.zeros(tokenizer.vocab_size, np.int64)
+    for split, documents in (("train", 120), ("held_out", 8)):
+        with ShardWriter(folder / f"{split}-00000") as writer:
+            for _ in range(documents):
+                length, start = rng.integers(5, 60), rng.integers(0, VOCAB - 9)
+                words = (start + step * np.arange(length)) % (VOCAB - 9)
+                document = np.append(words, tokenizer.eod).astype(np.int32)
+                writer.add(document)
+                if split == "train":
+                    counts += np.bincount(document, minlength=len(counts))
+            info = writer.close()
+        splits[split] = Split.of([info], text_bytes=4 * info.tokens)
+    made_by = TokenizerInfo("tiny", tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+    write_manifest(
+        folder,
+        SourceManifest(
+            source=name, tokenizer=made_by, unigram_entropy=unigram_entropy(counts), **splits
+        ),
+    )
+
+
+def tiny_config(root: Path, **overrides):
+    """A run of 12 steps on `root`; `overrides` by dotted key."""
+    config = config_lib.default_config()
+    values = {
+        "name": "tiny",
+        "model.vocab_size": load_tokenizer(root / "tokenizer.json").vocab_size,
+        "model.num_layers": 2,
+        "model.width": 64,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 4,
+        "model.feed_forward_width": 64,
+        "model.rotary_fraction": 0.5,
+        "data.root": str(root),
+        "data.tokenizer": str(root / "tokenizer.json"),
+        "data.sequence_length": 32,
+        "data.batch_size": 8,
+        "schedule.peak": 1e-2,
+        "schedule.minimum": 1e-3,
+        "schedule.warmup_steps": 2,
+        "schedule.total_steps": 40,
+        "training.num_steps": 12,
+        "training.dtype": "float32",
+        "training.log_every": 1,
+        "checkpoint.every": 4,
+        "evaluation.every": 6,
+        "samples.every": 12,
+        "samples.prompts": ("w1 w3",),
+        "samples.max_new_tokens": 4,
+    }
+    for key, value in {**values, **overrides}.items():
+        config_lib.set_value(config, key, value)
+    for name, weight in zip(SOURCES, (0.75, 0.25)):
+        config.data.weights[name] = weight
+    return config

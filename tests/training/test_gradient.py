@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.loss import sums_by_source, token_losses
+from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.transformer import init_params
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.gradient import make_gradient_function
+
+MODEL = ModelConfig(
+    vocab_size=96,
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=4,
+    feed_forward_width=48,
+    rotary_fraction=0.5,
+    init_std=0.2,
+)
+EXACT = dict(dtype=jnp.float32, remat="none", attention="reference")
+
+
+def random_batch(rows=8, length=12):
+    rng = np.random.default_rng()
+    return {
+        "tokens": rng.integers(0, 96, (rows, length), np.int32),
+        "targets": rng.integers(0, 96, (rows, length), np.int32),
+        "segment_ids": np.sort(rng.integers(1, 4, (rows, length), np.int32), axis=1),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        # masks of very different sizes, so that a mean of means would show
+        "loss_mask": (rng.random((rows, length)) < rng.random((rows, 1))).astype(np.float32),
+        "source_ids": rng.integers(0, 3, rows, np.int32),
+    }
+
+
+def random_params():
+    params = init_params(MODEL, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(np.random.default_rng().integers(2**31)), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@pytest.mark.parametrize(
+    "data, model, zero1, accumulation, remat",
+    [
+        (1, 8, True, 1, "none"),
+        (8, 1, True, 1, "full"),
+        (4, 2, True, 2, "none"),
+        (2, 4, False, 4, "dots"),
+        (2, 4, True, 1, "none"),
+    ],
+)
+def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
+    data, model, zero1, accumulation, remat
+):
+    mesh, params, batch = make_mesh(data, model), random_params(), random_batch()
+    specs = sharding.master_specs(parameter_table(MODEL), mesh, zero1)
+    gradient = make_gradient_function(
+        MODEL, mesh, specs, num_sources=3, accumulation=accumulation, **EXACT | {"remat": remat}
+    )
+    found, sums = jax.jit(gradient)(params, sharding.put_batch(batch, mesh))
+
+    def mean_loss(params):
+        nll_BT = token_losses(MODEL, params, batch, **EXACT)
+        return jnp.sum(nll_BT) / jnp.sum(batch["loss_mask"]), nll_BT
+
+    (_, nll_BT), expected = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-4
+        ),
+        found,
+        expected,
+    )
+    by_source = [nll_BT[batch["source_ids"] == s].sum() for s in range(3)]
+    np.testing.assert_allclose(sums["nll"], by_source, rtol=1e-5, atol=1e-4)
+    tokens = [batch["loss_mask"][batch["source_ids"] == s].sum() for s in range(3)]
+    np.testing.assert_array_equal(sums["tokens"], tokens)
+    assert {g.dtype for g in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+def test_the_sum_over_replicas_is_one_float32_reduce_scatter_after_the_microbatches():
+    mesh = make_mesh(8, 1)
+    table = parameter_table(MODEL)
+    specs = sharding.master_specs(table, mesh, zero1=True)
+    gradient = make_gradient_function(
+        MODEL,
+        mesh,
+        specs,
+        num_sources=3,
+        accumulation=1,
+        dtype=jnp.bfloat16,
+        remat="none",
+        attention="reference",
+    )
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params())
+    jaxpr = str(jax.make_jaxpr(gradient)(params, random_batch()))
+    scattered = [line for line in jaxpr.splitlines() if "= reduce_scatter[" in line]
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    split = [s for s in jax.tree.leaves(specs, is_leaf=is_spec) if sharding.data_dim(s) is not None]
+    assert len(scattered) == len(split) > 5
+    assert all(":f32[" in line for line in scattered)
+
+
+def test_sums_by_source_add_rows_of_the_same_source():
+    values = jnp.arange(8.0).reshape(4, 2)
+    sums = sums_by_source(values, jnp.array([2, 0, 2, 0]), 3)
+    np.testing.assert_array_equal(sums, [2 + 3 + 6 + 7, 0, 0 + 1 + 4 + 5])

@@ -1,0 +1,155 @@
+"""The verb as a user meets it: a process, its exit codes, its signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import tiny_config, write_data
+
+from stablelm_jax import config as config_lib
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
+@pytest.fixture(scope="module")
+def config_file(data, tmp_path_factory):
+    """The tiny run as a config file, long enough to be killed in."""
+    config = tiny_config(
+        data,
+        **{
+            "training.num_steps": STEPS,
+            "schedule.total_steps": 100,
+            "checkpoint.every": 10,
+            "evaluation.every": 0,
+            "samples.every": 0,
+        },
+    )
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(
+        "import json\nfrom stablelm_jax import config as c\n"
+        f"VALUES = json.loads({json.dumps(config_lib.to_dict(config))!r})\n"
+        "def get_config():\n    return c.from_dict(VALUES)\n"
+    )
+    return path
+
+
+def start(config_file, workdir, *more):
+    command = [
+        sys.executable,
+        "-m",
+        "stablelm_jax.train",
+        f"--config={config_file}",
+        f"--workdir={workdir}",
+        *more,
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+
+
+def finish(config_file, workdir, *more):
+    process = start(config_file, workdir, *more)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def wait_for_step(workdir, step, process):
+    """Returns once the metrics file has a whole line of `step`."""
+    path = workdir / "metrics.jsonl"
+    for _ in range(3000):
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"ended early: {process.communicate()}")
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in a minute")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = finish(config_file, workdir)
+    assert code == 0, err
+    return workdir, out
+
+
+def test_a_finished_run_says_what_it_decided_and_where_its_checkpoint_lies(undisturbed):
+    workdir, out = undisturbed
+    for said in (
+        "parameters",
+        "mesh",
+        "mixture, repeating every 4 rows",
+        "4.695 nats",
+        "layers/attention/query/kernel",
+        f"step {STEPS}/{STEPS}",
+    ):
+        assert said in out
+    assert f"global_step{STEPS}" in out.replace("\n", "").split("finished step")[1]
+
+
+def test_a_run_killed_twice_gives_the_losses_of_an_undisturbed_one_bit_for_bit(
+    config_file, undisturbed, tmp_path
+):
+    for step in (13, 34):
+        process = start(config_file, tmp_path)
+        wait_for_step(tmp_path, step, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+    code, out, err = finish(config_file, tmp_path)
+    assert code == 0, err
+    assert "resuming from" in out
+    assert losses(tmp_path) == losses(undisturbed[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_exits_75_and_the_next_start_goes_on(
+    config_file, undisturbed, tmp_path, number
+):
+    process = start(config_file, tmp_path)
+    wait_for_step(tmp_path, 15, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert f"stopped by {number.name}" in out and "run the same command again" in out
+    code, out, err = finish(config_file, tmp_path)
+    assert code == 0, err
+    assert losses(tmp_path) == losses(undisturbed[0])
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(config_file, undisturbed):
+    workdir, _ = undisturbed
+    before = losses(workdir)
+    code, out, err = finish(config_file, workdir)
+    assert code == 0, err
+    assert losses(workdir) == before
+
+
+def test_a_bad_config_is_one_line_and_exit_code_2(config_file, tmp_path):
+    code, _, err = finish(config_file, tmp_path, "--config.model.num_heads=3")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1 and "width" in err
+
+
+def test_missing_data_is_one_line_that_names_the_file_and_exit_code_1(config_file, tmp_path):
+    code, _, err = finish(config_file, tmp_path, "--config.data.root=/nowhere/at/all")
+    assert code == 1
+    assert "/nowhere/at/all" in err.strip().splitlines()[-1]
