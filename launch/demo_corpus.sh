@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The eight sources of configs/demo_multilingual.py: LibreOffice's help in seven languages, out of
+# Debian's packages (25 MB to download), and the code of the standard library.
+#
+#   bash launch/demo_corpus.sh [DIR]
+#
+# DIR (default: data in the checkout) is the run's data.root. Any user of Debian or Ubuntu can run
+# it: packages are unpacked, not installed. Run again, it goes on with what is missing.
+set -euo pipefail
+caller=$PWD
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+(($# <= 1)) || die 'usage: bash launch/demo_corpus.sh [DIR]'
+for tool in apt-get dpkg; do
+    command -v "$tool" >/dev/null ||
+        die "no $tool here: this needs Debian or Ubuntu. Elsewhere, prepare text of your own (README)."
+done
+data=${1:-$root/data}
+[[ $data == /* ]] || data="$caller/$data"
+downloads="$data/downloads"
+
+# Package lists and archives of our own: the system's need root.
+apt_get() {
+    mkdir -p "$downloads/apt/lists/partial" "$downloads/apt/archives/partial"
+    (cd "$downloads" && apt-get -qq -o APT::Sandbox::User=root -o Dir::State::lists="$downloads/apt/lists" \
+        -o Dir::Cache="$downloads/apt" "$@")
+}
+
+updated=
+fetch_help() { # LANGUAGE as in the package's name
+    local package="libreoffice-help-$1"
+    [[ ! -d $downloads/$package ]] || return 0
+    [[ -n $updated ]] || apt_get update || die 'apt-get update failed (see above); try again later'
+    updated=yes
+    rm -rf "$downloads/unpacked" "$downloads/$package"_*.deb
+    apt_get download "$package" ||
+        die "apt-get could not download $package (see above); try again later"
+    dpkg -x "$downloads/$package"_*.deb "$downloads/unpacked"
+    mv "$downloads/unpacked" "$downloads/$package"
+    rm "$downloads/$package"_*.deb
+}
+
+prepare() { # SOURCE INPUT LICENCE LANGUAGE...
+    local source=$1 input=$2 licence=$3
+    shift 3
+    say "Preparing $source"
+    (cd "$root" && "$python" -m stablelm_jax.prepare --source "$source" --input "$input" \
+        --output "$data" --licence "$licence" "$@")
+}
+
+install --editable '.[demo]'
+mkdir -p "$downloads"
+for language in en de es fr it nl pt; do
+    say "LibreOffice's help: $language"
+    code=$language
+    [[ $language != en ]] || code=en-us
+    fetch_help "$code"
+    text="$downloads/libreoffice_help_$language.jsonl"
+    # Left out: the names of menus on a Mac (each page has both), lists of links, names of icons.
+    [[ -f $text ]] || (cd "$root" && "$python" -m stablelm_jax.data.html_text \
+        --input "$downloads/libreoffice-help-$code/usr/share/libreoffice/help" --output "$text" \
+        --skip .MAC --skip .relatedtopics --skip .howtoget --skip .noteicon)
+    prepare "libreoffice_help_$language" "$text" MPL-2.0 --language "$language"
+done
+
+(cd "$root" && "$python" -m stablelm_jax.data.smoke_corpus --output "$downloads")
+prepare stdlib_code "$downloads/stdlib_code.jsonl" PSF-2.0
+
+say "The eight sources lie in $data. Train on them, in the checkout's folder:"
+printf '  %q -m stablelm_jax.train --config configs/demo_multilingual.py --workdir runs/demo --config.data.root=%q\n' \
+    "$python" "$data"

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# From nothing to a small Stable LM 2 trained on real text, in minutes on two cores.
+#
+#   bash launch/smoke.sh [--workdir DIR] [-- --config.group.field=value ...]
+#
+# DIR (default: runs/smoke in the checkout) gets corpus/, data/ and run/; what follows `--` goes to
+# `train`. Run it again after anything stopped it: what is done is not done twice. Exit codes: those
+# of the step that failed; 75 when a signal stopped the training, with a whole checkpoint saved.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+workdir="$root/runs/smoke"
+if [[ ${1:-} == --workdir ]]; then
+    mkdir -p -- "${2:?--workdir needs a folder}"
+    workdir=$(CDPATH='' cd -- "$2" && pwd)
+    shift 2
+fi
+if (($# > 0)) && [[ $1 != -- ]]; then
+    die "unknown argument '$1': usage: bash launch/smoke.sh [--workdir DIR] [-- --config.key=value ...]"
+fi
+(($# == 0)) || shift
+
+# Runs in the background, because bash waits deaf for what runs before it: SIGTERM is handed on, and
+# Ctrl-C reaches the whole group by itself (`trap -` undoes bash's deafening of background commands).
+run_and_hand_on_signals() {
+    local status child interrupted=yes
+    (trap - INT && exec "$@") &
+    child=$!
+    trap 'interrupted=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'interrupted=yes' INT
+    while [[ -n $interrupted ]]; do # a signal ends the wait before the child ends
+        interrupted='' status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT
+    return "$status"
+}
+
+newest_checkpoint() {
+    local path step newest=-1
+    for path in "$workdir"/run/checkpoints/global_step*; do
+        step=${path##*/global_step}
+        if [[ $step =~ ^[0-9]+$ ]] && ((step > newest)); then newest=$step; fi
+    done
+    printf '%s' "$workdir/run/checkpoints/global_step$newest"
+}
+
+cuda=$(cuda_extra)
+if [[ -n $cuda ]]; then
+    say "A working NVIDIA driver: JAX for the GPU (extra $cuda)"
+    install --requirement requirements.txt --editable ".[$cuda]"
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+else
+    install --requirement requirements.txt
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+fi
+cd "$root"
+
+say 'Collecting text that is on this machine already: the standard library, package descriptions'
+"$python" -m stablelm_jax.data.smoke_corpus --output "$workdir/corpus"
+tokenizer="$workdir/corpus/tokenizer.json"
+say 'Training a small tokenizer on it'
+"$python" -m stablelm_jax.data.train_tokenizer --output "$tokenizer" \
+    --input "$workdir/corpus/stdlib_code.jsonl" "$workdir/corpus/package_docs.jsonl"
+for source in stdlib_code package_docs; do
+    say "Preparing $source: documents into tokens"
+    "$python" -m stablelm_jax.prepare --source "$source" \
+        --input "$workdir/corpus/$source.jsonl" --output "$workdir/data" --tokenizer "$tokenizer"
+done
+
+say 'Training'
+status=0
+run_and_hand_on_signals "$python" -m stablelm_jax.train --config configs/smoke.py \
+    --workdir "$workdir/run" --config.data.root="$workdir/data" \
+    --config.data.tokenizer="$tokenizer" "$@" || status=$?
+if ((status == 75 || status > 128)); then
+    say 'Stopped before the end. Run the same command again: it resumes.'
+fi
+((status == 0)) || exit "$status"
+
+checkpoint=$(newest_checkpoint)
+say 'Evaluating on the held-out text'
+"$python" -m stablelm_jax.evaluate --checkpoint "$checkpoint" >"$workdir/held_out.json"
+
+say 'Samples. They are not yet language: the model is tiny and has seen minutes of text.'
+"$python" -m stablelm_jax.generate --checkpoint "$checkpoint" \
+    --prompt 'def read_' --prompt 'This package provides'
+
+say 'Done. Everything lies here:'
+cat <<EOF
+  text          $workdir/corpus
+  tokens        $workdir/data
+  run           $workdir/run (config.json, metrics.jsonl, samples)
+  checkpoint    $checkpoint
+  held-out loss $workdir/held_out.json
+EOF

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them.
+#
+#   bash launch/test.sh [--all] [pytest arguments; paths are relative to the checkout]
+#
+# --all  also installs the extras `parity` and `aot` (gigabytes), and runs the slow tests too.
+# What is not installed is skipped, and counted in the last lines.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+extras='test'
+every_test=()
+if [[ ${1:-} == --all ]]; then
+    shift
+    extras='test,parity,aot'
+    every_test=(-m '')
+fi
+install --editable ".[$extras]"
+
+cd "$root"
+"$python" -m pytest ${every_test[@]+"${every_test[@]}"} "$@"
