@@ -1,0 +1,91 @@
+"""The README's commands are run as they stand there; only what takes minutes is cut short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Appended to the command of that verb: the same run, for two steps on a narrower model.
+SHORTER = {
+    "stablelm_jax.train": [
+        "--config.training.num_steps=2",
+        "--config.schedule.warmup_steps=1",
+        "--config.model.num_layers=1",
+        "--config.model.width=64",
+        "--config.model.num_heads=1",
+        "--config.model.num_kv_heads=1",
+        "--config.data.sequence_length=32",
+        "--config.data.batch_size=2",
+        "--config.evaluation.max_rows=2",
+        "--config.samples.max_new_tokens=2",
+    ],
+    "stablelm_jax.generate": ["--max-new-tokens=2"],
+}
+
+
+def shell_blocks():
+    return re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+
+
+def own_text_commands():
+    (block,) = [block for block in shell_blocks() if "stablelm_jax.prepare" in block]
+    return [shlex.split(line) for line in block.strip().splitlines()]
+
+
+def test_every_shell_block_is_run_by_a_test_or_is_one_of_the_two_scripts():
+    others = [b.strip() for b in shell_blocks() if "stablelm_jax.prepare" not in b]
+    assert others == ["bash launch/smoke.sh", "bash launch/test.sh --all"]
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci/run").read_text()
+    assert "launch/test.sh" in script and "--all" in script
+
+
+def test_three_commands_train_on_ones_own_text(tmp_path):
+    texts = tmp_path / "my_texts"
+    texts.mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(number * 7 + i) % 50}" for i in range(1500))
+        (texts / f"{number}.txt").write_text(words)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    commands = own_text_commands()
+    assert [c[2].split(".")[1] for c in commands] == ["prepare", "train", "generate"]
+    for command in commands:
+        command = [sys.executable, *command[1:], *SHORTER.get(command[2], [])]
+        command = [part.replace("global_step300", "global_step2") for part in command]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("The")
+    assert (tmp_path / "runs/mine/loss.png").exists()
+
+
+def test_the_checkpoint_it_generates_from_is_the_last_step_of_that_config():
+    from stablelm_jax import config as config_lib
+
+    config = config_lib.load(f"{ROOT}/configs/own_text.py:mine")
+    generate = " ".join(own_text_commands()[2])
+    assert f"global_step{config.training.num_steps} " in generate
+
+
+NAMED = re.findall(r"`((?:stablelm_jax|configs|benchmarks)/[\w/.]+)`", README)
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_every_file_it_names_exists(path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
+def test_every_link_into_the_project_leads_somewhere(link):
+    assert (ROOT / link).exists()
