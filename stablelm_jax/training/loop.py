@@ -70,7 +70,8 @@ class Trainer:
         )
         self.state, self.position = self._start()
         self.losses = LossSums(list(run.sources), self.position.loss_sums)
-        self.lines = folder.metrics.cut_back(self.position.step)
+        kept = folder.metrics.cut_back(self.position.step)
+        self.evaluated_steps = {line["step"] for line in kept if "eval/loss" in line}
         self.writers = Writers(self.config, folder)
         self._steps_since_line, self._seconds, self._wait_seconds = 0, 0.0, 0.0
 
@@ -121,8 +122,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         step = self.position.step
-        done = any(line["step"] == step and "eval/loss" in line for line in self.lines)
-        if done or not self._due(self.config.evaluation.every):
+        if not self._due(self.config.evaluation.every) or step in self.evaluated_steps:
             return
         means = evaluate_held_out(
             self.run.eval_step,
@@ -132,6 +132,7 @@ class Trainer:
             self.run.mesh,
         )
         self._write({"step": step, "time": time.time(), **means})
+        self.evaluated_steps.add(step)
         show.show_evaluation(self.console, self.run, step, means)
         self._draw()
 
@@ -237,7 +238,6 @@ class Trainer:
         }
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
         if jax.process_index() == 0:
             self.folder.metrics.append(line)
             self.writers.write(line)
