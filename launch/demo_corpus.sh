@@ -4,7 +4,7 @@
 #
 #   bash launch/demo_corpus.sh [DIR]
 #
-# DIR (default: data in the checkout) is the run's data.root. Any user of Debian or Ubuntu can run
+# DIR (default: data in the checkout) is the run's data.root and gets tokenizer.json too. Any user of Debian or Ubuntu can run
 # it: packages are unpacked, not installed. Run again, it goes on with what is missing.
 set -euo pipefail
 caller=$PWD
@@ -18,6 +18,7 @@ done
 data=${1:-$root/data}
 [[ $data == /* ]] || data="$caller/$data"
 downloads="$data/downloads"
+tokenizer="$data/tokenizer.json"
 
 # Package lists and archives of our own: the system's need root.
 apt_get() {
@@ -45,12 +46,14 @@ prepare() { # SOURCE INPUT LICENCE LANGUAGE...
     shift 3
     say "Preparing $source"
     (cd "$root" && "$python" -m stablelm_jax.prepare --source "$source" --input "$input" \
-        --output "$data" --licence "$licence" "$@")
+        --output "$data" --tokenizer "$tokenizer" --licence "$licence" "$@")
 }
 
 install --editable '.[demo]'
 mkdir -p "$downloads"
-for language in en de es fr it nl pt; do
+languages=(en de es fr it nl pt)
+texts=("$downloads/stdlib_code.jsonl")
+for language in "${languages[@]}"; do
     say "LibreOffice's help: $language"
     code=$language
     [[ $language != en ]] || code=en-us
@@ -60,12 +63,21 @@ for language in en de es fr it nl pt; do
     [[ -f $text ]] || (cd "$root" && "$python" -m stablelm_jax.data.html_text \
         --input "$downloads/libreoffice-help-$code/usr/share/libreoffice/help" --output "$text" \
         --skip .MAC --skip .relatedtopics --skip .howtoget --skip .noteicon)
-    prepare "libreoffice_help_$language" "$text" MPL-2.0 --language "$language"
+    texts+=("$text")
 done
-
 (cd "$root" && "$python" -m stablelm_jax.data.smoke_corpus --output "$downloads")
+
+say 'Training a tokenizer of 8,192 tokens on them'
+(cd "$root" && "$python" -m stablelm_jax.data.train_tokenizer --rows 8192 --output "$tokenizer" \
+    --input "${texts[@]}")
+for language in "${languages[@]}"; do
+    prepare "libreoffice_help_$language" "$downloads/libreoffice_help_$language.jsonl" MPL-2.0 \
+        --language "$language"
+done
 prepare stdlib_code "$downloads/stdlib_code.jsonl" PSF-2.0
 
 say "The eight sources lie in $data. Train on them, in the checkout's folder:"
-printf '  %q -m stablelm_jax.train --config configs/demo_multilingual.py --workdir runs/demo --config.data.root=%q\n' \
-    "$python" "$data"
+printf '  %q -m stablelm_jax.train --config configs/demo_multilingual.py --workdir runs/demo' "$python"
+[[ $data == "$root/data" ]] ||
+    printf ' --config.data.root=%q --config.data.tokenizer=%q' "$data" "$tokenizer"
+echo

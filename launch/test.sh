@@ -18,4 +18,5 @@ fi
 install --editable ".[$extras]"
 
 cd "$root"
-"$python" -m pytest ${every_test[@]+"${every_test[@]}"} "$@"
+# A whole file to a worker: its tests share what was expensive to set up.
+"$python" -m pytest --numprocesses auto --dist loadfile ${every_test[@]+"${every_test[@]}"} "$@"

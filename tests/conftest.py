@@ -13,6 +13,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: do not look for a TPU machine's metadata
 
+# Tests spend most of their time compiling small programs: LLVM may leave those as they are. What is
+# computed, and XLA's own passes, stay the same.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # A run that a test starts again compiles nothing anew, in this process or in a child.
 _compiled = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from stablelm_jax.data.manifest import (
 )
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.training.loop import run_training
 
 VOCAB = 120
 SOURCES = ("fibonacci", "squares")
@@ -99,3 +101,19 @@ def tiny_config(root: Path, **overrides):
     for name, weight in zip(SOURCES, (0.75, 0.25)):
         config.data.weights[name] = weight
     return config
+
+
+def train(config, workdir: Path):
+    """Trains in this process; returns the exit code and the metrics lines."""
+    code = run_training(config, config_lib.set_by(config, {}), str(workdir))
+    return code, metrics(workdir)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict]) -> dict[int, float]:
+    """{step: training loss}."""
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}

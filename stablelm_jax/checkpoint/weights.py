@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from stablelm_jax.checkpoint.store import read_arrays, read_run
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
 
 
@@ -24,7 +24,7 @@ def load_weights(path: str | Path, mesh: Mesh) -> tuple[dict[str, Any], ModelCon
     model = ModelConfig(**run["model_config"])
     table = parameter_table(model)
     places = sharding.named(mesh, sharding.parameter_specs(table))
-    shapes = sharding.nest({row.name: row.shape for row in table})
+    shapes = nest({row.name: row.shape for row in table})
     abstract = jax.tree.map(
         lambda place, shape: jax.ShapeDtypeStruct(shape, "float32", sharding=place),
         places,

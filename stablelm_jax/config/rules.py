@@ -85,10 +85,12 @@ def _check_texts(config: ConfigDict) -> None:
             _refuse(config, key, "is empty", "name one")
 
 
+ATTENTION = ("auto", "reference", "chunked")  # what kernels/attention.py has, without jax here
 _CHOICES = {
     "schedule.kind": ("hybrid", "cosine"),
     "training.dtype": ("bfloat16", "float32"),
     "training.remat": ("none", "dots", "full"),
+    "training.attention": ATTENTION,
 }
 # key -> (least, most), both allowed
 _RANGES = {

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +109,18 @@ def _residual_std(config):
 @functools.cache
 def specs_by_name(config: ModelConfig) -> dict[str, ParameterSpec]:
     return {spec.name: spec for spec in parameter_table(config)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a/b': x} as {'a': {'b': x}}: the tree that belongs to a table of names."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import ParameterSpec, parameter_table
+from stablelm_jax.model.parameters import ParameterSpec, nest, parameter_table
 
 
 def make_optimizer(
@@ -63,14 +63,7 @@ def adamw(
 
 def decay_mask(table: Iterable[ParameterSpec]) -> dict[str, Any]:
     """Nested dict like the parameters: True where weight decay applies (`ParameterSpec.decay`)."""
-    mask: dict[str, Any] = {}
-    for spec in table:
-        *groups, leaf = spec.name.split("/")
-        node = mask
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = spec.decay
-    return mask
+    return nest({spec.name: spec.decay for spec in table})
 
 
 def _check_float32(params: Any) -> None:

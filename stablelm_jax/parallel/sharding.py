@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stablelm_jax.model.parameters import nest
+
 # Tensor parallelism splits heads, feed-forward and vocabulary over `model`; the rest stays whole.
 LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "batch": "data",
@@ -46,18 +48,6 @@ def zero_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partit
 def data_dim(spec: PartitionSpec) -> int | None:
     """The dim that `spec` splits over `data`, or None."""
     return next((d for d, axis in enumerate(spec) if axis == "data"), None)
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{'a/b': x} as {'a': {'b': x}}: the tree that belongs to a table of names."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def parameter_specs(table: Iterable[Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ _PLAIN_SECONDS = 5.0  # without a terminal: a line at most this often
 
 def show_decisions(console: Console, run: Run) -> None:
     """The parameter table, and what was decided for model, devices, data and schedule."""
-    console.print(format_parameter_table(parameter_table(run.model)), markup=False, highlight=False)
+    text = format_parameter_table(parameter_table(run.model))
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     table = Table("decision", "value", title=f"run {run.config.name}", title_justify="left")
     for name, value in _decisions(run).items():
         table.add_row(name, escape(str(value)))
@@ -64,7 +65,7 @@ def _source_table(run: Run) -> Table:
     counts = run.mixture_counts()
     period = sum(counts.values())
     table = Table(title=f"mixture, repeating every {period:,} rows", title_justify="left")
-    table.add_column("source")
+    table.add_column("source", no_wrap=True)
     for column in ("weight", "tokens in it", "tokens of the run", "epochs", "unigram entropy"):
         table.add_column(column, justify="right")
     for name, manifest in run.manifests.items():
@@ -82,7 +83,7 @@ def _source_table(run: Run) -> Table:
 def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
     """Held-out loss of each source beside its unigram entropy."""
     table = Table(title=f"held-out text after step {step:,}", title_justify="left")
-    table.add_column("source")
+    table.add_column("source", no_wrap=True)
     for column in ("loss (nats)", "bits a byte", "unigram entropy", "loss below it by"):
         table.add_column(column, justify="right")
     for name, manifest in run.manifests.items():
@@ -97,12 +98,12 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
     console.print(table)
 
 
-def show_sample(console: Console, step: int, texts: Mapping[str, str], warning: str) -> None:
-    """The continuation of each prompt."""
+def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str) -> None:
+    """The continuation of each prompt, with a line on how much the model has read."""
     body = "\n\n".join(
         f"[bold]{escape(prompt)}[/bold]{escape(text)}" for prompt, text in texts.items()
     )
-    console.print(Panel(body, title=f"samples after step {step:,}", subtitle=escape(warning)))
+    console.print(Panel(body, title=f"samples after step {step:,}", subtitle=escape(note)))
 
 
 class ProgressLine:

@@ -21,6 +21,7 @@ from stablelm_jax.checkpoint.store import CheckpointStore, read_arrays, read_run
 from stablelm_jax.evaluation.held_out import evaluate_held_out
 from stablelm_jax.generation.sampler import sample_texts
 from stablelm_jax.model.flops import train_flops_per_token
+from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel import sharding
 from stablelm_jax.training import console as show
 from stablelm_jax.training.metrics import LossSums, peak_flops
@@ -32,7 +33,7 @@ from stablelm_jax.training.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.training.state import TrainState, init_state
 from stablelm_jax.training.writers import Writers
 
-SAMPLE_WARNING = "a model this young writes no language yet: watch the shapes of words and lines"
+YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
 
 
 def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> int:
@@ -49,11 +50,12 @@ def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> in
         run = prepare_run(config)
         folder = RunFolder(workdir)
         folder.create()
-        show.show_decisions(console, run)
-        trainer = Trainer(run, folder, console)
-        folder.write_config(config_lib.to_dict(config), set_by)
-        folder.add_environment()
-        return trainer.train(stop)
+        with folder.claimed():
+            show.show_decisions(console, run)
+            trainer = Trainer(run, folder, console)
+            folder.write_config(config_lib.to_dict(config), set_by)
+            folder.add_environment()
+            return trainer.train(stop)
 
 
 class Trainer:
@@ -151,10 +153,17 @@ class Trainer:
             seed=self.config.seed,
             dtype=self.run.dtype,
         )
-        show.show_sample(self.console, self.position.step, texts, SAMPLE_WARNING)
-        name = branch_name(self.position.step)
+        note = self._reading()
+        show.show_sample(self.console, self.position.step, texts, note)
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())
-        self.folder.write_sample(name, f"{SAMPLE_WARNING}\n\n{whole}\n")
+        self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
+
+    def _reading(self) -> str:
+        """How much the model has read, for whoever reads its samples."""
+        tokens = self.position.rows_consumed * self.run.spec.sequence_length
+        share = tokens / count_parameters(self.run.model)
+        note = f"{tokens:,} tokens read, {share:.2g} for each parameter"
+        return f"{note}: not yet language, watch the shapes" if share < YOUNG else note
 
     def _save(self, force: bool) -> None:
         step, every = self.position.step, self.config.checkpoint.every

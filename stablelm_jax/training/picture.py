@@ -1,4 +1,4 @@
-"""The picture of a run: loss of the mixture and of each source, with the held-out points."""
+"""The picture of a run: the loss of each source, and what it is worth on held-out text."""
 
 from __future__ import annotations
 
@@ -21,28 +21,32 @@ def draw_losses(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(13, 5.5), width_ratios=(3, 2), layout="constrained"
+    )
     for number, (source, entropy) in enumerate(unigram_entropy.items()):
-        colour = f"C{number}"
+        colour = f"C{number % 10}"
         steps, losses = _series(lines, f"loss/{source}")
-        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=colour, label=f"{source}, training")
-        axes.plot(
-            *_series(lines, f"eval/loss/{source}"),
-            "o-",
-            color=colour,
-            markersize=5,
-            markeredgecolor="black",
-            linewidth=0,
-            label=f"{source}, held-out",
-        )
-        axes.axhline(
-            entropy, color=colour, linestyle=":", linewidth=1.2, label=f"{source}, unigram entropy"
-        )
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Loss of each source")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        left.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        left.plot(steps, _smooth(losses), color=colour)
+        dots = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": colour}
+        left.plot(*_series(lines, f"eval/loss/{source}"), linewidth=0, **dots)
+        left.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
+        right.plot(*_series(lines, f"eval/bits_per_byte/{source}"), label=source, **dots)
+    left.set(ylabel="nats a token", title="Loss of each source")
+    right.set(ylabel="bits a byte of text", title="Held-out text")
+    meaning = (
+        Line2D([], [], color="black", label="training"),
+        Line2D([], [], color="black", marker="o", markeredgecolor="black", lw=0, label="held-out"),
+        Line2D([], [], color="black", linestyle=":", label="unigram entropy"),
+    )
+    left.legend(handles=meaning, fontsize=9)
+    right.legend(fontsize=9)
+    for axes in (left, right):
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
     aside = path.with_name(path.name + ".partial")
     figure.savefig(aside, dpi=130, format="png")
     pyplot.close(figure)

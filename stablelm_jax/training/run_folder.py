@@ -11,12 +11,15 @@ WORKDIR/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,24 @@ class RunFolder:
     def create(self) -> None:
         """Makes the folders."""
         self.samples.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder: two trainings in one would mix their lines and checkpoints.
+
+        The lock is the operating system's, so it ends with the process, however that ends.
+
+        Raises:
+          ValueError: another process trains in this folder.
+        """
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process trains in {self.path}; wait for it, or use another --workdir"
+                ) from None
+            yield
 
     def write_config(self, values: dict[str, Any], set_by: dict[str, str]) -> None:
         """`config.json`: {"config": tree, "set_by": {key: default | file | command line}}."""

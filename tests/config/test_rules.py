@@ -5,6 +5,8 @@ import re
 import pytest
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.config.rules import ATTENTION
+from stablelm_jax.kernels.attention import IMPLEMENTATIONS
 
 
 def small(**overrides):
@@ -29,6 +31,10 @@ def small(**overrides):
     for key, value in (values | {k.replace("__", "."): v for k, v in overrides.items()}).items():
         config_lib.set_value(config, key, value)
     return config
+
+
+def test_the_kernels_that_a_config_may_name_are_those_there_are():
+    assert ATTENTION == ("auto", *IMPLEMENTATIONS)
 
 
 def refusal(config, check=config_lib.validate):
@@ -85,6 +91,7 @@ def test_a_sound_config_passes():
         ("training__accumulation", 5, "multiple of 5"),
         ("training__dtype", "float16", "bfloat16, float32"),
         ("training__remat", "some", "none, dots, full"),
+        ("training__attention", "flash", "auto, reference, chunked"),
         ("training__log_every", 0, "1 or more"),
         ("parallel__data", 0, "use -1"),
         ("parallel__data", 5, "multiple of 5"),

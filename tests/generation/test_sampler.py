@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,17 +17,20 @@ MODEL = ModelConfig(
     init_std=0.5,
 )
 EOD = 63
+jitted_logits = jax.jit(logits, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(MODEL, jax.random.key(1))
+    return jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(1))
 
 
 def next_logits(params, tokens):
-    row = jnp.array([tokens], jnp.int32)
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
-    return np.asarray(logits(MODEL, params, row, jnp.ones_like(row), positions))[0, -1]
+    row = np.zeros((1, 12), np.int32)  # padded behind, which no earlier logit can see
+    row[0, : len(tokens)] = tokens
+    positions = np.arange(12, dtype=np.int32)[None]
+    scores = jitted_logits(MODEL, params, row, np.ones_like(row), positions)
+    return np.asarray(scores)[0, len(tokens) - 1]
 
 
 def draw(params, prompts, **settings):

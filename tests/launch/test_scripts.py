@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
 
+PARALLEL = ["--numprocesses", "auto", "--dist", "loadfile"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
     beside_python = Path(sys.executable).parent / "shellcheck"
@@ -41,13 +44,13 @@ def test_the_tests_run_with_the_small_extra_and_pytests_arguments_as_given(check
     done = checkout.run("launch/test.sh", "tests/data", "-k", "a b")
     assert done.returncode == 0, done.stderr
     assert checkout.installed() == [["--editable", ".[test]"]]
-    assert checkout.calls("pytest") == [["tests/data", "-k", "a b"]]
+    assert checkout.calls("pytest") == [[*PARALLEL, "tests/data", "-k", "a b"]]
 
 
 def test_all_installs_the_three_extras_and_runs_the_slow_tests_too(checkout):
     assert checkout.run("launch/test.sh", "--all", "-x").returncode == 0
     assert checkout.installed() == [["--editable", ".[test,parity,aot]"]]
-    assert checkout.calls("pytest") == [["-m", "", "-x"]]
+    assert checkout.calls("pytest") == [[*PARALLEL, "-m", "", "-x"]]
 
 
 def test_a_bytecode_ban_of_the_caller_does_not_make_every_start_slow(checkout):
@@ -63,4 +66,4 @@ def test_a_bytecode_ban_of_the_caller_does_not_make_every_start_slow(checkout):
 def test_ci_runs_the_tests_with_everything(checkout):
     assert checkout.run(".ci/run").returncode == 0
     assert checkout.installed() == [["--editable", ".[test,parity,aot]"]]
-    assert checkout.calls("pytest") == [["-m", ""]]
+    assert checkout.calls("pytest") == [[*PARALLEL, "-m", ""]]

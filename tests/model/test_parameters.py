@@ -15,6 +15,7 @@ from stablelm_jax.model.config import (
 from stablelm_jax.model.parameters import (
     count_parameters,
     format_parameter_table,
+    nest,
     parameter_table,
 )
 from stablelm_jax.model.transformer import init_params
@@ -106,3 +107,7 @@ def test_a_tensor_keeps_its_first_value_when_others_join_the_model():
     with_norms = flat(init_params(SMALL, jax.random.key(0)))
     for name, values in flat(init_params(plain, jax.random.key(0))).items():
         np.testing.assert_array_equal(values, with_norms[name])
+
+
+def test_nest_turns_paths_into_a_tree():
+    assert nest({"a/b": 1, "a/c/d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}

@@ -58,10 +58,6 @@ def test_a_batch_is_split_by_rows_and_keeps_its_values():
     np.testing.assert_array_equal(placed, rows)
 
 
-def test_nest_turns_paths_into_a_tree():
-    assert sharding.nest({"a/b": 1, "a/c/d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-
-
 @pytest.mark.parametrize("spec, dim", [(P(None, "data"), 1), (P("model", None), None), (P(), None)])
 def test_data_dim_finds_the_split_dim(spec, dim):
     assert sharding.data_dim(spec) == dim

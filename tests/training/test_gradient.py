@@ -39,7 +39,7 @@ def random_batch(rows=8, length=12):
 
 
 def random_params():
-    params = init_params(MODEL, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(np.random.default_rng().integers(2**31)), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
@@ -70,7 +70,7 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
         nll_BT = token_losses(MODEL, params, batch, **EXACT)
         return jnp.sum(nll_BT) / jnp.sum(batch["loss_mask"]), nll_BT
 
-    (_, nll_BT), expected = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    (_, nll_BT), expected = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
             a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-4
