@@ -33,7 +33,7 @@ def get_config():
     # Ours: equal, so that no language is favoured.
     config.data.weights = {f"libreoffice_help_{language}": 1.0 for language in LANGUAGES}
     config.data.weights.stdlib_code = 1.0
-    config.data.sequence_length = 512  # ours: a page of help is about twice that
+    config.data.sequence_length = 512  # ours: about one page of help
     config.data.batch_size = 8  # ours, 4,096 tokens a step
 
     config.schedule.peak = 2e-3  # ours: less than the smoke run's for a third more width

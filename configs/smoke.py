@@ -10,7 +10,7 @@ embeddings, the hybrid schedule), only small, but for the tokenizer: it has Arca
 of its time in the vocabulary.
 
 Time and result (2 CPU cores, 2026-11-21): 6.4 minutes with installation, 5 of them training; the
-held-out loss of package_docs ends at 5.50 nats (unigram entropy 6.67), of stdlib_code at 5.39
+held-out loss of package_docs ends at 5.49 nats (unigram entropy 6.67), of stdlib_code at 5.39
 (6.64). A machine with other packages installed has other package_docs.
 """
 

@@ -162,8 +162,8 @@ class Trainer:
         """How much the model has read, for whoever reads its samples."""
         tokens = self.position.rows_consumed * self.run.spec.sequence_length
         share = tokens / count_parameters(self.run.model)
-        note = f"{tokens:,} tokens read, {share:.2g} for each parameter"
-        return f"{note}: not yet language, watch the shapes" if share < YOUNG else note
+        note = f"{share:.2g} tokens read for each parameter"
+        return f"{note}: not yet language" if share < YOUNG else note
 
     def _save(self, force: bool) -> None:
         step, every = self.position.step, self.config.checkpoint.every
