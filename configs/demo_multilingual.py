@@ -7,7 +7,10 @@ The text is LibreOffice's help, the same pages in each language, so bits per byt
 languages. As in the smoke run, the tokenizer has Arcade100k's rules and is learned from the text:
 with 100,352 rows the vocabulary would take most of the time of so small a model.
 
-Time: TIME_AND_RESULT
+Time and result (2 CPU cores, 2026-11-21): 2.9 s a step when nothing else runs, about an hour; after
+1,200 steps all held-out text at 1.55 to 1.63 bits a byte for six languages (loss 4.02 to 4.44 nats,
+2.5 to 2.8 below the unigram entropy), Dutch at 1.95, code at 2.12. Samples keep to their language
+and to the help's phrases: "Para inserir uma tabela, clique no separador de texto".
 """
 
 from pathlib import Path
@@ -38,9 +41,11 @@ def get_config():
 
     config.schedule.peak = 2e-3  # ours: less than the smoke run's for a third more width
     config.schedule.minimum = 2e-4  # a tenth of the peak, the 1.6B's ratio
-    config.schedule.warmup_steps = 80  # ours: 5 % of the run
-    config.schedule.total_steps = 1600  # ours: 6.6 M tokens, what two CPU cores do in a lunch break
-    config.training.num_steps = 1600
+    config.schedule.warmup_steps = 80  # ours: 5 % of the schedule
+    # Ours: 4.9 M tokens, an hour of two CPU cores; as with the 1.6B, the schedule's horizon lies
+    # beyond the end of the run.
+    config.schedule.total_steps = 1600
+    config.training.num_steps = 1200
 
     config.checkpoint.every = 200
     config.evaluation.every = 200
