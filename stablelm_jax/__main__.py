@@ -9,12 +9,12 @@ import difflib
 import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from stablelm_jax import __version__
 
 VERBS = {
     "prepare": "documents into token shards, a held-out split and a manifest",
+    "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
     "evaluate": "held-out loss and bits per byte of a checkpoint",
     "generate": "text from a checkpoint",
@@ -45,20 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
+    from stablelm_jax.config.files import configs_folder
+
     verbs = "\n".join(f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items())
     return (
         "usage: stablelm VERB ...\n\n"
         f"{verbs}\n\n"
         "stablelm VERB --help says more of one.\n"
-        f"The configs that come along: {_configs_folder()}"
+        f"The configs that come along: {configs_folder()}"
     )
-
-
-def _configs_folder() -> Path:
-    """Inside the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    packed = package / "configs"
-    return packed if packed.is_dir() else package.parent / "configs"
 
 
 def _unknown(verb: str | None) -> str:

@@ -36,6 +36,7 @@ def validate(config: ConfigDict) -> None:
     _check_schedule(config)
     _check_cooldown(config)
     _check_batch(config)
+    _check_sharding(config)
     _check_periods(config)
 
 
@@ -59,6 +60,7 @@ _OPTIONAL = (
     "schedule.cooldown_steps",
     "schedule.cooldown_learning_rate",
     "checkpoint.keep_every",
+    "parallel.target",
 )
 
 
@@ -108,6 +110,7 @@ _RANGES = {
     "schedule.cooldown_end": (0, math.inf),
     "training.num_steps": (1, math.inf),
     "training.accumulation": (1, math.inf),
+    "training.unroll": (1, math.inf),
     "training.log_every": (1, math.inf),
     "parallel.model": (1, math.inf),
     "checkpoint.every": (1, math.inf),
@@ -303,6 +306,17 @@ def _check_batch(config: ConfigDict) -> None:
                 f"does not divide config.model.{key}={config.model[key]}",
                 "use a divisor of it",
             )
+
+
+def _check_sharding(config: ConfigDict) -> None:
+    if not config.parallel.fsdp:
+        return
+    if not config.parallel.zero1:
+        why = "config.parallel.zero1=False asks for whole weights on every device"
+        _refuse(config, "parallel.fsdp", why, "leave one of the two at its default")
+    if config.training.remat == "none":
+        why = "every layer that was gathered would be kept for the backward pass"
+        _refuse(config, "training.remat", why, "use dots or full, or config.parallel.fsdp=False")
 
 
 def _check_periods(config: ConfigDict) -> None:

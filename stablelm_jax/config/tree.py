@@ -97,6 +97,7 @@ def _training_fields() -> dict[str, Any]:
         "accumulation": 1,  # microbatches a step
         "dtype": "bfloat16",  # of the matrix products: 'bfloat16' | 'float32'; weights stay float32
         "remat": "none",  # what the backward pass computes again: 'none' | 'dots' | 'full'
+        "unroll": 1,  # layers compiled one after the other in each turn of the loop over layers
         "attention": "auto",  # kernel, by its name in kernels/attention.py
         "deterministic": False,  # GPU: the same bits in every run, slower; CPU, TPU: always so
         "log_every": 10,  # steps between two lines of metrics
@@ -107,7 +108,10 @@ def _parallel_fields() -> dict[str, Any]:
     return {
         "data": -1,  # devices along the mesh axis `data`; -1: all that `model` leaves
         "model": 1,  # devices along the mesh axis `model`
-        "zero1": True,  # weights and moments of the optimizer sharded over `data`
+        "target": placeholder(str),  # the machine that the run is meant for, as `plan` names it
+        "zero1": True,  # float32 weights and moments of the optimizer sharded over `data`
+        "fsdp": False,  # no device holds whole weights: each layer is gathered where it is used
+        "float32_reduce": True,  # gradients are summed over replicas in float32, not in `dtype`
     }
 
 

@@ -12,15 +12,26 @@ import jax.numpy as jnp
 
 from stablelm_jax.kernels.cross_entropy import cross_entropy
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.transformer import hidden_states
+from stablelm_jax.model.transformer import Fetch, hidden_states
 
 Batch = dict[str, jax.Array]
 
 
 def token_losses(
-    model: ModelConfig, params: Any, batch: Batch, *, dtype, remat: str, attention: str
+    model: ModelConfig,
+    params: Any,
+    batch: Batch,
+    *,
+    dtype,
+    remat: str,
+    attention: str,
+    unroll: int = 1,
+    fetch: Fetch | None = None,
 ) -> jax.Array:
-    """Negative log likelihood of each target in nats, float32 [B, T], 0 where masked."""
+    """Negative log likelihood of each target in nats, float32 [B, T], 0 where masked.
+
+    The other arguments are those of `hidden_states`; `fetch` is asked for the group 'head' too.
+    """
     x_BTD = hidden_states(
         model,
         params,
@@ -30,8 +41,11 @@ def token_losses(
         dtype=dtype,
         remat=remat,
         attention=attention,
+        unroll=unroll,
+        fetch=fetch,
     )
-    kernel_DV = params["head"]["kernel"].astype(dtype)
+    head = params["head"] if fetch is None else fetch("head", params["head"])
+    kernel_DV = head["kernel"].astype(dtype)
     return cross_entropy(x_BTD, kernel_DV, batch["targets"]) * batch["loss_mask"]
 
 

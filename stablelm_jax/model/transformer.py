@@ -26,6 +26,8 @@ from stablelm_jax.model.rotary import rotary_angles
 
 Params = dict[str, Any]
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+# Called as fetch(group, parameters of the group) where a group is used; gives them whole.
+Fetch = Callable[[str, Params], Params]
 
 # Names of the dims of x_BTD that the `constrain` hook receives.
 ACTIVATION_AXES = ("batch", "sequence", "width")
@@ -95,17 +97,6 @@ class Transformer(nnx.Module):
         self.final_norm = LayerNorm(make, "final_norm", config.norm_epsilon)
         self.head = Projection(make, "head")
 
-    def scan_layers(self, x: jax.Array, step: Callable, remat: str = "none") -> jax.Array:
-        """Runs x through `step(block, x) -> x` for every layer in turn."""
-        block_def, stacked = nnx.split(self.layers)
-
-        def body(x, layer):
-            return step(nnx.merge(block_def, layer), x), None
-
-        if remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        return jax.lax.scan(body, x, stacked)[0]
-
 
 def _make_parameter(config, key, name):
     spec = specs_by_name(config).get(name)
@@ -122,8 +113,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 @functools.cache
-def _graph(config: ModelConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, jax.random.key(0))))[0]
+def _graph(config: ModelConfig, part: str | None = None) -> nnx.GraphDef:
+    model = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    return nnx.split(model if part is None else getattr(model, part))[0]
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
@@ -141,7 +133,9 @@ def hidden_states(
     dtype: jnp.dtype = jnp.float32,
     remat: str = "none",
     attention: str = "auto",
+    unroll: int = 1,
     constrain: Constrain = lambda x, axes: x,
+    fetch: Fetch | None = None,
 ) -> jax.Array:
     """What the head reads: x_BTD in `dtype`, after the final norm.
 
@@ -152,24 +146,34 @@ def hidden_states(
       dtype: of matrix products and activations. Norm statistics, softmax and rotary are float32.
       remat: what backward computes again: 'none', 'dots' (all but matrix products), 'full'.
       attention: name of an implementation in kernels/attention.py.
+      unroll: layers compiled one after the other in each turn of the loop over layers.
       constrain: called as constrain(x, ('batch', 'sequence', 'width')) on the residual stream.
+      fetch: makes the parameters of a group whole where it is used: 'embed', 'layers' (of one
+        layer, without the axis of layers), 'final_norm'. But for remat 'none', backward fetches
+        again.
 
     Raises:
       ValueError: for an unknown `remat` or `attention`.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat is {remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
-    model = bind(config, params)
     rotary = rotary_angles(positions_BT, config.rotary_size, config.rotary_theta)
+
+    def part(name, group):
+        return nnx.merge(_graph(config, name), group if fetch is None else fetch(name, group))
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
         return attention_kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=attention)
 
-    def step(block, x_BTD):
-        return constrain(block(x_BTD, rotary, attend), ACTIVATION_AXES)
+    def layer(x_BTD, group):
+        block = part("layers", group)
+        return constrain(block(x_BTD, rotary, attend), ACTIVATION_AXES), None
 
-    x_BTD = constrain(model.embed(tokens_BT, dtype), ACTIVATION_AXES)
-    return model.final_norm(model.scan_layers(x_BTD, step, remat))
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_BTD = constrain(part("embed", params["embed"])(tokens_BT, dtype), ACTIVATION_AXES)
+    x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=unroll)[0]
+    return part("final_norm", params["final_norm"])(x_BTD)
 
 
 def logits(

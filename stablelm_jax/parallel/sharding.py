@@ -34,11 +34,18 @@ def mesh_axes(logical_axes: Iterable[str | None]) -> PartitionSpec:
     return PartitionSpec(*(None if a is None else LOGICAL_TO_MESH[a] for a in logical_axes))
 
 
-def zero_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """`spec` with `data` added to the largest whole dim that it divides; unchanged if none."""
-    size = mesh.shape["data"]
+def zero_spec(
+    spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int], *, stacked: bool = False
+) -> PartitionSpec:
+    """`spec` with `data` added to the largest whole dim that it divides; unchanged if none.
+
+    `sizes`: devices along each mesh axis. A stacked parameter keeps its layers together: with FSDP
+    they are gathered one by one.
+    """
+    size = sizes["data"]
     entries = list(spec) + [None] * (len(shape) - len(spec))
-    whole = [d for d, axis in enumerate(entries) if axis is None and shape[d] % size == 0]
+    dims = range(int(stacked), len(shape))
+    whole = [d for d in dims if entries[d] is None and shape[d] % size == 0]
     if size == 1 or not whole:
         return PartitionSpec(*entries)
     entries[max(whole, key=lambda d: shape[d])] = "data"
@@ -59,7 +66,10 @@ def master_specs(table: Iterable[Any], mesh: Mesh, zero1: bool) -> dict[str, Any
     """Specs of the float32 master weights and of each moment: with ZeRO-1 over `data` too."""
     specs = {row.name: mesh_axes(row.axes) for row in table}
     if zero1:
-        specs = {row.name: zero_spec(specs[row.name], row.shape, mesh) for row in table}
+        specs = {
+            row.name: zero_spec(specs[row.name], row.shape, mesh.shape, stacked=row.stacked)
+            for row in table
+        }
     return nest(specs)
 
 

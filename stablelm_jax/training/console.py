@@ -43,8 +43,7 @@ def _decisions(run: Run) -> dict[str, Any]:
         "rows": f"{spec.batch_size} of {length} tokens a step = "
         f"{spec.batch_size // data // config.training.accumulation} a device in a microbatch "
         f"x {config.training.accumulation} microbatches x {data}",
-        "weights and moments": "float32, "
-        + ("split over data (ZeRO-1)" if config.parallel.zero1 else "on every device"),
+        "weights and moments": f"float32, {_placement(config.parallel)}",
         "compute": f"{config.training.dtype}, remat {config.training.remat}, "
         f"attention {config.training.attention}",
         "parameters": f"{sum(row.count for row in parameter_table(run.model)):,}",
@@ -57,6 +56,12 @@ def _decisions(run: Run) -> dict[str, Any]:
         "tokenizer": f"{run.tokenizer.name}, sha256 {run.tokenizer.sha256[:12]}",
         "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}",
     }
+
+
+def _placement(parallel: Any) -> str:
+    if parallel.fsdp:
+        return "split over data, gathered a layer at a time (FSDP)"
+    return "split over data (ZeRO-1)" if parallel.zero1 else "on every device"
 
 
 def _source_table(run: Run) -> Table:

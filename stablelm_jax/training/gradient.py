@@ -10,6 +10,7 @@ B rows of the batch, T sequence length, S sources.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import Batch, sums_by_source, token_losses
+from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
 
 
@@ -31,16 +33,27 @@ def make_gradient_function(
     dtype: Any,
     remat: str,
     attention: str,
+    unroll: int = 1,
+    fsdp: bool = False,
+    float32_reduce: bool = True,
 ) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
     """Returns f(params, batch) -> (gradients, sums).
 
     Args:
       gradient_specs: spec of each gradient; a leaf split over `data` is reduce-scattered.
       accumulation: microbatches that each device runs one after another.
+      fsdp: `params` are the master weights as `gradient_specs` splits them; each layer is gathered
+        in `dtype` where it is used, and its gradient scattered there, once a microbatch. Without
+        it `params` are whole in `dtype`, and gradients are reduced once, after the last microbatch.
+      float32_reduce: replicas are summed in float32, as the recipe says; else in `dtype`.
 
     The gradients are float32, of the mean loss over the counted tokens of the whole batch.
     `sums`: "nll" and "tokens", float32 [S], over the whole batch, by source.
     """
+    dims = jax.tree.map(_dim_of, gradient_specs, is_leaf=_is_spec)
+    split_specs = jax.tree.map(_only_data, gradient_specs, is_leaf=_is_spec)
+    reduce_dtype = jnp.float32 if float32_reduce else dtype
+    fetch = _make_fetch(dims, dtype, reduce_dtype) if fsdp else None
 
     def local_gradient(params, batch):
         tokens = jax.lax.psum(jnp.sum(batch["loss_mask"]), "data")
@@ -48,7 +61,14 @@ def make_gradient_function(
 
         def loss(params, rows):
             nll_BT = token_losses(
-                model, params, rows, dtype=dtype, remat=remat, attention=attention
+                model,
+                params,
+                rows,
+                dtype=dtype,
+                remat=remat,
+                attention=attention,
+                unroll=unroll,
+                fetch=fetch,
             )
             sums = {
                 "nll": sums_by_source(nll_BT, rows["source_ids"], num_sources),
@@ -57,14 +77,18 @@ def make_gradient_function(
             return jnp.sum(nll_BT) / tokens, sums
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
-        return jax.tree.map(_reduce, gradients, scatter_dims), jax.lax.psum(sums, "data")
+        reduced = jax.tree.map(
+            lambda g, dim: g if fsdp and dim >= 0 else _reduce(g, dim, reduce_dtype),
+            gradients,
+            dims,
+        )
+        return reduced, jax.lax.psum(sums, "data")
 
-    scatter_dims, scatter_specs = _reduction_plan(gradient_specs)
     return jax.shard_map(
         local_gradient,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=(scatter_specs, PartitionSpec()),
+        in_specs=(split_specs if fsdp else PartitionSpec(), PartitionSpec("data")),
+        out_specs=(split_specs, PartitionSpec()),
         axis_names={"data"},
         check_vma=False,
     )
@@ -89,24 +113,55 @@ def _accumulate(gradient, params, micro, accumulation: int):
     return jax.lax.scan(add, zeros, micro)[0]
 
 
-def _reduction_plan(specs: Any) -> tuple[Any, Any]:
-    """For each gradient the dim to scatter over `data` (-1: sum everywhere), and its spec."""
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-
-    def dim_of(spec):
-        dim = sharding.data_dim(spec)
-        return -1 if dim is None else dim
-
-    def only_data(spec):
-        return PartitionSpec(*("data" if axis == "data" else None for axis in spec))
-
-    return (
-        jax.tree.map(dim_of, specs, is_leaf=is_spec),
-        jax.tree.map(only_data, specs, is_leaf=is_spec),
-    )
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
-def _reduce(gradient: jax.Array, dim: int) -> jax.Array:
+def _dim_of(spec: PartitionSpec) -> int:
+    """The dim that is split over `data`; -1: none."""
+    dim = sharding.data_dim(spec)
+    return -1 if dim is None else dim
+
+
+def _only_data(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*("data" if axis == "data" else None for axis in spec))
+
+
+def _reduce(gradient: jax.Array, dim: int, dtype: Any) -> jax.Array:
+    """Sum over `data` in `dtype`, float32; scattered over `dim` unless that is -1."""
+    gradient = gradient.astype(dtype)
     if dim < 0:
-        return jax.lax.psum(gradient, "data")
-    return jax.lax.psum_scatter(gradient, "data", scatter_dimension=dim, tiled=True)
+        summed = jax.lax.psum(gradient, "data")
+    else:
+        summed = jax.lax.psum_scatter(gradient, "data", scatter_dimension=dim, tiled=True)
+    return summed.astype(jnp.float32)
+
+
+def _make_fetch(dims: Any, dtype: Any, reduce_dtype: Any) -> Fetch:
+    """Gathers the parameters of a group in `dtype`; gradients come back summed and scattered."""
+
+    def fetch(group, params):
+        def whole(x, dim):
+            if group == "layers" and dim >= 0:
+                dim -= 1  # one layer: the axis of layers is gone
+            return x.astype(dtype) if dim < 0 else _gather(x, dim, dtype, reduce_dtype)
+
+        return jax.tree.map(whole, params, dims[group])
+
+    return fetch
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x, dim, dtype, reduce_dtype):
+    return jax.lax.all_gather(x.astype(dtype), "data", axis=dim, tiled=True)
+
+
+def _gather_forward(x, dim, dtype, reduce_dtype):
+    return _gather(x, dim, dtype, reduce_dtype), None
+
+
+def _gather_backward(dim, dtype, reduce_dtype, _, gradient):
+    return (_reduce(gradient, dim, reduce_dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

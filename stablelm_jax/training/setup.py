@@ -110,38 +110,54 @@ class Run:
 
     def compile_step(self) -> Any:
         """The train step, compiled ahead for this run's shapes."""
-        training = self.config.training
-        step = make_train_step(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.mesh,
-            self.abstract,
-            num_sources=len(self.sources),
-            zero1=self.config.parallel.zero1,
-            accumulation=training.accumulation,
-            dtype=self.dtype,
-            remat=training.remat,
-            attention=training.attention,
-        )
-        return step.lower(self.abstract, self.abstract_batch()).compile()
+        return lower_step(self.config, self.mesh, len(self.sources)).compile()
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Contract 1's arrays with their shardings."""
-        rows, length = self.spec.batch_size, self.spec.sequence_length
-        place = sharding.batch_sharding(self.mesh)
 
-        def array(dtype, *shape):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.Lowered:
+    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled."""
+    model, parallel, training = (
+        config_lib.model_config(config),
+        config.parallel,
+        config.training,
+    )
+    schedule = make_schedule(config.schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model)
+    abstract = abstract_state(model, optimizer, mesh, parallel.zero1)
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        mesh,
+        abstract,
+        num_sources=num_sources,
+        zero1=parallel.zero1,
+        fsdp=parallel.fsdp,
+        float32_reduce=parallel.float32_reduce,
+        unroll=training.unroll,
+        accumulation=training.accumulation,
+        dtype=jnp.dtype(training.dtype),
+        remat=training.remat,
+        attention=training.attention,
+    )
+    return step.lower(abstract, abstract_batch(config, mesh))
 
-        return {
-            "tokens": array(jnp.int32, rows, length),
-            "targets": array(jnp.int32, rows, length),
-            "segment_ids": array(jnp.int32, rows, length),
-            "positions": array(jnp.int32, rows, length),
-            "loss_mask": array(jnp.float32, rows, length),
-            "source_ids": array(jnp.int32, rows),
-        }
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Contract 1's arrays with their shardings."""
+    rows, length = config.data.batch_size, config.data.sequence_length
+    place = sharding.batch_sharding(mesh)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    return {
+        "tokens": array(jnp.int32, rows, length),
+        "targets": array(jnp.int32, rows, length),
+        "segment_ids": array(jnp.int32, rows, length),
+        "positions": array(jnp.int32, rows, length),
+        "loss_mask": array(jnp.float32, rows, length),
+        "source_ids": array(jnp.int32, rows),
+    }
 
 
 def prepare_run(config: ConfigDict) -> Run:

@@ -27,14 +27,14 @@ def make_train_step(
     mesh: Mesh,
     abstract: TrainState,
     *,
-    num_sources: int,
     zero1: bool,
-    accumulation: int,
     dtype: Any,
-    remat: str,
-    attention: str,
+    fsdp: bool = False,
+    **gradient_options: Any,
 ) -> StepFunction:
     """Compiles-on-first-call `step(state, batch) -> (state, metrics)`; `state` is donated.
+
+    `gradient_options` are those of `make_gradient_function`.
 
     Metrics, all float32 on every device: "nll" and "tokens" [S] by source, "grad_norm" before
     clipping, "param_norm", "learning_rate" of this update; "updates_skipped" int32.
@@ -45,21 +45,21 @@ def make_train_step(
         model,
         mesh,
         sharding.master_specs(table, mesh, zero1),
-        num_sources=num_sources,
-        accumulation=accumulation,
         dtype=dtype,
-        remat=remat,
-        attention=attention,
+        fsdp=fsdp,
+        **gradient_options,
     )
 
-    def train_step(state: TrainState, batch: Batch):
-        # ZeRO-1: the one gather of the step, in the compute type.
-        params = jax.tree.map(
+    def whole(params):
+        """ZeRO-1: the one gather of the step, in the compute type."""
+        return jax.tree.map(
             lambda p, place: jax.lax.with_sharding_constraint(p.astype(dtype), place),
-            state.params,
+            params,
             compute_shardings,
         )
-        gradients, sums = gradient(params, batch)
+
+    def train_step(state: TrainState, batch: Batch):
+        gradients, sums = gradient(state.params if fsdp else whole(state.params), batch)
         grad_norm = optax.tree.norm(gradients)
         new, skipped = _update(optimizer, state, gradients, jnp.isfinite(grad_norm))
         metrics = sums | {

@@ -28,10 +28,10 @@ def test_heads_feed_forward_and_vocabulary_are_split_over_model_and_width_is_who
 
 def test_zero1_splits_the_largest_whole_dim_that_divides():
     mesh = make_mesh(4, 2)
-    assert sharding.zero_spec(P(None, "model"), (8, 16), mesh) == P("data", "model")
-    assert sharding.zero_spec(P(None, None), (8, 16), mesh) == P(None, "data")
-    assert sharding.zero_spec(P(None, None), (8, 18), mesh) == P("data", None)
-    assert sharding.zero_spec(P(None), (7,), mesh) == P(None)
+    assert sharding.zero_spec(P(None, "model"), (8, 16), mesh.shape) == P("data", "model")
+    assert sharding.zero_spec(P(None, None), (8, 16), mesh.shape) == P(None, "data")
+    assert sharding.zero_spec(P(None, None), (8, 18), mesh.shape) == P("data", None)
+    assert sharding.zero_spec(P(None), (7,), mesh.shape) == P(None)
 
 
 def test_zero1_on_one_replica_changes_nothing():

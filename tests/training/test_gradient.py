@@ -47,24 +47,33 @@ def random_params():
 
 
 @pytest.mark.parametrize(
-    "data, model, zero1, accumulation, remat",
+    "data, model, mode, accumulation, remat",
     [
-        (1, 8, True, 1, "none"),
-        (8, 1, True, 1, "full"),
-        (4, 2, True, 2, "none"),
-        (2, 4, False, 4, "dots"),
-        (2, 4, True, 1, "none"),
+        (1, 8, "zero1", 1, "none"),
+        (8, 1, "zero1", 1, "full"),
+        (4, 2, "zero1", 2, "none"),
+        (2, 4, "whole", 4, "dots"),
+        (2, 4, "zero1", 1, "none"),
+        (8, 1, "fsdp", 1, "dots"),
+        (2, 4, "fsdp", 2, "full"),
     ],
 )
 def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
-    data, model, zero1, accumulation, remat
+    data, model, mode, accumulation, remat
 ):
     mesh, params, batch = make_mesh(data, model), random_params(), random_batch()
-    specs = sharding.master_specs(parameter_table(MODEL), mesh, zero1)
+    specs = sharding.master_specs(parameter_table(MODEL), mesh, mode != "whole")
     gradient = make_gradient_function(
-        MODEL, mesh, specs, num_sources=3, accumulation=accumulation, **EXACT | {"remat": remat}
+        MODEL,
+        mesh,
+        specs,
+        num_sources=3,
+        accumulation=accumulation,
+        fsdp=mode == "fsdp",
+        **EXACT | {"remat": remat},
     )
-    found, sums = jax.jit(gradient)(params, sharding.put_batch(batch, mesh))
+    placed = jax.device_put(params, sharding.named(mesh, specs)) if mode == "fsdp" else params
+    found, sums = jax.jit(gradient)(placed, sharding.put_batch(batch, mesh))
 
     def mean_loss(params):
         nll_BT = token_losses(MODEL, params, batch, **EXACT)

@@ -1,0 +1,1 @@
+"""What a run needs, before it runs: targets, compiled programs, memory, time and cost."""

@@ -1,0 +1,93 @@
+"""Compiling a run's train step for a target that is not here, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+
+from ml_collections import ConfigDict
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.planning.program import Collective, collectives
+from stablelm_jax.planning.targets import Target
+from stablelm_jax.training.setup import lower_step
+
+
+class DoesNotFit(ValueError):
+    """The step needs more memory than a device of the target has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What a compiler says of one training step on one device.
+
+    Attributes:
+      data, model: the mesh. rows: of one device in one microbatch.
+      seconds: tracing and compiling. argument_bytes: weights, moments and batch, which the results
+        take the place of. temporary_bytes: everything else at its height.
+      peak_bytes: of both, as the compiler counts it; available_bytes: of the target.
+    """
+
+    target: Target
+    data: int
+    model: int
+    rows: int
+    seconds: float
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    collectives: list[Collective]
+
+    @property
+    def available_bytes(self) -> int:
+        return self.target.available_bytes
+
+
+def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
+    """Compiles the train step of `config` with the target's own compiler.
+
+    Raises:
+      ConfigError: the config does not fit the number of devices.
+      TargetError: the compiler is not installed.
+      DoesNotFit: it compiles, but not into the memory of a device.
+    """
+    devices = target.devices()
+    data, model = config_lib.validate_mesh(config, len(devices))
+    started = time.monotonic()
+    num_sources = len(config_lib.mixture_weights(config))
+    lowered = lower_step(config, make_mesh(data, model, devices), num_sources)
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # jaxlib's XlaRuntimeError, which is a plain RuntimeError
+        if used := re.search(r"\(?([\d.]+[KMGT])\)? exceeds available HBM", str(error)):
+            raise DoesNotFit(_too_much(config, target, used[1] + "iB")) from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit(f"{target}: {str(error).splitlines()[0][:300]}") from error
+        raise
+    memory = compiled.memory_analysis()
+    step = CompiledStep(
+        target=target,
+        data=data,
+        model=model,
+        rows=config.data.batch_size // data // config.training.accumulation,
+        seconds=time.monotonic() - started,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        collectives=collectives(compiled.as_text(), data, model),
+    )
+    # The compiler of GPUs lets a program pass that cannot run.
+    if step.peak_bytes > step.available_bytes:
+        raise DoesNotFit(_too_much(config, target, f"{step.peak_bytes / 2**30:.1f} GiB"))
+    return step
+
+
+def _too_much(config: ConfigDict, target: Target, needed: str) -> str:
+    return (
+        f"{target}: a device needs {needed} and has {target.available_bytes / 2**30:.1f} GiB; "
+        f"use more microbatches (config.training.accumulation={config.training.accumulation}), "
+        f"more remat (config.training.remat={config.training.remat!r}), config.parallel.fsdp or a "
+        f"larger config.parallel.model={config.parallel.model}"
+    )

@@ -1,0 +1,189 @@
+"""Reading a compiled program: which collectives run, how often, over which mesh axis.
+
+The text of an optimised program is a list of computations. A collective inside the body of a loop
+runs as often as the loop turns, so computations are walked from the entry with their counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "u4": 4, "s4": 4}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of communication of a step.
+
+    Attributes:
+      kind: of `KINDS`. axis: 'data', 'model', 'data+model', or 'other' groups of devices.
+      dtype: as the program spells it. size: bytes of the whole array, summed over `count` runs.
+      devices: that take part in each. count: how often it runs in a step; None: not known.
+    """
+
+    kind: str
+    axis: str
+    dtype: str
+    size: int
+    devices: int
+    count: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends, if the array goes round a ring."""
+        if self.kind == "collective-permute":
+            return self.size
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return int(rounds * self.size * (self.devices - 1) / self.devices)
+
+
+def collectives(text: str, data: int, model: int) -> list[Collective]:
+    """The collectives of a program compiled for a mesh of (data, model), equal ones together.
+
+    Args:
+      text: `compiled.as_text()`.
+    """
+    computations, entry = _computations(text)
+    total: dict[tuple[str, str, str, int], list[int]] = {}
+    for instruction, times in _walk(computations, entry, 1):
+        kind = instruction.kind
+        axis, devices = _axis(instruction.rest, data, model)
+        if devices == 1 and kind != "collective-permute":
+            continue
+        for dtype, size in _payload(instruction).items():
+            entry_ = total.setdefault((kind, axis, dtype, devices), [0, 0])
+            entry_[0] += size * times
+            entry_[1] += times
+    return [
+        Collective(kind, axis, dtype, size, devices, count)
+        for (kind, axis, dtype, devices), (size, count) in sorted(
+            total.items(), key=lambda item: -item[1][0]
+        )
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    type: str
+    op: str
+    rest: str
+
+    @property
+    def kind(self) -> str | None:
+        """Its collective; the `-done` half of an asynchronous one does not count again."""
+        kind = self.op.removesuffix("-start")
+        return kind if kind in KINDS else None
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    found: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if opening := _COMPUTATION.match(line):
+            current = found.setdefault(opening[2], [])
+            entry = opening[2] if opening[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current.append(_Instruction(*match.groups()))
+    if not entry:
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
+    return found, entry
+
+
+def _walk(computations, name: str, times: int) -> Iterator[tuple[_Instruction, int]]:
+    """Every collective reached from a computation, with how often it runs."""
+    for instruction in computations.get(name, ()):
+        if instruction.kind:
+            yield instruction, times
+            continue
+        inner = times
+        if instruction.op == "while":
+            trips = _TRIPS.search(instruction.rest)
+            inner *= int(trips[1]) if trips else 1
+        for called in _called(instruction.rest):
+            yield from _walk(computations, called, inner)
+
+
+def _called(rest: str) -> list[str]:
+    one = re.findall(r"\b(?:body|calls|to_apply|async_execution_thread_body)=%?([\w.\-]+)", rest)
+    many = re.findall(r"\bbranch_computations=\{([^}]*)\}", rest)
+    return one + [name.strip().lstrip("%") for group in many for name in group.split(",")]
+
+
+def _payload(instruction: _Instruction) -> dict[str, int]:
+    """Bytes of the whole array by type: the larger of what goes in and what comes out."""
+    shapes = [(dtype, _bytes(dtype, dims)) for dtype, dims in _SHAPE.findall(instruction.type)]
+    paired = instruction.op.endswith("-start") and instruction.kind != "all-reduce"
+    if paired:  # (inputs, outputs), and for a permute two words of context
+        shapes = [s for s in shapes if s != ("u32", 4)] or shapes
+        half = len(shapes) // 2
+        inputs, outputs = shapes[:half], shapes[half:]
+        shapes = max(inputs, outputs, key=lambda side: sum(size for _, size in side))
+    elif instruction.kind == "reduce-scatter":  # the type is that of the part that stays
+        devices = _groups(instruction.rest).shape[1]
+        shapes = [(dtype, size * devices) for dtype, size in shapes]
+    totals: dict[str, int] = {}
+    for dtype, size in shapes:
+        totals[dtype] = totals.get(dtype, 0) + size
+    return totals
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(map(int, dims.split(","))) * bits // 8 if dims else bits // 8
+
+
+def _axis(rest: str, data: int, model: int) -> tuple[str, int]:
+    """The mesh axis that a collective goes along, and the devices of one group."""
+    if "source_target_pairs" in rest:
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)[1]
+        source, target = map(int, re.findall(r"\d+", pairs)[:2])
+        return ("model" if source // model == target // model else "data"), 2
+    groups = _groups(rest)
+    if groups.size == 0:
+        return "data+model", data * model
+    ids = np.arange(data * model).reshape(data, model)
+    first = sorted(groups[0].tolist())
+    for axis, members in (
+        ("data", ids[:, 0]),
+        ("model", ids[0]),
+        ("data+model", ids.ravel()),
+    ):
+        if first == members.tolist():
+            return axis, len(first)
+    return "other", len(first)
+
+
+def _groups(rest: str) -> np.ndarray:
+    """Device ids, [groups, devices of a group], from any of the three ways XLA writes them."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        dims = [int(n) for n in found[3].split(",")]
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if found[4]:
+            ids = ids.transpose([int(n) for n in found[4].split(",")])
+        return ids.reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        along = re.findall(r"'(\w+)'", found[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        names = list(sizes)
+        order = [i for i, name in enumerate(names) if name not in along]
+        order += [i for i, name in enumerate(names) if name in along]
+        return ids.transpose(order).reshape(-1, math.prod(sizes[name] for name in along))
+    found = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
+    if not found:
+        return np.zeros((0, 0), int)
+    rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", found[1])]
+    return np.array(rows)

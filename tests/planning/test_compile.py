@@ -1,0 +1,59 @@
+"""The train step, compiled for real chips that are not here (extra `aot`)."""
+
+import pytest
+from tiny import tiny_config, write_data
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.model.parameters import count_parameters
+from stablelm_jax.planning.compile import DoesNotFit, compile_for
+from stablelm_jax.planning.targets import parse_target
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
+def step_for(data, target, **overrides):
+    settings = {
+        "data.batch_size": 32,
+        "training.accumulation": 2,
+        "training.dtype": "bfloat16",
+        "training.remat": "full",
+        **overrides,
+    }
+    config = tiny_config(data, **settings)
+    return config, compile_for(config, parse_target(target))
+
+
+@pytest.mark.parametrize("target", ["a100-40gb:1x8", "h100:1x8"])
+def test_zero1_reduces_once_a_step_in_float32_and_gathers_once_in_bfloat16(data, target):
+    config, step = step_for(data, target)
+    parameters = count_parameters(config_lib.model_config(config))
+    large = {c.kind: c for c in step.collectives if c.size > 1000}
+    assert set(large) == {"reduce-scatter", "all-gather"}
+    scatter, gather = large["reduce-scatter"], large["all-gather"]
+    assert (scatter.dtype, scatter.count, scatter.axis) == ("f32", 1, "data")
+    assert (gather.dtype, gather.count, gather.axis) == ("bf16", 1, "data")
+    assert scatter.size == pytest.approx(4 * parameters, rel=0.01)
+    assert gather.size == pytest.approx(2 * parameters, rel=0.01)
+
+
+def test_fsdp_gathers_and_scatters_layer_by_layer(data):
+    config, step = step_for(data, "a100-40gb:1x8", **{"parallel.fsdp": True})
+    large = {(c.kind, c.dtype): c for c in step.collectives if c.size > 1000}
+    assert set(large) == {("reduce-scatter", "f32"), ("all-gather", "bf16")}
+    layers, microbatches = config.model.num_layers, config.training.accumulation
+    # forward and again in the backward pass of every layer; embedding, final norm and head beside
+    assert large["all-gather", "bf16"].count >= 2 * layers * microbatches
+    assert large["reduce-scatter", "f32"].count >= layers * microbatches
+
+
+def test_a_gpu_program_beyond_the_memory_is_an_error_of_ours(data, monkeypatch):
+    from stablelm_jax.planning import targets
+
+    monkeypatch.setattr(targets, "_GPU_SHARE_OF_MEMORY", 1e-6)
+    with pytest.raises(DoesNotFit, match="a device needs .* and has 0.0 GiB; use more microb"):
+        step_for(data, "a100-40gb:1x1")
