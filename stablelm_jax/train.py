@@ -19,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
     config_lib.define_flags(argv)
     flags.DEFINE_string("workdir", None, "The run's folder; holds its checkpoints.", required=True)
+    several = "Several processes (found by itself under SLURM and on Cloud TPUs): "
+    flags.DEFINE_string("coordinator", None, several + "HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", None, several + "how many.")
+    flags.DEFINE_integer("process_id", None, several + "which one this is, from 0.")
     config_lib.run(_train, argv)
 
 
@@ -27,10 +31,18 @@ def _train(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
     _set_compiler_flags(config)
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
-    from stablelm_jax.training.loop import run_training  # starts jax: after its flags
+    from stablelm_jax.parallel import distributed  # starts jax: after its flags
+    from stablelm_jax.training.loop import run_training
+    from stablelm_jax.training.setup import fingerprints
 
+    given = flags.FLAGS
     try:
-        return run_training(config, set_by, flags.FLAGS.workdir)
+        processes = distributed.find_processes(
+            given.coordinator, given.num_processes, given.process_id
+        )
+        if processes is not None:
+            distributed.start(processes, fingerprints(config))
+        return run_training(config, set_by, given.workdir)
     except config_lib.ConfigError:
         raise
     except (ValueError, OSError) as error:

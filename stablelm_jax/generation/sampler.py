@@ -50,8 +50,9 @@ def sample(
     for row, prompt in zip(buffer_PT, prompts):
         row[: len(prompt)] = prompt
     numbers = np.float32(temperature), np.float32(top_p), np.uint32(seed)
-    inputs = jax.device_put((buffer_PT, lengths_P, *numbers), _everywhere(params))
-    filled_PT = jax.device_get(_fill(model, dtype, params, *inputs))
+    place = _everywhere(params)
+    inputs = jax.device_put((buffer_PT, lengths_P, *numbers), place)
+    filled_PT = jax.device_get(_fill(model, dtype, place, params, *inputs))
     new = [row[n : n + max_new_tokens].tolist() for row, n in zip(filled_PT, lengths_P)]
     return [tokens[: tokens.index(eod)] if eod in tokens else tokens for tokens in new]
 
@@ -80,8 +81,8 @@ def _everywhere(params: Any) -> jax.sharding.Sharding:
     return NamedSharding(place.mesh, PartitionSpec()) if hasattr(place, "mesh") else place
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _fill(model, dtype, params, buffer_PT, lengths_P, temperature, top_p, seed):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _fill(model, dtype, place, params, buffer_PT, lengths_P, temperature, top_p, seed):
     """Fills each row of the buffer from the end of its prompt on."""
     key = jax.random.key(seed)
     length = buffer_PT.shape[1]
@@ -96,7 +97,8 @@ def _fill(model, dtype, params, buffer_PT, lengths_P, temperature, top_p, seed):
         column_P = jnp.where(i < lengths_P, buffer_PT[:, i], drawn_P)
         return buffer_PT.at[:, i].set(column_P)
 
-    return jax.lax.fori_loop(jnp.min(lengths_P), length, write, buffer_PT)
+    filled_PT = jax.lax.fori_loop(jnp.min(lengths_P), length, write, buffer_PT)
+    return jax.lax.with_sharding_constraint(filled_PT, place)
 
 
 def _draw(logits_PV, temperature, top_p, key):

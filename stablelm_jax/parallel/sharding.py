@@ -92,10 +92,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def process_share(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(index, count): this process feeds the index-th of `count` equal parts of a batch.
+
+    Processes that a `model` axis ties together feed the same part.
+
+    Raises:
+      ValueError: the devices of a process do not lie together along `data`.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    spans = sorted({index[0].indices(rows)[:2] for index in places})
+    start, stop = spans[0][0], spans[-1][1]
+    if sum(b - a for a, b in spans) != stop - start or rows % (stop - start):
+        raise ValueError(
+            f"the devices of process {jax.process_index()} lie apart along the mesh axis data, at "
+            f"rows {spans}: use another parallel.model"
+        )
+    return start // (stop - start), rows // (stop - start)
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as global arrays, split over `data` (dim 0 of every entry)."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    parts = mesh.shape["data"] // mesh.local_mesh.shape["data"]
+    with jax.transfer_guard("allow"):  # meant, though jax does not count it as explicit
+        return {
+            name: jax.make_array_from_process_local_data(
+                sharding, value, (value.shape[0] * parts, *value.shape[1:])
+            )
+            for name, value in batch.items()
+        }

@@ -7,8 +7,9 @@ so a checkpoint `global_step<N>` is the state after N updates, before batch N is
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from stablelm_jax.evaluation.held_out import evaluate_held_out
 from stablelm_jax.generation.sampler import sample_texts
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters
-from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.training import console as show
 from stablelm_jax.training.metrics import LossSums, peak_flops
 from stablelm_jax.training.picture import draw_losses
@@ -45,17 +46,33 @@ def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> in
     Raises:
       ValueError: config, data or checkpoint do not fit; nothing is lost.
     """
-    console = Console()
+    console = Console(quiet=not distributed.is_first())
     with StopRequest() as stop:
         run = prepare_run(config)
         folder = RunFolder(workdir)
-        folder.create()
-        with folder.claimed():
+        with _claimed(folder):
             show.show_decisions(console, run)
             trainer = Trainer(run, folder, console)
-            folder.write_config(config_lib.to_dict(config), set_by)
-            folder.add_environment()
+            if distributed.is_first():
+                folder.write_config(config_lib.to_dict(config), set_by)
+                folder.add_environment()
             return trainer.train(stop)
+
+
+@contextlib.contextmanager
+def _claimed(folder: RunFolder) -> Iterator[None]:
+    """The folder, made and held by process 0; nobody goes on without it."""
+    with contextlib.ExitStack() as stack:
+        error = None
+        if distributed.is_first():
+            try:
+                folder.create()
+                stack.enter_context(folder.claimed())
+            except (ValueError, OSError) as caught:
+                error = caught
+        if distributed.agreed(error is not None):
+            raise error or ValueError("process 0 could not take the run folder; see its output")
+        yield
 
 
 class Trainer:
@@ -72,8 +89,7 @@ class Trainer:
         )
         self.state, self.position = self._start()
         self.losses = LossSums(list(run.sources), self.position.loss_sums)
-        kept = folder.metrics.cut_back(self.position.step)
-        self.evaluated_steps = {line["step"] for line in kept if "eval/loss" in line}
+        self.evaluated_steps = self._cut_back() if distributed.is_first() else set()
         self.writers = Writers(self.config, folder)
         self._steps_since_line, self._seconds, self._wait_seconds = 0, 0.0, 0.0
 
@@ -84,11 +100,12 @@ class Trainer:
         progress = show.ProgressLine(self.console, self.last_step)
         with progress, jax.transfer_guard("disallow"):
             while True:
-                if stop.name is None:
+                stopped = distributed.anywhere(stop.name is not None)
+                if not stopped:
                     self._evaluate()
                     self._sample()
-                self._save(force=stop.name is not None)
-                if self.position.step == self.last_step or stop.name is not None:
+                self._save(force=stopped)
+                if self.position.step == self.last_step or stopped:
                     break
                 line = self._step(step_function, batches)
                 if line is not None:
@@ -98,6 +115,11 @@ class Trainer:
         batches.close()
         self._draw()
         return self._farewell(stop)
+
+    def _cut_back(self) -> set[int]:
+        """Drops the metrics past the checkpoint; returns the steps that were evaluated."""
+        kept = self.folder.metrics.cut_back(self.position.step)
+        return {line["step"] for line in kept if "eval/loss" in line}
 
     def _start(self) -> tuple[TrainState, Position]:
         newest = self.store.latest()
@@ -124,7 +146,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         step = self.position.step
-        if not self._due(self.config.evaluation.every) or step in self.evaluated_steps:
+        if not self._due(self.config.evaluation.every):
+            return
+        if distributed.agreed(step in self.evaluated_steps):
             return
         means = evaluate_held_out(
             self.run.eval_step,
@@ -156,7 +180,8 @@ class Trainer:
         note = self._reading()
         show.show_sample(self.console, self.position.step, texts, note)
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())
-        self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
+        if distributed.is_first():
+            self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
 
     def _reading(self) -> str:
         """How much the model has read, for whoever reads its samples."""
@@ -247,12 +272,12 @@ class Trainer:
         }
 
     def _write(self, line: dict[str, Any]) -> None:
-        if jax.process_index() == 0:
+        if distributed.is_first():
             self.folder.metrics.append(line)
             self.writers.write(line)
 
     def _draw(self) -> None:
-        if jax.process_index() == 0:
+        if distributed.is_first():
             entropies = {name: m.unigram_entropy for name, m in self.run.manifests.items()}
             draw_losses(self.folder.metrics.read(), entropies, self.folder.loss_picture)
 
@@ -261,9 +286,10 @@ class Trainer:
         if self.position.step == self.last_step:
             self.console.print(f"finished step {self.last_step:,}; checkpoint {path}")
             return 0
+        who = stop.name or "a signal on another host"
         self.console.print(
-            f"stopped by {stop.name} after step {self.position.step:,}; checkpoint {path} "
-            "is whole; run the same command again to go on"
+            f"stopped by {who} after step {self.position.step:,}; checkpoint {path} is whole; "
+            "run the same command again to go on"
         )
         return EXIT_STOPPED
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,6 +56,11 @@ class Run:
         """The manifest of each source."""
         return {name: source.manifest for name, source in self.sources.items()}
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(index, count): which part of each batch this process feeds."""
+        return sharding.process_share(self.mesh, self.spec.batch_size)
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run to be continued by it."""
         return {
@@ -84,8 +91,8 @@ class Run:
             self.mixture,
             self.spec,
             start_row=start_row,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.share[0],
+            process_count=self.share[1],
             prefetch=self.config.data.prefetch_batches,
         )
 
@@ -97,8 +104,8 @@ class Run:
                 name,
                 self.spec,
                 max_rows=self.config.evaluation.max_rows,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=self.share[0],
+                process_count=self.share[1],
             )
             for name in self.sources
         }
@@ -194,6 +201,36 @@ def prepare_run(config: ConfigDict) -> Run:
             attention=config.training.attention,
         ),
     )
+
+
+def fingerprints(config: ConfigDict) -> dict[str, str]:
+    """What every process of a run must share: config, code and data, each as a hash.
+
+    Where the data lies may differ from host to host.
+
+    Raises:
+      ValueError: the data is not as the config says.
+    """
+    values = dict(config_lib.flatten(config))
+    del values["data.root"], values["data.tokenizer"]
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    weights = config_lib.mixture_weights(config)
+    sources = open_sources(config.data.root, weights, tokenizer_sha256=tokenizer.sha256)
+    manifests = {name: source.manifest for name, source in sources.items()}
+    return {
+        "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),
+        "code": code_hash(),
+        "data": data_hash(manifests) + tokenizer.sha256,
+    }
+
+
+def code_hash() -> str:
+    """Of the package's Python files and the version of jax."""
+    digest = hashlib.sha256(jax.__version__.encode())
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def batch_spec(config: ConfigDict, tokenizer: Tokenizer) -> BatchSpec:

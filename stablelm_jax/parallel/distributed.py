@@ -1,0 +1,292 @@
+"""Several processes, one program: who takes part, and do all of them run the same thing.
+
+`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU. Before jax
+starts, `meet` counts the processes and compares what they are about to run: jax itself waits for
+missing hosts and then aborts from C++, and hosts of different code or data hang in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# How long a host may come later than another; machines of a large job do not boot alike.
+MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS", "60"))
+DEFAULT_PORT = 8476
+_METADATA_URL = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+_METADATA_SECONDS = 2.0
+_RETRY_SECONDS = 0.2
+_LONGEST_MESSAGE = 1 << 20
+
+
+class MeetingError(ValueError):
+    """Not every process came, or they are not about to run the same thing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The place of this process among all.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0, for jax; the meeting takes the port after it.
+      count, index: of processes, and of this one from 0.
+      found_in: where this was read, for messages.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+    found_in: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise MeetingError(
+                f"process {self.index} of {self.count} ({self.found_in}): count from 0"
+            )
+        host, colon, port = self.coordinator.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65535):
+            raise MeetingError(
+                f"coordinator {self.coordinator!r} ({self.found_in}): write HOST:PORT, a port "
+                "below 65535"
+            )
+
+    @property
+    def meeting_place(self) -> tuple[str, int]:
+        host, _, port = self.coordinator.rpartition(":")
+        return host, int(port) + 1
+
+
+def find_processes(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> Processes | None:
+    """From the arguments, else from SLURM, else from a Cloud TPU's metadata; None: just this one.
+
+    Raises:
+      MeetingError: only some of the arguments are given, or they do not fit together.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) < len(given):
+        if missing:
+            raise MeetingError(f"{', '.join(missing)}: missing; the three belong together")
+        return Processes(coordinator, count, index, "flags")
+    return _from_slurm(os.environ) or _from_tpu(os.environ)
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Processes | None:
+    """One process a task of `srun`; a batch script alone, without srun, is no such task."""
+    count = int(environment.get("SLURM_NTASKS", "1"))
+    if count < 2 or "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
+        return None
+    # Jobs that share a node must not share a port.
+    port = DEFAULT_PORT + 2 * (int(environment.get("SLURM_JOB_ID", "0")) % 4096)
+    host = first_host(environment["SLURM_STEP_NODELIST"])
+    return Processes(f"{host}:{port}", count, int(environment["SLURM_PROCID"]), "SLURM")
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM node list: 'a[03-05,9],b' -> 'a03'."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if not match:
+        raise MeetingError(f"SLURM_STEP_NODELIST {nodes!r} names no host")
+    return "".join(part or "" for part in match.groups())
+
+
+def _from_tpu(environment: Mapping[str, str]) -> Processes | None:
+    """The workers of a slice, from what its machines set or their metadata server says."""
+    if "TPU_WORKER_HOSTNAMES" in environment and "TPU_WORKER_ID" in environment:
+        hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
+        index = int(environment["TPU_WORKER_ID"])
+    elif not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
+        return None
+    else:
+        # Each endpoint reads NAME:PORT:ADDRESS.
+        endpoints = _metadata("worker-network-endpoints")
+        number = _metadata("agent-worker-number")
+        if not endpoints or not number:
+            return None
+        hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
+        index = int(number)
+    if len(hosts) < 2:
+        return None
+    return Processes(f"{hosts[0]}:{DEFAULT_PORT}", len(hosts), index, "the TPU's metadata")
+
+
+def _metadata(name: str) -> str | None:
+    request = urllib.request.Request(_METADATA_URL + name, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
+            return answer.read().decode()
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def start(
+    processes: Processes | None,
+    fingerprints: Mapping[str, str],
+    seconds: float = MEETING_SECONDS,
+) -> None:
+    """Meets the other processes and starts jax among them; nothing to do for one alone.
+
+    Args:
+      fingerprints: what must be the same everywhere, by name.
+
+    Raises:
+      MeetingError: on every process that takes part, with what is wrong.
+    """
+    if processes is None:
+        return
+    meet(processes, fingerprints, seconds)
+    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=processes.coordinator,
+        num_processes=processes.count,
+        process_id=processes.index,
+        initialization_timeout=int(seconds),
+    )
+
+
+def meet(
+    processes: Processes, fingerprints: Mapping[str, str], seconds: float = MEETING_SECONDS
+) -> None:
+    """Returns once every process has come with the same fingerprints.
+
+    Raises:
+      MeetingError: someone is missing after `seconds`, came twice, or differs.
+    """
+    if processes.index == 0:
+        _host_meeting(processes, dict(fingerprints), seconds)
+    else:
+        _attend_meeting(processes, dict(fingerprints), seconds)
+
+
+def _host_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    present = {0: fingerprints}
+    with contextlib.ExitStack() as connections:
+        server = connections.enter_context(_listen(processes))
+        guests: list[socket.socket] = []
+        while len(present) < processes.count and time.monotonic() < deadline:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                guest, _ = server.accept()
+                guests.append(connections.enter_context(guest))
+                guest.settimeout(max(0.01, deadline - time.monotonic()))
+                said = _receive(guest)
+            except (TimeoutError, OSError, ValueError):
+                continue  # a port scanner, or a process that died: it is missing
+            if said.get("count") == processes.count:
+                present[said["index"]] = said["fingerprints"]
+        verdict = _verdict(processes, present, seconds)
+        for guest in guests:
+            with contextlib.suppress(OSError):
+                _send(guest, {"error": verdict})
+    if verdict:
+        raise MeetingError(verdict)
+
+
+def _listen(processes: Processes) -> socket.socket:
+    _, port = processes.meeting_place
+    try:
+        return socket.create_server(("", port), backlog=processes.count)
+    except OSError as error:
+        raise MeetingError(
+            f"port {port} of {processes.coordinator} is taken ({error}); another run? choose "
+            "another --coordinator port"
+        ) from error
+
+
+def _verdict(processes: Processes, present: dict[int, dict], seconds: float) -> str | None:
+    """What is wrong, or None."""
+    missing = sorted(set(range(processes.count)) - set(present))
+    if missing:
+        return (
+            f"started on {len(present)} of {processes.count} hosts: missing "
+            f"{', '.join(map(str, missing))} after {seconds:.0f} s ({processes.found_in}); see "
+            "their own output"
+        )
+    for name, value in present[0].items():
+        others = [index for index, prints in sorted(present.items()) if prints.get(name) != value]
+        if others:
+            return (
+                f"{name} differs: process(es) {', '.join(map(str, others))} not as process 0; "
+                f"give every host the same {name}"
+            )
+    return None
+
+
+def _attend_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> None:
+    # The host answers at its own deadline, which may be later by as much as it started later.
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection(
+                processes.meeting_place, timeout=_RETRY_SECONDS * 5
+            ) as to:
+                to.settimeout(seconds + 5)
+                hello = {"index": processes.index, "count": processes.count}
+                _send(to, {**hello, "fingerprints": fingerprints})
+                answer = _receive(to)
+            break
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise MeetingError(
+                    f"process {processes.index} of {processes.count} found no process 0 at "
+                    f"{processes.coordinator} within {seconds:.0f} s ({error}); is it running?"
+                ) from error
+            time.sleep(_RETRY_SECONDS)
+    if answer["error"]:
+        raise MeetingError(answer["error"])
+
+
+def _send(to: socket.socket, message: dict) -> None:
+    to.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(come_from: socket.socket) -> dict:
+    """One line of JSON; ValueError for anything else."""
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = come_from.recv(1 << 16)
+        data += piece
+        if not piece or len(data) > _LONGEST_MESSAGE:
+            raise ValueError("the other side hung up")
+    return json.loads(data)
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and talks to the person."""
+    return jax.process_index() == 0
+
+
+def agreed(value: bool) -> bool:
+    """Process 0's value, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(_everywhere(value)[0])
+
+
+def anywhere(value: bool) -> bool:
+    """Whether the value is true on any process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(_everywhere(value).any())
+
+
+def _everywhere(value: bool) -> np.ndarray:
+    """The value of every process, bool [processes]."""
+    with jax.transfer_guard("allow"):
+        return multihost_utils.process_allgather(np.array([value])).reshape(-1)

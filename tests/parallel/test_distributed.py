@@ -1,0 +1,159 @@
+"""Who takes part in a run, and the meeting before jax starts; the hosts are threads here."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from stablelm_jax.parallel.distributed import (
+    MeetingError,
+    Processes,
+    find_processes,
+    first_host,
+    meet,
+)
+
+SAME = {"config": "c1", "code": "k1", "data": "d1"}
+
+
+def free_address():
+    """A coordinator whose next port, the meeting's, is free too."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return f"127.0.0.1:{port}"
+
+
+def hold(prints_by_index, count=None, seconds=5.0):
+    """The outcome of each process: None, or what its error says."""
+    address, outcome = free_address(), {}
+
+    def attend(index, prints):
+        try:
+            meet(Processes(address, count or len(prints_by_index), index, "test"), prints, seconds)
+            outcome[index] = None
+        except MeetingError as error:
+            outcome[index] = str(error)
+
+    threads = [
+        threading.Thread(target=attend, args=item) for item in sorted(prints_by_index.items())
+    ]
+    for thread in reversed(threads):  # process 0 comes last: the others must wait for it
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    return outcome
+
+
+def test_four_that_agree_go_on():
+    assert hold(dict.fromkeys(range(4), SAME)) == dict.fromkeys(range(4))
+
+
+def test_those_who_came_are_all_told_who_is_missing():
+    started = time.monotonic()
+    outcome = hold({0: SAME, 2: SAME}, count=4, seconds=1.0)
+    assert time.monotonic() - started < 4
+    for said in outcome.values():
+        assert "started on 2 of 4 hosts: missing 1, 3 after 1 s" in said
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_difference_is_named_on_every_host(name):
+    outcome = hold({0: SAME, 1: SAME, 2: SAME | {name: "other"}})
+    for said in outcome.values():
+        assert f"{name} differs: process(es) 2 not as process 0" in said
+
+
+def test_without_a_process_0_the_others_end_too():
+    outcome = hold({1: SAME}, count=2, seconds=0.6)
+    assert "found no process 0 at 127.0.0.1" in outcome[1]
+
+
+def test_a_stranger_at_the_door_does_not_count():
+    address, outcome = free_address(), []
+    host, port = address.split(":")
+
+    def first():
+        meet(Processes(address, 2, 0, "test"), SAME, 5.0)
+        outcome.append("met")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    for _ in range(100):
+        try:
+            with socket.create_connection((host, int(port) + 1), timeout=1) as stranger:
+                stranger.sendall(b"GET / HTTP/1.0\n")
+            break
+        except OSError:
+            time.sleep(0.02)
+    assert not outcome
+    meet(Processes(address, 2, 1, "test"), SAME, 5.0)
+    thread.join()
+    assert outcome == ["met"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("h:1", None, 0), "--num_processes: missing"),
+        (("h:1", 2, 2), "process 2 of 2"),
+        (("h", 2, 0), "write HOST:PORT"),
+        (("h:x", 2, 0), "write HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(arguments, said):
+    with pytest.raises(MeetingError, match=said):
+        find_processes(*arguments)
+
+
+def clean(monkeypatch, **values):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_task_of_srun_finds_its_place(monkeypatch):
+    clean(
+        monkeypatch,
+        SLURM_NTASKS="16",
+        SLURM_PROCID="3",
+        SLURM_STEP_NODELIST="gpu[07-08]",
+        SLURM_JOB_ID="4097",
+    )
+    found = find_processes()
+    assert (found.count, found.index, found.coordinator) == (16, 3, "gpu07:8478")
+
+
+def test_a_worker_of_a_tpu_slice_finds_its_place(monkeypatch):
+    clean(monkeypatch, TPU_WORKER_HOSTNAMES="10.0.0.1,10.0.0.2", TPU_WORKER_ID="1")
+    found = find_processes()
+    assert (found.count, found.index, found.coordinator) == (2, 1, "10.0.0.1:8476")
+
+
+def test_one_process_alone_is_none(monkeypatch):
+    clean(monkeypatch, SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_STEP_NODELIST="a")
+    assert find_processes() is None
+
+
+@pytest.mark.parametrize(
+    "nodes, host",
+    [
+        ("a[03-05,9],b", "a03"),
+        ("a03,a04", "a03"),
+        ("node", "node"),
+        ("rack1-gpu[7]", "rack1-gpu7"),
+        ("a[1-2].local", "a1.local"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, host):
+    assert first_host(nodes) == host

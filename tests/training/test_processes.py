@@ -1,0 +1,109 @@
+"""Several processes on one machine, for real: the same run as one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import losses, metrics, tiny_config, write_data
+
+from stablelm_jax import config as config_lib
+
+DEVICES = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
+SCRIPT = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
+sys.argv[3:4] = []
+from stablelm_jax.train import main
+main()
+"""
+
+
+def config_file(folder, data, **overrides):
+    config = tiny_config(data, **{"checkpoint.every": 6, **overrides})
+    path = folder / "config.py"
+    path.write_text(
+        "import json\nfrom stablelm_jax import config as c\n"
+        f"VALUES = json.loads({json.dumps(config_lib.to_dict(config))!r})\n"
+        "def get_config():\n    return c.from_dict(VALUES)\n"
+    )
+    return path
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def run(count, path, workdir, *, skip=(), more=()):
+    """Starts `count` processes that share DEVICES devices; returns (exit code, stderr) of each."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    started = []
+    for index in range(count):
+        if index in skip:
+            continue
+        command = [sys.executable, "-c", SCRIPT, f"--config={path}", f"--workdir={workdir}"]
+        command.insert(5, str(DEVICES // count))
+        if count > 1:
+            command += [f"--coordinator={coordinator}", f"--num_processes={count}"]
+            command += [f"--process_id={index}"]
+        started.append(
+            subprocess.Popen(
+                [*command, *more],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            )
+        )
+    ends = [process.communicate(timeout=240) for process in started]
+    return [(p.returncode, out, err) for p, (out, err) in zip(started, ends)]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    ((code, _, err),) = run(1, config_file(folder, data), folder / "run")
+    assert code == 0, err
+    return losses(metrics(folder / "run"))
+
+
+def test_four_processes_give_the_losses_of_one_and_two_go_on_from_their_checkpoint(
+    data, alone, tmp_path
+):
+    half = tmp_path / "half"
+    half.mkdir()
+    path = config_file(half, data, **{"training.num_steps": 6})
+    for code, _, err in run(4, path, tmp_path / "run"):
+        assert code == 0, err
+    path = config_file(tmp_path, data)
+    ends = run(2, path, tmp_path / "run")
+    assert [code for code, *_ in ends] == [0, 0], ends[0][2] + ends[1][2]
+    (_, first, _), (_, second, _) = ends
+    assert "resuming from" in first and "finished step 12" in first
+    assert "finished" not in second  # process 0 speaks for all
+    found = losses(metrics(tmp_path / "run"))
+    assert list(found) == list(alone)
+    np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=0, atol=2e-5)
+
+
+def test_a_missing_process_ends_the_others_with_its_number(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("STABLELM_MEETING_SECONDS", "3")
+    ends = run(4, config_file(tmp_path, data), tmp_path / "run", skip=(2,))
+    for code, _, err in ends:
+        assert code == 1
+        assert "started on 3 of 4 hosts: missing 2" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
