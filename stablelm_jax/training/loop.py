@@ -25,6 +25,7 @@ from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.training import console as show
+from stablelm_jax.training.compilation_cache import CompilationCache
 from stablelm_jax.training.metrics import LossSums, peak_flops
 from stablelm_jax.training.picture import draw_losses
 from stablelm_jax.training.resume import Position, check_same_run, from_arrays, to_checkpoint
@@ -48,11 +49,12 @@ def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> in
     """
     console = Console(quiet=not distributed.is_first())
     with StopRequest() as stop:
+        cache = CompilationCache(workdir)
         run = prepare_run(config)
         folder = RunFolder(workdir)
         with _claimed(folder):
             show.show_decisions(console, run)
-            trainer = Trainer(run, folder, console)
+            trainer = Trainer(run, folder, console, cache)
             if distributed.is_first():
                 folder.write_config(config_lib.to_dict(config), set_by)
                 folder.add_environment()
@@ -78,8 +80,8 @@ def _claimed(folder: RunFolder) -> Iterator[None]:
 class Trainer:
     """One start of a run, from its newest checkpoint to its last step or a signal."""
 
-    def __init__(self, run: Run, folder: RunFolder, console: Console):
-        self.run, self.folder, self.console = run, folder, console
+    def __init__(self, run: Run, folder: RunFolder, console: Console, cache: CompilationCache):
+        self.run, self.folder, self.console, self.cache = run, folder, console, cache
         self.config = run.config
         self.last_step = run.config.training.num_steps
         self.store = CheckpointStore(
@@ -137,7 +139,8 @@ class Trainer:
         began = time.monotonic()
         with self.console.status("compiling the train step"):
             step_function = self.run.compile_step()
-        self.console.print(f"compiled the train step in {time.monotonic() - began:.1f} s")
+        seconds = time.monotonic() - began
+        self.console.print(f"the train step was ready after {seconds:.1f} s; {self.cache}")
         return step_function
 
     def _due(self, every: int) -> bool:
