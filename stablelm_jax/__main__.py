@@ -10,7 +10,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from stablelm_jax import __version__
+from stablelm_jax import __version__, configs_folder
 
 VERBS = {
     "prepare": "documents into token shards, a held-out split and a manifest",
@@ -45,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    from stablelm_jax.config.files import configs_folder
-
     verbs = "\n".join(f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items())
     return (
         "usage: stablelm VERB ...\n\n"

@@ -11,12 +11,14 @@ import pytest
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model import config as named_sizes
+from stablelm_jax.planning.targets import parse_target
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = {"own_text": "mine=0.7,other=0.3", "stablelm_3b_4e1t": "web=0.75,code=0.25"}
 OVERRIDES = {"stablelm_3b_4e1t": {"data.tokenizer": "tokenizer.json"}}
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+NAMES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
+LAUNCHES = [name for name in NAMES if name.startswith("launch/")]
 
 
 def load(name):
@@ -34,7 +36,7 @@ def test_the_configs_of_the_project_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_resolved_config_is_the_golden_one(name):
     text = config_lib.to_text(load(name))
-    golden = GOLDEN / f"config_{name}.txt"
+    golden = GOLDEN / f"config_{name.replace('/', '_')}.txt"
     if os.environ.get("STABLELM_UPDATE_GOLDEN"):
         golden.write_text(text)
     assert text == golden.read_text()
@@ -44,7 +46,7 @@ def test_the_resolved_config_is_the_golden_one(name):
 def test_a_shipped_config_is_valid_and_named_after_its_file(name):
     config = load(name)
     config_lib.validate(config)
-    assert config.name == name
+    assert config.name == name.rpartition("/")[2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +69,16 @@ def test_a_published_run_fits_its_machine_with_its_tokens_a_step(name, devices, 
     assert config_lib.tokens_per_step(config) == tokens_per_step
     data, model = config_lib.validate_mesh(config, devices)
     assert data * model == devices
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_config_names_its_machine_and_divides_its_batch_over_it(name):
+    config = load(name)
+    target = parse_target(config.parallel.target)
+    data, model = config_lib.validate_mesh(config, target.num_devices)
+    assert data * model == target.num_devices
+    parent = load("stablelm_2_1_6b")
+    assert config_lib.tokens_per_step(config) == config_lib.tokens_per_step(parent)
 
 
 @pytest.mark.parametrize(

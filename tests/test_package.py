@@ -57,7 +57,9 @@ def test_stablelm_help_names_every_verb_from_any_folder(installed, tmp_path):
 def test_every_verb_of_the_installed_wheel_says_how_it_is_used(installed, tmp_path, verb):
     done = run(installed / "stablelm", verb, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    flag = {"prepare": "--source", "train": "--workdir"}.get(verb, "--checkpoint")
+    flag = {"prepare": "--source", "train": "--workdir", "plan": "--target"}.get(
+        verb, "--checkpoint"
+    )
     assert flag in done.stdout
 
 
@@ -85,7 +87,8 @@ def test_the_wheel_holds_the_whole_package_the_licence_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if name.startswith("stablelm_jax/")}
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stablelm_jax").rglob("*.py")}
-    configs = {f"stablelm_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
+    configs = {f"stablelm_jax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.py")}
+    assert "stablelm_jax/planning/chips.json" in packed
     assert {name for name in packed if name.endswith(".py")} == modules | configs
     assert not [name for name in names if "__pycache__" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -8,20 +8,12 @@ import os
 import re
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from stablelm_jax.config.access import SOURCE_NAME, ConfigError, flatten, nearest, set_value
 from stablelm_jax.config.tree import default_config, locked
-
-
-def configs_folder() -> Path:
-    """The shipped configs: inside the package when installed from a wheel, else beside it."""
-    package = Path(__file__).parents[1]
-    packed = package / "configs"
-    return packed if packed.is_dir() else package.parent / "configs"
 
 
 def parse_weights(text: str) -> dict[str, float]:

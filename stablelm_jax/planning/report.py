@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.config.files import configs_folder
+from stablelm_jax import configs_folder
 from stablelm_jax.data.manifest import MANIFEST_NAME, read_manifest
 from stablelm_jax.model.flops import flops_per_token, train_flops_per_token
 from stablelm_jax.model.parameters import parameter_table

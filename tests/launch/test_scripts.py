@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    ROOT / "launch" / "slurm.sbatch",
+    ROOT / ".ci" / "run",
+]
 
 
 PARALLEL = ["--numprocesses", "auto", "--dist", "loadfile"]
