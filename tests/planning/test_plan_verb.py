@@ -1,0 +1,76 @@
+"""The verb as a user meets it; compiling is tested beside it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "--config=configs/stablelm_2_1_6b.py"
+
+
+def plan(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "stablelm_jax.plan", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def without_target():
+    done = plan(CONFIG)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "1,644,417,024",
+        "11.048",  # GFLOP a token, full attention (shapes of the model)
+        "9.840",  # causal
+        "3,523,215,360,000 tokens in 420,000 steps",
+        "refinedweb",
+        "19.7",  # GB of a checkpoint: three float32 of each parameter
+        "no --target: memory, communication, time and cost were left out",
+    ],
+)
+def test_what_needs_no_compiler_is_printed_without_a_target(without_target, said):
+    assert said in without_target
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((CONFIG, "--target=v9:2x2"), "no chip 'v9'; known are"),
+        ((CONFIG, "--target=v5p:4x4"), "v5p needs 3 sizes"),
+        ((CONFIG, "--target=a100-40gb:3x8"), "config.data.batch_size=2048"),
+        ((), "--config: is missing"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(arguments, said):
+    done = plan(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_without_the_compiler_it_names_the_extra_after_all_the_rest():
+    hidden = "import sys; sys.modules['libtpu'] = None; sys.argv[0] = 'plan'; "
+    code = hidden + "from stablelm_jax.plan import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, CONFIG, "--target=v5p:4x4x4"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "pip install -e '.[aot]'" in done.stderr.splitlines()[-1]
+    assert "device-hours" in done.stdout
