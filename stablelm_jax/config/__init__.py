@@ -19,6 +19,7 @@ from stablelm_jax.config.access import (
 from stablelm_jax.config.derived import (
     mixture_weights,
     model_config,
+    profiled_steps,
     tokens_per_step,
     transition_step,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "overrides_from_flags",
     "parse_flags",
     "parse_weights",
+    "profiled_steps",
     "run",
     "set_by",
     "set_value",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from ml_collections import ConfigDict
 
@@ -34,3 +35,18 @@ def transition_step(config: ConfigDict) -> int:
     schedule = config.schedule
     shift = schedule.warmup_steps if schedule.shift_warmup else 0
     return math.ceil(schedule.transition * schedule.total_steps) + shift
+
+
+def profiled_steps(config: ConfigDict) -> range:
+    """The steps that `profile.steps` names; empty for none. ConfigError if it names none."""
+    text = config.profile.steps
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(match[1]), int(match[2])) if match else range(0)
+    if not steps:
+        raise ConfigError(
+            f"config.profile.steps={text!r}: is no span of steps; write FIRST:LAST, as in 10:13 "
+            "for the three updates after step 10"
+        )
+    return steps

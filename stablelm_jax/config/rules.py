@@ -16,7 +16,7 @@ from stablelm_jax.config.access import (
     shown,
     unknown_key,
 )
-from stablelm_jax.config.derived import model_config, transition_step
+from stablelm_jax.config.derived import model_config, profiled_steps, transition_step
 from stablelm_jax.config.tree import default_config
 
 
@@ -38,6 +38,7 @@ def validate(config: ConfigDict) -> None:
     _check_batch(config)
     _check_sharding(config)
     _check_periods(config)
+    profiled_steps(config)
 
 
 def _check_tree(config: ConfigDict) -> None:

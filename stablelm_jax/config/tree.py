@@ -28,6 +28,7 @@ def default_config() -> ConfigDict:
             "evaluation": _evaluation_fields(),
             "samples": _sample_fields(),
             "writers": _writer_fields(),
+            "profile": {"steps": ""},  # FIRST:LAST traces the updates first to last - 1; '': none
         }
     )
     return locked(config)

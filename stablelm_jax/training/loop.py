@@ -28,6 +28,7 @@ from stablelm_jax.training import console as show
 from stablelm_jax.training.compilation_cache import CompilationCache
 from stablelm_jax.training.metrics import LossSums, peak_flops
 from stablelm_jax.training.picture import draw_losses
+from stablelm_jax.training.profile import Profiler
 from stablelm_jax.training.resume import Position, check_same_run, from_arrays, to_checkpoint
 from stablelm_jax.training.run_folder import RunFolder
 from stablelm_jax.training.setup import Run, prepare_run
@@ -100,6 +101,8 @@ class Trainer:
         step_function = self._compile()
         batches = self.run.batches(self.position.rows_consumed)
         progress = show.ProgressLine(self.console, self.last_step)
+        steps = config_lib.profiled_steps(self.config)
+        profiler = Profiler(steps, self.folder.path / "profile", self.console)
         with progress, jax.transfer_guard("disallow"):
             while True:
                 stopped = distributed.anywhere(stop.name is not None)
@@ -109,9 +112,12 @@ class Trainer:
                 self._save(force=stopped)
                 if self.position.step == self.last_step or stopped:
                     break
+                profiler.before(self.position.step)
                 line = self._step(step_function, batches)
+                profiler.after(self.position.step, self.state)
                 if line is not None:
                     progress.update(line)
+        profiler.close()
         self.store.close()
         self.writers.close()
         batches.close()

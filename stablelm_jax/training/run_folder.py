@@ -7,6 +7,7 @@ WORKDIR/
   loss.png           the curves of metrics.jsonl
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
+  profile/           with `profile.steps`: jax's trace, top_operations.txt
 """
 
 from __future__ import annotations

@@ -107,6 +107,10 @@ def test_a_sound_config_passes():
         ("samples__top_p", 1.1, "0 to 1"),
         ("samples__max_new_tokens", 0, "1 or more"),
         ("samples__prompts", ("",), "give texts"),
+        ("profile__steps", "13:10", "FIRST:LAST"),
+        ("profile__steps", "ten", "FIRST:LAST"),
+        ("training__unroll", 0, "1 or more"),
+        ("parallel__fsdp", True, "use dots or full"),
         ("name", "", "name"),
     ],
 )
