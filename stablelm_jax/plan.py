@@ -48,8 +48,7 @@ def _plan(argv: Sequence[str]) -> int:
         target = parse_target(name) if name else None
         report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
     except TargetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if "compiler" not in str(error) else 1
+        raise config_lib.ConfigError(str(error)) from error
     except config_lib.ConfigError:
         raise
     except ValueError as error:

@@ -134,11 +134,9 @@ def _metadata(name: str) -> str | None:
 
 
 def start(
-    processes: Processes | None,
-    fingerprints: Mapping[str, str],
-    seconds: float = MEETING_SECONDS,
+    processes: Processes, fingerprints: Mapping[str, str], seconds: float = MEETING_SECONDS
 ) -> None:
-    """Meets the other processes and starts jax among them; nothing to do for one alone.
+    """Meets the other processes and starts jax among them.
 
     Args:
       fingerprints: what must be the same everywhere, by name.
@@ -146,8 +144,6 @@ def start(
     Raises:
       MeetingError: on every process that takes part, with what is wrong.
     """
-    if processes is None:
-        return
     meet(processes, fingerprints, seconds)
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -50,7 +50,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
 
     Raises:
       ConfigError: the config does not fit the number of devices.
-      TargetError: the compiler is not installed.
+      CompilerError: the compiler is not installed.
       DoesNotFit: it compiles, but not into the memory of a device.
     """
     devices = target.devices()

@@ -29,7 +29,8 @@ class Collective:
     Attributes:
       kind: of `KINDS`. axis: 'data', 'model', 'data+model', or 'other' groups of devices.
       dtype: as the program spells it. size: bytes of the whole array, summed over `count` runs.
-      devices: that take part in each. count: how often it runs in a step; None: not known.
+      devices: that take part in each. count: how often it runs in a step; in a loop whose turns
+        the program does not state, it counts once.
     """
 
     kind: str

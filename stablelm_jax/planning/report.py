@@ -20,7 +20,7 @@ from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.planning.compile import CompiledStep, compile_for
 from stablelm_jax.planning.cost import cost_of
-from stablelm_jax.planning.targets import Target, TargetError, parse_target
+from stablelm_jax.planning.targets import Target, parse_target
 
 _GIB = 2**30
 _FLOAT32_BYTES = 4
@@ -37,10 +37,10 @@ def plan(
     """Prints what a run of `config` needs.
 
     Raises:
-      ConfigError, TargetError, DoesNotFit: as `compile_for`; what needs no compiler is printed.
+      ConfigError, CompilerError, DoesNotFit: as `compile_for`; what needs no compiler is printed.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
-    devices = target.num_devices if target else 1
+    devices = target.num_devices if target else config.parallel.model * max(config.parallel.data, 1)
     data, model = config_lib.validate_mesh(config, devices)
     console.print(_parameters(config, data, model))
     console.print(_flops(config))
@@ -80,7 +80,7 @@ def plan_all() -> int:
         console.print(f"compiling {path.stem} for {config.parallel.target}")
         try:
             step = compile_for(config, parse_target(config.parallel.target))
-        except (ValueError, TargetError) as error:
+        except ValueError as error:
             failed += 1
             console.print(f"[red]{path.stem}: {error}[/red]", soft_wrap=True)
             continue

@@ -25,7 +25,11 @@ _GIB = 2**30
 
 
 class TargetError(ValueError):
-    """No such target, or its compiler is not installed; the message says what to do."""
+    """No such target; the message says which there are."""
+
+
+class CompilerError(ValueError):
+    """The target's compiler is not installed or refuses it; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +68,16 @@ class Target:
         """Descriptions of the devices, to compile for.
 
         Raises:
-          TargetError: the compiler is not installed, or it knows no such slice.
+          CompilerError: the compiler is not installed, or it knows no such slice.
         """
         make = _gpu_topology if self.facts["kind"] == "gpu" else _tpu_topology
         try:
             return list(make(self).devices)
-        except TargetError:
+        except CompilerError:
             raise
         except Exception as error:  # jaxlib's XlaRuntimeError, which is a plain RuntimeError
             reason = str(error).splitlines()[0][:300]
-            raise TargetError(f"--target {self}: its compiler refuses it: {reason}") from error
+            raise CompilerError(f"--target {self}: its compiler refuses it: {reason}") from error
 
 
 @functools.cache
@@ -103,7 +107,7 @@ def parse_target(text: str) -> Target:
 def _require(target: Target, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise TargetError(
+        raise CompilerError(
             f"--target {target}: its compiler is not installed (no module "
             f"{', '.join(missing)}): pip install -e '.[aot]'"
         )

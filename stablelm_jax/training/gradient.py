@@ -31,11 +31,9 @@ def make_gradient_function(
     num_sources: int,
     accumulation: int,
     dtype: Any,
-    remat: str,
-    attention: str,
-    unroll: int = 1,
     fsdp: bool = False,
     float32_reduce: bool = True,
+    **forward: Any,
 ) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
     """Returns f(params, batch) -> (gradients, sums).
 
@@ -46,6 +44,7 @@ def make_gradient_function(
         in `dtype` where it is used, and its gradient scattered there, once a microbatch. Without
         it `params` are whole in `dtype`, and gradients are reduced once, after the last microbatch.
       float32_reduce: replicas are summed in float32, as the recipe says; else in `dtype`.
+      forward: the other arguments of `token_losses`: remat, attention, unroll.
 
     The gradients are float32, of the mean loss over the counted tokens of the whole batch.
     `sums`: "nll" and "tokens", float32 [S], over the whole batch, by source.
@@ -60,21 +59,8 @@ def make_gradient_function(
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
-            nll_BT = token_losses(
-                model,
-                params,
-                rows,
-                dtype=dtype,
-                remat=remat,
-                attention=attention,
-                unroll=unroll,
-                fetch=fetch,
-            )
-            sums = {
-                "nll": sums_by_source(nll_BT, rows["source_ids"], num_sources),
-                "tokens": sums_by_source(rows["loss_mask"], rows["source_ids"], num_sources),
-            }
-            return jnp.sum(nll_BT) / tokens, sums
+            nll_BT = token_losses(model, params, rows, dtype=dtype, fetch=fetch, **forward)
+            return jnp.sum(nll_BT) / tokens, _sums(nll_BT, rows, num_sources)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
         reduced = jax.tree.map(
@@ -92,6 +78,13 @@ def make_gradient_function(
         axis_names={"data"},
         check_vma=False,
     )
+
+
+def _sums(nll_BT: jax.Array, rows: Batch, num_sources: int) -> dict[str, jax.Array]:
+    return {
+        "nll": sums_by_source(nll_BT, rows["source_ids"], num_sources),
+        "tokens": sums_by_source(rows["loss_mask"], rows["source_ids"], num_sources),
+    }
 
 
 def _split(x: jax.Array, accumulation: int) -> jax.Array:

@@ -42,7 +42,6 @@ class Run:
     mixture: Mixture
     spec: BatchSpec
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
     abstract: TrainState
     eval_step: EvalStep
 
@@ -180,8 +179,7 @@ def prepare_run(config: ConfigDict) -> Run:
     tokenizer = load_tokenizer(config.data.tokenizer)
     weights = config_lib.mixture_weights(config)
     sources = open_sources(config.data.root, weights, tokenizer_sha256=tokenizer.sha256)
-    schedule = make_schedule(config.schedule)
-    optimizer = make_optimizer(config.optimizer, schedule, model)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     return Run(
         config=config,
         model=model,
@@ -191,7 +189,6 @@ def prepare_run(config: ConfigDict) -> Run:
         mixture=Mixture(weights),
         spec=batch_spec(config, tokenizer),
         optimizer=optimizer,
-        schedule=schedule,
         abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
         eval_step=make_eval_step(
             model,

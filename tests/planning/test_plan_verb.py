@@ -45,6 +45,12 @@ def test_what_needs_no_compiler_is_printed_without_a_target(without_target, said
     assert said in without_target
 
 
+def test_a_model_split_over_two_devices_needs_no_target_either():
+    done = plan("--config=configs/stablelm_2_12b.py")
+    assert done.returncode == 0, done.stderr
+    assert "12,142,976,000" in done.stdout and "data 1 x model 2" in done.stdout
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

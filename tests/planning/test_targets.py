@@ -1,6 +1,6 @@
 import pytest
 
-from stablelm_jax.planning.targets import TargetError, chips, parse_target
+from stablelm_jax.planning.targets import CompilerError, TargetError, chips, parse_target
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,5 @@ def test_its_own_compiler_describes_the_devices(text, kind):
 
 @pytest.mark.aot
 def test_a_slice_that_cannot_be_built_is_refused():
-    with pytest.raises(TargetError, match="its compiler refuses it"):
+    with pytest.raises(CompilerError, match="its compiler refuses it"):
         parse_target("v5e:3x5").devices()
