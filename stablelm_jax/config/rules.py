@@ -114,6 +114,7 @@ _RANGES = {
     "training.unroll": (1, math.inf),
     "training.log_every": (1, math.inf),
     "parallel.model": (1, math.inf),
+    "parallel.replica": (1, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep_latest": (1, math.inf),
     "checkpoint.keep_every": (1, math.inf),
@@ -290,13 +291,13 @@ def _check_batch(config: ConfigDict) -> None:
             "use -1 (all that the model axis leaves) or a number of devices",
         )
     batch_size = config.data.batch_size
-    parts = accumulation * max(data, 1)
+    parts = accumulation * max(data, 1) * config.parallel.replica
     if batch_size % parts:
         _refuse(
             config,
             "data.batch_size",
             f"does not divide into config.training.accumulation={accumulation} microbatches"
-            f"{'' if data == -1 else f' on config.parallel.data={data} devices'}",
+            f"{'' if parts == accumulation else f' on {parts // accumulation} devices'}",
             f"use a multiple of {parts}, or another accumulation",
         )
     for key in ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size"):
@@ -341,33 +342,39 @@ def _check_periods(config: ConfigDict) -> None:
         )
 
 
-def validate_mesh(config: ConfigDict, num_devices: int) -> tuple[int, int]:
-    """The mesh (data, model) on `num_devices`; `ConfigError` where the config does not fit them."""
-    data, model = config.parallel.data, config.parallel.model
-    if num_devices % model:
-        _refuse(
-            config,
-            "parallel.model",
-            f"does not divide the {num_devices} devices found",
-            "use a divisor of their number",
-        )
-    if data == -1:
-        data = num_devices // model
-    if data * model != num_devices:
+def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes replica, data, model on `num_devices`.
+
+    Raises:
+      ConfigError: the config does not fit them.
+    """
+    data = config.parallel.data
+    model, replica = config.parallel.model, config.parallel.replica
+    for key in ("parallel.model", "parallel.replica"):
+        if num_devices % get(config, key):
+            _refuse(
+                config,
+                key,
+                f"does not divide the {num_devices} devices found",
+                "use a divisor of their number",
+            )
+    rest = num_devices // (replica * model)
+    if replica * (rest if data == -1 else data) * model != num_devices:
+        others = "" if replica == 1 else f"config.parallel.replica={replica} and "
         _refuse(
             config,
             "parallel.data",
-            f"times config.parallel.model={model} is not the number of "
+            f"times {others}config.parallel.model={model} is not the number of "
             f"devices found, {num_devices}",
-            f"use -1 or {num_devices // model}",
+            f"use -1 or {rest}" if replica * rest * model == num_devices else "use other divisors",
         )
-    parts = data * config.training.accumulation
+    parts = replica * rest * config.training.accumulation
     if config.data.batch_size % parts:
         _refuse(
             config,
             "data.batch_size",
-            f"does not divide into {data} devices along data x config.training.accumulation="
-            f"{config.training.accumulation}",
+            f"does not divide into {replica * rest} devices with rows of their own x "
+            f"config.training.accumulation={config.training.accumulation}",
             f"use a multiple of {parts}, fewer devices or another accumulation",
         )
-    return data, model
+    return {"replica": replica, "data": rest, "model": model}

@@ -107,8 +107,9 @@ def _training_fields() -> dict[str, Any]:
 
 def _parallel_fields() -> dict[str, Any]:
     return {
-        "data": -1,  # devices along the mesh axis `data`; -1: all that `model` leaves
+        "data": -1,  # devices along the mesh axis `data`; -1: all that the other axes leave
         "model": 1,  # devices along the mesh axis `model`
+        "replica": 1,  # groups of data x model devices; each holds all weights and moments
         "target": placeholder(str),  # the machine that the run is meant for, as `plan` names it
         "zero1": True,  # float32 weights and moments of the optimizer sharded over `data`
         "fsdp": False,  # no device holds whole weights: each layer is gathered where it is used

@@ -17,6 +17,7 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import sums_by_source, token_losses
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import BATCH_AXES
 
 EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
@@ -33,7 +34,7 @@ def make_eval_step(
             "nll": sums_by_source(nll_BT, batch["source_ids"], num_sources),
             "tokens": sums_by_source(batch["loss_mask"], batch["source_ids"], num_sources),
         }
-        return jax.lax.psum(sums, "data")
+        return jax.lax.psum(sums, BATCH_AXES)
 
     def eval_step(params, batch):
         params = jax.tree.map(
@@ -44,9 +45,9 @@ def make_eval_step(
         return jax.shard_map(
             local_sums,
             mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec("data")),
+            in_specs=(PartitionSpec(), sharding.mesh_axes(["batch"])),
             out_specs=PartitionSpec(),
-            axis_names={"data"},
+            axis_names=set(BATCH_AXES),
             check_vma=False,
         )(params, batch)
 

@@ -1,12 +1,13 @@
 """One table from logical axes to mesh axes, and the shardings that follow from it.
 
 ZeRO-1 as published: float32 master weights and Adam moments are split over `data`; the copy in
-the compute type is gathered once a step. A "spec" below is a `PartitionSpec`, one for each leaf
-of a parameter tree.
+the compute type is gathered once a step. Nothing but the batch is split over `replica`. A "spec"
+below is a `PartitionSpec`, one for each leaf of a parameter tree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,10 +15,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stablelm_jax.model.parameters import nest
+from stablelm_jax.parallel.mesh import BATCH_AXES
 
 # Tensor parallelism splits heads, feed-forward and vocabulary over `model`; the rest stays whole.
-LOGICAL_TO_MESH: Mapping[str, str | None] = {
-    "batch": "data",
+LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
     "vocab": "model",
     "heads": "model",
     "kv_heads": "model",
@@ -83,13 +85,18 @@ def named(mesh: Mesh, specs: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Rows of a batch over `replica` and `data`."""
+    return NamedSharding(mesh, mesh_axes(["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def process_share(mesh: Mesh, rows: int) -> tuple[int, int]:
@@ -105,16 +112,16 @@ def process_share(mesh: Mesh, rows: int) -> tuple[int, int]:
     start, stop = spans[0][0], spans[-1][1]
     if sum(b - a for a, b in spans) != stop - start or rows % (stop - start):
         raise ValueError(
-            f"the devices of process {jax.process_index()} lie apart along the mesh axis data, at "
+            f"the devices of process {jax.process_index()} lie apart along the rows of a batch, at "
             f"rows {spans}: use another parallel.model"
         )
     return start // (stop - start), rows // (stop - start)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows as global arrays, split over `data` (dim 0 of every entry)."""
+    """This process's rows as global arrays, split as `batch_sharding` (dim 0 of every entry)."""
     sharding = batch_sharding(mesh)
-    parts = mesh.shape["data"] // mesh.local_mesh.shape["data"]
+    parts = batch_parts(mesh) // batch_parts(mesh.local_mesh)
     with jax.transfer_guard("allow"):  # meant, though jax does not count it as explicit
         return {
             name: jax.make_array_from_process_local_data(

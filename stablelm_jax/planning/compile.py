@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.parallel.sharding import batch_parts
 from stablelm_jax.planning.program import Collective, collectives
 from stablelm_jax.planning.targets import Target
 from stablelm_jax.training.setup import lower_step
@@ -24,15 +25,14 @@ class CompiledStep:
     """What a compiler says of one training step on one device.
 
     Attributes:
-      data, model: the mesh. rows: of one device in one microbatch.
+      mesh: sizes of its axes. rows: of one device in one microbatch.
       seconds: tracing and compiling. argument_bytes: weights, moments and batch, which the results
         take the place of. temporary_bytes: everything else at its height.
       peak_bytes: of both, as the compiler counts it; available_bytes: of the target.
     """
 
     target: Target
-    data: int
-    model: int
+    mesh: dict[str, int]
     rows: int
     seconds: float
     argument_bytes: int
@@ -54,10 +54,11 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
       DoesNotFit: it compiles, but not into the memory of a device.
     """
     devices = target.devices()
-    data, model = config_lib.validate_mesh(config, len(devices))
+    sizes = config_lib.validate_mesh(config, len(devices))
+    mesh = make_mesh(**sizes, devices=devices)
     started = time.monotonic()
     num_sources = len(config_lib.mixture_weights(config))
-    lowered = lower_step(config, make_mesh(data, model, devices), num_sources)
+    lowered = lower_step(config, mesh, num_sources)
     try:
         compiled = lowered.compile()
     except Exception as error:  # jaxlib's XlaRuntimeError, which is a plain RuntimeError
@@ -69,14 +70,13 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
     memory = compiled.memory_analysis()
     step = CompiledStep(
         target=target,
-        data=data,
-        model=model,
-        rows=config.data.batch_size // data // config.training.accumulation,
+        mesh=sizes,
+        rows=config.data.batch_size // batch_parts(mesh) // config.training.accumulation,
         seconds=time.monotonic() - started,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
-        collectives=collectives(compiled.as_text(), data, model),
+        collectives=collectives(compiled.as_text(), sizes),
     )
     # The compiler of GPUs lets a program pass that cannot run.
     if step.peak_bytes > step.available_bytes:

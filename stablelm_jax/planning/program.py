@@ -7,9 +7,10 @@ runs as often as the loop turns, so computations are walked from the entry with 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -27,7 +28,8 @@ class Collective:
     """One kind of communication of a step.
 
     Attributes:
-      kind: of `KINDS`. axis: 'data', 'model', 'data+model', or 'other' groups of devices.
+      kind: of `KINDS`. axis: of the mesh, or several as in 'data+model'; 'other': groups of devices
+        that are no axes.
       dtype: as the program spells it. size: bytes of the whole array, summed over `count` runs.
       devices: that take part in each. count: how often it runs in a step; in a loop whose turns
         the program does not state, it counts once.
@@ -49,17 +51,18 @@ class Collective:
         return int(rounds * self.size * (self.devices - 1) / self.devices)
 
 
-def collectives(text: str, data: int, model: int) -> list[Collective]:
-    """The collectives of a program compiled for a mesh of (data, model), equal ones together.
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a program compiled for `mesh`, equal ones together.
 
     Args:
       text: `compiled.as_text()`.
+      mesh: sizes of the mesh axes by name, outermost first.
     """
     computations, entry = _computations(text)
     total: dict[tuple[str, str, str, int], list[int]] = {}
     for instruction, times in _walk(computations, entry, 1):
         kind = instruction.kind
-        axis, devices = _axis(instruction.rest, data, model)
+        axis, devices = _axis(instruction.rest, mesh)
         if devices == 1 and kind != "collective-permute":
             continue
         for dtype, size in _payload(instruction).items():
@@ -146,24 +149,22 @@ def _bytes(dtype: str, dims: str) -> int:
     return math.prod(map(int, dims.split(","))) * bits // 8 if dims else bits // 8
 
 
-def _axis(rest: str, data: int, model: int) -> tuple[str, int]:
-    """The mesh axis that a collective goes along, and the devices of one group."""
+def _axis(rest: str, mesh: Mapping[str, int]) -> tuple[str, int]:
+    """The mesh axis that a collective goes along, or several, and the devices of one group."""
+    names = [name for name, size in mesh.items() if size > 1]
+    ids = np.arange(math.prod(mesh.values())).reshape([mesh[name] for name in names])
     if "source_target_pairs" in rest:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)[1]
-        source, target = map(int, re.findall(r"\d+", pairs)[:2])
-        return ("model" if source // model == target // model else "data"), 2
+        ends = [np.argwhere(ids == int(end))[0] for end in re.findall(r"\d+", pairs)[:2]]
+        moved = [name for name, a, b in zip(names, *ends) if a != b]
+        return "+".join(moved), 2
     groups = _groups(rest)
-    if groups.size == 0:
-        return "data+model", data * model
-    ids = np.arange(data * model).reshape(data, model)
-    first = sorted(groups[0].tolist())
-    for axis, members in (
-        ("data", ids[:, 0]),
-        ("model", ids[0]),
-        ("data+model", ids.ravel()),
-    ):
-        if first == members.tolist():
-            return axis, len(first)
+    first = sorted(groups[0].tolist()) if groups.size else ids.ravel().tolist()
+    for count in range(1, len(names) + 1):
+        for axes in itertools.combinations(range(len(names)), count):
+            line = ids[tuple(slice(None) if d in axes else 0 for d in range(len(names)))]
+            if first == line.ravel().tolist():
+                return "+".join(names[d] for d in axes), len(first)
     return "other", len(first)
 
 

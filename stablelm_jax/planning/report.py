@@ -18,6 +18,7 @@ from stablelm_jax.data.manifest import MANIFEST_NAME, read_manifest
 from stablelm_jax.model.flops import flops_per_token, train_flops_per_token
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
 from stablelm_jax.planning.cost import cost_of
 from stablelm_jax.planning.targets import Target, parse_target
@@ -40,9 +41,8 @@ def plan(
       ConfigError, CompilerError, DoesNotFit: as `compile_for`; what needs no compiler is printed.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
-    devices = target.num_devices if target else config.parallel.model * max(config.parallel.data, 1)
-    data, model = config_lib.validate_mesh(config, devices)
-    console.print(_parameters(config, data, model))
+    sizes = config_lib.validate_mesh(config, _num_devices(config, target))
+    console.print(_parameters(config, sizes))
     console.print(_flops(config))
     console.print(_tokens(config))
     console.print(_storage(config, target))
@@ -94,7 +94,7 @@ def plan_all() -> int:
 def _row(config: ConfigDict, step: CompiledStep) -> tuple[str, ...]:
     return (
         str(step.target),
-        f"{step.data} x {step.model}",
+        mesh_text(step.mesh, names=False),
         str(step.rows),
         config.training.remat,
         _mode(config.parallel),
@@ -115,11 +115,19 @@ def _table(title: str, first: str) -> Table:
     return table
 
 
-def _parameters(config: ConfigDict, data: int, model: int) -> Table:
+def _num_devices(config: ConfigDict, target: Target | None) -> int:
+    """Of the target; without one, the fewest that the config asks for."""
+    if target:
+        return target.num_devices
+    parallel = config.parallel
+    return parallel.replica * max(parallel.data, 1) * parallel.model
+
+
+def _parameters(config: ConfigDict, sizes: Mapping[str, int]) -> Table:
     """Every parameter: where its float32 master lies, and the copy that is computed with."""
     rows = parameter_table(config_lib.model_config(config))
-    parallel, sizes = config.parallel, {"data": data, "model": model}
-    table = _table(f"parameters on a mesh of data {data} x model {model}", "name")
+    parallel = config.parallel
+    table = _table(f"parameters on a mesh of {mesh_text(sizes)}", "name")
     for column in ("shape", "count", "master split by", "copy split by", "MiB a device"):
         table.add_column(column, justify="right")
     total = held = 0.0

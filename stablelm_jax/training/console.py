@@ -15,6 +15,8 @@ from rich.table import Table
 
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import format_parameter_table, parameter_table
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.training.setup import Run
 
 _PLAIN_SECONDS = 5.0  # without a terminal: a line at most this often
@@ -33,16 +35,16 @@ def show_decisions(console: Console, run: Run) -> None:
 
 def _decisions(run: Run) -> dict[str, Any]:
     config, spec = run.config, run.spec
-    data, model = run.mesh.shape["data"], run.mesh.shape["model"]
+    parts = sharding.batch_parts(run.mesh)
     length = spec.sequence_length
     full = train_flops_per_token(run.model, length, causal=False)
     causal = train_flops_per_token(run.model, length, causal=True)
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "mesh": f"data {data} x model {model}",
+        "mesh": mesh_text(run.mesh.shape),
         "rows": f"{spec.batch_size} of {length} tokens a step = "
-        f"{spec.batch_size // data // config.training.accumulation} a device in a microbatch "
-        f"x {config.training.accumulation} microbatches x {data}",
+        f"{spec.batch_size // parts // config.training.accumulation} a device in a microbatch "
+        f"x {config.training.accumulation} microbatches x {parts}",
         "weights and moments": f"float32, {_placement(config.parallel)}",
         "compute": f"{config.training.dtype}, remat {config.training.remat}, "
         f"attention {config.training.attention}",

@@ -1,6 +1,6 @@
-"""The gradient of one batch: split over `data`, summed once a step in float32.
+"""The gradient of one batch: split over `replica` and `data`, summed once a step in float32.
 
-`jax.shard_map` over `data` makes the one reduction explicit: left to the compiler, the sum over
+`jax.shard_map` over both makes the one reduction explicit: left to the compiler, the sum over
 replicas happens in the type of the matrix products (bfloat16) and once a microbatch. The axis
 `model` stays with the compiler.
 
@@ -21,6 +21,7 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import Batch, sums_by_source, token_losses
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import BATCH_AXES
 
 
 def make_gradient_function(
@@ -55,7 +56,7 @@ def make_gradient_function(
     fetch = _make_fetch(dims, dtype, reduce_dtype) if fsdp else None
 
     def local_gradient(params, batch):
-        tokens = jax.lax.psum(jnp.sum(batch["loss_mask"]), "data")
+        tokens = jax.lax.psum(jnp.sum(batch["loss_mask"]), BATCH_AXES)
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
@@ -68,14 +69,14 @@ def make_gradient_function(
             gradients,
             dims,
         )
-        return reduced, jax.lax.psum(sums, "data")
+        return reduced, jax.lax.psum(sums, BATCH_AXES)
 
     return jax.shard_map(
         local_gradient,
         mesh=mesh,
-        in_specs=(split_specs if fsdp else PartitionSpec(), PartitionSpec("data")),
+        in_specs=(split_specs if fsdp else PartitionSpec(), sharding.mesh_axes(["batch"])),
         out_specs=(split_specs, PartitionSpec()),
-        axis_names={"data"},
+        axis_names=set(BATCH_AXES),
         check_vma=False,
     )
 
@@ -121,13 +122,17 @@ def _only_data(spec: PartitionSpec) -> PartitionSpec:
 
 
 def _reduce(gradient: jax.Array, dim: int, dtype: Any) -> jax.Array:
-    """Sum over `data` in `dtype`, float32; scattered over `dim` unless that is -1."""
-    gradient = gradient.astype(dtype)
-    if dim < 0:
-        summed = jax.lax.psum(gradient, "data")
-    else:
-        summed = jax.lax.psum_scatter(gradient, "data", scatter_dimension=dim, tiled=True)
-    return summed.astype(jnp.float32)
+    """Sum over the batch's axes in `dtype`, float32; scattered over `dim` unless that is -1.
+
+    Groups of devices scatter first, so that only a part of each gradient goes between groups.
+    """
+    gradient, axes = gradient.astype(dtype), BATCH_AXES
+    if dim >= 0:
+        gradient = jax.lax.psum_scatter(gradient, "data", scatter_dimension=dim, tiled=True)
+        axes = ("replica",)
+    # A sum over one device would still be compiled, as a copy.
+    axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+    return (jax.lax.psum(gradient, axes) if axes else gradient).astype(jnp.float32)
 
 
 def _make_fetch(dims: Any, dtype: Any, reduce_dtype: Any) -> Fetch:

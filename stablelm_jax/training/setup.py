@@ -173,9 +173,9 @@ def prepare_run(config: ConfigDict) -> Run:
       ValueError: with what is wrong, where, and what to do.
     """
     config_lib.validate(config)
-    config_lib.validate_mesh(config, jax.device_count())
+    sizes = config_lib.validate_mesh(config, jax.device_count())
     model = config_lib.model_config(config)
-    mesh = make_mesh(config.parallel.data, config.parallel.model)
+    mesh = make_mesh(**sizes)
     tokenizer = load_tokenizer(config.data.tokenizer)
     weights = config_lib.mixture_weights(config)
     sources = open_sources(config.data.root, weights, tokenizer_sha256=tokenizer.sha256)

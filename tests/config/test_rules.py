@@ -208,12 +208,18 @@ def test_a_value_of_another_type_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "num_devices", "mesh"),
-    [(-1, 1, 1, (1, 1)), (-1, 1, 4, (4, 1)), (-1, 2, 4, (2, 2)), (3, 2, 6, (3, 2))],
+    ("values", "num_devices", "mesh"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 4, (1, 4, 1)),
+        ({"parallel__model": 2}, 4, (1, 2, 2)),
+        ({"parallel__data": 3, "parallel__model": 2}, 6, (1, 3, 2)),
+        ({"parallel__replica": 3, "parallel__model": 2}, 12, (3, 2, 2)),
+    ],
 )
-def test_the_mesh_fills_the_devices(data, model, num_devices, mesh):
-    config = small(parallel__data=data, parallel__model=model)
-    assert config_lib.validate_mesh(config, num_devices) == mesh
+def test_the_mesh_fills_the_devices(values, num_devices, mesh):
+    found = config_lib.validate_mesh(small(**values), num_devices)
+    assert found == dict(zip(("replica", "data", "model"), mesh))
 
 
 @pytest.mark.parametrize(
@@ -221,6 +227,9 @@ def test_the_mesh_fills_the_devices(data, model, num_devices, mesh):
     [
         ({"parallel__model": 2}, 3, "parallel.model=2"),
         ({"parallel__data": 3}, 4, "parallel.data=3"),
+        ({"parallel__replica": 3}, 4, "parallel.replica=3"),
+        ({"parallel__replica": 2, "parallel__model": 4}, 4, "parallel.data=-1"),
+        ({"parallel__replica": 8}, 8, "data.batch_size=12"),
         ({}, 8, "data.batch_size=12"),
         ({"training__accumulation": 4}, 6, "data.batch_size=12"),
     ],

@@ -53,7 +53,7 @@ def test_a_batch_is_split_by_rows_and_keeps_its_values():
     mesh = make_mesh(4, 2)
     rows = np.arange(24, dtype=np.int32).reshape(8, 3)
     placed = sharding.put_batch({"tokens": rows}, mesh)["tokens"]
-    assert placed.sharding.spec == P("data")
+    assert placed.sharding.spec == P(("replica", "data"))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(placed, rows)
 

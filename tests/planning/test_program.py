@@ -34,7 +34,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
         return jax.lax.scan(outer, x, length=3)[0]
 
     text = compiled(function, mesh, P(), P(), array(16))
-    assert set(collectives(text, 4, 2)) == {
+    assert set(collectives(text, {"data": 4, "model": 2})) == {
         Collective("all-reduce", "data", "f32", 15 * 64, 4, 15),
         Collective("all-reduce", "model", "f32", 3 * 64, 2, 3),
     }
@@ -47,7 +47,10 @@ def test_sizes_are_those_of_the_whole_array():
         scattered = jax.lax.psum_scatter(x, "data", tiled=True)
         return jax.lax.all_gather(jnp.sin(scattered), "data", tiled=True)
 
-    found = {c.kind: c for c in collectives(compiled(function, mesh, P(), P(), array(64)), 8, 1)}
+    found = {
+        c.kind: c
+        for c in collectives(compiled(function, mesh, P(), P(), array(64)), {"data": 8, "model": 1})
+    }
     assert found["reduce-scatter"].size == found["all-gather"].size == 64 * 4
     assert found["all-gather"].sent == 64 * 4 * 7 // 8
 
@@ -55,7 +58,7 @@ def test_sizes_are_those_of_the_whole_array():
 def test_groups_along_both_axes_are_told_from_those_along_one():
     mesh = make_mesh(2, 4)
     text = compiled(lambda x: jax.lax.psum(x, ("data", "model")), mesh, P(), P(), array(8))
-    (found,) = collectives(text, 2, 4)
+    (found,) = collectives(text, {"data": 2, "model": 4})
     assert (found.axis, found.devices) == ("data+model", 8)
     assert found.sent == 2 * 32 * 7 // 8
 
@@ -81,7 +84,7 @@ backend_config={"known_trip_count":{"n":"6"}}
 
 
 def test_asynchronous_forms_and_every_spelling_of_groups_are_read():
-    found = {c.kind: c for c in collectives(ASYNC, 2, 8)}
+    found = {c.kind: c for c in collectives(ASYNC, {"data": 2, "model": 8})}
     assert found["all-gather"] == Collective("all-gather", "model", "bf16", 192, 8, 1)
     assert found["all-reduce"].count == 6 and found["all-reduce"].devices == 4
     assert found["collective-permute"].size == found["collective-permute"].sent == 32
@@ -89,4 +92,4 @@ def test_asynchronous_forms_and_every_spelling_of_groups_are_read():
 
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        collectives("hello", 1, 1)
+        collectives("hello", {"data": 1, "model": 1})

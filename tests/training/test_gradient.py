@@ -47,21 +47,25 @@ def random_params():
 
 
 @pytest.mark.parametrize(
-    "data, model, mode, accumulation, remat",
+    "replica, data, model, mode, accumulation, remat",
     [
-        (1, 8, "zero1", 1, "none"),
-        (8, 1, "zero1", 1, "full"),
-        (4, 2, "zero1", 2, "none"),
-        (2, 4, "whole", 4, "dots"),
-        (2, 4, "zero1", 1, "none"),
-        (8, 1, "fsdp", 1, "dots"),
-        (2, 4, "fsdp", 2, "full"),
+        (1, 1, 8, "zero1", 1, "none"),
+        (1, 8, 1, "zero1", 1, "full"),
+        (1, 4, 2, "zero1", 2, "none"),
+        (1, 2, 4, "whole", 4, "dots"),
+        (1, 2, 4, "zero1", 1, "none"),
+        (1, 8, 1, "fsdp", 1, "dots"),
+        (1, 2, 4, "fsdp", 2, "full"),
+        (2, 4, 1, "zero1", 1, "none"),
+        (2, 2, 2, "fsdp", 2, "dots"),
+        (4, 1, 2, "zero1", 1, "full"),
     ],
 )
 def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
-    data, model, mode, accumulation, remat
+    replica, data, model, mode, accumulation, remat
 ):
-    mesh, params, batch = make_mesh(data, model), random_params(), random_batch()
+    mesh = make_mesh(data, model, replica=replica)
+    params, batch = random_params(), random_batch()
     specs = sharding.master_specs(parameter_table(MODEL), mesh, mode != "whole")
     gradient = make_gradient_function(
         MODEL,
