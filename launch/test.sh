@@ -3,7 +3,8 @@
 #
 #   bash launch/test.sh [--all] [pytest arguments; paths are relative to the checkout]
 #
-# --all  also installs the extras `parity` and `aot` (gigabytes), and runs the slow tests too.
+# --all  also installs the extras `parity` and `aot` (gigabytes), and runs the slow tests too; those by hand are
+#        run by -m by_hand alone.
 # What is not installed is skipped, and counted in the last lines.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
@@ -13,7 +14,7 @@ every_test=()
 if [[ ${1:-} == --all ]]; then
     shift
     extras='test,parity,aot'
-    every_test=(-m '')
+    every_test=(-m 'not by_hand')
 fi
 install --editable ".[$extras]"
 

@@ -18,7 +18,7 @@ KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "u4": 4, "s4": 4}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -31,8 +31,8 @@ class Collective:
       kind: of `KINDS`. axis: of the mesh, or several as in 'data+model'; 'other': groups of devices
         that are no axes.
       dtype: as the program spells it. size: bytes of the whole array, summed over `count` runs.
-      devices: that take part in each. count: how often it runs in a step; in a loop whose turns
-        the program does not state, it counts once.
+      devices: that take part in each. count: how often it runs in a step; in a loop whose number of
+        turns cannot be read, it counts once.
     """
 
     kind: str
@@ -79,6 +79,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    name: str
     type: str
     op: str
     rest: str
@@ -114,10 +115,23 @@ def _walk(computations, name: str, times: int) -> Iterator[tuple[_Instruction, i
             continue
         inner = times
         if instruction.op == "while":
-            trips = _TRIPS.search(instruction.rest)
-            inner *= int(trips[1]) if trips else 1
+            inner *= _turns(instruction.rest, computations)
         for called in _called(instruction.rest):
             yield from _walk(computations, called, inner)
+
+
+def _turns(rest: str, computations) -> int:
+    """How often a loop turns: said by the GPU compiler; the TPU's condition is i < constant."""
+    if stated := _TRIPS.search(rest):
+        return int(stated[1])
+    named = re.search(r"\bcondition=%?([\w.\-]+)", rest)
+    condition = {i.name: i for i in computations.get(named[1] if named else "", ())}
+    for instruction in condition.values():
+        if instruction.op == "compare" and "direction=LT" in instruction.rest:
+            bound = condition.get(re.match(r"%?[\w.\-]+, %?([\w.\-]+)\)", instruction.rest)[1])
+            if bound and bound.op == "constant":
+                return int(bound.rest.split(")")[0])
+    return 1
 
 
 def _called(rest: str) -> list[str]:

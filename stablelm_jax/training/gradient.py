@@ -2,13 +2,14 @@
 
 `jax.shard_map` over both makes the one reduction explicit: left to the compiler, the sum over
 replicas happens in the type of the matrix products (bfloat16) and once a microbatch. The axis
-`model` stays with the compiler.
+`model` stays with the compiler, but for these collectives: it would gather what they work on.
 
 B rows of the batch, T sequence length, S sources.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -50,10 +51,10 @@ def make_gradient_function(
     The gradients are float32, of the mean loss over the counted tokens of the whole batch.
     `sums`: "nll" and "tokens", float32 [S], over the whole batch, by source.
     """
-    dims = jax.tree.map(_dim_of, gradient_specs, is_leaf=_is_spec)
-    split_specs = jax.tree.map(_only_data, gradient_specs, is_leaf=_is_spec)
+    specs = jax.tree.map(_Spec, gradient_specs, is_leaf=_is_spec)
+    split_specs = jax.tree.map(lambda spec: spec.along("data"), specs)
     reduce_dtype = jnp.float32 if float32_reduce else dtype
-    fetch = _make_fetch(dims, dtype, reduce_dtype) if fsdp else None
+    fetch = _make_fetch(specs, dtype, reduce_dtype) if fsdp else None
 
     def local_gradient(params, batch):
         tokens = jax.lax.psum(jnp.sum(batch["loss_mask"]), BATCH_AXES)
@@ -65,9 +66,9 @@ def make_gradient_function(
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
         reduced = jax.tree.map(
-            lambda g, dim: g if fsdp and dim >= 0 else _reduce(g, dim, reduce_dtype),
+            lambda g, spec: g if fsdp and spec.split else _reduce(g, spec, reduce_dtype),
             gradients,
-            dims,
+            specs,
         )
         return reduced, jax.lax.psum(sums, BATCH_AXES)
 
@@ -111,55 +112,83 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def _dim_of(spec: PartitionSpec) -> int:
-    """The dim that is split over `data`; -1: none."""
-    dim = sharding.data_dim(spec)
-    return -1 if dim is None else dim
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """How a gradient is split; hashable, and a leaf of a tree."""
+
+    axes: PartitionSpec
+
+    @property
+    def dim(self) -> int | None:
+        """The dim that is split over `data`."""
+        return sharding.data_dim(self.axes)
+
+    @property
+    def split(self) -> bool:
+        return self.dim is not None
+
+    def along(self, axis: str) -> PartitionSpec:
+        """The spec with this axis alone."""
+        return PartitionSpec(*(axis if a == axis else None for a in self.axes))
+
+    def of_one_layer(self) -> _Spec:
+        """The spec without the axis of layers."""
+        return _Spec(PartitionSpec(*self.axes[1:]))
+
+    def on_parts(self, function: Callable[[jax.Array], jax.Array]) -> Callable:
+        """`function` on what each device of `model` holds of the array."""
+        along = self.along("model")
+        return jax.shard_map(
+            function, in_specs=along, out_specs=along, axis_names={"model"}, check_vma=False
+        )
 
 
-def _only_data(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*("data" if axis == "data" else None for axis in spec))
-
-
-def _reduce(gradient: jax.Array, dim: int, dtype: Any) -> jax.Array:
-    """Sum over the batch's axes in `dtype`, float32; scattered over `dim` unless that is -1.
+def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:
+    """Sum over the batch's axes in `dtype`, float32; scattered as `spec` says.
 
     Groups of devices scatter first, so that only a part of each gradient goes between groups.
     """
-    gradient, axes = gradient.astype(dtype), BATCH_AXES
-    if dim >= 0:
-        gradient = jax.lax.psum_scatter(gradient, "data", scatter_dimension=dim, tiled=True)
-        axes = ("replica",)
-    # A sum over one device would still be compiled, as a copy.
-    axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
-    return (jax.lax.psum(gradient, axes) if axes else gradient).astype(jnp.float32)
+
+    def reduce(part):
+        part, axes = part.astype(dtype), BATCH_AXES
+        if spec.split:
+            part = jax.lax.psum_scatter(part, "data", scatter_dimension=spec.dim, tiled=True)
+            axes = ("replica",)
+        # A sum over one device would still be compiled, as a copy.
+        axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+        return (jax.lax.psum(part, axes) if axes else part).astype(jnp.float32)
+
+    return spec.on_parts(reduce)(gradient)
 
 
-def _make_fetch(dims: Any, dtype: Any, reduce_dtype: Any) -> Fetch:
+def _make_fetch(specs: Any, dtype: Any, reduce_dtype: Any) -> Fetch:
     """Gathers the parameters of a group in `dtype`; gradients come back summed and scattered."""
 
     def fetch(group, params):
-        def whole(x, dim):
-            if group == "layers" and dim >= 0:
-                dim -= 1  # one layer: the axis of layers is gone
-            return x.astype(dtype) if dim < 0 else _gather(x, dim, dtype, reduce_dtype)
+        def whole(x, spec):
+            if not spec.split:
+                return x.astype(dtype)
+            return _gather(
+                x, spec.of_one_layer() if group == "layers" else spec, dtype, reduce_dtype
+            )
 
-        return jax.tree.map(whole, params, dims[group])
+        return jax.tree.map(whole, params, specs[group])
 
     return fetch
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x, dim, dtype, reduce_dtype):
-    return jax.lax.all_gather(x.astype(dtype), "data", axis=dim, tiled=True)
+def _gather(x, spec, dtype, reduce_dtype):
+    gather = partial(jax.lax.all_gather, axis_name="data", axis=spec.dim, tiled=True)
+    return spec.on_parts(gather)(x.astype(dtype))
 
 
-def _gather_forward(x, dim, dtype, reduce_dtype):
-    return _gather(x, dim, dtype, reduce_dtype), None
+def _gather_forward(x, spec, dtype, reduce_dtype):
+    return _gather(x, spec, dtype, reduce_dtype), None
 
 
-def _gather_backward(dim, dtype, reduce_dtype, _, gradient):
-    return (_reduce(gradient, dim, reduce_dtype),)
+def _gather_backward(spec, dtype, reduce_dtype, _, gradient):
+    return (_reduce(gradient, spec, reduce_dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -51,6 +51,26 @@ def test_fsdp_gathers_and_scatters_layer_by_layer(data):
     assert large["reduce-scatter", "f32"].count >= layers * microbatches
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_tensor_parallelism_gathers_neither_logits_nor_gradients(data, fsdp):
+    overrides = {"parallel.model": 4, "parallel.fsdp": fsdp, "training.accumulation": 1}
+    config, step = step_for(data, "h100:1x8", **overrides)
+    large = {(c.kind, c.axis): c for c in step.collectives if c.size > 1000}
+    # over `model` only sums go, and over `data` each device's own part of the weights
+    assert set(large) == {
+        ("all-reduce", "model"),
+        ("reduce-scatter", "data"),
+        ("all-gather", "data"),
+    }
+    part = count_parameters(config_lib.model_config(config)) / 4
+    assert large["reduce-scatter", "data"].size == pytest.approx(4 * part, rel=0.05)
+    # the head's share of `model`: row maxima, sums and targets, and the gradient of its input
+    rows = step.rows * config.data.sequence_length
+    (head,) = (c for c in step.collectives if (c.axis, c.dtype) == ("model", "f32"))
+    width, vocabulary = config.model.width, config.model.vocab_size
+    assert head.size <= 4 * rows * (width + 3) < 4 * rows * vocabulary
+
+
 def test_a_gpu_program_beyond_the_memory_is_an_error_of_ours(data, monkeypatch):
     from stablelm_jax.planning import targets
 

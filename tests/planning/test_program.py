@@ -90,6 +90,34 @@ def test_asynchronous_forms_and_every_spelling_of_groups_are_read():
     assert found["collective-permute"].size == found["collective-permute"].sent == 32
 
 
+TPU_LOOP = """HloModule m
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(24), metadata={op_name="scan"}
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="scan/cond/lt"}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %x = f32[8]{0:T(128)} get-tuple-element(%p), index=1
+  %r = f32[8]{0:T(128)} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%i, %r)
+}
+
+ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  ROOT %w = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_without_a_stated_count_turns_as_often_as_its_condition_says():
+    (found,) = collectives(TPU_LOOP, {"data": 8, "model": 1})
+    assert (found.count, found.size) == (24, 24 * 32)
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("hello", {"data": 1, "model": 1})

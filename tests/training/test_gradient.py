@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +14,18 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.training.gradient import make_gradient_function
 
+# As the 12B has it: 8 key heads shared by more query heads, norms of each head, parallel residual.
 MODEL = ModelConfig(
     vocab_size=96,
     num_layers=2,
-    width=32,
-    num_heads=4,
-    num_kv_heads=4,
+    width=256,
+    num_heads=16,
+    num_kv_heads=8,
     feed_forward_width=48,
     rotary_fraction=0.5,
-    init_std=0.2,
+    qk_norm=True,
+    parallel_residual=True,
+    init_std=0.05,
 )
 EXACT = dict(dtype=jnp.float32, remat="none", attention="reference")
 
@@ -46,26 +51,44 @@ def random_params():
     return jax.tree.unflatten(tree, noisy)
 
 
+MESHES = ((1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2))  # replica, data, model
+MODES = ("whole", "zero1", "fsdp")
+ACCUMULATION = (1, 2, 4)
+REMAT = ("none", "dots", "full")
+
+
+def product():
+    """Every allowed combination; FSDP has no remat 'none' (config/rules.py)."""
+    combinations = itertools.product(MESHES, MODES, ACCUMULATION, REMAT)
+    return [c for c in combinations if c[1:] != ("fsdp", c[2], "none")]
+
+
+def pairwise():
+    """Few of them, in which any two values of two settings that may meet do meet."""
+    pairs = lambda c: {(a, b) for a, b in itertools.combinations(enumerate(c), 2)}  # noqa: E731
+    left, chosen = set().union(*map(pairs, product())), []
+    while left:
+        chosen.append(max(product(), key=lambda c: len(pairs(c) & left)))
+        left -= pairs(chosen[-1])
+    return chosen
+
+
 @pytest.mark.parametrize(
-    "replica, data, model, mode, accumulation, remat",
-    [
-        (1, 1, 8, "zero1", 1, "none"),
-        (1, 8, 1, "zero1", 1, "full"),
-        (1, 4, 2, "zero1", 2, "none"),
-        (1, 2, 4, "whole", 4, "dots"),
-        (1, 2, 4, "zero1", 1, "none"),
-        (1, 8, 1, "fsdp", 1, "dots"),
-        (1, 2, 4, "fsdp", 2, "full"),
-        (2, 4, 1, "zero1", 1, "none"),
-        (2, 2, 2, "fsdp", 2, "dots"),
-        (4, 1, 2, "zero1", 1, "full"),
+    "sizes, mode, accumulation, remat",
+    pairwise()
+    + [
+        pytest.param(*c, marks=pytest.mark.by_hand, id=f"product-{c}")
+        for c in product()
+        if c not in pairwise()
     ],
 )
 def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
-    replica, data, model, mode, accumulation, remat
+    sizes, mode, accumulation, remat
 ):
-    mesh = make_mesh(data, model, replica=replica)
-    params, batch = random_params(), random_batch()
+    replica, data, model = sizes
+    devices = jax.devices()[: replica * data * model]
+    mesh = make_mesh(data, model, devices, replica=replica)
+    params, batch = random_params(), random_batch(32)
     specs = sharding.master_specs(parameter_table(MODEL), mesh, mode != "whole")
     gradient = make_gradient_function(
         MODEL,
@@ -79,11 +102,7 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
     placed = jax.device_put(params, sharding.named(mesh, specs)) if mode == "fsdp" else params
     found, sums = jax.jit(gradient)(placed, sharding.put_batch(batch, mesh))
 
-    def mean_loss(params):
-        nll_BT = token_losses(MODEL, params, batch, **EXACT)
-        return jnp.sum(nll_BT) / jnp.sum(batch["loss_mask"]), nll_BT
-
-    (_, nll_BT), expected = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
+    (_, nll_BT), expected = whole_batch(params, batch)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
             a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9, rtol=1e-4
@@ -96,6 +115,22 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
     tokens = [batch["loss_mask"][batch["source_ids"] == s].sum() for s in range(3)]
     np.testing.assert_array_equal(sums["tokens"], tokens)
     assert {g.dtype for g in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+@jax.jit
+def whole_batch(params, batch):
+    """What plain autodiff says, on one device in one piece."""
+
+    def mean_loss(params):
+        nll_BT = token_losses(MODEL, params, batch, **EXACT)
+        return jnp.sum(nll_BT) / jnp.sum(batch["loss_mask"]), nll_BT
+
+    return jax.value_and_grad(mean_loss, has_aux=True)(params)
+
+
+def test_the_chosen_combinations_hold_every_mesh_and_mode_and_are_few():
+    assert {c[0] for c in pairwise()} == set(MESHES) and {c[1] for c in pairwise()} == set(MODES)
+    assert len(pairwise()) < len(product()) / 4
 
 
 def test_the_sum_over_replicas_is_one_float32_reduce_scatter_after_the_microbatches():
