@@ -28,7 +28,8 @@ PYTHON3 = f"""#!/bin/sh
 case "$1 $2" in
 "-c "*) echo 3.12.0 ;;
 "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-"-m pip") shift && printf '["%s"]\\n' "$(echo "$@" | sed 's/ /", "/g')" >>"$FAKE_LOG" ;;
+"-m pip") [ "$3" != --version ] || exit 0
+    shift && printf '["%s"]\\n' "$(echo "$@" | sed 's/ /", "/g')" >>"$FAKE_LOG" ;;
 *) exec "{PYTHON}" -S "{HERE / "fake_python.py"}" "$@" ;;
 esac
 """
