@@ -190,6 +190,7 @@ start_training() {
     answers=$(results) || return 1
     if ! grep -qv ' running$' <<<"$answers"; then
         say "A training runs on $name already: following it"
+        training='; a training on it goes on'
         lines=100
         return 0
     fi
@@ -203,8 +204,9 @@ copy_and_start() {
     say "Copying the code to the workers of $name, installing, starting"
     persist tpu-vm scp "$scratch/stablelm_pod" "$name:" --recurse --worker=all \
         ${internal_ip:+--internal-ip} &&
-        on_worker all prepare &&
-        on_worker all start "$workdir" --config "$config" ${overrides[@]+"${overrides[@]}"}
+        on_worker all prepare || return 1
+    training='; a training on it goes on'
+    on_worker all start "$workdir" --config "$config" ${overrides[@]+"${overrides[@]}"}
 }
 
 follower=
@@ -275,7 +277,6 @@ run() {
         make_ready
         result=75
         if start_training; then
-            training='; a training on it goes on'
             await_end
             training=
         elif state=$(pod_state) && [[ $state == READY ]]; then

@@ -33,7 +33,8 @@ persist() {
     [[ -z $dry_run ]] || { tpus "$@" && return; }
     for ((attempt = 1; ; attempt++)); do
         status=0
-        tpus "$@" 2>"$scratch/errors" || status=$?
+        # In a subshell: what Ctrl-C has this shell say must not go into the file.
+        (tpus "$@") 2>"$scratch/errors" || status=$?
         if ((status == 0)); then return 0; fi
         said NOT_FOUND || cat "$scratch/errors" >&2 # not found: may be what was hoped for
         if ((status == 2 || attempt == attempts)) || said "$hopeless"; then return 1; fi

@@ -86,6 +86,8 @@ train() { # Detached: waits for the training and records how it ended.
     # A machine that shuts down sends SIGTERM to everyone: the training saves, this shell records.
     trap '' TERM HUP
     cd "$code"
+    # Into a file Python writes whole blocks: the log would lag behind by minutes.
+    export PYTHONUNBUFFERED=1
     (trap - TERM HUP && exec .venv/bin/python -m stablelm_jax.train "$@") &
     child=$!
     echo "$child" >"$here/pid"

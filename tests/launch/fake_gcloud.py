@@ -6,7 +6,8 @@ FAKE_CLOUD is a folder. In it, `calls.jsonl` notes each call; `cloud.json` is th
   queue           the states that a new request goes through, a `describe` each, before ACTIVE
   exits           for each `start` on the workers, the FAKE_TRAIN_EXIT of every worker
   failures        calls to fail: {"match": part of the call, "times": N, "message": its error,
-                  "code": exit code, "preempt": whether the slice is taken away there and then}
+                  "code": exit code, "preempt": whether the slice is taken away there and then,
+                  "late": whether all was done and only the answer got lost}
 
 A worker is a folder, its home; a new slice has new ones. What `ssh` says is run there.
 """
@@ -38,9 +39,9 @@ def homes(cloud):
     return [CLOUD / f"slice{cloud['slices']}" / str(n) for n in range(cloud["workers"])]
 
 
-def fail_on_purpose(cloud):
+def fail_on_purpose(cloud, late):
     for failure in cloud["failures"]:
-        if failure["match"] in CALL and failure["times"] > 0:
+        if failure["match"] in CALL and failure["times"] > 0 and failure.get("late", False) == late:
             failure["times"] -= 1
             if failure.get("preempt"):
                 cloud["node"] = "PREEMPTED"
@@ -119,8 +120,9 @@ def main():
         cloud = json.loads((CLOUD / "cloud.json").read_text())
         processes = []
         try:
-            fail_on_purpose(cloud)
+            fail_on_purpose(cloud, late=False)
             processes = STEPS[" ".join(ARGUMENTS[2:4])](cloud) or []
+            fail_on_purpose(cloud, late=True)
         except Failure as failure:
             print(failure, file=sys.stderr)
             return failure.code

@@ -207,6 +207,14 @@ def test_what_may_pass_is_tried_again(pod):
     assert pod.steps() == [step for step in FIRST_TIME for _ in range(2)]
 
 
+def test_what_was_done_though_its_answer_got_lost_is_not_done_twice(pod):
+    pod.set(failures=[{"match": part, "times": 1, "late": True} for part in (" create ", "start")])
+    code, _, err = pod.call("run")
+    assert code == 0, err
+    assert pod.steps() == ["create", "create", "scp", "prepare", "start", "start"]
+    assert pod.cloud["slices"] == 1
+
+
 def test_it_gives_up_after_five_attempts_and_says_what_remains(pod):
     pod.set(failures=[{"match": " scp ", "times": 9, "message": "ERROR: no route to host"}])
     code, _, err = pod.call("run")
@@ -317,6 +325,18 @@ def test_ctrl_c_in_the_queue_says_what_may_cost_money_or_deletes_it(pod):
         assert ("costs money" in err) == bool(remains)
 
 
+def test_ctrl_c_while_the_workers_install_says_what_costs_money(pod):
+    setup = pod.checkout.elsewhere / "setup.sh"
+    setup.write_text("echo mounting; sleep 20\n")
+    script = pod.start("run", "--setup", str(setup))
+    for line in script.stdout:
+        if "mounting" in line:
+            break
+    os.killpg(script.pid, signal.SIGINT)
+    code, _, err = ended(script)
+    assert code == 130 and "costs money. Call this again" in err
+
+
 @pytest.mark.parametrize("status", ["0", "1"])
 def test_delete_after_deletes_however_the_training_ended(pod, status):
     pod.set(exits=[[status]])
@@ -331,6 +351,25 @@ def test_the_setup_script_runs_on_each_worker_before_the_installation(pod):
     code, out, err = pod.call("run", "--setup", str(setup))
     assert code == 0, err
     assert out.index("mounted on worker-0") < out.index("Making .venv")
+
+
+def test_where_python_is_too_old_uv_brings_another(pod):
+    too_old = pod.checkout.programs / "python3"
+    new = pod.checkout.elsewhere / "new python"
+    too_old.rename(new)
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        pod.checkout.add_program(
+            name,
+            f"""#!/bin/sh
+            case "$*" in
+            "-m uv python find 3.12") echo '{new}' ;;
+            "-m pip install --quiet --user uv" | "-m uv --quiet python install 3.12") ;;
+            *) exit 1 ;;
+            esac""",
+        )
+    code, _, err = pod.call("run")
+    assert code == 0, err
+    assert (pod.workers()[0] / "code/.venv/bin/python").read_text() == new.read_text()
 
 
 def test_a_workdir_on_the_workers_own_disk_is_refused_by_the_workers(pod):
