@@ -16,7 +16,11 @@ from stablelm_jax.planning.targets import parse_target
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GOLDEN = Path(__file__).parent / "golden"
-TEXT = {"own_text": "mine=0.7,other=0.3", "stablelm_3b_4e1t": "web=0.75,code=0.25"}
+TEXT = {
+    "own_text": "mine=0.7,other=0.3",
+    "recipe_150m": "web=0.9,code=0.1",
+    "stablelm_3b_4e1t": "web=0.75,code=0.25",
+}
 OVERRIDES = {"stablelm_3b_4e1t": {"data.tokenizer": "tokenizer.json"}}
 NAMES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
 LAUNCHES = [name for name in NAMES if name.startswith("launch/")]
@@ -29,7 +33,7 @@ def load(name):
 
 def test_the_configs_of_the_project_are_there():
     assert set(NAMES) >= {
-        "smoke", "demo_multilingual", "own_text",
+        "smoke", "demo_multilingual", "own_text", "recipe_150m",
         "stablelm_2_1_6b", "stablelm_2_12b", "stablelm_3b_4e1t",
     }  # fmt: skip
 

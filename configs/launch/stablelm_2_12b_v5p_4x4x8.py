@@ -2,7 +2,8 @@
 
     CONFIG=configs/launch/stablelm_2_12b_v5p_4x4x8.py
     python -m stablelm_jax.plan --config $CONFIG
-    bash launch/tpu_pod.sh up --accelerator-type v5p-256 --config $CONFIG --workdir gs://BUCKET/RUN
+    bash launch/tpu_pod.sh run --name NAME --zone ZONE --accelerator-type v5p-256 --config $CONFIG \\
+        --workdir gs://BUCKET/RUN
 
 Time, energy and memory: see `plan`.
 """
@@ -18,6 +19,6 @@ def get_config():
     config.parallel.target = "v5p:4x4x8"
     config.training.accumulation = 6  # ours: 2 rows a device
     config.training.remat = "dots"  # ours: the memory is there
-    config.parallel.model = 1  # ours: the chip"s links carry FSDP
+    config.parallel.model = 1  # ours: the chip's links carry FSDP
     config.parallel.fsdp = True  # ours: no chip holds 12 B weights and their gradients
     return config

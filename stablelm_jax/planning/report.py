@@ -232,7 +232,8 @@ def _cost(
     table.add_row(
         "tokens a second of one device", f"{cost.tokens_per_second / target.num_devices:,.0f}"
     )
-    table.add_row("days", f"{cost.hours / 24:,.1f}")
+    long = cost.hours >= 72
+    table.add_row(*("days", f"{cost.hours / 24:,.1f}") if long else ("hours", f"{cost.hours:,.1f}"))
     table.add_row("device-hours", f"{cost.device_hours:,.0f}")
     if price is not None:
         table.add_row(f"dollars, at {price:g} a device-hour", f"{cost.device_hours * price:,.0f}")
@@ -240,9 +241,15 @@ def _cost(
         table.add_row("energy", "give --watts: no figure for this chip")
         return table
     kind = "given" if watts is not None else "the data sheet's limit"
-    table.add_row(f"energy at {power:g} W ({kind}), PUE 1.1", f"{cost.megawatt_hours:,.1f} MWh")
-    table.add_row("emissions at 0.385 kg CO2e a kWh", f"{cost.tonnes_co2:,.1f} t")
+    table.add_row(
+        f"energy at {power:g} W ({kind}), PUE 1.1", _amount(cost.megawatt_hours, "MWh", "kWh")
+    )
+    table.add_row("emissions at 0.385 kg CO2e a kWh", _amount(cost.tonnes_co2, "t", "kg"))
     return table
+
+
+def _amount(value: float, unit: str, thousandth: str) -> str:
+    return f"{value:,.1f} {unit}" if value >= 1 else f"{1000 * value:,.1f} {thousandth}"
 
 
 def _memory(config: ConfigDict, step: CompiledStep) -> Table:
