@@ -2,8 +2,8 @@
 
     CONFIG=configs/launch/stablelm_2_1_6b_v6e_8x8.py
     python -m stablelm_jax.plan --config $CONFIG
-    bash launch/tpu_pod.sh run --name NAME --zone ZONE --accelerator-type v6e-64 --config $CONFIG \\
-        --workdir gs://BUCKET/RUN
+    bash launch/tpu_pod.sh run --name NAME --zone ZONE --accelerator-type v6e-64 \\
+        --config $CONFIG --workdir gs://BUCKET/RUN
 
 Time, energy and memory: see `plan`.
 """
