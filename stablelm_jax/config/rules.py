@@ -92,7 +92,7 @@ ATTENTION = ("auto", "reference", "chunked")  # what kernels/attention.py has, w
 _CHOICES = {
     "schedule.kind": ("hybrid", "cosine"),
     "training.dtype": ("bfloat16", "float32"),
-    "training.remat": ("none", "dots", "full"),
+    "training.remat": ("none", "dots", "attention", "full"),
     "training.attention": ATTENTION,
 }
 # key -> (least, most), both allowed
@@ -318,7 +318,12 @@ def _check_sharding(config: ConfigDict) -> None:
         _refuse(config, "parallel.fsdp", why, "leave one of the two at its default")
     if config.training.remat == "none":
         why = "every layer that was gathered would be kept for the backward pass"
-        _refuse(config, "training.remat", why, "use dots or full, or config.parallel.fsdp=False")
+        _refuse(
+            config,
+            "training.remat",
+            why,
+            "use dots, attention or full, or config.parallel.fsdp=False",
+        )
 
 
 def _check_periods(config: ConfigDict) -> None:

@@ -97,7 +97,7 @@ def _training_fields() -> dict[str, Any]:
         "num_steps": placeholder(int),  # the run ends here
         "accumulation": 1,  # microbatches a step
         "dtype": "bfloat16",  # of the matrix products: 'bfloat16' | 'float32'; weights stay float32
-        "remat": "none",  # what the backward pass computes again: 'none' | 'dots' | 'full'
+        "remat": "none",  # what backward computes again: 'none' | 'dots' | 'attention' | 'full'
         "unroll": 1,  # layers compiled one after the other in each turn of the loop over layers
         "attention": "auto",  # kernel, by its name in kernels/attention.py
         "deterministic": False,  # GPU: the same bits in every run, slower; CPU, TPU: always so

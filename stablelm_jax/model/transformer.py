@@ -34,11 +34,13 @@ ACTIVATION_AXES = ("batch", "sequence", "width")
 
 # What the backward pass finds saved from the forward pass; the rest it computes again.
 _policies = jax.checkpoint_policies
+_attention_saveable = _policies.save_only_these_names(*SAVED_NAMES)
 REMAT_POLICIES = {
     "none": _policies.everything_saveable,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*SAVED_NAMES)
+        _policies.dots_with_no_batch_dims_saveable, _attention_saveable
     ),
+    "attention": _attention_saveable,
     "full": _policies.nothing_saveable,
 }
 
@@ -144,7 +146,8 @@ def hidden_states(
       segment_ids_BT: int32; a token attends to earlier tokens of the same id only.
       positions_BT: int32 position of each token in its document.
       dtype: of matrix products and activations. Norm statistics, softmax and rotary are float32.
-      remat: what backward computes again: 'none', 'dots' (all but matrix products), 'full'.
+      remat: what backward computes again: 'none', 'dots' (all but matrix products and attention),
+        'attention' (all but attention: one more width a token and layer is kept), 'full'.
       attention: name of an implementation in kernels/attention.py.
       unroll: layers compiled one after the other in each turn of the loop over layers.
       constrain: called as constrain(x, ('batch', 'sequence', 'width')) on the residual stream.

@@ -90,7 +90,7 @@ def test_a_sound_config_passes():
         ("training__num_steps", 0, "1 or more"),
         ("training__accumulation", 5, "multiple of 5"),
         ("training__dtype", "float16", "bfloat16, float32"),
-        ("training__remat", "some", "none, dots, full"),
+        ("training__remat", "some", "none, dots, attention, full"),
         ("training__attention", "flash", "auto, reference, chunked"),
         ("training__log_every", 0, "1 or more"),
         ("parallel__data", 0, "use -1"),
@@ -110,7 +110,7 @@ def test_a_sound_config_passes():
         ("profile__steps", "13:10", "FIRST:LAST"),
         ("profile__steps", "ten", "FIRST:LAST"),
         ("training__unroll", 0, "1 or more"),
-        ("parallel__fsdp", True, "use dots or full"),
+        ("parallel__fsdp", True, "use dots, attention or full"),
         ("name", "", "name"),
     ],
 )

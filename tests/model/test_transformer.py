@@ -9,7 +9,7 @@ from flax import nnx
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import token_losses
 from stablelm_jax.model.parameters import nest, parameter_table
-from stablelm_jax.model.transformer import Transformer, bind, hidden_states, logits
+from stablelm_jax.model.transformer import Transformer, bind, hidden_states, init_params, logits
 
 SMALL = ModelConfig(
     vocab_size=320, num_layers=3, width=64, num_heads=4, num_kv_heads=4, feed_forward_width=96
@@ -67,7 +67,7 @@ def test_a_later_token_never_changes_an_earlier_logit():
     assert not np.allclose(before[:, 12:], after[:, 12:])
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_what_is_computed_again_changes_neither_loss_nor_gradient(remat):
     params = random_params(SMALL)
     tokens = np.random.default_rng().integers(0, 320, (2, 24), np.int32)
@@ -82,7 +82,7 @@ def test_what_is_computed_again_changes_neither_loss_nor_gradient(remat):
 
     def loss(params, remat):
         return token_losses(
-            SMALL, params, batch, dtype=jnp.float32, remat=remat, attention="reference"
+            SMALL, params, batch, dtype=jnp.float32, remat=remat, attention="chunked"
         ).mean()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -94,6 +94,29 @@ def test_what_is_computed_again_changes_neither_loss_nor_gradient(remat):
         plain_gradient,
         again_gradient,
     )
+
+
+def test_each_kind_of_remat_computes_again_what_it_says():
+    config = dataclasses.replace(SMALL, num_layers=1)  # the count sees a loop's body once
+    batch, length = 1, 128
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def flops(remat):
+        def total(params, tokens, segment_ids, positions):
+            x_BTD = hidden_states(
+                config, params, tokens, segment_ids, positions, remat=remat, attention="chunked"
+            )
+            return x_BTD.sum()
+
+        compiled = jax.jit(jax.grad(total)).lower(shapes, ids, ids, ids).compile()
+        return compiled.cost_analysis()["flops"]
+
+    counted = {remat: flops(remat) for remat in ("none", "dots", "attention", "full")}
+    width = config.num_heads * config.head_size
+    scores = 4 * batch * length**2 * width  # both matrix products, of which chunks skip a part
+    assert counted["none"] < 1.05 * counted["dots"] < counted["attention"]
+    assert scores / 2 < counted["full"] - counted["attention"] < scores
 
 
 def test_bfloat16_stays_close_to_float32():
@@ -110,7 +133,7 @@ def test_bfloat16_stays_close_to_float32():
 def test_an_unknown_remat_or_attention_is_refused_with_the_known_ones():
     params, place = random_params(SMALL), packed((4,))
     tokens = np.zeros((1, 4), np.int32)
-    with pytest.raises(ValueError, match="remat is 'some'.*none, dots, full"):
+    with pytest.raises(ValueError, match="remat is 'some'.*none, dots, attention, full"):
         hidden_states(SMALL, params, tokens, *place, remat="some")
     with pytest.raises(ValueError, match="'quick' is unknown.*reference, chunked"):
         hidden_states(SMALL, params, tokens, *place, attention="quick")

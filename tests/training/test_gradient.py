@@ -54,7 +54,7 @@ def random_params():
 MESHES = ((1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2))  # replica, data, model
 MODES = ("whole", "zero1", "fsdp")
 ACCUMULATION = (1, 2, 4)
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "full")
 
 
 def product():
