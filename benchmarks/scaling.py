@@ -1,7 +1,7 @@
 """Bytes that a device sends in a step against devices, beside the least that it must send.
 
     python benchmarks/scaling.py                         # 1.6B, H100s, 2 to 512 devices
-    python benchmarks/scaling.py --most 16 --modes ZeRO-1 FSDP
+    python benchmarks/scaling.py --devices 8 64 --modes ZeRO-1 FSDP
 
 No device is needed: each step is compiled by the target's own compiler (extra `aot`), and what is
 sent is read from the compiled program. The least follows from the shapes
@@ -20,6 +20,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the compilers need no device
 
@@ -31,6 +32,7 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.planning.communication import least_sent
 from stablelm_jax.planning.compile import CompiledStep, compile_for
 from stablelm_jax.planning.layout import layout_of
+from stablelm_jax.planning.search import divided
 from stablelm_jax.planning.targets import parse_target
 
 MODES = {
@@ -62,8 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/stablelm_2_1_6b.py", help="whose model")
     parser.add_argument("--chip", default="h100", help="a GPU of planning/chips.json")
-    parser.add_argument("--target", help="one machine, as in h100:64x8, in place of --chip, --most")
-    parser.add_argument("--most", type=int, default=512, help="devices")
+    parser.add_argument("--target", help="one machine, as in h100:64x8, in place of --chip")
+    parser.add_argument("--devices", nargs="+", type=int, default=[2**i for i in range(1, 10)])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--attention", default="reference", help="kernel")
     parser.add_argument("--plot", default="docs/images/scaling.png", help="PNG to write; '': none")
@@ -72,10 +74,9 @@ def main() -> None:
     config = config_lib.load(arguments.config)
     config.training.attention = arguments.attention
     points = []
-    for name in (
-        [arguments.target] if arguments.target else _targets(arguments.chip, arguments.most)
-    ):
-        for mode in arguments.modes:
+    targets = [arguments.target] if arguments.target else _targets(arguments)
+    for name in targets:
+        for mode in _possible(arguments.modes, name):
             with console.status(f"compiling {mode} for {name}"):
                 points.append(_measure(config, name, mode))
             console.print(_said(points[-1]))
@@ -84,34 +85,35 @@ def main() -> None:
         draw(points, config.name, Path(arguments.plot))
 
 
-def _targets(chip: str, most: int) -> Iterator[str]:
-    devices = 2
-    while devices <= most:
-        per_host = min(devices, _GPUS_OF_A_HOST)
-        yield f"{chip}:{devices // per_host}x{per_host}"
-        devices *= 2
+def _targets(arguments: argparse.Namespace) -> list[str]:
+    hosts = [(count, min(count, _GPUS_OF_A_HOST)) for count in arguments.devices]
+    return [f"{arguments.chip}:{count // per_host}x{per_host}" for count, per_host in hosts]
+
+
+def _possible(modes: list[str], target_name: str) -> Iterator[str]:
+    """Without a second replica there is nothing to sum over `data`."""
+    devices = parse_target(target_name).num_devices
+    for mode in modes:
+        if devices > MODES[mode].get("parallel.model", 1):
+            yield mode
 
 
 def _measure(config: ConfigDict, target_name: str, mode: str) -> Point:
     target = parse_target(target_name)
-    config = _divided(config, target.num_devices, mode)
+    config = divided(config, _settings(target.num_devices, mode))
     step = compile_for(config, target)
     least = least_sent(layout_of(config, target.num_devices))
     return Point(mode, target.num_devices, _sent(step), least, step.seconds)
 
 
-def _divided(config: ConfigDict, devices: int, mode: str) -> ConfigDict:
-    config = ConfigDict(config)
-    settings = {
+def _settings(devices: int, mode: str) -> dict[str, Any]:
+    return {
         "data.batch_size": devices,
         "training.accumulation": 1,
         "training.remat": "full",
         "parallel.data": -1,
         **MODES[mode],
     }
-    for key, value in settings.items():
-        config_lib.set_value(config, key, value)
-    return config
 
 
 def _sent(step: CompiledStep) -> dict[str, float]:
