@@ -105,7 +105,7 @@ def _line(number: int, outcome: Outcome) -> str:
         return f"{text}  {outcome.problem.split('; use more')[0]}"
     return (
         f"{text}  {step.peak_bytes / _GIB:6.1f} of {step.available_bytes / _GIB:.1f} GiB  "
-        f"{outcome.time.total:8.3f} s estimated  (compiled in {step.seconds:.0f} s)"
+        f"{outcome.time.total:8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
     )
 
 
@@ -138,10 +138,10 @@ def _row(config: ConfigDict, target: Target, outcome: Outcome) -> tuple[str, ...
         layout.remat,
         f"{outcome.step.peak_bytes / _GIB:.1f}",
         f"{sum(found.sent for found in outcome.step.collectives) / 1e9:.2f}",
-        f"{time.matrices:.3f}",
-        f"{time.memory:.3f}",
-        f"{time.communication:.3f}",
-        f"{time.total:.3f}",
+        f"{time.matrices:.4g}",
+        f"{time.memory:.4g}",
+        f"{time.communication:.4g}",
+        f"{time.total:.4g}",
         f"{mfu:.1%}",
     )
 
