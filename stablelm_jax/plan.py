@@ -5,6 +5,7 @@ prints parameters, FLOPs, memory, communication, time, energy and emissions. Wit
 without `config.parallel.target`, it prints what needs no compiler.
 
     python -m stablelm_jax.plan --config configs/stablelm_2_1_6b.py --target a100-40gb:64x8
+    python -m stablelm_jax.plan --config F --target h200:1x8 --sweep  # which way to divide the step
     python -m stablelm_jax.plan --all      # every config of configs/launch, for its own target
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -20,7 +22,7 @@ from stablelm_jax import config as config_lib
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Leaves with 0, 1 (does not compile or does not fit) or 2 (bad config or arguments)."""
+    """Leaves with 0, 1 (does not compile or fit), 2 (bad config or arguments), 130 (Ctrl-C)."""
     config_lib.define_flags(argv, required=False)
     flags.DEFINE_string("target", None, "Machine, as in v5p:4x4x4, a100-40gb:64x8 or h200:1x1.")
     flags.DEFINE_float(
@@ -28,16 +30,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags.DEFINE_float("watts", None, "Mean power of a device and its share of the host.")
     flags.DEFINE_float("price", None, "Dollars a device-hour.")
+    flags.DEFINE_bool(
+        "sweep", False, "Compile ways to divide a step; rank what fits by an estimate of its time."
+    )
     flags.DEFINE_bool("all", False, "Every config of configs/launch, for its own target.")
     config_lib.run(_plan, argv)
 
 
 def _plan(argv: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the compilers need no device
+    if flags.FLAGS.sweep:  # XLA's warnings of too much memory; each result says it once
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
+    from stablelm_jax.planning.sweep import sweep
     from stablelm_jax.planning.targets import TargetError, parse_target
 
     given = flags.FLAGS
+    if given.sweep:
+        _check_sweep()
     if given.all:
         return report.plan_all()
     if given.config is None:
@@ -46,6 +56,8 @@ def _plan(argv: Sequence[str]) -> int:
     try:
         name = given.target or config.parallel.target
         target = parse_target(name) if name else None
+        if given.sweep:
+            return sweep(config, _needed(target))
         report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
     except TargetError as error:
         raise config_lib.ConfigError(str(error)) from error
@@ -55,6 +67,27 @@ def _plan(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_sweep() -> None:
+    """Nothing that was asked for is left out without a word."""
+    if flags.FLAGS.all:
+        raise config_lib.ConfigError("--sweep: is of one config; leave out --all or --sweep")
+    for name in ("mfu", "watts", "price"):
+        if flags.FLAGS[name].present:
+            raise config_lib.ConfigError(
+                f"--{name}: has no effect with --sweep; leave it out, and run plan once more "
+                "with the division that --sweep finds"
+            )
+
+
+def _needed(target: Any) -> Any:
+    if target is None:
+        raise config_lib.ConfigError(
+            "--sweep: needs the machine to compile for; write --target, as in --target h200:1x8, "
+            "or set config.parallel.target"
+        )
+    return target
 
 
 if __name__ == "__main__":

@@ -18,5 +18,6 @@ def get_config():
     config.name = "stablelm_2_1_6b_v5e_16x16"
     config.parallel.target = "v5e:16x16"
     config.training.accumulation = 4  # ours: 2 rows a device
+    config.training.remat = "attention"  # ours: half a GB saves its second run
     config.parallel.fsdp = True  # ours: the whole copy that ZeRO-1 gathers does not fit
     return config

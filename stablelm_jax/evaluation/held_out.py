@@ -17,7 +17,7 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import sums_by_source, token_losses
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
-from stablelm_jax.parallel.mesh import BATCH_AXES
+from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
 
 EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
@@ -34,7 +34,7 @@ def make_eval_step(
             "nll": sums_by_source(nll_BT, batch["source_ids"], num_sources),
             "tokens": sums_by_source(batch["loss_mask"], batch["source_ids"], num_sources),
         }
-        return jax.lax.psum(sums, BATCH_AXES)
+        return sum_over(sums)
 
     def eval_step(params, batch):
         params = jax.tree.map(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,12 @@ def make_mesh(
             "a parallel.replica and parallel.model that divide them"
         )
     return Mesh(_in_order(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sum_over(x: Any, axes: Sequence[str] = BATCH_AXES) -> Any:
+    """`jax.lax.psum` of a tree; a sum over one device would be compiled as a copy."""
+    axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def mesh_text(sizes: Mapping[str, int], *, names: bool = True) -> str:

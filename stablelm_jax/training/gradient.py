@@ -22,7 +22,7 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import Batch, sums_by_source, token_losses
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
-from stablelm_jax.parallel.mesh import BATCH_AXES
+from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
 
 
 def make_gradient_function(
@@ -57,7 +57,7 @@ def make_gradient_function(
     fetch = _make_fetch(specs, dtype, reduce_dtype) if fsdp else None
 
     def local_gradient(params, batch):
-        tokens = jax.lax.psum(jnp.sum(batch["loss_mask"]), BATCH_AXES)
+        tokens = sum_over(jnp.sum(batch["loss_mask"]))
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
@@ -70,7 +70,7 @@ def make_gradient_function(
             gradients,
             specs,
         )
-        return reduced, jax.lax.psum(sums, BATCH_AXES)
+        return reduced, sum_over(sums)
 
     return jax.shard_map(
         local_gradient,
@@ -154,9 +154,7 @@ def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:
         if spec.split:
             part = jax.lax.psum_scatter(part, "data", scatter_dimension=spec.dim, tiled=True)
             axes = ("replica",)
-        # A sum over one device would still be compiled, as a copy.
-        axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
-        return (jax.lax.psum(part, axes) if axes else part).astype(jnp.float32)
+        return sum_over(part, axes).astype(jnp.float32)
 
     return spec.on_parts(reduce)(gradient)
 

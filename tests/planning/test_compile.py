@@ -28,9 +28,13 @@ def step_for(data, target, **overrides):
     return config, compile_for(config, parse_target(target))
 
 
-@pytest.mark.parametrize("target", ["a100-40gb:1x8", "h100:1x8"])
-def test_zero1_reduces_once_a_step_in_float32_and_gathers_once_in_bfloat16(data, target):
-    config, step = step_for(data, target)
+@pytest.mark.parametrize(
+    "target, microbatches", [("a100-40gb:1x8", 2), ("h100:1x8", 2), ("h100:1x8", 1)]
+)
+def test_zero1_reduces_once_a_step_in_float32_and_gathers_once_in_bfloat16(
+    data, target, microbatches
+):
+    config, step = step_for(data, target, **{"training.accumulation": microbatches})
     parameters = count_parameters(config_lib.model_config(config))
     large = {c.kind: c for c in step.collectives if c.size > 1000}
     assert set(large) == {"reduce-scatter", "all-gather"}
