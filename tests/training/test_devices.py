@@ -24,6 +24,8 @@ def data(tmp_path_factory):
         {"parallel.data": 4, "parallel.model": 2},
         {"parallel.data": 2, "parallel.model": 4, "parallel.zero1": False},
         {"parallel.data": 2, "parallel.model": 4, "training.accumulation": 4},
+        {"parallel.data": 4, "parallel.model": 2, "parallel.fsdp": True, "training.remat": "full"},
+        {"parallel.replica": 2, "parallel.model": 2, "training.remat": "attention"},
     ],
     ids=lambda override: ",".join(f"{key.split('.')[1]}={v}" for key, v in override.items()),
 )
