@@ -45,7 +45,7 @@ class CheckpointStore:
           keep_latest: how many of the newest checkpoints stay.
           keep_every: checkpoints whose step is a multiple of this stay for good.
         """
-        self.folder = epath.Path(folder).resolve()
+        self.folder = epath.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         keep = [preservation_policy.LatestN(n=keep_latest)]
         if keep_every:
@@ -145,7 +145,7 @@ def _verify(path: epath.Path, arrays: dict[str, Any], recorded: dict[str, int]) 
 
 
 def _finished(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).resolve()
+    path = epath.Path(path)
     if branch_step(path.name) is None or not path.exists():
         raise CheckpointError(
             f"{path} is not a checkpoint; give the path of a folder named {branch_name(1000)!r} "
