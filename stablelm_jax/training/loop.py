@@ -203,6 +203,8 @@ class Trainer:
         step, every = self.position.step, self.config.checkpoint.every
         due = self._due(every) and (step > 0 or self.config.checkpoint.save_initial)
         if (due or force) and step not in self.store.steps():
+            if distributed.is_first():  # a checkpoint's lines are there before it
+                self.folder.uploads.upload()
             self.store.save(step, to_checkpoint(self.state, self._run_item()))
 
     def _run_item(self) -> dict[str, Any]:
