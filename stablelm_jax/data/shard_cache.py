@@ -164,12 +164,16 @@ class RemoteShard:
             data = self.path.read_range(4 * start, 4 * stop)
         except OSError as error:
             raise _shard_error(self.path, error) from error
-        if len(data) != 4 * (stop - start):
-            raise ShardError(
-                f"{self.path}: {len(data)} bytes came for tokens {start} to {stop}; the file was"
-                " changed after it was opened, restore it or prepare the source again"
-            )
+        self._check_range(data, start, stop)
         return np.frombuffer(data, "<i4").astype(np.int32)
+
+    def _check_range(self, data: bytes, start: int, stop: int) -> None:
+        if len(data) == 4 * (stop - start):
+            return
+        why = "the file was cut short after it was opened, restore it or prepare the source again"
+        if len(data) > 4 * (stop - start):
+            why = "the store does not read by range; raise data.cache_gb to fetch shards whole"
+        raise ShardError(f"{self.path}: {len(data)} bytes came for tokens {start} to {stop}; {why}")
 
 
 def _check_size(path: RemotePath, info: ShardInfo) -> None:

@@ -55,6 +55,7 @@ def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> in
         folder = RunFolder(workdir)
         with _claimed(folder):
             show.show_decisions(console, run)
+            console.print(f"run folder: {folder}", soft_wrap=True)
             trainer = Trainer(run, folder, console, cache)
             if distributed.is_first():
                 folder.write_config(config_lib.to_dict(config), set_by)

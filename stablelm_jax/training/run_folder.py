@@ -56,6 +56,10 @@ class RunFolder:
         self.loss_picture = self.path / "loss.png"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
 
+    def __str__(self) -> str:
+        through = "" if self.where == str(self.path) else f", small files by way of {self.path}"
+        return f"{self.where}{through}"
+
     def create(self) -> None:
         """Makes the folders."""
         self.samples.mkdir(parents=True, exist_ok=True)

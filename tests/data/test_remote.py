@@ -207,8 +207,17 @@ def test_a_shard_cut_short_after_the_start_is_refused_by_range_too(memory):
     source = open_sources(memory, NAMES)["books"]
     stream = token_stream(source, "train")
     damage(memory, "train-00000.bin", lambda data: data[:40])
-    with pytest.raises(ShardError, match="40 bytes came for tokens 0 to 20"):
+    with pytest.raises(ShardError, match="40 bytes came for tokens 0 to 20; the file was cut"):
         stream.read(0, 20)
+
+
+def test_a_store_that_knows_no_ranges_is_an_error_and_not_other_rows(memory, monkeypatch):
+    source = open_sources(memory, NAMES)["books"]
+    fs = source.directory.fs
+    whole = fs.cat_file
+    monkeypatch.setattr(fs, "cat_file", lambda path, start=None, end=None: whole(path))
+    with pytest.raises(ShardError, match="does not read by range; raise data.cache_gb"):
+        token_stream(source, "train").read(0, 20)
 
 
 def test_missing_things_are_named(memory, tmp_path):
