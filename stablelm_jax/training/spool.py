@@ -79,8 +79,7 @@ class Spool:
         Raises:
           OSError: the store cannot be read.
         """
-        root = f"{self._root}/checkpoints"
-        if not retried(f"looking for {self.url}/checkpoints", lambda: self._fs.exists(root)):
+        if not self._listed("checkpoints"):
             self._clear()  # a new run: what lies here is of another
         stored = self._stored_metrics()
         path = self.folder / METRICS
@@ -192,16 +191,21 @@ class Spool:
         return data
 
     def _starts(self) -> list[int]:
+        matches = (_PART.fullmatch(name.rsplit("/", 1)[-1]) for name in self._listed("metrics"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _listed(self, name: str) -> list[str]:
+        """What lies in a folder of the store. Not `exists`: to some drivers any error means no."""
+        path = f"{self._root}/{name}"
+
         def listed() -> list[str]:
-            self._fs.invalidate_cache(f"{self._root}/metrics")
-            return self._fs.ls(f"{self._root}/metrics", detail=False)
+            self._fs.invalidate_cache(path)
+            return self._fs.ls(path, detail=False)
 
         try:
-            names = retried(f"listing {self.url}/metrics", listed)
+            return retried(f"listing {self.url}/{name}", listed)
         except FileNotFoundError:
             return []
-        matches = (_PART.fullmatch(name.rsplit("/", 1)[-1]) for name in names)
-        return sorted(int(match[1]) for match in matches if match)
 
     def _read(self, name: str) -> bytes:
         path = f"{self._root}/{name}"

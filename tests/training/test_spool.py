@@ -132,6 +132,21 @@ def test_a_new_run_under_an_old_name_starts_from_an_empty_folder(store, url, tmp
     assert not store.exists(f"{url}/samples/old.txt")
 
 
+def test_a_store_that_cannot_be_listed_is_an_error_and_not_a_new_run(
+    store, url, tmp_path, monkeypatch
+):
+    spool, metrics = begun(url, tmp_path / "here")
+    metrics.append(lines(1)[0])
+
+    def fails(*_, **__):
+        raise ConnectionResetError("gone away")
+
+    monkeypatch.setattr(store, "ls", fails)
+    with pytest.raises(OSError, match=f"listing {url}/checkpoints failed 5 times, Connection"):
+        begun(url, tmp_path / "here")
+    assert metrics.read() == lines(1)
+
+
 def test_files_arrive_where_they_would_lie_and_only_when_changed(store, url, tmp_path):
     spool, _ = begun(url, tmp_path / "here")
     for name in ("config.json", "samples/a.txt", "profile/x/y.pb"):
