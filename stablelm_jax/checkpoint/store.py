@@ -22,6 +22,7 @@ from stablelm_jax.checkpoint.names import (
     branch_step,
     checkpoint_path,
 )
+from stablelm_jax.data.remote import retried
 
 FORMAT_VERSION = 1
 ITEMS = ("params", "optimizer", "run")
@@ -151,7 +152,7 @@ def _verify(path: epath.Path, arrays: dict[str, Any], recorded: dict[str, int]) 
 
 def _finished(path: epath.PathLike) -> epath.Path:
     path = checkpoint_path(path)
-    if branch_step(path.name) is None or not path.exists():
+    if branch_step(path.name) is None or not retried(f"looking for {path}", path.exists):
         raise CheckpointError(
             f"{path} is not a checkpoint; give the path of a folder named {branch_name(1000)!r} "
             "or the like, as found under WORKDIR/checkpoints/"

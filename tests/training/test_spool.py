@@ -7,6 +7,7 @@ import time
 
 import fsspec
 import pytest
+from etils import epath
 
 from stablelm_jax.checkpoint.store import CheckpointError, read_run
 from stablelm_jax.data import remote
@@ -258,3 +259,16 @@ def test_a_checkpoint_in_another_store_is_refused_with_a_remedy():
 def test_a_checkpoint_that_is_not_in_the_bucket_is_named(gcs):
     with pytest.raises(CheckpointError, match="gs://bucket/run/global_step5 is not a checkpoint"):
         read_run("gs://bucket/run/global_step5")
+
+
+def test_a_store_that_lets_nobody_in_is_one_line_with_the_checkpoint(gcs, monkeypatch):
+    class Refused(Exception):
+        """What a driver raises is its own."""
+
+    def exists(self):
+        raise Refused("Anonymous caller does not have storage.objects.get")
+
+    path = "gs://bucket/run/global_step5"
+    monkeypatch.setattr(type(epath.Path(path)), "exists", exists)
+    with pytest.raises(OSError, match=f"looking for {path} failed 5 times, Refused: Anonymous"):
+        read_run(path)
