@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import threading
 from pathlib import Path
 
@@ -135,43 +136,45 @@ class Spool:
         """One try for each changed file; {name: error} of those that failed."""
         failed = {}
         with self._lock:
-            for path in self._changed():
-                name = path.relative_to(self.folder).as_posix()
+            for name, path in self._changed().items():
+                bring = self._upload_metrics if name == METRICS else self._upload_file
                 try:
-                    self._upload_metrics() if name == METRICS else self._upload_file(path, name)
+                    bring(name, path)
                 except Exception as error:  # whatever the driver raises: it must not end a run
                     failed[name] = described(error)
         return failed
 
-    def _changed(self) -> list[Path]:
-        paths = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
-        return [
-            path
-            for path in paths
-            if not path.name.endswith(_KEPT_HERE)
-            and path.relative_to(self.folder).parts[0] != _NOT_OURS
-            and self._uploaded.get(path.relative_to(self.folder).as_posix()) != _version(path)
-        ]
+    def _changed(self) -> dict[str, Path]:
+        """{name: path} of the files here that are not in the store as they are."""
+        changed = {}
+        for path in sorted(self.folder.rglob("*")):
+            relative = path.relative_to(self.folder)
+            version = None if path.name.endswith(_KEPT_HERE) else _version(path)
+            if version is None or relative.parts[0] == _NOT_OURS:
+                continue
+            if self._uploaded.get(relative.as_posix()) != version:
+                changed[relative.as_posix()] = path
+        return changed
 
-    def _upload_file(self, path: Path, name: str) -> None:
+    def _upload_file(self, name: str, path: Path) -> None:
         version = _version(path)  # first: what changes meanwhile goes up again
         self._fs.put_file(str(path), f"{self._root}/{name}")
         self._uploaded[name] = version
 
-    def _upload_metrics(self) -> None:
+    def _upload_metrics(self, name: str, path: Path) -> None:
         """Makes the parts in the store those of the file, which may have been cut back."""
-        path = self.folder / METRICS
         version = _version(path)
         wanted = _split(path.read_bytes())
         for start in sorted(self._parts.keys() - wanted.keys(), reverse=True):
-            self._fs.rm_file(self._part(start))
+            with contextlib.suppress(FileNotFoundError):  # gone, though the answer never came
+                self._fs.rm_file(self._part(start))
             del self._parts[start]
         for start, part in wanted.items():
             digest = hashlib.sha256(part).hexdigest()
             if self._parts.get(start) != digest:
                 self._fs.pipe_file(self._part(start), part)
                 self._parts[start] = digest
-        self._uploaded[METRICS] = version
+        self._uploaded[name] = version
 
     def _part(self, start: int) -> str:
         return f"{self._root}/metrics/part-{start:012d}.jsonl"
@@ -225,9 +228,13 @@ def _split(data: bytes) -> dict[int, bytes]:
     return parts
 
 
-def _version(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tells one content of a file from the next; None for what is no file, or no longer."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return (found.st_mtime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
 def _write(path: Path, data: bytes) -> None:
