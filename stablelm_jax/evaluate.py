@@ -21,9 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stablelm evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a folder global_step<N>")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL"
+    )
     parser.add_argument("--config", help="config file; default: the one in the checkpoint")
-    parser.add_argument("--data", help="folder of the prepared sources; default: the config's")
+    parser.add_argument(
+        "--data", help="folder or URL of the prepared sources; default: the config's"
+    )
     parser.add_argument("--max-rows", type=int, help="held-out rows a source; default: all")
     return parser
 

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stablelm generate", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a folder global_step<N>")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL"
+    )
     parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")

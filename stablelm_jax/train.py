@@ -18,7 +18,7 @@ from stablelm_jax import config as config_lib
 def main(argv: Sequence[str] | None = None) -> None:
     """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
     config_lib.define_flags(argv)
-    flags.DEFINE_string("workdir", None, "The run's folder; holds its checkpoints.", required=True)
+    flags.DEFINE_string("workdir", None, "The run's folder or gs:// URL.", required=True)
     several = "Several processes (found by itself under SLURM and on Cloud TPUs): "
     flags.DEFINE_string("coordinator", None, several + "HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", None, several + "how many.")

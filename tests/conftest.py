@@ -23,8 +23,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import fsspec
 import jax
 import pytest
+from fake_gcs import FakeGcs
 from hypothesis import settings
 
 # Eight devices stand in for a pod, in this process only: XLA_FLAGS would be inherited, and a verb
@@ -43,7 +45,25 @@ EXTRA_OF = {
     "libtpu": "aot",
     "jax_cuda13_plugin": "aot",
     "resiliparse": "demo",
+    "gcsfs": "gcs",
+    "s3fs": "s3",
 }
+
+
+@pytest.fixture(scope="session")
+def gcs():
+    """A Google Cloud Storage of this machine, for this process and its children.
+
+    One for all tests: the drivers keep the first address they meet. A test takes its own bucket.
+    """
+    server = FakeGcs()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        pytest.importorskip("gcsfs")
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        yield server
+    server.close()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
+from stablelm_jax.data import remote
+
 _NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 
@@ -21,6 +23,24 @@ def branch_step(name: str) -> int | None:
     """The step of a branch name, or None if it is not one."""
     match = _NAME.fullmatch(name)
     return int(match.group(1)) if match else None
+
+
+def checkpoint_path(path: epath.PathLike) -> epath.Path:
+    """A path of this machine made absolute, or a `gs://` URL, as Orbax can write it.
+
+    Raises:
+      ValueError: a URL of another store, or its driver is missing.
+    """
+    text = str(path).rstrip("/")
+    if not remote.is_url(text):
+        return epath.Path(path).resolve()
+    if not re.match("gs://[^/]+/.", text):
+        raise ValueError(
+            f"{text}: checkpoints lie in a folder of this machine or at gs://BUCKET/FOLDER; Orbax"
+            " writes to no other store, so mount one as a folder (as mountpoint-s3 does)"
+        )
+    remote.filesystem(text)
+    return epath.Path(text)  # resolve() would put the working folder before a URL
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,13 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
-from stablelm_jax.checkpoint.names import GlobalStepFormat, branch_name, branch_step
+from stablelm_jax.checkpoint.names import (
+    GlobalStepFormat,
+    branch_name,
+    branch_step,
+    checkpoint_path,
+)
+from stablelm_jax.data.remote import retried
 
 FORMAT_VERSION = 1
 ITEMS = ("params", "optimizer", "run")
@@ -45,7 +51,7 @@ class CheckpointStore:
           keep_latest: how many of the newest checkpoints stay.
           keep_every: checkpoints whose step is a multiple of this stay for good.
         """
-        self.folder = epath.Path(folder).resolve()
+        self.folder = checkpoint_path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         keep = [preservation_policy.LatestN(n=keep_latest)]
         if keep_every:
@@ -145,8 +151,8 @@ def _verify(path: epath.Path, arrays: dict[str, Any], recorded: dict[str, int]) 
 
 
 def _finished(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).resolve()
-    if branch_step(path.name) is None or not path.exists():
+    path = checkpoint_path(path)
+    if branch_step(path.name) is None or not retried(f"looking for {path}", path.exists):
         raise CheckpointError(
             f"{path} is not a checkpoint; give the path of a folder named {branch_name(1000)!r} "
             "or the like, as found under WORKDIR/checkpoints/"

@@ -83,7 +83,7 @@ def _check_types(config: ConfigDict) -> None:
 
 
 def _check_texts(config: ConfigDict) -> None:
-    for key in ("name", "data.root", "data.tokenizer", "writers.wandb_project"):
+    for key in ("name", "data.root", "data.cache", "data.tokenizer", "writers.wandb_project"):
         if not get(config, key):
             _refuse(config, key, "is empty", "name one")
 
@@ -101,6 +101,7 @@ _RANGES = {
     "data.sequence_length": (1, math.inf),
     "data.batch_size": (1, math.inf),
     "data.prefetch_batches": (0, math.inf),
+    "data.cache_gb": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
     "schedule.minimum": (0, math.inf),
     "schedule.warmup_steps": (0, math.inf),

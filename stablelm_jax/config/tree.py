@@ -56,7 +56,9 @@ def _model_fields() -> dict[str, Any]:
 
 def _data_fields() -> dict[str, Any]:
     return {
-        "root": "data",  # folder that holds one folder a source, as `prepare` wrote them
+        "root": "data",  # folder, or its URL, of one folder a source, as `prepare` wrote them
+        "cache": "~/.cache/stablelm_jax/shards",  # where shards behind a URL are kept on this host
+        "cache_gb": 50.0,  # its bound in 10^9 bytes; shards past it are read by range; 0: all are
         "tokenizer": "arcade100k",  # or the path of a Hugging Face tokenizer.json
         "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
         "sequence_length": 4096,  # tokens of a row

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from stablelm_jax.data import shards
+from stablelm_jax.data.remote import RemotePath, as_path
+from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
 from stablelm_jax.data.shards import Shard, ShardInfo
 
 FORMAT_VERSION = 1
@@ -95,7 +97,7 @@ class SourceManifest:
 class Source:
     """A prepared source: its directory and its manifest."""
 
-    directory: pathlib.Path
+    directory: pathlib.Path | RemotePath
     manifest: SourceManifest
 
     @property
@@ -124,14 +126,14 @@ def write_manifest(directory: str | os.PathLike, manifest: SourceManifest) -> No
     os.replace(partial, path)
 
 
-def read_manifest(directory: str | os.PathLike) -> SourceManifest:
-    """Reads `manifest.json` of a source's directory.
+def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
+    """Reads `manifest.json` of a source's directory, which may be a URL.
 
     Raises:
       ManifestError: it is missing, no JSON, of another format version, or a field is missing,
         unknown, of the wrong type or at odds with another.
     """
-    path = pathlib.Path(directory) / MANIFEST_NAME
+    path = as_path(directory) / MANIFEST_NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -204,21 +206,27 @@ def _record(kind: type, values: Any, where: str):
 
 
 def open_sources(
-    root: str | os.PathLike, names: Iterable[str], *, tokenizer_sha256: str | None = None
+    root: str | os.PathLike,
+    names: Iterable[str],
+    *,
+    tokenizer_sha256: str | None = None,
+    cache: ShardCache | None = None,
 ) -> dict[str, Source]:
     """Reads and verifies the sources `root/<name>`, in sorted order of their names.
 
     Args:
-      root: the data directory.
+      root: the data directory, or its URL.
       names: which sources.
       tokenizer_sha256: of the tokenizer that the run uses; None: all sources must agree on one.
+      cache: where the shards behind a URL are kept; None: they are read by range.
 
     Raises:
       ManifestError: one of them does not hold; the message names the file.
+      ValueError: no driver for the URL.
     """
-    sources = {}
+    root, sources = as_path(root, cache), {}
     for name in sorted(names):
-        directory = pathlib.Path(root) / name
+        directory = root / name
         manifest = read_manifest(directory)
         if manifest.source != name:
             raise ManifestError(
@@ -232,7 +240,7 @@ def open_sources(
 
 
 def verify(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike | RemotePath,
     manifest: SourceManifest,
     *,
     tokenizer_sha256: str | None = None,
@@ -241,15 +249,15 @@ def verify(
     """Holds the shards of a source against its manifest.
 
     Args:
-      directory: of the source.
+      directory: of the source; behind a URL the bytes of its `.bin` files are compared.
       manifest: its manifest.
       tokenizer_sha256: what the ids must have been made with; None: any tokenizer.
-      full: also read every byte: sha256, the whole index, and where documents end.
+      full: also read every byte: sha256, the whole index, and where documents end; not by URL.
 
     Raises:
       ManifestError, ShardError: the first thing that does not hold, naming the file.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     made_by = manifest.tokenizer
     if tokenizer_sha256 is not None and made_by.sha256 != tokenizer_sha256:
         raise ManifestError(
@@ -258,12 +266,19 @@ def verify(
             f" {tokenizer_sha256[:12]}; prepare the source again with the tokenizer of the run"
         )
     for info in manifest.train.shards + manifest.held_out.shards:
-        _verify_shard(directory / info.file, info)
+        open_shard(directory / info.file, info)
         if full:
             _verify_contents(directory / info.file, info, made_by)
 
 
-def _verify_shard(path: pathlib.Path, info: ShardInfo) -> None:
+def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | RemoteShard:
+    """The shard that a manifest lists, for reading.
+
+    Raises:
+      ManifestError, ShardError: missing, damaged, or not of the manifest's sizes.
+    """
+    if isinstance(path, RemotePath):
+        return RemoteShard(path, info)
     shard = Shard(path)
     found = (path.stat().st_size, shard.num_tokens, shard.num_documents)
     expected = (info.bytes, info.tokens, info.documents)
@@ -273,6 +288,7 @@ def _verify_shard(path: pathlib.Path, info: ShardInfo) -> None:
                 f"{path}: {one} {what} where the manifest says {other};"
                 " restore the file or prepare the source again"
             )
+    return shard
 
 
 def _verify_contents(path: pathlib.Path, info: ShardInfo, tokenizer: TokenizerInfo) -> None:

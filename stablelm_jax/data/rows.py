@@ -10,13 +10,15 @@ import bisect
 import functools
 import hashlib
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from stablelm_jax.data.manifest import Source
-from stablelm_jax.data.shards import Shard, ShardError
+from stablelm_jax.data.manifest import Source, open_shard
+from stablelm_jax.data.shard_cache import RemoteShard
+from stablelm_jax.data.shards import Shard
 
 # Up to this many rows an epoch's order is a table (65,536 rows sort in 5 ms), beyond it is grain's
 # index shuffle, which needs no table but takes 0.05 ms an index for 1,000 rows and 4 ms for 10.
@@ -37,7 +39,7 @@ class TokenStream:
       num_tokens: of all shards together.
     """
 
-    def __init__(self, shards: list[Shard]):
+    def __init__(self, shards: Sequence[Shard | RemoteShard]):
         self._shards = shards
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in shards)]
         self.num_tokens = self._starts[-1]
@@ -61,18 +63,10 @@ def token_stream(source: Source, split: str) -> TokenStream:
     """The tokens of a source's `train` or `held_out` split.
 
     Raises:
-      ShardError: a shard is missing or damaged, or its byte count is not the manifest's.
+      ShardError, ManifestError: a shard is missing, damaged, or not of the manifest's sizes.
     """
-    shards = []
-    for info in getattr(source.manifest, split).shards:
-        shard = Shard(source.directory / info.file)
-        if shard.num_tokens != info.tokens:
-            raise ShardError(
-                f"{shard.path}: {shard.num_tokens} tokens where the manifest says {info.tokens};"
-                " restore the file or prepare the source again"
-            )
-        shards.append(shard)
-    return TokenStream(shards)
+    infos = getattr(source.manifest, split).shards
+    return TokenStream([open_shard(source.directory / info.file, info) for info in infos])
 
 
 class SourceRows(grain.MapDataset[Row]):

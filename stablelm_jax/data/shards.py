@@ -185,7 +185,54 @@ def _index_bytes(lengths: np.ndarray) -> bytes:
     )
 
 
-class Shard:
+class TokenFile:
+    """A file of nothing but tokens, for reading.
+
+    Attributes:
+      path: the file.
+      dtype: type of the tokens in it.
+    """
+
+    _open_lock: ClassVar[threading.Lock] = threading.Lock()
+    _opened: ClassVar[collections.deque[weakref.ref]] = collections.deque()
+
+    def __init__(self, path: pathlib.Path, dtype: np.dtype):
+        self.path, self.dtype = path, dtype
+        self._file: _File | None = None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as a fresh int32 array; 0 <= start <= stop <= tokens.
+
+        Reads with pread and not through the map: a file cut short or a failing disk becomes an
+        error that names the file, where a map would end the process with SIGBUS, and the memory
+        of the process stays flat. Measured equal in speed for rows of 16 kB. Thread-safe.
+        """
+        tokens = np.empty(stop - start, self.dtype)
+        try:
+            file = self._file or self._open()
+            size = _read_into(tokens, file.descriptor, start * self.dtype.itemsize)
+        except OSError as error:
+            raise _shard_error(self.path, error) from error
+        if size != tokens.nbytes:
+            raise ShardError(
+                f"{self.path}: ends before token {stop}; the file was cut short after it was"
+                " opened, restore it or prepare the source again"
+            )
+        return tokens if self.dtype == np.int32 else tokens.astype(np.int32)
+
+    def _open(self) -> _File:
+        """Opens the file; when many are open, the shard that was first gives up its own."""
+        self._file = file = _File(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        with TokenFile._open_lock:
+            TokenFile._opened.append(weakref.ref(self))
+            while len(TokenFile._opened) > _MAX_OPEN_FILES:
+                oldest = TokenFile._opened.popleft()()
+                if oldest is not None:
+                    oldest._file = None
+        return file
+
+
+class Shard(TokenFile):
     """A shard for reading. Opening it checks header and sizes; `check` checks the whole index.
 
     Attributes:
@@ -194,19 +241,15 @@ class Shard:
       num_tokens, num_sequences, num_documents: counts.
     """
 
-    _open_lock: ClassVar[threading.Lock] = threading.Lock()
-    _open_shards: ClassVar[collections.deque[weakref.ref]] = collections.deque()
-
     def __init__(self, path: str | os.PathLike):
-        self.path = bin_path(path)
         self._idx = idx_path(path)
-        self._file: _File | None = None
         try:
             with open(self._idx, "rb") as file:
                 header = file.read(_HEADER.size)
-            self._read_header(header, self._idx.stat().st_size)
+            dtype = self._read_header(header, self._idx.stat().st_size)
         except OSError as error:
             raise _shard_error(self._idx, error) from error
+        super().__init__(bin_path(path), dtype)
         try:
             size = self.path.stat().st_size
         except OSError as error:
@@ -214,7 +257,7 @@ class Shard:
         self._check_size(size)
         self.num_tokens = size // self.dtype.itemsize
 
-    def _read_header(self, header: bytes, index_size: int) -> None:
+    def _read_header(self, header: bytes, index_size: int) -> np.dtype:
         if len(header) < _HEADER.size or header[:9] != _MAGIC:
             raise ShardError(f"{self._idx}: not an index of token shards (wrong first bytes)")
         _, version, code, self.num_sequences, offsets = _HEADER.unpack(header)
@@ -224,7 +267,6 @@ class Shard:
             raise ShardError(
                 f"{self._idx}: token type {code} is not an integer; prepare the source again"
             )
-        self.dtype = np.dtype(_DTYPES[code])
         self.num_documents = offsets - 1
         expected = _HEADER.size + 12 * self.num_sequences + 8 * offsets
         # Shards of several modalities end with one more byte a sequence, which means nothing here.
@@ -233,6 +275,7 @@ class Shard:
                 f"{self._idx}: {index_size} bytes where its header asks for {expected};"
                 " the file is damaged, write it again"
             )
+        return np.dtype(_DTYPES[code])
 
     def _check_size(self, size: int) -> None:
         expected = 0
@@ -289,37 +332,6 @@ class Shard:
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document."""
         return self.tokens[self.document_offsets[index] : self.document_offsets[index + 1]]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a fresh int32 array; 0 <= start <= stop <= num_tokens.
-
-        Reads with pread and not through the map: a file cut short or a failing disk becomes an
-        error that names the file, where a map would end the process with SIGBUS, and the memory
-        of the process stays flat. Measured equal in speed for rows of 16 kB. Thread-safe.
-        """
-        tokens = np.empty(stop - start, self.dtype)
-        try:
-            file = self._file or self._open()
-            size = _read_into(tokens, file.descriptor, start * self.dtype.itemsize)
-        except OSError as error:
-            raise _shard_error(self.path, error) from error
-        if size != tokens.nbytes:
-            raise ShardError(
-                f"{self.path}: ends before token {stop}; the file was cut short after it was"
-                " opened, restore it or prepare the source again"
-            )
-        return tokens if self.dtype == np.int32 else tokens.astype(np.int32)
-
-    def _open(self) -> _File:
-        """Opens the file; when many are open, the shard that was first gives up its own."""
-        self._file = file = _File(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-        with Shard._open_lock:
-            Shard._open_shards.append(weakref.ref(self))
-            while len(Shard._open_shards) > _MAX_OPEN_FILES:
-                oldest = Shard._open_shards.popleft()()
-                if oldest is not None:
-                    oldest._file = None
-        return file
 
     def check(self) -> None:
         """Reads the whole index and raises ShardError where it contradicts itself."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from stablelm_jax.checkpoint.names import checkpoint_path
+
 _HIT = "/jax/compilation_cache/cache_hits"
 _MISS = "/jax/compilation_cache/cache_misses"
 
@@ -22,7 +24,7 @@ class CompilationCache:
         self.hits = self.misses = 0
         self.folder = jax.config.jax_compilation_cache_dir
         if not self.folder:
-            parent = Path(workdir).resolve().parent
+            parent = checkpoint_path(workdir).parent  # jax, too, writes to gs://
             self.folder = str(parent / ".compilation_cache" / _machine())
             jax.config.update("jax_compilation_cache_dir", self.folder)
             # What compiles within a second is not worth a file on a disk that many hosts share.

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from stablelm_jax.data.remote import is_url
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import format_parameter_table, parameter_table
 from stablelm_jax.parallel import sharding
@@ -56,8 +57,21 @@ def _decisions(run: Run) -> dict[str, Any]:
         "learning rate": f"{config.schedule.kind}: peak {config.schedule.peak:g}, "
         f"warmup {config.schedule.warmup_steps:,}, N {config.schedule.total_steps:,}",
         "tokenizer": f"{run.tokenizer.name}, sha256 {run.tokenizer.sha256[:12]}",
-        "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}",
+        "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}{_cached(run)}",
     }
+
+
+def _cached(run: Run) -> str:
+    """What becomes of shards behind a URL; nothing of local ones."""
+    data = run.config.data
+    if not is_url(data.root):
+        return ""
+    splits = [split for m in run.manifests.values() for split in (m.train, m.held_out)]
+    total = sum(info.bytes for split in splits for info in split.shards)
+    return (
+        f"; of {total / 1e9:.3g} GB of shards up to {data.cache_gb:g} GB are kept whole in "
+        f"{data.cache}, the others read by range"
+    )
 
 
 def _placement(parallel: Any) -> str:

@@ -55,6 +55,7 @@ def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> in
         folder = RunFolder(workdir)
         with _claimed(folder):
             show.show_decisions(console, run)
+            console.print(f"run folder: {folder}", soft_wrap=True)
             trainer = Trainer(run, folder, console, cache)
             if distributed.is_first():
                 folder.write_config(config_lib.to_dict(config), set_by)
@@ -203,6 +204,8 @@ class Trainer:
         step, every = self.position.step, self.config.checkpoint.every
         due = self._due(every) and (step > 0 or self.config.checkpoint.save_initial)
         if (due or force) and step not in self.store.steps():
+            if distributed.is_first():  # a checkpoint's lines are there before it
+                self.folder.uploads.upload()
             self.store.save(step, to_checkpoint(self.state, self._run_item()))
 
     def _run_item(self) -> dict[str, Any]:

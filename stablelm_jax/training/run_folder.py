@@ -1,6 +1,6 @@
 """The run folder: a run explains itself.
 
-WORKDIR/
+WORKDIR/           a folder, or a URL whose small files are written to a local folder and uploaded
   config.json        the resolved config and where each value was set
   environment.json   versions, devices, git commit, command: one entry for each start
   metrics.jsonl      one line every `training.log_every` steps, one for each evaluation
@@ -27,20 +27,38 @@ from typing import Any
 
 import jax
 
+from stablelm_jax.checkpoint.names import checkpoint_path
+from stablelm_jax.data.remote import is_url
 from stablelm_jax.training.metrics import MetricsFile
+from stablelm_jax.training.spool import NoUpload, Spool, spool_folder
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 
 class RunFolder:
-    """Paths and small files of one run. Only process 0 writes."""
+    """Paths and small files of one run. Only process 0 writes.
+
+    Attributes:
+      path: the folder of this machine that all but the checkpoints are written to.
+      checkpoints: where those go, which may be a URL.
+      uploads: brings `path` to where the run folder is, if that is elsewhere.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str]):
-        self.path = Path(workdir).resolve()
-        self.checkpoints = self.path / "checkpoints"
+        """Raises ValueError where no checkpoint can be written to `workdir`."""
+        self.where = str(checkpoint_path(workdir))
+        self.checkpoints = checkpoint_path(workdir) / "checkpoints"
+        self.path, self.uploads = Path(self.where), NoUpload()
+        if is_url(workdir):
+            self.path = spool_folder(self.where)
+            self.uploads = Spool(self.where, self.path)
         self.samples = self.path / "samples"
         self.loss_picture = self.path / "loss.png"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+    def __str__(self) -> str:
+        through = "" if self.where == str(self.path) else f", small files by way of {self.path}"
+        return f"{self.where}{through}"
 
     def create(self) -> None:
         """Makes the folders."""
@@ -50,19 +68,32 @@ class RunFolder:
     def claimed(self) -> Iterator[None]:
         """Holds the folder: two trainings in one would mix their lines and checkpoints.
 
-        The lock is the operating system's, so it ends with the process, however that ends.
+        The lock is the operating system's, so it ends with the process, however that ends. Object
+        stores have none: behind a URL only the processes of one machine are kept apart.
 
         Raises:
           ValueError: another process trains in this folder.
+          OSError: on leaving, if not all could be uploaded.
         """
         with open(self.path / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
-                    f"another process trains in {self.path}; wait for it, or use another --workdir"
+                    f"another process trains in {self.where}; wait for it, or use another --workdir"
                 ) from None
+            with self._uploaded():
+                yield
+
+    @contextlib.contextmanager
+    def _uploaded(self) -> Iterator[None]:
+        self.uploads.start()
+        try:
             yield
+        except BaseException:
+            self.uploads.stop()
+            raise
+        self.uploads.finish()
 
     def write_config(self, values: dict[str, Any], set_by: dict[str, str]) -> None:
         """`config.json`: {"config": tree, "set_by": {key: default | file | command line}}."""

@@ -19,6 +19,7 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.evaluation.held_out import EvalStep, make_eval_step
 from stablelm_jax.model.config import ModelConfig
@@ -178,7 +179,7 @@ def prepare_run(config: ConfigDict) -> Run:
     mesh = make_mesh(**sizes)
     tokenizer = load_tokenizer(config.data.tokenizer)
     weights = config_lib.mixture_weights(config)
-    sources = open_sources(config.data.root, weights, tokenizer_sha256=tokenizer.sha256)
+    sources = _open_sources(config, tokenizer)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     return Run(
         config=config,
@@ -200,6 +201,12 @@ def prepare_run(config: ConfigDict) -> Run:
     )
 
 
+def _open_sources(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Source]:
+    data, weights = config.data, config_lib.mixture_weights(config)
+    cache = ShardCache(data.cache, 1e9 * data.cache_gb)
+    return open_sources(data.root, weights, tokenizer_sha256=tokenizer.sha256, cache=cache)
+
+
 def fingerprints(config: ConfigDict) -> dict[str, str]:
     """What every process of a run must share: config, code and data, each as a hash.
 
@@ -209,10 +216,10 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
       ValueError: the data is not as the config says.
     """
     values = dict(config_lib.flatten(config))
-    del values["data.root"], values["data.tokenizer"]
+    for key in ("data.root", "data.cache", "data.cache_gb", "data.tokenizer"):
+        del values[key]
     tokenizer = load_tokenizer(config.data.tokenizer)
-    weights = config_lib.mixture_weights(config)
-    sources = open_sources(config.data.root, weights, tokenizer_sha256=tokenizer.sha256)
+    sources = _open_sources(config, tokenizer)
     manifests = {name: source.manifest for name, source in sources.items()}
     return {
         "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),

@@ -39,3 +39,9 @@ def test_a_second_run_beside_the_first_compiles_nothing(tmp_path):
 def test_a_cache_that_the_user_set_up_is_kept(tmp_path):
     given = str(tmp_path / "mine")
     assert start(tmp_path / "run", JAX_COMPILATION_CACHE_DIR=given)[2] == given
+
+
+def test_beside_a_run_folder_in_a_bucket_it_lies_in_the_bucket(gcs):
+    _, misses, folder = start("gs://compiled/runs/first")
+    assert misses > 0 and folder.startswith("gs://compiled/runs/.compilation_cache/cpu_")
+    assert any(f"gs://{key}".startswith(folder) for key in gcs.objects)

@@ -107,3 +107,17 @@ def test_a_missing_process_ends_the_others_with_its_number(data, tmp_path, monke
         assert code == 1
         assert "started on 3 of 4 hosts: missing 2" in err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_folder_in_a_bucket(data, alone, tmp_path, gcs, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for steps in (6, 12):
+        path = config_file(tmp_path, data, **{"training.num_steps": steps})
+        for code, _, err in run(2, path, "gs://processes/runs/two"):
+            assert code == 0, err
+    parts = [key for key in sorted(gcs.objects) if key.startswith("processes/runs/two/metrics/")]
+    lines = b"".join(gcs.objects[key] for key in parts).splitlines()
+    found = losses([json.loads(line) for line in lines])
+    assert list(found) == list(alone)
+    np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=0, atol=2e-5)
