@@ -6,7 +6,7 @@
 #       --workdir /shared/run [option ...] [--config.group.field=value ...]
 #   bash launch/tpu_pod.sh status | logs | delete --name N --zone Z [--project P]
 #
-# WORKDIR and the data lie on a disk that all workers mount (--setup). Call `run` again whenever
+# WORKDIR and the data lie in a bucket, or on a disk that all workers mount (--setup). Call `run` again whenever
 # this script or its connection ended: it goes on with what it finds. Exit codes: those of `train`;
 # 1 also when gcloud fails for good, 2 for wrong arguments, 130 after Ctrl-C.
 set -euo pipefail
@@ -24,7 +24,7 @@ usage: bash launch/tpu_pod.sh run|status|logs|delete --name NAME --zone ZONE [op
 of `run`:
   --accelerator-type T   v5p-128 is the v5p:4x4x4 of `plan`: 64 chips, counted as 128 cores
   --config F             a file of this checkout, tracked by git
-  --workdir D            an absolute path on a disk that all workers mount
+  --workdir D            gs://BUCKET/FOLDER, or an absolute path on a disk that all workers mount
   --setup FILE           a script that each worker runs first, to mount that disk
   --runtime-version V    default: the one for the accelerator type
   --spot                 cheaper, can be preempted
@@ -107,9 +107,8 @@ check() {
     needed accelerator --accelerator-type
     needed config --config
     needed workdir --workdir
-    [[ $workdir != gs://* ]] || wrong "--workdir $workdir: the run's folder is a folder. Mount a" \
-        'disk that all workers share with --setup, and name the folder there'
-    [[ $workdir == /* ]] || wrong "--workdir $workdir: give the path on the workers, from the root"
+    [[ $workdir == /* || $workdir == gs://?*/?* ]] ||
+        wrong "--workdir $workdir: give gs://BUCKET/FOLDER, or the path on the workers, from the root"
     [[ -z $setup || -f $setup ]] || wrong "--setup $setup: no such file"
     [[ $max_restarts =~ ^[0-9]+$ ]] || wrong "--max-restarts $max_restarts: not a number"
     [[ -n $runtime ]] || runtime=$(runtime_for "$accelerator")

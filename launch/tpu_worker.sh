@@ -41,7 +41,7 @@ prepare() {
     source "$code/launch/environment.sh"
     PYTHON=$(find_python)
     export PYTHON
-    install --requirement requirements.txt --editable '.[tpu]'
+    install --requirement requirements.txt --editable '.[tpu,gcs]'
 }
 
 # The images for TPUs are Ubuntu 22.04, with Python 3.10; jax needs 3.11. uv brings a whole Python,
@@ -65,11 +65,7 @@ start() {
         echo "$(hostname): a training runs already"
         return
     fi
-    mkdir -p "$workdir" || fail "--workdir $workdir cannot be made"
-    if [[ $(df --output=source "$workdir") == "$(df --output=source "$HOME")" ]]; then
-        fail "--workdir $workdir lies on this machine's own disk: other workers cannot see it, and" \
-            'it is lost with the machine. Name a folder of a shared disk; --setup FILE can mount one'
-    fi
+    [[ $workdir == gs://* ]] || shared_folder "$workdir"
     [[ ! -f $log ]] || mv "$log" "$log.previous"
     rm -f "$exit_code"
     # One worker may be reached minutes after another, when connections fail.
@@ -77,6 +73,14 @@ start() {
     setsid bash "$here/worker.sh" train --workdir "$workdir" "$@" >"$log" 2>&1 </dev/null &
     until training_runs || [[ -f $exit_code ]]; do sleep 0.1; done
     echo "$(hostname): started"
+}
+
+shared_folder() {
+    mkdir -p "$1" || fail "--workdir $1 cannot be made"
+    if [[ $(df --output=source "$1") == "$(df --output=source "$HOME")" ]]; then
+        fail "--workdir $1 lies on this machine's own disk: other workers cannot see it, and it is" \
+            'lost with the machine. Name a bucket, or a folder of a disk that --setup FILE mounts'
+    fi
 }
 
 train() { # Detached: waits for the training and records how it ended.

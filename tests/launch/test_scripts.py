@@ -54,7 +54,7 @@ def test_the_tests_run_with_the_small_extra_and_pytests_arguments_as_given(check
 def test_all_installs_the_three_extras_and_runs_the_slow_tests_too(checkout):
     assert checkout.run("launch/test.sh", "--all", "-x").returncode == 0
     assert checkout.installed() == [["--editable", ".[test,parity,aot]"]]
-    assert checkout.calls("pytest") == [[*PARALLEL, "-m", "", "-x"]]
+    assert checkout.calls("pytest") == [[*PARALLEL, "-m", "not by_hand", "-x"]]
 
 
 def test_a_bytecode_ban_of_the_caller_does_not_make_every_start_slow(checkout):
@@ -70,4 +70,4 @@ def test_a_bytecode_ban_of_the_caller_does_not_make_every_start_slow(checkout):
 def test_ci_runs_the_tests_with_everything(checkout):
     assert checkout.run(".ci/run").returncode == 0
     assert checkout.installed() == [["--editable", ".[test,parity,aot]"]]
-    assert checkout.calls("pytest") == [[*PARALLEL, "-m", ""]]
+    assert checkout.calls("pytest") == [[*PARALLEL, "-m", "not by_hand"]]

@@ -152,7 +152,7 @@ def test_it_asks_for_a_slice_installs_trains_on_every_worker_and_shows_the_log(p
     trained = ["--workdir", str(pod.workdir), "--config", CONFIG]
     trained += ["--config.name=it's a name", "--config.seed=3"]
     assert pod.checkout.calls("stablelm_jax.train") == [trained] * 2
-    tpu = ["--requirement", "requirements.txt", "--editable", ".[tpu]"]
+    tpu = ["--requirement", "requirements.txt", "--editable", ".[tpu,gcs]"]
     assert pod.checkout.installed() == [tpu] * 2
     assert "the training ended with exit code 0" in out
     assert "still exists and costs money" in err and "delete --name mine --zone here-a" in err
@@ -372,6 +372,14 @@ def test_where_python_is_too_old_uv_brings_another(pod):
     assert (pod.workers()[0] / "code/.venv/bin/python").read_text() == new.read_text()
 
 
+def test_a_workdir_in_a_bucket_is_the_trainings_own_affair(pod):
+    pod.workdir = "gs://bucket/run"
+    code, _, err = pod.call("run")
+    assert code == 0, err
+    (trained,) = pod.checkout.calls("stablelm_jax.train")
+    assert trained[:2] == ["--workdir", "gs://bucket/run"]
+
+
 def test_a_workdir_on_the_workers_own_disk_is_refused_by_the_workers(pod):
     pod.workdir = pod.folder.parent / "own disk"
     code, _, err = pod.call("run")
@@ -391,7 +399,7 @@ def test_status_logs_and_delete(pod):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workdir", "gs://bucket/run"], "Mount a disk that all workers share"),
+        (["--workdir", "gs://bucket"], "gs://BUCKET/FOLDER"),
         (["--workdir", "runs/a"], "from the root"),
         (["--config", "configs/none.py"], "no file that git tracks"),
         (["--accelerator-type", "v9-8"], "name --runtime-version"),
