@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import tempfile
 from collections import Counter
 
@@ -12,6 +13,9 @@ from collections import Counter
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: do not look for a TPU machine's metadata
+
+# A shell that runs the tests in its background hands down a SIGINT that is ignored, to every child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests spend most of their time compiling small programs: LLVM may leave those as they are. What is
 # computed, and XLA's own passes, stay the same.

@@ -74,7 +74,8 @@ class Block(nnx.Module):
         normed_BTD = self.attention_norm(x_BTD)
         attended_BTD = self.attention(normed_BTD, rotary, attend)
         if self.parallel_residual:
-            return x_BTD + attended_BTD + self.mlp(normed_BTD)
+            # These two first: split over `model` they are partial sums, and need one sum, not two.
+            return x_BTD + (attended_BTD + self.mlp(normed_BTD))
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 

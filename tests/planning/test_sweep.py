@@ -151,9 +151,12 @@ def test_a_small_model_is_swept_by_the_targets_own_compiler():
 @pytest.mark.aot
 def test_ctrl_c_ends_the_verb_while_the_compiler_works():
     done = plan(CONFIG, "--sweep", "--target=a100-40gb:1x2")
-    assert "ways to divide" in done.stdout.readline()
-    time.sleep(5)
-    done.send_signal(signal.SIGINT)
-    _, errors = done.communicate(timeout=60)
+    try:
+        assert "ways to divide" in done.stdout.readline()
+        time.sleep(5)
+        done.send_signal(signal.SIGINT)
+        _, errors = done.communicate(timeout=60)
+    finally:
+        done.kill()
     assert done.returncode == INTERRUPTED
     assert errors.splitlines()[-1].startswith("interrupted: 0 compiled")
