@@ -25,12 +25,8 @@ from stablelm_jax.model.parameters import initial_value, specs_by_name
 from stablelm_jax.model.rotary import rotary_angles
 
 Params = dict[str, Any]
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 # Called as fetch(group, parameters of the group) where a group is used; gives them whole.
 Fetch = Callable[[str, Params], Params]
-
-# Names of the dims of x_BTD that the `constrain` hook receives.
-ACTIVATION_AXES = ("batch", "sequence", "width")
 
 # What the backward pass finds saved from the forward pass; the rest it computes again.
 _policies = jax.checkpoint_policies
@@ -137,7 +133,6 @@ def hidden_states(
     remat: str = "none",
     attention: str = "auto",
     unroll: int = 1,
-    constrain: Constrain = lambda x, axes: x,
     fetch: Fetch | None = None,
 ) -> jax.Array:
     """What the head reads: x_BTD in `dtype`, after the final norm.
@@ -151,7 +146,6 @@ def hidden_states(
         'attention' (all but attention: one more width a token and layer is kept), 'full'.
       attention: name of an implementation in kernels/attention.py.
       unroll: layers compiled one after the other in each turn of the loop over layers.
-      constrain: called as constrain(x, ('batch', 'sequence', 'width')) on the residual stream.
       fetch: makes the parameters of a group whole where it is used: 'embed', 'layers' (of one
         layer, without the axis of layers), 'final_norm'. But for remat 'none', backward fetches
         again.
@@ -171,11 +165,11 @@ def hidden_states(
 
     def layer(x_BTD, group):
         block = part("layers", group)
-        return constrain(block(x_BTD, rotary, attend), ACTIVATION_AXES), None
+        return block(x_BTD, rotary, attend), None
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BTD = constrain(part("embed", params["embed"])(tokens_BT, dtype), ACTIVATION_AXES)
+    x_BTD = part("embed", params["embed"])(tokens_BT, dtype)
     x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=unroll)[0]
     return part("final_norm", params["final_norm"])(x_BTD)
 
