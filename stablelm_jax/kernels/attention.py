@@ -10,16 +10,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+
+from stablelm_jax.kernels.residuals import named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
 # by 10 and 35 % (CPU, 8 x 512 tokens, 8 heads of 64).
 QUERIES = 128
 # Groups of queries of a row; each is compiled apart with its own span of keys.
 GROUPS = 8
-
-# What a rematerialisation policy saves, by name, to spare backward the attention itself.
-SAVED_NAMES = ("attention_output", "attention_logsumexp")
 
 
 def attention(
@@ -109,8 +107,7 @@ def _forward(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT):
 
         parts.append(_in_turn(attend, None, group, q_BKGTH, ids_B11T1)[1])
     o_BKGTH, logsumexp_BKGT1 = (jnp.concatenate(part, 3) for part in zip(*parts))
-    o_BKGTH = checkpoint_name(o_BKGTH.astype(q_BKGTH.dtype), SAVED_NAMES[0])
-    logsumexp_BKGT1 = checkpoint_name(logsumexp_BKGT1, SAVED_NAMES[1])
+    o_BKGTH, logsumexp_BKGT1 = named(o_BKGTH.astype(q_BKGTH.dtype), logsumexp_BKGT1)
     return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, o_BKGTH, logsumexp_BKGT1)
 
 
