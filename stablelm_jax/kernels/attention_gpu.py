@@ -166,18 +166,8 @@ def _flash(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret):
 
 
 def _flash_forward(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret):
-    tile = blocks.forward
-    specs = _QuerySpecs(q_BTNH.shape, k_BTKH.shape, tile)
-    o_BTNH, logsumexp_BNT = pl.pallas_call(
-        partial(kernels.forward, tile=tile),
-        out_shape=(_like(q_BTNH), jax.eval_shape(_sum_of_heads, q_BTNH)),
-        grid=specs.grid,
-        in_specs=[specs.bounds, specs.start, specs.queries, specs.keys, specs.keys],
-        out_specs=(specs.queries, specs.sums),
-        name="attention_forward",
-        **_options(tile, interpret),
-    )(query_block_bounds(start_BT, tile), start_BT, q_BTNH, k_BTKH, v_BTKH)
-    o_BTNH, logsumexp_BNT = named(o_BTNH, logsumexp_BNT)
+    inputs = (start_BT, q_BTNH, k_BTKH, v_BTKH)
+    o_BTNH, logsumexp_BNT = named(*_output(inputs, blocks.forward, interpret))
     return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, o_BTNH, logsumexp_BNT)
 
 
@@ -192,6 +182,23 @@ def _flash_backward(blocks, interpret, saved, do_BTNH):
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
+
+
+# Backward calls this again under `jax.checkpoint`, and drops it where a policy saved its results:
+# jax drops a `jit` whose results nobody reads, a bare `pallas_call` it keeps.
+@partial(jax.jit, static_argnums=(1, 2))
+def _output(inputs, tile, interpret):
+    start_BT, q_BTNH, k_BTKH, _ = inputs
+    specs = _QuerySpecs(q_BTNH.shape, k_BTKH.shape, tile)
+    return pl.pallas_call(
+        partial(kernels.forward, tile=tile),
+        out_shape=(_like(q_BTNH), jax.eval_shape(_sum_of_heads, q_BTNH)),
+        grid=specs.grid,
+        in_specs=[specs.bounds, specs.start, specs.queries, specs.keys, specs.keys],
+        out_specs=(specs.queries, specs.sums),
+        name="attention_forward",
+        **_options(tile, interpret),
+    )(query_block_bounds(start_BT, tile), *inputs)
 
 
 def _query_gradient(inputs, tile, interpret):
