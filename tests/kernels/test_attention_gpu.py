@@ -91,8 +91,8 @@ def test_output_and_gradients_are_those_of_float64(heads, kv_heads, size, length
     inputs = random_inputs(heads, kv_heads, size, length)
     found = with_gradients(partial(interpreted, blocks=blocks), *inputs)
     for name, array, expected in zip(("o", "dq", "dk", "dv"), found, in_float64(*inputs)):
-        # some 16 units of float32's last place at the largest value
-        tolerance = 2e-6 * np.abs(expected).max()
+        # the worst of 50 draws was 1.3e-6
+        tolerance = 3e-6 * np.abs(expected).max()
         np.testing.assert_allclose(array, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
@@ -172,7 +172,7 @@ def test_it_works_in_shard_map_scan_and_checkpoint():
         return jax.grad(layers_of(interpreted, saved))(x, segments)
 
     expected = jax.jit(jax.grad(layers_of(reference, saved)))(x, segments)
-    tolerance = 2e-6 * np.abs(expected).max()
+    tolerance = 3e-6 * np.abs(expected).max()
     np.testing.assert_allclose(jax.jit(gradient)(x, segments), expected, rtol=0, atol=tolerance)
 
 
