@@ -6,11 +6,15 @@ head, H head size.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from absl import logging
+from jax.sharding import AxisType, PartitionSpec
 
+from stablelm_jax.kernels.device import traced_device
 from stablelm_jax.kernels.residuals import named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
@@ -32,11 +36,15 @@ def attention(
 
     Query head n reads key head n // G. Scores and softmax are float32.
 
+    Args:
+      implementation: name in IMPLEMENTATIONS; `auto` takes pallas_gpu where it can run, else
+        chunked.
+
     Raises:
       ValueError: for an unknown implementation, or query heads that key heads cannot share.
     """
     if implementation == "auto":
-        implementation = "chunked"
+        implementation = _choose(q_BTNH, k_BTKH, v_BTKH)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r} is unknown: "
@@ -77,7 +85,62 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return jnp.moveaxis(o_BKGTH, 3, 1).reshape(q_BTNH.shape)[:, :length]
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+def pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """`attention_gpu.pallas_gpu`, on each device's own heads where the compiler splits them.
+
+    The compiler can split no kernel: left to itself it would gather the heads on every device.
+    """
+    from stablelm_jax.kernels import attention_gpu  # loads Pallas, which only GPUs need
+
+    axes = tuple(_compiler_axes())
+    if not axes:
+        return attention_gpu.pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    heads = PartitionSpec(None, None, axes)
+    return jax.shard_map(
+        attention_gpu.pallas_gpu,
+        in_specs=(heads, heads, heads, PartitionSpec()),
+        out_specs=heads,
+        axis_names=set(axes),
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "pallas_gpu": pallas_gpu}
+
+
+def _choose(q_BTNH, k_BTKH, v_BTKH) -> str:
+    """What `auto` is; on a GPU says once why."""
+    device = traced_device()
+    if device.platform != "gpu":
+        return "chunked"
+    if reason := _why_not_pallas_gpu(device.device_kind, q_BTNH, k_BTKH, v_BTKH):
+        _log_once(logging.WARNING, f"attention: chunked, which is slow on a GPU: {reason}")
+        return "chunked"
+    _log_once(logging.INFO, f"attention: pallas_gpu, for {device.device_kind}")
+    return "pallas_gpu"
+
+
+def _why_not_pallas_gpu(device_kind, q_BTNH, k_BTKH, v_BTKH) -> str | None:
+    from stablelm_jax.kernels import attention_gpu
+
+    parts = math.prod(_compiler_axes().values())
+    if k_BTKH.shape[2] % parts:
+        return f"{k_BTKH.shape[2]} key heads cannot be split over {parts} devices"
+    if attention_gpu.generation_of(device_kind) is None:
+        return f"{device_kind} is neither an A100 nor a Hopper"
+    return attention_gpu.why_unsupported(q_BTNH, k_BTKH, v_BTKH)
+
+
+def _compiler_axes() -> dict[str, int]:
+    """Sizes of the mesh axes along which the compiler splits arrays at this place."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1}
+
+
+@functools.cache
+def _log_once(level: int, line: str) -> None:
+    logging.log(level, line)
 
 
 @jax.custom_vjp

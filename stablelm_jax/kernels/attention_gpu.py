@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton
 
 from stablelm_jax.kernels import attention_gpu_kernels as kernels
 from stablelm_jax.kernels.attention_gpu_kernels import Tile
+from stablelm_jax.kernels.device import traced_device
 from stablelm_jax.kernels.residuals import named
 
 
@@ -45,6 +46,10 @@ BLOCKS = {
         160: Blocks(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
     },
 }
+
+# As they stand in a device_kind: "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200".
+_A100 = ("A100", "A800")
+_HOPPER = ("H100", "H200", "H800", "H20")
 
 
 def pallas_gpu(
@@ -104,15 +109,22 @@ def why_unsupported(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 
 
 
 def blocks_for(head_size: int, generation: str | None = None) -> Blocks:
-    """The row of BLOCKS for a head size, on `generation` ("sm80"; None: this machine's GPU).
+    """The row of BLOCKS for a head size; by default for the GPU that the trace is for.
 
-    Without a GPU, as when compiling ahead of time, it is A100's, whose tiles fit Hopper too.
+    For any other device it is A100's, whose tiles need the least shared memory.
     """
     if generation is None:
-        capability = getattr(jax.devices()[0], "compute_capability", "8.0")
-        generation = "sm90" if float(capability) >= 9 else "sm80"
+        generation = generation_of(traced_device().device_kind) or "sm80"
     sizes = BLOCKS[generation]
     return sizes[min((size for size in sizes if size >= head_size), default=max(sizes))]
+
+
+def generation_of(device_kind: str) -> str | None:
+    """The compute capability that BLOCKS has a table for; None for a device it has none for."""
+    for generation, names in (("sm80", _A100), ("sm90", _HOPPER)):
+        if any(name in device_kind for name in names):
+            return generation
+    return None
 
 
 def document_spans(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from stablelm_jax.kernels import attention_gpu
+from stablelm_jax.kernels import attention, attention_gpu
 from stablelm_jax.kernels.attention import reference
 from stablelm_jax.kernels.attention_gpu import Blocks, Tile, pallas_gpu
 from stablelm_jax.kernels.residuals import SAVED_NAMES
@@ -176,6 +176,32 @@ def test_it_works_in_shard_map_scan_and_checkpoint():
     np.testing.assert_allclose(jax.jit(gradient)(x, segments), expected, rtol=0, atol=tolerance)
 
 
+def test_where_the_compiler_splits_heads_each_device_runs_its_own(monkeypatch):
+    heads_seen = []
+
+    def spied(q_BTNH, *others):
+        heads_seen.append(q_BTNH.shape[2])
+        return interpreted(q_BTNH, *others, blocks=EQUAL)
+
+    monkeypatch.setattr(attention_gpu, "pallas_gpu", spied)
+    *inputs, segments = random_inputs(4, 2, 16, 32)
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("data", "model"))
+
+    split = jax.shard_map(
+        attention.pallas_gpu,
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},  # `model` is the compiler's
+        check_vma=False,
+    )
+    found = with_gradients(split, *inputs, segments)
+    assert set(heads_seen) == {2}
+    for name, array, expected in zip(("o", "dq", "dk", "dv"), found, in_float64(*inputs, segments)):
+        tolerance = 3e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(array, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
 @pytest.mark.parametrize("policy, times", [(saved, 1), (None, 2)])
 def test_backward_runs_the_forward_kernel_again_unless_the_policy_saved_its_results(policy, times):
     x, _, _, _, segments = random_inputs(1, 1, 16, 32)
@@ -204,6 +230,32 @@ def test_every_head_size_of_the_models_has_blocks_for_both_generations():
     for generation in ("sm80", "sm90"):
         rows = [attention_gpu.blocks_for(size, generation) for size in (16, 64, 80, 128, 160, 256)]
         assert rows[0] is rows[1] and rows[2] is rows[3] and rows[4] is rows[5]
+
+
+@pytest.mark.parametrize(
+    "kind, size, kv_heads, split, chosen, why",
+    [
+        ("NVIDIA A100-SXM4-40GB", 64, 4, 1, "pallas_gpu", "pallas_gpu, for NVIDIA A100-SXM4-40GB"),
+        ("NVIDIA H200", 160, 2, 2, "pallas_gpu", "pallas_gpu, for NVIDIA H200"),
+        ("NVIDIA H200", 160, 2, 4, "chunked", "2 key heads cannot be split over 4 devices"),
+        ("NVIDIA H200", 72, 4, 1, "chunked", "head size 72 is no multiple of 16"),
+        ("Tesla T4", 64, 4, 1, "chunked", "Tesla T4 is neither an A100 nor a Hopper"),
+        ("cpu", 64, 4, 1, "chunked", ""),
+    ],
+)
+def test_auto_takes_it_where_it_can_run_and_says_why_not_once(
+    kind, size, kv_heads, split, chosen, why, monkeypatch
+):
+    lines = []
+    attention._log_once.cache_clear()
+    monkeypatch.setattr(attention.logging, "log", lambda level, line: lines.append(line))
+    platform = "cpu" if kind == "cpu" else "gpu"
+    device = jax.sharding.AbstractDevice(kind, num_cores=1, platform=platform)
+    mesh = jax.sharding.AbstractMesh((split,), ("model",), abstract_device=device)
+    q, k = (jax.ShapeDtypeStruct((1, 8, n, size), jnp.bfloat16) for n in (4, kv_heads))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention._choose(q, k, k) == attention._choose(q, k, k) == chosen
+    assert len(lines) == (kind != "cpu") and why in "".join(lines)
 
 
 def compiled(target, heads, kv_heads, size, length):
