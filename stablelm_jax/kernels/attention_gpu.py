@@ -33,19 +33,27 @@ class Blocks:
     queries: Tile
 
 
-# By compute capability and largest head size. ESTIMATES, none measured on a chip.
+# By compute capability and largest head size: forward, of dk and dv, of dq. ESTIMATES, none
+# measured on a chip: of a few tiles that compile ahead of time, those that spill no registers
+# (ptxas; at most 100 bytes) and leave room for eight warps on a core. benchmarks/attention.py
+# --tune prints what to put here.
 BLOCKS = {
     "sm80": {
-        64: Blocks(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        64: Blocks(Tile(128, 64, 4, 3), Tile(32, 128, 8, 3), Tile(64, 64, 4, 2)),
+        80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
         128: Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        160: Blocks(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+        160: Blocks(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
     },
     "sm90": {
-        64: Blocks(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        128: Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        160: Blocks(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+        64: Blocks(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+        80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+        128: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+        160: Blocks(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
     },
 }
+
+# float32 takes twice the shared memory.
+_FLOAT32_BLOCKS = Blocks(*3 * [Tile(32, 32, 4, 2)])
 
 # As they stand in a device_kind: "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200".
 _A100 = ("A100", "A800")
@@ -64,20 +72,21 @@ def pallas_gpu(
     """softmax(q k / sqrt(H)) v over earlier tokens of the same document, [B, T, N, H] as q.
 
     A document is a run of equal segment ids: the same id further on in a row is another document.
-    Matrix products take the inputs' dtype (bfloat16, float16, or float32 without TF32) and add in
-    float32; scores and softmax are float32.
+    Matrix products take the inputs' dtype and add in float32; scores and softmax are float32. On a
+    GPU products of float32 are TF32, as elsewhere in jax, unless jax_default_matmul_precision says
+    "highest": then compiling takes minutes.
 
     Args:
       blocks: sizes of tiles; by default those of BLOCKS for this machine's GPU.
       interpret: compute with the CPU what the GPU would, for tests.
 
     Raises:
-      ValueError: for a head size that is no multiple of 16 or above 256, for query heads that key
+      ValueError: for a head size that is no multiple of 16 or above 160, for query heads that key
         heads cannot share, or for a dtype that the matrix instructions lack.
     """
     if reason := why_unsupported(q_BTNH, k_BTKH, v_BTKH):
         raise ValueError(f"attention on GPUs: {reason}")
-    blocks = blocks or blocks_for(q_BTNH.shape[3])
+    blocks = blocks or blocks_for(q_BTNH.shape[3], q_BTNH.dtype)
     length = q_BTNH.shape[1]
     # Padding keeps every test for the row's end out of the kernels' loops; it is the row's last
     # document, which no token before it can see. T of a training run needs none.
@@ -95,8 +104,8 @@ def pallas_gpu(
 def why_unsupported(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> str | None:
     """What keeps the kernels from these inputs; None if nothing does."""
     heads, head_size = q_BTNH.shape[2:]
-    if head_size % 16 or not 16 <= head_size <= 256:
-        return f"head size {head_size} is no multiple of 16 from 16 to 256"
+    if head_size % 16 or not 16 <= head_size <= 160:  # of 256, A100 cannot hold the tiles
+        return f"head size {head_size} is no multiple of 16 from 16 to 160"
     if heads % k_BTKH.shape[2]:
         return f"{heads} query heads cannot share {k_BTKH.shape[2]} key heads"
     if k_BTKH.shape != v_BTKH.shape or k_BTKH.shape[3] != head_size:
@@ -108,15 +117,17 @@ def why_unsupported(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 
     return None
 
 
-def blocks_for(head_size: int, generation: str | None = None) -> Blocks:
+def blocks_for(head_size: int, dtype=jnp.bfloat16, generation: str | None = None) -> Blocks:
     """The row of BLOCKS for a head size; by default for the GPU that the trace is for.
 
     For any other device it is A100's, whose tiles need the least shared memory.
     """
+    if dtype == jnp.float32:
+        return _FLOAT32_BLOCKS
     if generation is None:
         generation = generation_of(traced_device().device_kind) or "sm80"
     sizes = BLOCKS[generation]
-    return sizes[min((size for size in sizes if size >= head_size), default=max(sizes))]
+    return sizes[min(size for size in sizes if size >= head_size)]
 
 
 def generation_of(device_kind: str) -> str | None:

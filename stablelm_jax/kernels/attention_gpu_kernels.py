@@ -177,11 +177,5 @@ def _add_products(sums_H, weights, x_H):
 
 
 def _dot(a, b, contracted):
-    # HIGHEST keeps float32 from being cut to TF32; it means nothing to the 16-bit types.
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((1,), (contracted,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    dims = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

@@ -214,7 +214,7 @@ def test_backward_runs_the_forward_kernel_again_unless_the_policy_saved_its_resu
     "shapes, dtype, message",
     [
         ([(1, 8, 2, 72), (1, 8, 2, 72)], jnp.float32, "head size 72 is no multiple of 16"),
-        ([(1, 8, 2, 272), (1, 8, 2, 272)], jnp.float32, "head size 272"),
+        ([(1, 8, 2, 176), (1, 8, 2, 176)], jnp.float32, "head size 176"),
         ([(1, 8, 4, 64), (1, 8, 3, 64)], jnp.float32, "4 query heads cannot share 3 key heads"),
         ([(1, 8, 4, 64), (1, 8, 4, 80)], jnp.float32, "do not match"),
         ([(1, 8, 4, 64), (1, 8, 4, 64)], jnp.int8, "no matrix product for int8"),
@@ -226,10 +226,16 @@ def test_what_the_kernels_cannot_do_is_refused(shapes, dtype, message):
         pallas_gpu(q, k, k, jnp.ones((1, 8), jnp.int32))
 
 
-def test_every_head_size_of_the_models_has_blocks_for_both_generations():
-    for generation in ("sm80", "sm90"):
-        rows = [attention_gpu.blocks_for(size, generation) for size in (16, 64, 80, 128, 160, 256)]
-        assert rows[0] is rows[1] and rows[2] is rows[3] and rows[4] is rows[5]
+@pytest.mark.parametrize("generation", ["sm80", "sm90"])
+def test_every_head_size_takes_the_blocks_of_the_next_larger_in_the_table(generation):
+    table = attention_gpu.BLOCKS[generation]
+    assert list(table) == sorted(table) == [64, 80, 128, 160]
+    for size, row in [(16, 64), (64, 64), (80, 80), (96, 128), (160, 160)]:
+        assert attention_gpu.blocks_for(size, generation=generation) is table[row]
+    float32 = attention_gpu.blocks_for(64, jnp.float32, generation)
+    for blocks in (float32, *table.values()):
+        for tile in (blocks.forward, blocks.keys, blocks.queries):
+            assert all(n >= 16 and n & (n - 1) == 0 for n in (tile.queries, tile.keys))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +274,7 @@ def compiled(target, heads, kv_heads, size, length):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     generation = "sm80" if target.startswith("a100") else "sm90"
-    attend = partial(pallas_gpu, blocks=attention_gpu.blocks_for(size, generation))
+    attend = partial(pallas_gpu, blocks=attention_gpu.blocks_for(size, generation=generation))
 
     def run(q, k, v, do, segments):
         out, backward = jax.vjp(lambda *qkv: attend(*qkv, segments), q, k, v)
