@@ -88,7 +88,8 @@ def _check_texts(config: ConfigDict) -> None:
             _refuse(config, key, "is empty", "name one")
 
 
-ATTENTION = ("auto", "reference", "chunked")  # what kernels/attention.py has, without jax here
+# What kernels/attention.py has, without jax here.
+ATTENTION = ("auto", "reference", "chunked", "pallas_gpu")
 _CHOICES = {
     "schedule.kind": ("hybrid", "cosine"),
     "training.dtype": ("bfloat16", "float32"),

@@ -10,16 +10,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+
+from stablelm_jax.kernels.residuals import named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
 # by 10 and 35 % (CPU, 8 x 512 tokens, 8 heads of 64).
 QUERIES = 128
 # Groups of queries of a row; each is compiled apart with its own span of keys.
 GROUPS = 8
-
-# What a rematerialisation policy saves, by name, to spare backward the attention itself.
-SAVED_NAMES = ("attention_output", "attention_logsumexp")
 
 
 def attention(
@@ -33,6 +32,10 @@ def attention(
     """softmax(q k / sqrt(H)) v over earlier tokens of the same segment id, in the dtype of q.
 
     Query head n reads key head n // G. Scores and softmax are float32.
+
+    Args:
+      implementation: name in IMPLEMENTATIONS. `auto` is chunked everywhere: pallas_gpu is right in
+        interpret mode and compiles for A100 and Hopper, but has not been run on either yet.
 
     Raises:
       ValueError: for an unknown implementation, or query heads that key heads cannot share.
@@ -79,7 +82,34 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return jnp.moveaxis(o_BKGTH, 3, 1).reshape(q_BTNH.shape)[:, :length]
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+def pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """`attention_gpu.pallas_gpu`, on each device's own heads where the compiler splits them.
+
+    The compiler can split no kernel: left to itself it would gather the heads on every device.
+    """
+    from stablelm_jax.kernels import attention_gpu  # loads Pallas, which only GPUs need
+
+    axes = tuple(_compiler_axes())
+    if not axes:
+        return attention_gpu.pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    heads = PartitionSpec(None, None, axes)
+    return jax.shard_map(
+        attention_gpu.pallas_gpu,
+        in_specs=(heads, heads, heads, PartitionSpec()),
+        out_specs=heads,
+        axis_names=set(axes),
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "pallas_gpu": pallas_gpu}
+
+
+def _compiler_axes() -> dict[str, int]:
+    """Sizes of the mesh axes along which the compiler splits arrays at this place."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1}
 
 
 @jax.custom_vjp
@@ -109,8 +139,7 @@ def _forward(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT):
 
         parts.append(_in_turn(attend, None, group, q_BKGTH, ids_B11T1)[1])
     o_BKGTH, logsumexp_BKGT1 = (jnp.concatenate(part, 3) for part in zip(*parts))
-    o_BKGTH = checkpoint_name(o_BKGTH.astype(q_BKGTH.dtype), SAVED_NAMES[0])
-    logsumexp_BKGT1 = checkpoint_name(logsumexp_BKGT1, SAVED_NAMES[1])
+    o_BKGTH, logsumexp_BKGT1 = named(o_BKGTH.astype(q_BKGTH.dtype), logsumexp_BKGT1)
     return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, o_BKGTH, logsumexp_BKGT1)
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stablelm_jax.kernels.attention import SAVED_NAMES
 from stablelm_jax.kernels.attention import attention as attention_kernel
+from stablelm_jax.kernels.residuals import SAVED_NAMES
 from stablelm_jax.model.attention import Attend, Attention
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection

@@ -1,0 +1,296 @@
+"""Flash attention inside documents for A100 and Hopper, in Pallas with the Triton backend.
+
+An own reading of FlashAttention-2 (Dao 2023, arXiv 2307.08691): algorithm 1 forward, algorithm 2
+backward as two kernels, so that no two programs add to the same place and gradients are the same
+bits in every run.
+
+B batch, T queries or keys of a row, N query heads, K key/value heads, G = N / K query heads for
+each key head, H head size; of one tile, Q queries and S keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from stablelm_jax.kernels import attention_gpu_kernels as kernels
+from stablelm_jax.kernels.attention_gpu_kernels import Tile
+from stablelm_jax.kernels.device import traced_device
+from stablelm_jax.kernels.residuals import named
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tiles of the three kernels: forward, of dk and dv, of dq."""
+
+    forward: Tile
+    keys: Tile
+    queries: Tile
+
+
+# By compute capability and largest head size: forward, of dk and dv, of dq. ESTIMATES, none
+# measured on a chip: of a few tiles that compile ahead of time, those that spill no registers
+# (ptxas; at most 100 bytes) and leave room for eight warps on a core. benchmarks/attention.py
+# --tune prints what to put here.
+BLOCKS = {
+    "sm80": {
+        64: Blocks(Tile(128, 64, 4, 3), Tile(32, 128, 8, 3), Tile(64, 64, 4, 2)),
+        80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
+        128: Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        160: Blocks(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    "sm90": {
+        64: Blocks(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+        80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+        128: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+        160: Blocks(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
+    },
+}
+
+# float32 takes twice the shared memory.
+_FLOAT32_BLOCKS = Blocks(*3 * [Tile(32, 32, 4, 2)])
+
+# As they stand in a device_kind: "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200".
+_A100 = ("A100", "A800")
+_HOPPER = ("H100", "H200", "H800", "H20")
+
+
+def pallas_gpu(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v over earlier tokens of the same document, [B, T, N, H] as q.
+
+    A document is a run of equal segment ids: the same id further on in a row is another document.
+    Matrix products take the inputs' dtype and add in float32; scores and softmax are float32. On a
+    GPU products of float32 are TF32, as elsewhere in jax, unless jax_default_matmul_precision says
+    "highest": then compiling takes minutes.
+
+    Args:
+      blocks: sizes of tiles; by default those of BLOCKS for this machine's GPU.
+      interpret: compute with the CPU what the GPU would, for tests.
+
+    Raises:
+      ValueError: for a head size that is no multiple of 16 or above 160, for query heads that key
+        heads cannot share, or for a dtype that the matrix instructions lack.
+    """
+    if reason := why_unsupported(q_BTNH, k_BTKH, v_BTKH):
+        raise ValueError(f"attention on GPUs: {reason}")
+    blocks = blocks or blocks_for(q_BTNH.shape[3], q_BTNH.dtype)
+    length = q_BTNH.shape[1]
+    # Padding keeps every test for the row's end out of the kernels' loops; it is the row's last
+    # document, which no token before it can see. T of a training run needs none.
+    multiple = max(max(t.queries, t.keys) for t in (blocks.forward, blocks.keys, blocks.queries))
+    padding = (0, -length % multiple)
+    q_BTNH, k_BTKH, v_BTKH = (
+        jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    start_BT, end_BT = document_spans(segment_ids_BT)
+    start_BT = jnp.pad(start_BT, ((0, 0), padding), constant_values=length)
+    end_BT = jnp.pad(end_BT, ((0, 0), padding), constant_values=length + padding[1])
+    return _flash(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret)[:, :length]
+
+
+def why_unsupported(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> str | None:
+    """What keeps the kernels from these inputs; None if nothing does."""
+    heads, head_size = q_BTNH.shape[2:]
+    if head_size % 16 or not 16 <= head_size <= 160:  # of 256, A100 cannot hold the tiles
+        return f"head size {head_size} is no multiple of 16 from 16 to 160"
+    if heads % k_BTKH.shape[2]:
+        return f"{heads} query heads cannot share {k_BTKH.shape[2]} key heads"
+    if k_BTKH.shape != v_BTKH.shape or k_BTKH.shape[3] != head_size:
+        return f"keys {k_BTKH.shape}, values {v_BTKH.shape} and head size {head_size} do not match"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"no matrix product for {q_BTNH.dtype}: use bfloat16, float16 or float32"
+    if not q_BTNH.dtype == k_BTKH.dtype == v_BTKH.dtype:
+        return f"dtypes {q_BTNH.dtype}, {k_BTKH.dtype} and {v_BTKH.dtype} differ"
+    return None
+
+
+def blocks_for(head_size: int, dtype=jnp.bfloat16, generation: str | None = None) -> Blocks:
+    """The row of BLOCKS for a head size; by default for the GPU that the trace is for.
+
+    For any other device it is A100's, whose tiles need the least shared memory.
+    """
+    if dtype == jnp.float32:
+        return _FLOAT32_BLOCKS
+    if generation is None:
+        generation = generation_of(traced_device().device_kind) or "sm80"
+    sizes = BLOCKS[generation]
+    return sizes[min(size for size in sizes if size >= head_size)]
+
+
+def generation_of(device_kind: str) -> str | None:
+    """The compute capability that BLOCKS has a table for; None for a device it has none for."""
+    for generation, names in (("sm80", _A100), ("sm90", _HOPPER)):
+        if any(name in device_kind for name in names):
+            return generation
+    return None
+
+
+def document_spans(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each token the first index of its document and the index after its last: int32 [B, T]."""
+    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    positions = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    is_first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    is_last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    start_BT = jax.lax.cummax(jnp.where(is_first, positions, 0), axis=1)
+    end_BT = jax.lax.cummin(jnp.where(is_last, positions + 1, positions.size), axis=1, reverse=True)
+    return start_BT, end_BT
+
+
+def query_block_bounds(start_BT: jax.Array, tile: Tile) -> jax.Array:
+    """Key blocks that each block of queries visits: int32 [B, T / queries, 4].
+
+    The four are borders b0 <= b1 <= b2 <= b3: blocks b0..b1 and b2..b3 need a mask, in b1..b2 every
+    query may see every key. b0 holds the start of the first query's document, b3 follows the
+    diagonal.
+    """
+    first = jnp.arange(0, start_BT.shape[1], tile.queries, dtype=jnp.int32)
+    last = first + tile.queries - 1
+    begin = start_BT[:, first] // tile.keys
+    end = jnp.broadcast_to(last // tile.keys + 1, begin.shape)
+    whole_end = jnp.maximum((first + 1) // tile.keys, begin)
+    whole_begin = jnp.clip(_ceil_div(start_BT[:, last], tile.keys), begin, whole_end)
+    return jnp.stack([begin, whole_begin, whole_end, end], -1)
+
+
+def key_block_bounds(end_BT: jax.Array, tile: Tile) -> jax.Array:
+    """Query blocks that each block of keys visits, as in `query_block_bounds`: [B, T / keys, 4].
+
+    From the diagonal to the last query of the last key's document.
+    """
+    first = jnp.arange(0, end_BT.shape[1], tile.keys, dtype=jnp.int32)
+    last = first + tile.keys - 1
+    end = _ceil_div(end_BT[:, last], tile.queries)
+    begin = jnp.broadcast_to(first // tile.queries, end.shape)
+    whole_begin = jnp.broadcast_to(_ceil_div(last, tile.queries), end.shape)
+    whole_end = jnp.maximum(end_BT[:, first] // tile.queries, whole_begin)
+    return jnp.stack([begin, whole_begin, whole_end, end], -1)
+
+
+def _ceil_div(a, b):
+    return -(-a // b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _flash(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret):
+    return _flash_forward(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret)[0]
+
+
+def _flash_forward(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret):
+    inputs = (start_BT, q_BTNH, k_BTKH, v_BTKH)
+    o_BTNH, logsumexp_BNT = named(*_output(inputs, blocks.forward, interpret))
+    return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, o_BTNH, logsumexp_BNT)
+
+
+def _flash_backward(blocks, interpret, saved, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, o_BTNH, logsumexp_BNT = saved
+    # The row sums of weights * dweights, without the weights.
+    products = do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32)
+    inputs = (start_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, logsumexp_BNT, _sum_of_heads(products))
+    dk_BTKH, dv_BTKH = _key_gradients(inputs, end_BT, blocks.keys, interpret)
+    dq_BTNH = _query_gradient(inputs, blocks.queries, interpret)
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+# Backward calls this again under `jax.checkpoint`, and drops it where a policy saved its results:
+# jax drops a `jit` whose results nobody reads, a bare `pallas_call` it keeps.
+@partial(jax.jit, static_argnums=(1, 2))
+def _output(inputs, tile, interpret):
+    start_BT, q_BTNH, k_BTKH, _ = inputs
+    specs = _QuerySpecs(q_BTNH.shape, k_BTKH.shape, tile)
+    return pl.pallas_call(
+        partial(kernels.forward, tile=tile),
+        out_shape=(_like(q_BTNH), jax.eval_shape(_sum_of_heads, q_BTNH)),
+        grid=specs.grid,
+        in_specs=[specs.bounds, specs.start, specs.queries, specs.keys, specs.keys],
+        out_specs=(specs.queries, specs.sums),
+        name="attention_forward",
+        **_options(tile, interpret),
+    )(query_block_bounds(start_BT, tile), *inputs)
+
+
+def _query_gradient(inputs, tile, interpret):
+    start_BT, q_BTNH, k_BTKH, *_ = inputs
+    specs = _QuerySpecs(q_BTNH.shape, k_BTKH.shape, tile)
+    return pl.pallas_call(
+        partial(kernels.query_gradient, tile=tile),
+        out_shape=_like(q_BTNH),
+        grid=specs.grid,
+        in_specs=[specs.bounds, specs.start, specs.queries, specs.keys, specs.keys]
+        + [specs.queries, specs.sums, specs.sums],
+        out_specs=specs.queries,
+        name="attention_query_gradient",
+        **_options(tile, interpret),
+    )(query_block_bounds(start_BT, tile), *inputs)
+
+
+def _key_gradients(inputs, end_BT, tile, interpret):
+    _, q_BTNH, k_BTKH, *_ = inputs
+    batch, length, num_keys, head_size = k_BTKH.shape
+    group = q_BTNH.shape[2] // num_keys
+    bounds = pl.BlockSpec((None, None, 4), lambda j, h, b: (b, j, 0))
+    start = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
+    queries = pl.BlockSpec((None, length, group, head_size), lambda j, h, b: (b, 0, h, 0))
+    keys = pl.BlockSpec((None, tile.keys, None, head_size), lambda j, h, b: (b, j, h, 0))
+    sums = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
+    return pl.pallas_call(
+        partial(kernels.key_gradients, tile=tile),
+        out_shape=(_like(k_BTKH), _like(k_BTKH)),
+        grid=(length // tile.keys, num_keys, batch),
+        in_specs=[bounds, start, queries, keys, keys, queries, sums, sums],
+        out_specs=(keys, keys),
+        name="attention_key_gradients",
+        **_options(tile, interpret),
+    )(key_block_bounds(end_BT, tile), *inputs)
+
+
+class _QuerySpecs:
+    """Parts of the arrays that a program sees whose output is a block of one head's queries.
+
+    The first axis of the grid runs fastest, so that programs at work together share keys.
+    """
+
+    def __init__(self, q_shape, k_shape, tile):
+        batch, length, num_heads, head_size = q_shape
+        group = num_heads // k_shape[2]
+        count = length // tile.queries
+        self.grid = (count, num_heads, batch)
+
+        def of_block(shape, index):
+            # The last block sees the most keys: the longest work is begun first.
+            return pl.BlockSpec(shape, lambda i, n, b: index(count - 1 - i, n, b))
+
+        self.bounds = of_block((None, None, 4), lambda i, n, b: (b, i, 0))
+        self.start = of_block((None, tile.queries), lambda i, n, b: (b, i))
+        self.queries = of_block((None, tile.queries, None, head_size), lambda i, n, b: (b, i, n, 0))
+        self.keys = of_block((None, length, None, head_size), lambda i, n, b: (b, 0, n // group, 0))
+        self.sums = of_block((None, None, tile.queries), lambda i, n, b: (b, n, i))
+
+
+def _like(x):
+    return jax.eval_shape(lambda x: x, x)
+
+
+def _sum_of_heads(x_BTNH):
+    """Each head's sum over its size, float32 [B, N, T]: a block of queries lies in one piece."""
+    return jnp.swapaxes(jnp.sum(x_BTNH, -1, dtype=jnp.float32), 1, 2)
+
+
+def _options(tile, interpret):
+    params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+    return {"compiler_params": params, "interpret": interpret}
