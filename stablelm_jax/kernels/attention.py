@@ -79,7 +79,16 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return jnp.moveaxis(o_BKGTH, 3, 1).reshape(q_BTNH.shape)[:, :length]
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+def pallas_tpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """On a TPU: kernels/attention_tpu.py, imported here because Pallas takes a second to load."""
+    from stablelm_jax.kernels import attention_tpu
+
+    return attention_tpu.pallas_tpu(
+        q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, saved_name=SAVED_NAMES[0]
+    )
+
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "pallas_tpu": pallas_tpu}
 
 
 @jax.custom_vjp
