@@ -62,6 +62,7 @@ _OPTIONAL = (
     "schedule.cooldown_learning_rate",
     "checkpoint.keep_every",
     "parallel.target",
+    "training.num_valid_ids",
 )
 
 
@@ -88,13 +89,15 @@ def _check_texts(config: ConfigDict) -> None:
             _refuse(config, key, "is empty", "name one")
 
 
-# What kernels/attention.py has, without jax here.
-ATTENTION = ("auto", "reference", "chunked", "pallas_gpu")
+# What kernels/attention.py and kernels/cross_entropy.py have, without jax here.
+ATTENTION = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu")
+CROSS_ENTROPY = ("auto", "reference", "saved", "tiled")
 _CHOICES = {
     "schedule.kind": ("hybrid", "cosine"),
     "training.dtype": ("bfloat16", "float32"),
     "training.remat": ("none", "dots", "attention", "full"),
     "training.attention": ATTENTION,
+    "training.cross_entropy": CROSS_ENTROPY,
 }
 # key -> (least, most), both allowed
 _RANGES = {
@@ -189,6 +192,11 @@ ARCADE100K_IDS = 100_289  # ids in use, without the padding rows
 
 
 def _check_tokenizer(config: ConfigDict) -> None:
+    vocab_size, num_valid = config.model.vocab_size, config.training.num_valid_ids
+    least = ARCADE100K_IDS if config.data.tokenizer == "arcade100k" else 1
+    if num_valid is not None and not least <= num_valid <= vocab_size:
+        why = f"the tokenizer and config.model.vocab_size={vocab_size} allow {least} to that"
+        _refuse(config, "training.num_valid_ids", why, "use the number of the tokenizer's ids")
     if config.data.tokenizer == "arcade100k" and config.model.vocab_size < ARCADE100K_IDS:
         _refuse(
             config,

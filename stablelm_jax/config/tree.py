@@ -102,6 +102,8 @@ def _training_fields() -> dict[str, Any]:
         "remat": "none",  # what backward computes again: 'none' | 'dots' | 'attention' | 'full'
         "unroll": 1,  # layers compiled one after the other in each turn of the loop over layers
         "attention": "auto",  # kernel, by its name in kernels/attention.py
+        "cross_entropy": "auto",  # the head's loss, by its name in kernels/cross_entropy.py
+        "num_valid_ids": placeholder(int),  # rows of the softmax; unset: all, padding too
         "deterministic": False,  # GPU: the same bits in every run, slower; CPU, TPU: always so
         "log_every": 10,  # steps between two lines of metrics
     }

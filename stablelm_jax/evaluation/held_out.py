@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import sums_by_source, token_losses
+from stablelm_jax.model.loss import batch_loss, sums_by_source
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
@@ -23,13 +23,16 @@ EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
 def make_eval_step(
-    model: ModelConfig, mesh: Mesh, *, num_sources: int, dtype: Any, attention: str
+    model: ModelConfig, mesh: Mesh, *, num_sources: int, dtype: Any, **forward: Any
 ) -> EvalStep:
-    """Jitted f(params, batch) -> {"nll", "tokens"}: float32 [S] sums over the whole batch."""
+    """Jitted f(params, batch) -> {"nll", "tokens"}: float32 [S] sums over the whole batch.
+
+    `forward`: arguments of `batch_loss`: attention, cross_entropy, num_valid_ids.
+    """
     places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
 
     def local_sums(params, batch):
-        nll_BT = token_losses(model, params, batch, dtype=dtype, remat="none", attention=attention)
+        _, nll_BT = batch_loss(model, params, batch, dtype=dtype, remat="none", **forward)
         sums = {
             "nll": sums_by_source(nll_BT, batch["source_ids"], num_sources),
             "tokens": sums_by_source(batch["loss_mask"], batch["source_ids"], num_sources),

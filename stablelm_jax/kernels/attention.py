@@ -7,12 +7,13 @@ head, H head size.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from stablelm_jax.kernels.residuals import named
+from stablelm_jax.kernels.residuals import SAVED_NAMES, named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
 # by 10 and 35 % (CPU, 8 x 512 tokens, 8 heads of 64).
@@ -34,8 +35,8 @@ def attention(
     Query head n reads key head n // G. Scores and softmax are float32.
 
     Args:
-      implementation: name in IMPLEMENTATIONS. `auto` is chunked everywhere: pallas_gpu is right in
-        interpret mode and compiles for A100 and Hopper, but has not been run on either yet.
+      implementation: name in IMPLEMENTATIONS. `auto` is chunked everywhere: the kernels of chips
+        are right in interpret mode and compile for theirs, but have not run on one yet.
 
     Raises:
       ValueError: for an unknown implementation, or query heads that key heads cannot share.
@@ -83,33 +84,46 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
 
 
 def pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_gpu.pallas_gpu`, on each device's own heads where the compiler splits them.
+    """`attention_gpu.pallas_gpu`, ours, on an A100 or Hopper."""
+    from stablelm_jax.kernels import attention_gpu  # loads Pallas, which takes a second
+
+    return _on_own_heads(attention_gpu.pallas_gpu, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def pallas_tpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """`attention_tpu.pallas_tpu`, jax's splash attention, on a TPU."""
+    from stablelm_jax.kernels import attention_tpu
+
+    kernel = partial(attention_tpu.pallas_tpu, saved_name=SAVED_NAMES[0])
+    return _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "chunked": chunked,
+    "pallas_gpu": pallas_gpu,
+    "pallas_tpu": pallas_tpu,
+}
+
+
+def _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """The kernel on each device's own heads, where the compiler splits them.
 
     The compiler can split no kernel: left to itself it would gather the heads on every device.
     """
-    from stablelm_jax.kernels import attention_gpu  # loads Pallas, which only GPUs need
-
-    axes = tuple(_compiler_axes())
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    axes = tuple(name for name, size, kind in sizes if kind == AxisType.Auto and size > 1)
     if not axes:
-        return attention_gpu.pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     heads = PartitionSpec(None, None, axes)
     return jax.shard_map(
-        attention_gpu.pallas_gpu,
+        kernel,
         in_specs=(heads, heads, heads, PartitionSpec()),
         out_specs=heads,
         axis_names=set(axes),
         check_vma=False,
     )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "pallas_gpu": pallas_gpu}
-
-
-def _compiler_axes() -> dict[str, int]:
-    """Sizes of the mesh axes along which the compiler splits arrays at this place."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-    return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1}
 
 
 @jax.custom_vjp

@@ -1,92 +1,208 @@
-"""Head and cross-entropy in one: hidden states in, the loss of every token out.
+"""Head and cross-entropy in one: hidden states in, the loss out, and a registry of ways to do it.
 
-B batch, T sequence, R rows (tokens of the batch in one line), D width, V vocabulary.
+B batch, T sequence, R rows (tokens of the batch in one line), C chunks of rows, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+# Rows whose float32 logits are held at a time: 1.6 GB of 100,352. Fewer rows would read and write
+# the float32 sum of the kernel's gradient more often, twice its size for each chunk.
+ROWS = 4096
 
 
 def cross_entropy(
     x_BTD: jax.Array,
     kernel_DV: jax.Array,
     targets_BT: jax.Array,
+    weights_BT: jax.Array,
     *,
-    rows_per_chunk: int | None = None,
-) -> jax.Array:
-    """-log softmax(x kernel)[target] of every token in nats, float32 [B, T].
+    implementation: str = "auto",
+    num_valid: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss sum(weights * nll), and nll = -log softmax(x kernel)[target] in nats, [B, T].
 
-    Matrix products run in the dtype of x, logits and softmax in float32. Every column of the
-    kernel takes part in the softmax, the padding rows of the vocabulary too (as published).
+    Both are float32. The gradient goes to x and the kernel, and from the loss alone: nll is for
+    counting. That is what lets 'tiled' compute it beside the loss: all that can come back is one
+    number to scale it with. Matrix products run in the dtype of x, logits and softmax in float32.
 
     Args:
-      rows_per_chunk: tokens whose logits are held at a time. Without it the logits of the whole
-        batch, B * T * V values, are kept for backward; with it backward computes each chunk's
-        again, a third more matrix work for little memory.
+      weights_BT: of each token in the loss, as mask / number of tokens.
+      implementation: 'tiled' or 'saved', see there; 'auto': 'tiled' where the batch has more rows
+        than a chunk, else 'saved'; 'reference': plain autodiff.
+      num_valid: columns of the kernel that take part; the rest, padding of the vocabulary, get no
+        probability and no gradient, and as a target an infinite loss. None: all, as published.
 
     Raises:
-      ValueError: for a rows_per_chunk below 1.
+      ValueError: for an unknown implementation, or a num_valid that the vocabulary does not have.
     """
-    x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    kernel_DV = kernel_DV.astype(x_BTD.dtype)
-    targets_R = targets_BT.reshape(-1)
-    if rows_per_chunk is None:
-        return _row_losses(x_RD, kernel_DV, targets_R).reshape(targets_BT.shape)
-    if rows_per_chunk < 1:
-        raise ValueError(f"rows_per_chunk is {rows_per_chunk}: use a number of at least 1, or None")
-    return _chunked(x_RD, kernel_DV, targets_R, rows_per_chunk).reshape(targets_BT.shape)
+    if implementation == "auto":
+        implementation = "tiled" if targets_BT.size > ROWS else "saved"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"cross-entropy implementation {implementation!r} is unknown: "
+            f"choose one of auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    vocab_size = kernel_DV.shape[1]
+    if num_valid is not None and not 1 <= num_valid <= vocab_size:
+        raise ValueError(f"num_valid is {num_valid}: use 1 to {vocab_size}, or None")
+    loss, nll_R = IMPLEMENTATIONS[implementation](
+        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        kernel_DV.astype(x_BTD.dtype),
+        targets_BT.reshape(-1),
+        weights_BT.reshape(-1).astype(jnp.float32),
+        vocab_size if num_valid is None else num_valid,
+    )
+    return loss, jax.lax.stop_gradient(nll_R).reshape(targets_BT.shape)
 
 
-def reference(x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """The same in three plain lines, to hold the other against."""
-    logits_BTV = jnp.matmul(x_BTD, kernel_DV, preferred_element_type=jnp.float32)
-    log_probs_BTV = jax.nn.log_softmax(logits_BTV)
-    return -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], -1)[..., 0]
+def reference(x_RD, kernel_DV, targets_R, weights_R, num_valid):
+    """Plain, to hold the others against: all logits in float32, gradients by autodiff."""
+    log_probs_RV = jax.nn.log_softmax(_logits(x_RD, kernel_DV, num_valid))
+    nll_R = -jnp.take_along_axis(log_probs_RV, targets_R[:, None], 1)[:, 0]
+    return jnp.sum(weights_R * nll_R), nll_R
 
 
-def _chunked(x_RD, kernel_DV, targets_R, rows):
-    padding = -x_RD.shape[0] % rows
-    x_CRD = jnp.pad(x_RD, ((0, padding), (0, 0))).reshape(-1, rows, x_RD.shape[1])
-    targets_CR = jnp.pad(targets_R, (0, padding)).reshape(-1, rows)
+def saved(x_RD, kernel_DV, targets_R, weights_R, num_valid):
+    """Keeps the logits' gradient for backward in the dtype of x: R * V values.
 
-    @jax.checkpoint
+    Float32 logits exist for a chunk of rows at a time. Backward is two products over all rows.
+    """
+    nll_R = _row_losses(num_valid, x_RD, kernel_DV, targets_R)
+    return jnp.sum(weights_R * nll_R), nll_R
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def tiled(x_RD, kernel_DV, targets_R, weights_R, num_valid):
+    """Computes the gradient in the forward pass, chunk by chunk; nothing of R * V is ever held.
+
+    What stays for backward is the gradient itself, R * D and D * V values in float32, so that
+    scaling it by the loss's cotangent rounds but once. The matrix work is the same three products.
+    """
+
     def losses_of(chunk):
-        return _row_losses(chunk[0], kernel_DV, chunk[1])
+        x_RD, targets_R, _ = chunk
+        return _log_sum_exp_and_target(_logits(x_RD, kernel_DV, num_valid), targets_R)
 
-    return jax.lax.map(losses_of, (x_CRD, targets_CR)).reshape(-1)[: x_RD.shape[0]]
-
-
-@jax.custom_vjp
-def _row_losses(x_RD, kernel_DV, targets_R):
-    return _exponentials(x_RD, kernel_DV, targets_R)[0]
+    log_sum_R, target_R = jax.lax.map(losses_of, _in_chunks(x_RD, targets_R, weights_R))
+    nll_R = _joined(log_sum_R - target_R, len(targets_R))
+    return jnp.sum(weights_R * nll_R), nll_R
 
 
-def _exponentials(x_RD, kernel_DV, targets_R):
-    """Losses, exp(logits - row maximum), and the row sums of those."""
+IMPLEMENTATIONS = {"reference": reference, "saved": saved, "tiled": tiled}
+
+
+def _logits(x_RD, kernel_DV, num_valid):
     logits_RV = jnp.matmul(x_RD, kernel_DV, preferred_element_type=jnp.float32)
+    if num_valid == kernel_DV.shape[1]:
+        return logits_RV
+    return jnp.where(jnp.arange(kernel_DV.shape[1]) < num_valid, logits_RV, -jnp.inf)
+
+
+def _is_target(targets_R, vocab_size):
+    """One-hot as a comparison: it fuses, and a vocabulary that is split stays split."""
+    return jnp.arange(vocab_size) == targets_R[:, None]
+
+
+def _log_sum_exp_and_target(logits_RV, targets_R):
     max_R = jnp.max(logits_RV, -1)
-    exp_RV = jnp.exp(logits_RV - max_R[:, None])
-    sum_R = jnp.sum(exp_RV, -1)
-    target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
-    return max_R + jnp.log(sum_R) - target_R, exp_RV, sum_R
+    sum_R = jnp.sum(jnp.exp(logits_RV - max_R[:, None]), -1)
+    is_target_RV = _is_target(targets_R, logits_RV.shape[1])
+    return max_R + jnp.log(sum_R), jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), -1)
 
 
-def _forward(x_RD, kernel_DV, targets_R):
+def _in_chunks(*arrays_R_):
+    """[C, rows, ...] of each; the last chunk is filled up with zeros, rows of no weight."""
+    count = len(arrays_R_[0])
+    rows = min(count, ROWS)
+
+    def split(x_R_):
+        padded = jnp.pad(x_R_, ((0, -count % rows), *((0, 0) for _ in x_R_.shape[1:])))
+        return padded.reshape(-1, rows, *x_R_.shape[1:])
+
+    return tuple(map(split, arrays_R_))
+
+
+def _joined(x_CR_, count: int):
+    return x_CR_.reshape(-1, *x_CR_.shape[2:])[:count]
+
+
+def _tiled_forward(x_RD, kernel_DV, targets_R, weights_R, num_valid):
+    def step(dkernel_DV, chunk):
+        x_RD, targets_R, weights_R = chunk
+        logits_RV = _logits(x_RD, kernel_DV, num_valid)
+        log_sum_R, target_R = _log_sum_exp_and_target(logits_RV, targets_R)
+        probs_RV = jnp.exp(logits_RV - log_sum_R[:, None])
+        dlogits_RV = weights_R[:, None] * (probs_RV - _is_target(targets_R, probs_RV.shape[1]))
+        dlogits_RV = dlogits_RV.astype(x_RD.dtype)
+        dx_RD = jnp.matmul(dlogits_RV, kernel_DV.T, preferred_element_type=jnp.float32)
+        dkernel_DV += jnp.matmul(x_RD.T, dlogits_RV, preferred_element_type=jnp.float32)
+        return dkernel_DV, (log_sum_R - target_R, dx_RD)
+
+    chunks = _in_chunks(x_RD, targets_R, weights_R)
+    zeros_DV = jnp.zeros(kernel_DV.shape, jnp.float32)
+    if len(chunks[0]) == 1:
+        dkernel_DV, out = step(zeros_DV, [x[0] for x in chunks])
+        nll_R, dx_RD = out
+    else:
+        dkernel_DV, out = jax.lax.scan(step, zeros_DV, chunks)
+        nll_R, dx_RD = (_joined(x, len(targets_R)) for x in out)
+    return (jnp.sum(weights_R * nll_R), nll_R), (
+        nll_R,
+        dx_RD,
+        dkernel_DV,
+        jnp.zeros(0, x_RD.dtype),
+    )  # the last for its dtype
+
+
+def _tiled_backward(num_valid, saved, cotangents):
+    nll_R, dx_RD, dkernel_DV, like = saved
+    scale = cotangents[0]
+    scaled = [(scale * g).astype(like.dtype) for g in (dx_RD, dkernel_DV)]
+    return *scaled, None, scale * nll_R
+
+
+tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_losses(num_valid, x_RD, kernel_DV, targets_R):
+    return tiled(x_RD, kernel_DV, targets_R, jnp.ones(len(targets_R)), num_valid)[1]
+
+
+def _saved_forward(num_valid, x_RD, kernel_DV, targets_R):
     """Turns the exponentials into the gradient of the logits where they lie.
 
     The gradient is (exp / sum - one_hot) * g. Its row factor g / sum is left out here and given to
-    the small matrices in `_backward`, so that no pass over all R * V values is spent on it: only
-    the target's value of each row changes.
+    the small matrices in `_saved_backward`, so that no pass over all R * V values is spent on it:
+    only the target's value of each row changes.
     """
-    losses_R, exp_RV, sum_R = _exponentials(x_RD, kernel_DV, targets_R)
-    rows_R = jnp.arange(targets_R.shape[0])
-    unscaled_RV = exp_RV.at[rows_R, targets_R].add(-sum_R).astype(x_RD.dtype)
+
+    def step(chunk):
+        x_RD, targets_R = chunk
+        logits_RV = _logits(x_RD, kernel_DV, num_valid)
+        max_R = jnp.max(logits_RV, -1)
+        exp_RV = jnp.exp(logits_RV - max_R[:, None])
+        sum_R = jnp.sum(exp_RV, -1)
+        target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
+        unscaled_RV = exp_RV.at[jnp.arange(len(targets_R)), targets_R].add(-sum_R)
+        return max_R + jnp.log(sum_R) - target_R, unscaled_RV.astype(x_RD.dtype), sum_R
+
+    chunks = _in_chunks(x_RD, targets_R)
+    if len(chunks[0]) == 1:
+        out = step([x[0] for x in chunks])
+    else:
+        out = (_joined(x, len(targets_R)) for x in jax.lax.map(step, chunks))
+    losses_R, unscaled_RV, sum_R = out
     return losses_R, (x_RD, kernel_DV, unscaled_RV, sum_R)
 
 
-def _backward(saved, g_R):
+def _saved_backward(num_valid, saved, g_R):
     x_RD, kernel_DV, unscaled_RV, sum_R = saved
     scale_R1 = (g_R / sum_R)[:, None]
     dx_RD = scale_R1 * jnp.matmul(unscaled_RV, kernel_DV.T, preferred_element_type=jnp.float32)
@@ -95,4 +211,4 @@ def _backward(saved, g_R):
     return dx_RD.astype(x_RD.dtype), dkernel_DV, None
 
 
-_row_losses.defvjp(_forward, _backward)
+_row_losses.defvjp(_saved_forward, _saved_backward)

@@ -1,4 +1,4 @@
-"""The loss of every token of a batch: contract 1's arrays in, nats out.
+"""The loss of a batch and of every token: contract 1's arrays in, nats out.
 
 B rows, T sequence length, D width, V vocabulary, S sources.
 """
@@ -10,27 +10,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stablelm_jax.kernels.cross_entropy import cross_entropy
+from stablelm_jax.kernels.cross_entropy import cross_entropy as cross_entropy_kernel
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.transformer import Fetch, hidden_states
 
 Batch = dict[str, jax.Array]
 
 
-def token_losses(
+def batch_loss(
     model: ModelConfig,
     params: Any,
     batch: Batch,
+    scale: jax.Array | float = 1.0,
     *,
     dtype,
     remat: str,
     attention: str,
+    cross_entropy: str = "auto",
+    num_valid_ids: int | None = None,
     unroll: int = 1,
     fetch: Fetch | None = None,
-) -> jax.Array:
-    """Negative log likelihood of each target in nats, float32 [B, T], 0 where masked.
+) -> tuple[jax.Array, jax.Array]:
+    """scale * sum(nll), and nll: each target's negative log likelihood in nats, 0 where masked.
 
-    The other arguments are those of `hidden_states`; `fetch` is asked for the group 'head' too.
+    Both are float32, nll [B, T]. The gradient comes from the first alone.
+
+    Args:
+      cross_entropy: name of an implementation in kernels/cross_entropy.py.
+      num_valid_ids: rows of the vocabulary that may be predicted; None: all, padding too.
+      The others are those of `hidden_states`; `fetch` is asked for the group 'head' too.
     """
     x_BTD = hidden_states(
         model,
@@ -46,7 +54,16 @@ def token_losses(
     )
     head = params["head"] if fetch is None else fetch("head", params["head"])
     kernel_DV = head["kernel"].astype(dtype)
-    return cross_entropy(x_BTD, kernel_DV, batch["targets"]) * batch["loss_mask"]
+    mask_BT = batch["loss_mask"]
+    loss, nll_BT = cross_entropy_kernel(
+        x_BTD,
+        kernel_DV,
+        batch["targets"],
+        scale * mask_BT,
+        implementation=cross_entropy,
+        num_valid=num_valid_ids,
+    )
+    return loss, nll_BT * mask_BT
 
 
 def sums_by_source(values_BT: jax.Array, source_ids_B: jax.Array, num_sources: int) -> jax.Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from stablelm_jax.kernels.cross_entropy import ROWS
 from stablelm_jax.model.flops import flops_per_token
 from stablelm_jax.planning.communication import least_sent
 from stablelm_jax.planning.layout import Layout
@@ -146,12 +147,12 @@ def least_bytes(layout: Layout) -> float:
     """Memory that a device cannot do without, in bytes: a lower bound, to spare compilations.
 
     Weights and moments; without FSDP the whole copy in the compute type, and with several
-    microbatches the float32 sum of gradients; what backward finds saved of each layer; the logits
-    of a microbatch in float32.
+    microbatches the float32 sum of gradients; what backward finds saved of each layer; a chunk's
+    logits in float32.
     """
     sizes = layout.sizes
     layers = sizes.num_layers * _saved_values(layout) * layout.tokens * layout.dtype_bytes
-    logits = 4 * layout.tokens * sizes.vocab_size / layout.model
+    logits = 4 * min(layout.tokens, ROWS) * sizes.vocab_size / layout.model
     copy = 0 if layout.fsdp else layout.dtype_bytes * layout.parameters
     gradients = 0
     if layout.accumulation > 1:

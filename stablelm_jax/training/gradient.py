@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import Batch, sums_by_source, token_losses
+from stablelm_jax.model.loss import Batch, batch_loss, sums_by_source
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
@@ -46,7 +46,8 @@ def make_gradient_function(
         in `dtype` where it is used, and its gradient scattered there, once a microbatch. Without
         it `params` are whole in `dtype`, and gradients are reduced once, after the last microbatch.
       float32_reduce: replicas are summed in float32, as the recipe says; else in `dtype`.
-      forward: the other arguments of `token_losses`: remat, attention, unroll.
+      forward: the other arguments of `batch_loss`: remat, attention, cross_entropy, num_valid_ids,
+        unroll.
 
     The gradients are float32, of the mean loss over the counted tokens of the whole batch.
     `sums`: "nll" and "tokens", float32 [S], over the whole batch, by source.
@@ -61,8 +62,10 @@ def make_gradient_function(
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
-            nll_BT = token_losses(model, params, rows, dtype=dtype, fetch=fetch, **forward)
-            return jnp.sum(nll_BT) / tokens, _sums(nll_BT, rows, num_sources)
+            mean, nll_BT = batch_loss(
+                model, params, rows, 1 / tokens, dtype=dtype, fetch=fetch, **forward
+            )
+            return mean, _sums(nll_BT, rows, num_sources)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
         reduced = jax.tree.map(

@@ -145,6 +145,8 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.L
         dtype=jnp.dtype(training.dtype),
         remat=training.remat,
         attention=training.attention,
+        cross_entropy=training.cross_entropy,
+        num_valid_ids=training.num_valid_ids,
     )
     return step.lower(abstract, abstract_batch(config, mesh))
 
@@ -197,6 +199,8 @@ def prepare_run(config: ConfigDict) -> Run:
             num_sources=len(sources),
             dtype=jnp.dtype(config.training.dtype),
             attention=config.training.attention,
+            cross_entropy=config.training.cross_entropy,
+            num_valid_ids=config.training.num_valid_ids,
         ),
     )
 

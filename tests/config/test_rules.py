@@ -5,8 +5,8 @@ import re
 import pytest
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.config.rules import ATTENTION
-from stablelm_jax.kernels.attention import IMPLEMENTATIONS
+from stablelm_jax.config.rules import ATTENTION, CROSS_ENTROPY
+from stablelm_jax.kernels import attention, cross_entropy
 
 
 def small(**overrides):
@@ -34,7 +34,8 @@ def small(**overrides):
 
 
 def test_the_kernels_that_a_config_may_name_are_those_there_are():
-    assert ATTENTION == ("auto", *IMPLEMENTATIONS)
+    assert ATTENTION == ("auto", *attention.IMPLEMENTATIONS)
+    assert CROSS_ENTROPY == ("auto", *cross_entropy.IMPLEMENTATIONS)
 
 
 def refusal(config, check=config_lib.validate):
@@ -58,6 +59,9 @@ def test_a_sound_config_passes():
         ("model__num_kv_heads", 3, "divisor of 4"),
         ("model__rotary_fraction", 0.1, "even number"),
         ("model__vocab_size", 50_304, "use 100352 rows"),
+        ("training__cross_entropy", "fused", "auto, reference, saved, tiled"),
+        ("training__num_valid_ids", 100_288, "100289 to that; use the number of the tokenizer's"),
+        ("training__num_valid_ids", 100_353, "model.vocab_size=100352 allow"),
         ("model__init_std", 0.0, "above 0"),
         ("data__tokenizer", "", "name"),
         ("data__sequence_length", 0, "1 or more"),

@@ -28,8 +28,8 @@ def random_inputs(heads, kv_heads, length=20, size=8):
     return q, k, v, segments
 
 
-# pallas_gpu runs on GPUs only: test_attention_gpu.py has it interpreted.
-@pytest.fixture(params=[name for name in IMPLEMENTATIONS if name != "pallas_gpu"])
+# The kernels of chips run there only: their own tests have them interpreted.
+@pytest.fixture(params=[name for name in IMPLEMENTATIONS if not name.startswith("pallas")])
 def implementation(request, monkeypatch):
     # groups of two chunks and of one, and a last chunk that has to be filled up
     monkeypatch.setattr(attention_module, "QUERIES", 6)
@@ -93,5 +93,5 @@ def test_heads_that_do_not_divide_and_unknown_names_are_refused():
     q, k, v, segments = random_inputs(4, 3)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
         attention(q, k, v, segments)
-    with pytest.raises(ValueError, match="unknown: choose one of auto, reference, chunked, p"):
+    with pytest.raises(ValueError, match="unknown: choose one of auto, reference, chunked, pallas"):
         attention(q, q, q, segments, implementation="fast")

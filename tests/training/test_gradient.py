@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from stablelm_jax.kernels import cross_entropy as cross_entropy_module
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import sums_by_source, token_losses
+from stablelm_jax.model.loss import batch_loss, sums_by_source
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.parallel import sharding
@@ -27,7 +28,7 @@ MODEL = ModelConfig(
     parallel_residual=True,
     init_std=0.05,
 )
-EXACT = dict(dtype=jnp.float32, remat="none", attention="reference")
+EXACT = dict(dtype=jnp.float32, remat="none", attention="reference", cross_entropy="reference")
 
 
 def random_batch(rows=8, length=12):
@@ -55,12 +56,13 @@ MESHES = ((1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2))  # r
 MODES = ("whole", "zero1", "fsdp")
 ACCUMULATION = (1, 2, 4)
 REMAT = ("none", "dots", "attention", "full")
+CROSS_ENTROPY = ("saved", "tiled")
 
 
 def product():
     """Every allowed combination; FSDP has no remat 'none' (config/rules.py)."""
-    combinations = itertools.product(MESHES, MODES, ACCUMULATION, REMAT)
-    return [c for c in combinations if c[1:] != ("fsdp", c[2], "none")]
+    combinations = itertools.product(MESHES, MODES, ACCUMULATION, REMAT, CROSS_ENTROPY)
+    return [c for c in combinations if (c[1], c[3]) != ("fsdp", "none")]
 
 
 def pairwise():
@@ -74,7 +76,7 @@ def pairwise():
 
 
 @pytest.mark.parametrize(
-    "sizes, mode, accumulation, remat",
+    "sizes, mode, accumulation, remat, cross_entropy",
     pairwise()
     + [
         pytest.param(*c, marks=pytest.mark.by_hand, id=f"product-{c}")
@@ -83,8 +85,9 @@ def pairwise():
     ],
 )
 def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
-    sizes, mode, accumulation, remat
+    sizes, mode, accumulation, remat, cross_entropy, monkeypatch
 ):
+    monkeypatch.setattr(cross_entropy_module, "ROWS", 7)  # several chunks, the last one not full
     replica, data, model = sizes
     devices = jax.devices()[: replica * data * model]
     mesh = make_mesh(data, model, devices, replica=replica)
@@ -97,7 +100,7 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
         num_sources=3,
         accumulation=accumulation,
         fsdp=mode == "fsdp",
-        **EXACT | {"remat": remat},
+        **EXACT | {"remat": remat, "cross_entropy": cross_entropy},
     )
     placed = jax.device_put(params, sharding.named(mesh, specs)) if mode == "fsdp" else params
     found, sums = jax.jit(gradient)(placed, sharding.put_batch(batch, mesh))
@@ -122,8 +125,7 @@ def whole_batch(params, batch):
     """What plain autodiff says, on one device in one piece."""
 
     def mean_loss(params):
-        nll_BT = token_losses(MODEL, params, batch, **EXACT)
-        return jnp.sum(nll_BT) / jnp.sum(batch["loss_mask"]), nll_BT
+        return batch_loss(MODEL, params, batch, 1 / jnp.sum(batch["loss_mask"]), **EXACT)
 
     return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
