@@ -83,8 +83,8 @@ def with_gradients(implementation, q, k, v, do, segments):
         (2, 2, 16, 64, EQUAL),
         (2, 1, 48, 70, SWAPPED),
         (2, 1, 16, 5, BLOCKS),  # less than a block
-        pytest.param(8, 2, 160, 250, BLOCKS, marks=pytest.mark.slow),
-        pytest.param(8, 8, 64, 256, SWAPPED, marks=pytest.mark.slow),
+        pytest.param(8, 2, 160, 250, BLOCKS, marks=pytest.mark.by_hand),
+        pytest.param(8, 8, 64, 256, SWAPPED, marks=pytest.mark.by_hand),
     ],
 )
 def test_output_and_gradients_are_those_of_float64(heads, kv_heads, size, length, blocks):
@@ -239,29 +239,17 @@ def test_every_head_size_takes_the_blocks_of_the_next_larger_in_the_table(genera
 
 
 @pytest.mark.parametrize(
-    "kind, size, kv_heads, split, chosen, why",
+    ("kind", "generation"),
     [
-        ("NVIDIA A100-SXM4-40GB", 64, 4, 1, "pallas_gpu", "pallas_gpu, for NVIDIA A100-SXM4-40GB"),
-        ("NVIDIA H200", 160, 2, 2, "pallas_gpu", "pallas_gpu, for NVIDIA H200"),
-        ("NVIDIA H200", 160, 2, 4, "chunked", "2 key heads cannot be split over 4 devices"),
-        ("NVIDIA H200", 72, 4, 1, "chunked", "head size 72 is no multiple of 16"),
-        ("Tesla T4", 64, 4, 1, "chunked", "Tesla T4 is neither an A100 nor a Hopper"),
-        ("cpu", 64, 4, 1, "chunked", ""),
+        ("NVIDIA A100-SXM4-40GB", "sm80"),
+        ("NVIDIA H100 80GB HBM3", "sm90"),
+        ("NVIDIA H200", "sm90"),
+        ("Tesla T4", None),
+        ("cpu", None),
     ],
 )
-def test_auto_takes_it_where_it_can_run_and_says_why_not_once(
-    kind, size, kv_heads, split, chosen, why, monkeypatch
-):
-    lines = []
-    attention._log_once.cache_clear()
-    monkeypatch.setattr(attention.logging, "log", lambda level, line: lines.append(line))
-    platform = "cpu" if kind == "cpu" else "gpu"
-    device = jax.sharding.AbstractDevice(kind, num_cores=1, platform=platform)
-    mesh = jax.sharding.AbstractMesh((split,), ("model",), abstract_device=device)
-    q, k = (jax.ShapeDtypeStruct((1, 8, n, size), jnp.bfloat16) for n in (4, kv_heads))
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert attention._choose(q, k, k) == attention._choose(q, k, k) == chosen
-    assert len(lines) == (kind != "cpu") and why in "".join(lines)
+def test_the_table_is_chosen_by_the_name_of_the_chip(kind, generation):
+    assert attention_gpu.generation_of(kind) == generation
 
 
 def compiled(target, heads, kv_heads, size, length):
@@ -286,7 +274,9 @@ def compiled(target, heads, kv_heads, size, length):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("heads, kv_heads, size", [(32, 32, 64), (32, 8, 160)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size", [(32, 32, 64), pytest.param(32, 8, 160, marks=pytest.mark.by_hand)]
+)
 @pytest.mark.parametrize("target", ["a100-40gb:1x1", "h100:1x1"])
 def test_it_compiles_for_the_chip_and_holds_two_numbers_a_query_beside_its_results(
     target, heads, kv_heads, size

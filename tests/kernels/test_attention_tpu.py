@@ -84,7 +84,9 @@ def test_result_and_gradients_are_those_of_float64(small_blocks, shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [*SHAPES[3:], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[1:3])], ids=str
+    "shape",
+    [*SHAPES[3:], *(pytest.param(s, marks=pytest.mark.by_hand) for s in SHAPES[1:3])],
+    ids=str,
 )
 def test_in_bfloat16_it_errs_little_more_than_the_reference(small_blocks, shape):
     """Where 1 / sqrt(H) is no power of two, scaled queries are rounded; the reference's too then.
@@ -102,7 +104,7 @@ def test_in_bfloat16_it_errs_little_more_than_the_reference(small_blocks, shape)
         assert 0 < ours <= 1.5 * theirs
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("size", [64, 80, 128, 160])
 def test_blocks_of_the_real_size_are_exact_too(size):
     assert max(errors(interpreted, random_inputs(1100, size, 4, 2))) < 3e-6
