@@ -33,6 +33,10 @@ class ManifestError(ValueError):
     """A manifest, or a shard it lists, that does not hold; the message names the file."""
 
 
+class ManifestMissing(ManifestError):
+    """There is none: the source has not been prepared there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
     """Which tokenizer made the ids; `vocab_size` counts rows of the embedding, padding included."""
@@ -130,14 +134,15 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
     """Reads `manifest.json` of a source's directory, which may be a URL.
 
     Raises:
-      ManifestError: it is missing, no JSON, of another format version, or a field is missing,
+      ManifestMissing: there is none.
+      ManifestError: it is no JSON, of another format version, or a field is missing,
         unknown, of the wrong type or at odds with another.
     """
     path = as_path(directory) / MANIFEST_NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(
+        raise ManifestMissing(
             f"{path}: missing; prepare this source first (python -m stablelm_jax.prepare)"
         ) from None
     except (OSError, ValueError) as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,7 +14,8 @@ from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax import configs_folder
-from stablelm_jax.data.manifest import MANIFEST_NAME, read_manifest
+from stablelm_jax.data.manifest import ManifestMissing, read_manifest
+from stablelm_jax.data.remote import as_path
 from stablelm_jax.model.flops import flops_per_token, train_flops_per_token
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
@@ -190,9 +191,8 @@ def _tokens(config: ConfigDict) -> Table:
 def _prepared_tokens(config: ConfigDict) -> dict[str, int]:
     found = {}
     for name in config_lib.mixture_weights(config):
-        folder = Path(config.data.root) / name
-        if (folder / MANIFEST_NAME).exists():
-            found[name] = read_manifest(folder).train.tokens
+        with contextlib.suppress(ManifestMissing):
+            found[name] = read_manifest(as_path(config.data.root) / name).train.tokens
     return found
 
 

@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
+from tiny import SOURCES, tiny_config, write_data
+
+from stablelm_jax.data.manifest import read_manifest
+from stablelm_jax.planning import report
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/stablelm_2_1_6b.py"
@@ -49,6 +54,15 @@ def test_a_model_split_over_two_devices_needs_no_target_either():
     done = plan("--config=configs/stablelm_2_12b.py")
     assert done.returncode == 0, done.stderr
     assert "12,142,976,000" in done.stdout and "data 1 x model 2" in done.stdout
+
+
+def test_tokens_of_data_behind_a_url_are_counted_and_what_is_missing_is_left_out(tmp_path):
+    root = write_data(tmp_path / "sources")
+    fsspec.filesystem("memory").put(f"{root}/", "/plan_data/", recursive=True)
+    config = tiny_config(root, **{"data.root": "memory://plan_data"})
+    config.data.weights["absent"] = 1.0
+    held = {name: read_manifest(root / name).train.tokens for name in SOURCES}
+    assert report._prepared_tokens(config) == held
 
 
 @pytest.mark.parametrize(
