@@ -273,6 +273,7 @@ def compiled(target, heads, kv_heads, size, length):
     return jax.jit(run).lower(q, k, k, q, segments).compile()
 
 
+@pytest.mark.by_hand
 @pytest.mark.aot
 @pytest.mark.parametrize(
     "heads, kv_heads, size", [(32, 32, 64), pytest.param(32, 8, 160, marks=pytest.mark.by_hand)]
@@ -289,6 +290,7 @@ def test_it_compiles_for_the_chip_and_holds_two_numbers_a_query_beside_its_resul
     assert program.memory_analysis().temp_size_in_bytes < 1.1 * two_numbers
 
 
+@pytest.mark.by_hand
 @pytest.mark.aot
 def test_memory_grows_with_the_row_not_with_its_square():
     small, large = (

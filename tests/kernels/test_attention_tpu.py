@@ -150,6 +150,7 @@ def test_a_scan_over_layers_with_remat_gives_the_gradient_of_the_reference(small
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.by_hand
 @pytest.mark.aot
 @pytest.mark.parametrize("policy, forward_kernels", [("attention", 1), ("dots", 1), ("full", 2)])
 def test_backward_runs_the_forward_kernel_again_only_where_remat_says_so(policy, forward_kernels):
@@ -181,6 +182,7 @@ def test_rows_and_heads_split_over_a_mesh_give_the_same(small_blocks):
         assert np.linalg.norm(found - expected) < 2e-6 * np.linalg.norm(expected)
 
 
+@pytest.mark.by_hand
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("heads, kv_heads, size", [(32, 32, 64), (32, 8, 160)])

@@ -20,8 +20,6 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(
     "override",
     [
-        {"parallel.data": 8},
-        {"parallel.data": 4, "parallel.model": 2},
         {"parallel.data": 2, "parallel.model": 4, "parallel.zero1": False},
         {"parallel.data": 2, "parallel.model": 4, "training.accumulation": 4},
         {"parallel.data": 4, "parallel.model": 2, "parallel.fsdp": True, "training.remat": "full"},
