@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import batch_loss, sums_by_source
+from stablelm_jax.model.loss import batch_loss, source_sums
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
@@ -33,18 +33,9 @@ def make_eval_step(
 
     def local_sums(params, batch):
         _, nll_BT = batch_loss(model, params, batch, dtype=dtype, remat="none", **forward)
-        sums = {
-            "nll": sums_by_source(nll_BT, batch["source_ids"], num_sources),
-            "tokens": sums_by_source(batch["loss_mask"], batch["source_ids"], num_sources),
-        }
-        return sum_over(sums)
+        return sum_over(source_sums(nll_BT, batch, num_sources))
 
     def eval_step(params, batch):
-        params = jax.tree.map(
-            lambda p, place: jax.lax.with_sharding_constraint(p.astype(dtype), place),
-            params,
-            places,
-        )
         return jax.shard_map(
             local_sums,
             mesh=mesh,
@@ -52,7 +43,7 @@ def make_eval_step(
             out_specs=PartitionSpec(),
             axis_names=set(BATCH_AXES),
             check_vma=False,
-        )(params, batch)
+        )(sharding.gathered(params, dtype, places), batch)
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 

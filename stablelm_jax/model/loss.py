@@ -66,6 +66,14 @@ def batch_loss(
     return loss, nll_BT * mask_BT
 
 
+def source_sums(nll_BT: jax.Array, batch: Batch, num_sources: int) -> dict[str, jax.Array]:
+    """{"nll", "tokens"}: losses and counted tokens of a batch by source, float32 [S]."""
+    return {
+        "nll": sums_by_source(nll_BT, batch["source_ids"], num_sources),
+        "tokens": sums_by_source(batch["loss_mask"], batch["source_ids"], num_sources),
+    }
+
+
 def sums_by_source(values_BT: jax.Array, source_ids_B: jax.Array, num_sources: int) -> jax.Array:
     """Sums over rows and positions for each source, [S]."""
     return jax.ops.segment_sum(jnp.sum(values_BT, axis=1), source_ids_B, num_sources)

@@ -84,6 +84,20 @@ def named(mesh: Mesh, specs: Any) -> Any:
     )
 
 
+def gathered(params: Any, dtype: Any, shardings: Any) -> Any:
+    """The copy in the compute type, gathered in that type, inside jit: ZeRO-1's one gather.
+
+    Without the barrier and with one microbatch, XLA moves the cast of the stacked layers behind
+    their gather: float32 goes over the wire, twice the bytes.
+    """
+
+    def gather(p, place):
+        cast = jax.lax.optimization_barrier(p.astype(dtype))
+        return jax.lax.with_sharding_constraint(cast, place)
+
+    return jax.tree.map(gather, params, shardings)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `replica` and `data`."""
     return NamedSharding(mesh, mesh_axes(["batch"]))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import Batch, batch_loss, sums_by_source
+from stablelm_jax.model.loss import Batch, batch_loss, source_sums
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
@@ -65,15 +65,15 @@ def make_gradient_function(
             mean, nll_BT = batch_loss(
                 model, params, rows, 1 / tokens, dtype=dtype, fetch=fetch, **forward
             )
-            return mean, _sums(nll_BT, rows, num_sources)
+            return mean, source_sums(nll_BT, rows, num_sources)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
-        reduced = jax.tree.map(
-            lambda g, spec: g if fsdp and spec.split else _reduce(g, spec, reduce_dtype),
-            gradients,
-            specs,
-        )
-        return reduced, sum_over(sums)
+
+        # FSDP has reduced its split gradients already, where it fetched what they belong to.
+        def reduced(g, spec):
+            return g if fsdp and spec.split else _reduce(g, spec, reduce_dtype)
+
+        return jax.tree.map(reduced, gradients, specs), sum_over(sums)
 
     return jax.shard_map(
         local_gradient,
@@ -83,13 +83,6 @@ def make_gradient_function(
         axis_names=set(BATCH_AXES),
         check_vma=False,
     )
-
-
-def _sums(nll_BT: jax.Array, rows: Batch, num_sources: int) -> dict[str, jax.Array]:
-    return {
-        "nll": sums_by_source(nll_BT, rows["source_ids"], num_sources),
-        "tokens": sums_by_source(rows["loss_mask"], rows["source_ids"], num_sources),
-    }
 
 
 def _split(x: jax.Array, accumulation: int) -> jax.Array:

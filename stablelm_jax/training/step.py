@@ -50,21 +50,9 @@ def make_train_step(
         **gradient_options,
     )
 
-    def whole(params):
-        """ZeRO-1: the one gather of the step, in the compute type.
-
-        Without the barrier and with one microbatch, XLA moves the cast of the stacked layers behind
-        their gather: float32 goes over the wire, twice the bytes.
-        """
-
-        def gathered(p, place):
-            cast = jax.lax.optimization_barrier(p.astype(dtype))
-            return jax.lax.with_sharding_constraint(cast, place)
-
-        return jax.tree.map(gathered, params, compute_shardings)
-
     def train_step(state: TrainState, batch: Batch):
-        gradients, sums = gradient(state.params if fsdp else whole(state.params), batch)
+        params = state.params if fsdp else sharding.gathered(state.params, dtype, compute_shardings)
+        gradients, sums = gradient(params, batch)
         grad_norm = optax.tree.norm(gradients)
         new, skipped = _update(optimizer, state, gradients, jnp.isfinite(grad_norm))
         metrics = sums | {
