@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from stablelm_jax.kernels.device import traced_device
 from stablelm_jax.kernels.residuals import SAVED_NAMES, named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
@@ -35,14 +36,14 @@ def attention(
     Query head n reads key head n // G. Scores and softmax are float32.
 
     Args:
-      implementation: name in IMPLEMENTATIONS. `auto` is chunked everywhere: the kernels of chips
-        are right in interpret mode and compile for theirs, but have not run on one yet.
+      implementation: name in IMPLEMENTATIONS, or `auto`: that of `choose` for the device that the
+        trace is for.
 
     Raises:
       ValueError: for an unknown implementation, or query heads that key heads cannot share.
     """
     if implementation == "auto":
-        implementation = "chunked"
+        implementation, _ = choose(traced_device(), q_BTNH, k_BTKH)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r} is unknown: "
@@ -54,6 +55,27 @@ def attention(
             "the first must be a multiple of the second"
         )
     return IMPLEMENTATIONS[implementation](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def choose(device, q_BTNH, k_BTKH) -> tuple[str, str]:
+    """The name of the implementation for a device, and why, for a person.
+
+    Args:
+      device: with `platform` and `device_kind`, as jax's devices have them.
+      q_BTNH, k_BTKH: arrays, or their shapes and dtypes.
+    """
+    kind = device.device_kind
+    if device.platform == "tpu":
+        return "pallas_tpu", f"jax's splash attention on {kind}"
+    if device.platform in ("gpu", "cuda"):
+        from stablelm_jax.kernels import attention_gpu  # loads Pallas, which takes a second
+
+        if attention_gpu.generation_of(kind) is None:
+            return "chunked", f"the kernel has no tiles for {kind}, only for A100 and Hopper"
+        if reason := attention_gpu.why_unsupported(q_BTNH, k_BTKH, k_BTKH):
+            return "chunked", reason
+        return "pallas_gpu", f"flash attention that skips other documents, on {kind}"
+    return "chunked", f"no kernel for {kind}"
 
 
 def reference(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
@@ -85,7 +107,7 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
 
 def pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     """`attention_gpu.pallas_gpu`, ours, on an A100 or Hopper."""
-    from stablelm_jax.kernels import attention_gpu  # loads Pallas, which takes a second
+    from stablelm_jax.kernels import attention_gpu
 
     return _on_own_heads(attention_gpu.pallas_gpu, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
@@ -98,11 +120,27 @@ def pallas_tpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """`attention_hopper.cudnn`, cuDNN's, on Hopper or newer."""
+    from stablelm_jax.kernels import attention_hopper
+
+    return _on_own_heads(attention_hopper.cudnn, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def tokamax(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """`attention_hopper.tokamax`, where tokamax is installed, on Hopper or newer."""
+    from stablelm_jax.kernels import attention_hopper
+
+    return _on_own_heads(attention_hopper.tokamax, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
     "pallas_gpu": pallas_gpu,
     "pallas_tpu": pallas_tpu,
+    "cudnn": cudnn,
+    "tokamax": tokamax,
 }
 
 

@@ -13,7 +13,7 @@ from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.parallel.sharding import batch_parts
 from stablelm_jax.planning.program import Collective, collectives
 from stablelm_jax.planning.targets import Target
-from stablelm_jax.training.setup import lower_step
+from stablelm_jax.training.setup import attention_for, lower_step
 
 
 class DoesNotFit(ValueError):
@@ -25,7 +25,7 @@ class CompiledStep:
     """What a compiler says of one training step on one device.
 
     Attributes:
-      mesh: sizes of its axes. rows: of one device in one microbatch.
+      mesh: sizes of its axes. rows: of one device in one microbatch. attention: its implementation.
       seconds: tracing and compiling. argument_bytes: weights, moments and batch, which the results
         take the place of. temporary_bytes: everything else at its height.
       peak_bytes: of both, as the compiler counts it; available_bytes: of the target.
@@ -34,6 +34,7 @@ class CompiledStep:
     target: Target
     mesh: dict[str, int]
     rows: int
+    attention: str
     seconds: float
     argument_bytes: int
     temporary_bytes: int
@@ -72,6 +73,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
         target=target,
         mesh=sizes,
         rows=config.data.batch_size // batch_parts(mesh) // config.training.accumulation,
+        attention=attention_for(config, devices[0])[0],
         seconds=time.monotonic() - started,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

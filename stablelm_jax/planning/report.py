@@ -67,6 +67,7 @@ def plan_all() -> int:
         "mesh",
         "rows",
         "remat",
+        "attention",
         "mode",
         "peak GiB",
         "of",
@@ -98,6 +99,7 @@ def _row(config: ConfigDict, step: CompiledStep) -> tuple[str, ...]:
         mesh_text(step.mesh, names=False),
         str(step.rows),
         config.training.remat,
+        step.attention,
         _mode(config.parallel),
         f"{step.peak_bytes / _GIB:.1f}",
         f"{step.available_bytes / _GIB:.1f}",
@@ -257,7 +259,8 @@ def _memory(config: ConfigDict, step: CompiledStep) -> Table:
     table.add_column("GiB", justify="right")
     table.add_row(
         f"{step.rows} rows of {config.data.sequence_length} in each of "
-        f"{config.training.accumulation} microbatches, remat {config.training.remat}",
+        f"{config.training.accumulation} microbatches, remat {config.training.remat}, "
+        f"attention {step.attention}",
         "",
     )
     table.add_row("weights, moments, batch", f"{step.argument_bytes / _GIB:.2f}")

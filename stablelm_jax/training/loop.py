@@ -21,6 +21,7 @@ from stablelm_jax.checkpoint.names import branch_name
 from stablelm_jax.checkpoint.store import CheckpointStore, read_arrays, read_run
 from stablelm_jax.evaluation.held_out import evaluate_held_out
 from stablelm_jax.generation.sampler import sample_texts
+from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel import distributed, sharding
@@ -77,6 +78,18 @@ def _claimed(folder: RunFolder) -> Iterator[None]:
         if distributed.agreed(error is not None):
             raise error or ValueError("process 0 could not take the run folder; see its output")
         yield
+
+
+def _checked_attention(run: Run) -> str:
+    """Which attention runs; an error on every host where it is wrong on one."""
+    text, error = "", None
+    try:
+        text = run.check_attention()
+    except WrongKernel as caught:
+        error = caught
+    if distributed.anywhere(error is not None):
+        raise error or WrongKernel("attention is wrong on another host; see its output")
+    return text
 
 
 class Trainer:
@@ -143,6 +156,7 @@ class Trainer:
         return restore(self.run, path)
 
     def _compile(self):
+        self.console.print(_checked_attention(self.run), markup=False, soft_wrap=True)
         began = time.monotonic()
         with self.console.status("compiling the train step"):
             step_function = self.run.compile_step()

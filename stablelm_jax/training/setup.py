@@ -22,6 +22,8 @@ from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.evaluation.held_out import EvalStep, make_eval_step
+from stablelm_jax.kernels.attention import choose
+from stablelm_jax.kernels.check import check_attention
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
@@ -115,6 +117,24 @@ class Run:
         held_out = {name: manifest.held_out for name, manifest in self.manifests.items()}
         return {name: part.tokens / part.text_bytes for name, part in held_out.items()}
 
+    def check_attention(self) -> str:
+        """Says which attention runs here and why; a kernel is first tried out on this device.
+
+        Raises:
+          WrongKernel: its results are not right.
+        """
+        device = jax.local_devices()[0]
+        name, why = attention_for(self.config, device)
+        if device.platform == "cpu":
+            return f"attention: {name} ({why})"
+        sizes = self.model
+        error = check_attention(
+            name, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, self.dtype
+        )
+        return (
+            f"attention: {name} ({why}); tried out here, it errs {error:.2f} times the plain form"
+        )
+
     def compile_step(self) -> Any:
         """The train step, compiled ahead for this run's shapes."""
         return lower_step(self.config, self.mesh, len(self.sources)).compile()
@@ -149,6 +169,18 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.L
         num_valid_ids=training.num_valid_ids,
     )
     return step.lower(abstract, abstract_batch(config, mesh))
+
+
+def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:
+    """The attention that `config` runs on a kind of device, and why, for a person."""
+    if config.training.attention != "auto":
+        return config.training.attention, "as the config says"
+    sizes, dtype = config_lib.model_config(config), jnp.dtype(config.training.dtype)
+    q, k = (
+        jax.ShapeDtypeStruct((1, 1, heads, sizes.head_size), dtype)
+        for heads in (sizes.num_heads, sizes.num_kv_heads)
+    )
+    return choose(device, q, k)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

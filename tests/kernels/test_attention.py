@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stablelm_jax.kernels import attention as attention_module
-from stablelm_jax.kernels.attention import IMPLEMENTATIONS, attention
+from stablelm_jax.kernels.attention import attention
 
 
 def in_float64(q, k, v, segments):
@@ -28,8 +30,8 @@ def random_inputs(heads, kv_heads, length=20, size=8):
     return q, k, v, segments
 
 
-# The kernels of chips run there only: their own tests have them interpreted.
-@pytest.fixture(params=[name for name in IMPLEMENTATIONS if not name.startswith("pallas")])
+# The others are kernels of chips, which run there only: their own tests have them interpreted.
+@pytest.fixture(params=["reference", "chunked"])
 def implementation(request, monkeypatch):
     # groups of two chunks and of one, and a last chunk that has to be filled up
     monkeypatch.setattr(attention_module, "QUERIES", 6)
@@ -95,3 +97,23 @@ def test_heads_that_do_not_divide_and_unknown_names_are_refused():
         attention(q, k, v, segments)
     with pytest.raises(ValueError, match="unknown: choose one of auto, reference, chunked, pallas"):
         attention(q, q, q, segments, implementation="fast")
+
+
+@pytest.mark.parametrize(
+    "platform, kind, heads, size, dtype, name",
+    [
+        ("cpu", "cpu", 32, 64, jnp.bfloat16, "chunked"),
+        ("tpu", "TPU v5 lite", 32, 64, jnp.bfloat16, "pallas_tpu"),
+        ("gpu", "NVIDIA H200", 32, 64, jnp.bfloat16, "pallas_gpu"),
+        ("cuda", "NVIDIA A100-SXM4-40GB", 32, 160, jnp.bfloat16, "pallas_gpu"),
+        ("gpu", "NVIDIA H100 80GB HBM3", 8, 24, jnp.bfloat16, "chunked"),
+        ("gpu", "Tesla T4", 32, 64, jnp.float16, "chunked"),
+    ],
+)
+def test_auto_takes_the_kernel_of_the_device_where_it_has_one(
+    platform, kind, heads, size, dtype, name
+):
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    q, k = (jax.ShapeDtypeStruct((2, 64, n, size), dtype) for n in (heads, 8))
+    found, why = attention_module.choose(device, q, k)
+    assert found == name and why

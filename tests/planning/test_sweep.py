@@ -32,6 +32,7 @@ def compiled(config, target):
     return CompiledStep(
         target=target,
         mesh={"replica": 1, "data": 1, "model": 1},
+        attention="chunked",
         rows=2048 // accumulation,
         seconds=7.0,
         argument_bytes=0,

@@ -1,0 +1,75 @@
+"""Is attention right on this device? A kernel that is wrong on one chip would ruin a run silently.
+
+B batch, T queries or keys, N query heads, K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stablelm_jax.kernels import attention
+
+# Tokens of the two rows: several tiles of every kernel, with documents that end inside of them.
+LENGTH = 1024
+# How much more than the plain form in the same dtype a kernel may err. Kernels that are right stay
+# below 1.7; what is wrong in one tile of one head is far above (tests/kernels/test_check.py).
+LIMIT = 3.0
+# Errors of this size are rounding in another order, were the plain form exact: sums are float32.
+_ROUNDING = 1e-6
+_NAMES = ("the output", "the gradient of queries", "the gradient of keys", "the gradient of values")
+
+
+class WrongKernel(ValueError):
+    """A kernel's results differ from the plain form's; the message says by how much."""
+
+
+def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int, dtype) -> float:
+    """Runs one implementation, forward and backward, on two rows of random documents here.
+
+    Returns:
+      How many times the error of the plain form in `dtype` its error is, both against the plain
+      form in float32: the largest of output and three gradients.
+
+    Raises:
+      WrongKernel: it is above LIMIT, or not a number.
+    """
+    group = num_heads // num_kv_heads
+    heads = [min(num_kv_heads, 2) * n for n in (group, 1, 1, group)]
+    rng = np.random.default_rng(0)
+    shapes = [(2, LENGTH, n, head_size) for n in heads]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    begins = rng.random((2, LENGTH)) < [[0.0], [6 / LENGTH]]
+    segments_BT = np.cumsum(begins, 1, dtype=np.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(implementation, q, k, v, do):
+        out, backward = jax.vjp(
+            lambda *x: attention.attention(*x, segments_BT, implementation=implementation), q, k, v
+        )
+        return out, *backward(do)
+
+    with jax.default_matmul_precision("highest"):
+        expected = run("reference", *(x.astype(jnp.float32) for x in arrays))
+    plain, found = run("reference", *arrays), run(name, *arrays)
+    worst = 0.0
+    for what, exact, usual, ours in zip(_NAMES, expected, plain, found):
+        error, usual_error = _distance(ours, exact), _distance(usual, exact)
+        ratio = error / max(usual_error, _ROUNDING)
+        if not ratio <= LIMIT:  # also where it is not a number
+            raise WrongKernel(
+                f"attention {name!r} is wrong on {jax.devices()[0].device_kind}, for heads of "
+                f"{head_size} in {jnp.dtype(dtype).name}: {what} errs by {error:.1e} of its size, "
+                f"the plain form by {usual_error:.1e}; train with "
+                "config.training.attention='chunked', which is slower, and report this"
+            )
+        worst = max(worst, ratio)
+    return worst
+
+
+def _distance(found, expected) -> float:
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -1,0 +1,59 @@
+"""Attention in float64 and inputs that try it, for the tests of its kernels.
+
+Order everywhere: q, k, v, the gradient of the output, segment ids; results: output, dq, dk, dv.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+rng = np.random.default_rng()
+
+
+def in_float64(q, k, v, do, segments):
+    """Output and gradients of q, k, v from the T x T weights."""
+    scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    scores = np.where(allowed(segments)[:, None], scale * np.einsum("btnh,bsnh->bnts", q, k), -1e9)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    dweights = np.einsum("btnh,bsnh->bnts", do, v)
+    dscores = scale * weights * (dweights - np.sum(weights * dweights, -1, keepdims=True))
+    in_groups = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)  # noqa: E731
+    return (
+        np.einsum("bnts,bsnh->btnh", weights, v),
+        np.einsum("bnts,bsnh->btnh", dscores, k),
+        in_groups(np.einsum("bnts,btnh->bsnh", dscores, q)),
+        in_groups(np.einsum("bnts,btnh->bsnh", weights, do)),
+    )
+
+
+def allowed(segments):
+    positions = np.arange(segments.shape[1])
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & (positions[:, None] >= positions)
+
+
+def rows_of_documents(length, block=16):
+    """One document; documents around a block's length; of one token; of any length."""
+    around = np.repeat([1, 2, 3, 4, 5], [1, block - 1, block, block + 1, length])[:length]
+    anywhere = np.sort(rng.integers(-3, 4, length))
+    return np.int32([np.full(length, 7), around, np.arange(length), anywhere])
+
+
+def random_inputs(heads, kv_heads, size, length, dtype=jnp.float32, block=16):
+    segments = rows_of_documents(length, block)
+    shapes = [(4, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
+    return *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes), segments
+
+
+def with_gradients(implementation, q, k, v, do, segments):
+    """Output and gradients of q, k, v."""
+
+    @jax.jit
+    def run(q, k, v, do):
+        out, backward = jax.vjp(lambda *qkv: implementation(*qkv, segments), q, k, v)
+        return out, *backward(do)
+
+    return [np.asarray(x, np.float64) for x in run(q, k, v, do)]

@@ -1,0 +1,64 @@
+"""A kernel that is wrong must not train: what is tried out before a run."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stablelm_jax.kernels import attention
+from stablelm_jax.kernels.check import LENGTH, LIMIT, WrongKernel, check_attention
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_implementation_that_is_right_passes(dtype):
+    assert 0 < check_attention("chunked", 4, 2, 16, dtype) < 2 < LIMIT
+
+
+def one_wrong_tile(q, k, v, segments):
+    """Right but for 16 queries of one head."""
+    return attention.chunked(q, k, v, segments).at[0, 512:528, 1].multiply(0.5)
+
+
+def later_tokens_seen(q, k, v, segments):
+    return attention.chunked(q, jnp.roll(k, -1, 1), jnp.roll(v, -1, 1), segments)
+
+
+def documents_forgotten(q, k, v, segments):
+    return attention.chunked(q, k, v, jnp.zeros_like(segments))
+
+
+def last_token_unwritten(q, k, v, segments):
+    return attention.chunked(q, k, v, segments).at[1, LENGTH - 1].set(jnp.nan)
+
+
+@jax.custom_vjp
+def gradient_of_keys_halved(q, k, v, segments):
+    return attention.chunked(q, k, v, segments)
+
+
+def _forward(q, k, v, segments):
+    return jax.vjp(lambda *x: attention.chunked(*x, segments), q, k, v)
+
+
+def _backward(pullback, do):
+    dq, dk, dv = pullback(do)
+    return dq, dk / 2, dv, None
+
+
+gradient_of_keys_halved.defvjp(_forward, _backward)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        one_wrong_tile,
+        later_tokens_seen,
+        documents_forgotten,
+        last_token_unwritten,
+        gradient_of_keys_halved,
+    ],
+    ids=lambda f: getattr(f, "__name__", "gradient_of_keys_halved"),
+)
+def test_one_that_is_wrong_is_refused_with_its_name_and_what_to_do(monkeypatch, wrong):
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "wrong", wrong)
+    with pytest.raises(WrongKernel, match="'wrong' is wrong on .*config.training.attention='chunk"):
+        check_attention("wrong", 2, 2, 16, jnp.bfloat16)
