@@ -1,13 +1,19 @@
 """Attention, forward and backward: milliseconds and TFLOP/s of the implementations, side by side.
 
     python benchmarks/attention.py                        # Stable LM 2 1.6B, four rows
-    python benchmarks/attention.py --heads 32 --kv-heads 8 --head-size 160 --documents 8
+    python benchmarks/attention.py --heads 32 --kv-heads 8 --head-size 160
     python benchmarks/attention.py --tune                 # best tiles of pallas_gpu, for BLOCKS
+    python benchmarks/attention.py --smoke                # on a CPU, kernels interpreted
 
-All work on the same random bfloat16 inputs, in one run; before the clock starts their outputs and
-gradients are held against `chunked` in float32 ("error": of all four arrays the largest relative
-distance). Times are the least of --repeats calls. FLOPs count the pairs that the mask allows:
-4 H a pair and head forward, 10 H backward (arXiv 2307.08691, section 4.1).
+All work on the same random inputs, in one run, causal: with one document a row, then with documents
+of the mean lengths of --documents. Before the clock starts, output and gradients are held against
+`chunked` in float32 ("error": of all four arrays the largest relative distance). Who knows no
+documents takes part in the first round alone. Times are the least of --repeats calls.
+
+TFLOP/s count the causal triangle, documents or not: 2 H a head and pair of T * T forward, 5 H
+backward (arXiv 2307.08691, section 4.1, halved). So with documents they may pass the chip's peak.
+"area" is the unmasked part of the triangle, "of whole" the time of forward and backward against
+that of whole rows: ideal is that the two are equal.
 
 B rows, T tokens of a row, N query heads, K key/value heads, H head size.
 """
@@ -16,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,11 +31,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from inputs import random_segments
 from rich.console import Console
 from rich.table import Table
 
-from stablelm_jax.kernels import attention, attention_gpu
+from stablelm_jax.kernels import attention, attention_gpu, attention_tpu
 from stablelm_jax.kernels.attention_gpu import Blocks, Tile
+from stablelm_jax.kernels.device import traced_device
+
+Attention = Callable[..., jax.Array]
 
 # (queries, keys, warps, stages) to try; of key gradients the first two are exchanged.
 CANDIDATES = [
@@ -37,6 +48,7 @@ CANDIDATES = [
     for warps in (4, 8)
     for stages in (2, 3)
 ]
+SMOKE = dict(rows=1, length=256, heads=2, kv_heads=1, head_size=16, repeats=3, documents=[None, 64])
 
 
 def main() -> None:
@@ -44,63 +56,133 @@ def main() -> None:
     for name, default in (("rows", 4), ("length", 4096), ("heads", 32), ("kv-heads", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--documents", type=int, default=1, help="of equal length, in each row")
-    parser.add_argument("--repeats", type=int, default=20)
-    names = [*attention.IMPLEMENTATIONS, "cudnn"]
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument(
-        "--implementations", nargs="+", choices=names, default=["chunked", "pallas_gpu", "cudnn"]
+        "--documents",
+        type=lambda text: None if text == "whole" else float(text),
+        nargs="+",
+        default=[None, 1024.0, 512.0],
+        metavar="MEAN",
+        help="mean lengths of documents, one round each; 'whole': one document a row",
     )
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="leave the others out")
     parser.add_argument("--tune", action="store_true", help="time tiles of pallas_gpu instead")
+    parser.add_argument("--smoke", action="store_true", help="tiny, kernels interpreted")
     arguments = parser.parse_args()
-    console, inputs = Console(), make_inputs(arguments)
+    if arguments.smoke:
+        vars(arguments).update(SMOKE)
+    console = Console(width=140)
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {vars(arguments)}")
     if arguments.tune:
-        console.print(tune(console, inputs, arguments.repeats))
+        for mean in arguments.documents:
+            console.print(f"documents: {mean or 'whole rows'}")
+            console.print(tune(console, make_inputs(arguments, mean), arguments.repeats))
     else:
-        console.print(compare(inputs, arguments))
+        console.print(compare(console, arguments))
 
 
-def make_inputs(arguments: argparse.Namespace) -> tuple[jax.Array, ...]:
+def make_inputs(arguments: argparse.Namespace, mean: float | None) -> tuple[jax.Array, ...]:
     """q, k, v, the gradient of the output, segment ids."""
     rows, length, size = arguments.rows, arguments.length, arguments.head_size
     rng = np.random.default_rng(0)
     heads = (arguments.heads, arguments.kv_heads, arguments.kv_heads, arguments.heads)
-    arrays = [jnp.bfloat16(rng.normal(size=(rows, length, n, size))) for n in heads]
-    documents = 1 + np.arange(length) * arguments.documents // length
-    return *arrays, jnp.tile(jnp.int32(documents), (rows, 1))
+    shapes = [(rows, length, n, size) for n in heads]
+    arrays = [jnp.asarray(rng.normal(size=shape), arguments.dtype) for shape in shapes]
+    return *arrays, jnp.asarray(random_segments(rows, length, mean))
 
 
-def compare(inputs, arguments: argparse.Namespace) -> Table:
-    """One line for each implementation; one that cannot run here says why."""
-    table = Table("implementation", "error", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s")
-    in_float32 = [x.astype(jnp.float32) for x in inputs[:4]]
-    expected = jax.jit(partial(gradients, attention.chunked))(*in_float32, inputs[4])
-    pair_flops = arguments.heads * arguments.head_size * count_pairs(inputs[4])
-    for name in arguments.implementations:
-        implementation = implementation_of(name)
-        try:
-            found = jax.jit(partial(gradients, implementation))(*inputs)
-            forward, both = times(implementation, inputs, arguments.repeats)
-        except (ValueError, NotImplementedError, RuntimeError) as error:  # of XLA: RuntimeError
-            table.add_row(name, f"cannot run: {str(error).splitlines()[0][:120]}")
-            continue
-        row = [name, f"{max(map(relative_distance, found, expected)):.1e}"]
-        for seconds, flops in ((forward, 4 * pair_flops), (both - forward, 10 * pair_flops)):
-            row += [f"{1e3 * seconds:.3f}", f"{flops / seconds / 1e12:.3g}"]
-        table.add_row(*row)
+def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Attention, bool]]:
+    """By name: how to call it, and whether it keeps documents apart."""
+    found = {name: (function, True) for name, function in attention.IMPLEMENTATIONS.items()}
+    if arguments.smoke:
+        blocks = Blocks(*3 * [Tile(32, 32, 4, 2)])
+        found["pallas_gpu"] = (
+            partial(attention_gpu.pallas_gpu, blocks=blocks, interpret=True),
+            True,
+        )
+        found["pallas_tpu"] = (partial(attention_tpu.pallas_tpu, interpret=True), True)
+    found["jax's cudnn"] = (jax_cudnn, False)
+    found["jax's triton"] = (jax_triton, True)
+    if importlib.util.find_spec("tokamax"):
+        for name in ("mosaic", "triton"):
+            found[f"tokamax's {name}"] = (partial(tokamax_public, name), False)
+    chosen, _ = attention.choose(traced_device(), *make_inputs(arguments, None)[:2])
+    found = {(f"{n} (auto)" if n == chosen else n): v for n, v in found.items()}
+    if arguments.implementations:
+        wanted = set(arguments.implementations)
+        found = {n: v for n, v in found.items() if wanted & {n, n.removesuffix(" (auto)")}}
+    return found
+
+
+def jax_cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
+    )
+
+
+def jax_triton(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    if q_BTNH.shape[2] != k_BTKH.shape[2]:
+        raise NotImplementedError("no grouped queries")
+    scale = q_BTNH.shape[3] ** -0.5
+    return mha(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sm_scale=scale, causal=True)
+
+
+def tokamax_public(name, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    import tokamax
+
+    return tokamax.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=name
+    )
+
+
+def compare(console: Console, arguments: argparse.Namespace) -> Table:
+    """A row for each implementation and round; one that cannot run here says why in a line."""
+    table = Table("documents", "area", "implementation", "error")
+    for column in ("forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "both ms", "of whole"):
+        table.add_column(column, justify="right")
+    whole: dict[str, float] = {}
+    for mean in arguments.documents:
+        inputs = make_inputs(arguments, mean)
+        area = unmasked_area(inputs[4])
+        in_float32 = [x.astype(jnp.float32) for x in inputs[:4]]
+        expected = jax.jit(partial(gradients, attention.chunked))(*in_float32, inputs[4])
+        flops = arguments.rows * arguments.heads * arguments.head_size * arguments.length**2
+        first = ["whole rows" if mean is None else f"mean {mean:g}", f"{area:.3f}"]
+        for name, (implementation, keeps_documents) in contestants(arguments).items():
+            if mean is not None and not keeps_documents:
+                continue
+            try:
+                found = jax.jit(partial(gradients, implementation))(*inputs)
+                forward, both = times(implementation, inputs, arguments.repeats)
+            except Exception as error:  # of any library: the others are to be seen
+                reason = (str(error).splitlines() or [""])[0]
+                console.print(f"{name} cannot run: {type(error).__name__}: {reason}", style="dim")
+                continue
+            if mean is None:
+                whole[name] = both
+            row = [*first, name, f"{max(map(relative_distance, found, expected)):.1e}"]
+            for seconds, count in ((forward, 2 * flops), (both - forward, 5 * flops)):
+                row += [f"{1e3 * seconds:.3f}", f"{count / seconds / 1e12:.3g}"]
+            row += [f"{1e3 * both:.3f}", f"{both / whole[name]:.3f}" if name in whole else ""]
+            table.add_row(*row)
+            console.print("  ".join(row), style="dim")  # a long run shows that it runs
+        table.add_section()
     return table
 
 
 def tune(console: Console, inputs, repeats: int) -> Blocks:
     """The fastest of CANDIDATES for each kernel, one kernel after the other."""
-    best = attention_gpu.blocks_for(inputs[0].shape[3])
+    best = attention_gpu.blocks_for(inputs[0].shape[3], inputs[0].dtype)
     for field, backward in (("forward", False), ("keys", True), ("queries", True)):
         seconds = {}
         for tile in dict.fromkeys([getattr(best, field), *candidates(field)]):
             blocks = dataclasses.replace(best, **{field: tile})
             run = partial(attention_gpu.pallas_gpu, blocks=blocks)
             try:
-                seconds[tile] = times(run, inputs, repeats)[backward]
+                seconds[tile] = times(run, inputs, repeats, only=1 if backward else 0)
                 console.print(f"{field:8} {tile} {1e3 * seconds[tile]:.3f} ms")
             except RuntimeError as error:  # more shared memory than the chip has
                 console.print(f"{field:8} {tile} {str(error).splitlines()[0][:80]}")
@@ -114,45 +196,44 @@ def candidates(field: str) -> Iterable[Tile]:
     return [dataclasses.replace(t, queries=t.keys, keys=t.queries) for t in CANDIDATES]
 
 
-def implementation_of(name: str) -> Callable[..., jax.Array]:
-    return cudnn if name == "cudnn" else attention.IMPLEMENTATIONS[name]
-
-
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """jax's own call of cuDNN, causal alone: it is comparable for one document a row."""
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
-    )
-
-
 def gradients(implementation, q, k, v, do, segment_ids):
     """Output and gradients of q, k, v."""
     out, backward = jax.vjp(lambda *qkv: implementation(*qkv, segment_ids), q, k, v)
     return out, *backward(do)
 
 
-def times(implementation, inputs, repeats: int) -> tuple[float, float]:
-    """Seconds of the forward pass, and of forward and backward."""
+def times(implementation, inputs, repeats: int, only: int | None = None):
+    """Seconds of the forward pass, and of forward and backward; or `only` one of the two."""
     q, k, v, _, segment_ids = inputs
-    forward = least(jax.jit(implementation), (q, k, v, segment_ids), repeats)
-    return forward, least(jax.jit(partial(gradients, implementation)), inputs, repeats)
+    programs = (
+        (jax.jit(implementation), (q, k, v, segment_ids)),
+        (jax.jit(partial(gradients, implementation)), inputs),
+    )
+    if only is not None:
+        return least(*programs[only], repeats)
+    return tuple(least(*program, repeats) for program in programs)
 
 
 def least(function: Callable[..., Any], inputs, repeats: int) -> float:
+    """Of a call, in seconds: ten are queued at a time, so that starting them costs nothing."""
     jax.block_until_ready(function(*inputs))  # compiles
+    queued = 10 if repeats >= 10 else 1
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        jax.block_until_ready(function(*inputs))
-        seconds.append(time.perf_counter() - started)
+        for _ in range(queued):
+            out = function(*inputs)
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - started) / queued)
     return min(seconds)
 
 
-def count_pairs(segment_ids_BT) -> int:
-    """Queries with each key that they may see."""
+def unmasked_area(segment_ids_BT) -> float:
+    """Pairs of query and key that the mask lets see each other, of those of the causal triangle."""
     start_BT, _ = attention_gpu.document_spans(segment_ids_BT)
-    seen_BT = 1 + np.arange(start_BT.shape[1]) - np.asarray(start_BT)
-    return int(seen_BT.sum())
+    rows, length = start_BT.shape
+    seen_BT = 1 + np.arange(length) - np.asarray(start_BT)
+    return float(seen_BT.sum() / (rows * length * (length + 1) / 2))
 
 
 def relative_distance(found, expected) -> float:

@@ -1,33 +1,52 @@
 """Time of a whole training step, ours beside a peer's, same model, same batch, same machine.
 
     python benchmarks/train_step.py --peer transformers
+    python benchmarks/train_step.py --config configs/launch/stablelm_2_1_6b_h200_1x1.py
+    python benchmarks/train_step.py --config F --rows 4 --peer none \
+        --also training.remat=none --also training.remat=dots,training.unroll=24
 
-The model has 115.6 M parameters (4 layers, width 512, 8 heads of 64, feed-forward 1408, 100,352
-untied rows), float32, AdamW with clipping. Both start from the same weights: before timing, the
-losses of the first batch are compared, so that the same work is timed. The two take turns, one
-step each, so that a machine whose speed drifts slows both; the median and the ratio of each pair
-are printed. `--profile FOLDER` writes a trace of ours.
+Without --config, for a CPU: 115.6 M parameters (4 layers, width 512, 8 heads of 64, feed-forward
+1408, 100,352 untied rows), float32. Contestants take turns, one step each, so that a machine whose
+speed drifts slows all; the median and the ratio of each pair are printed.
+
+With --config, for one accelerator: that config's model and choices, one microbatch and one update a
+step. Contestants run one after the other, each in a process of its own with the whole memory; each
+--also adds ours with fields of the config changed. Peak memory stands beside what the compiler
+predicted.
+
+All start from the same weights: the losses of the first batch are compared, so that the same work
+is timed. `--profile FOLDER` writes a trace of ours. AdamW with clipping everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import dataclasses
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from inputs import positions_of, random_segments
 from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.metrics import peak_flops
 from stablelm_jax.training.state import abstract_state, init_state
 from stablelm_jax.training.step import make_train_step
 
@@ -45,25 +64,78 @@ ADAMW = dict(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0)
 LEARNING_RATE = 1e-4
 SHAPES = ((2, 256), (8, 512))
 
-Step = Callable[[dict[str, np.ndarray]], float]
+Step = Callable[[Mapping[str, np.ndarray]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained: `options` are those of `make_gradient_function`.
+
+    `mean_document`: tokens of a document, ours alone; None: each row is one.
+    """
+
+    model: ModelConfig
+    rows: int
+    length: int
+    dtype: str = "float32"
+    options: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"remat": "none", "attention": "auto"}
+    )
+    mean_document: float | None = None
+
+    def batch(self, seed: int) -> dict[str, np.ndarray]:
+        """Random tokens: contract 1's arrays."""
+        shape = (self.rows, self.length + 1)
+        row = np.random.default_rng(seed).integers(
+            0, min(100_289, self.model.vocab_size), shape, np.int32
+        )
+        segments = random_segments(self.rows, self.length, self.mean_document, seed)
+        return {
+            "tokens": row[:, :-1].copy(),
+            "targets": row[:, 1:].copy(),
+            "segment_ids": segments,
+            "positions": positions_of(segments),
+            "loss_mask": np.ones((self.rows, self.length), np.float32),
+            "source_ids": np.zeros(self.rows, np.int32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one contestant; bytes are None where nobody counts them."""
+
+    first_loss: float
+    seconds: list[float]
+    ready_seconds: float
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", metavar="FILE", help="a config of one accelerator")
+    parser.add_argument("--rows", type=int, help="of a microbatch, with --config; as the config's")
+    parser.add_argument("--also", action="append", default=[], metavar="KEY=VALUE,...")
+    parser.add_argument("--mean-document", type=float, metavar="TOKENS", help="of ours; no peer")
     parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each shape")
     parser.add_argument("--profile", metavar="FOLDER", help="write a jax.profiler trace of ours")
     arguments = parser.parse_args()
-    console = Console()
-    params = jax.device_get(_new_state()[0].params)
-    makers = {"ours": _ours}
-    if arguments.peer == "transformers":
-        makers["transformers"] = lambda: _transformers(params)
+    if arguments.mean_document and arguments.peer != "none":
+        parser.error("--mean-document: the peer knows no documents; use --peer none")
+    if not arguments.config and (arguments.also or arguments.rows):
+        parser.error("--also and --rows belong to --config")
+    table = _one_by_one(arguments) if arguments.config else _in_turns(arguments)
+    Console(width=150).print(table)
+
+
+def _in_turns(arguments: argparse.Namespace) -> Table:
     table = Table(title=f"{count_parameters(MODEL) / 1e6:.1f} M parameters, float32, one step")
     for column in ("rows x tokens", "who", "seconds (median)", "min", "tokens/s", "ours / theirs"):
         table.add_column(column, justify="right")
     for rows, length in SHAPES:
-        times = _race(makers, rows, length, arguments.steps, arguments.profile)
+        case = Case(MODEL, rows, length, mean_document=arguments.mean_document)
+        times = _race(case, arguments)
         for who, seconds in times.items():
             pairs = [a / b for a, b in zip(times["ours"], seconds)]
             median = statistics.median(seconds)
@@ -75,23 +147,149 @@ def main() -> None:
                 f"{rows * length / median:,.0f}",
                 "" if who == "ours" else f"{statistics.median(pairs):.2f}",
             )
-    console.print(table)
+    return table
 
 
-def _race(makers, rows: int, length: int, steps: int, profile: str | None) -> dict:
+def _race(case: Case, arguments: argparse.Namespace) -> dict[str, list[float]]:
     """{who: seconds of each timed step}; the competitors take turns."""
-    competitors = {who: make() for who, make in makers.items()}
-    batch = _batch(rows, length, seed=0)
-    first = {who: step(batch) for who, step in competitors.items()}
-    if max(first.values()) - min(first.values()) > 1e-3:
-        raise SystemExit(f"the first losses differ, so not the same work would be timed: {first}")
+    competitors = {"ours": _ours(case)[0]}
+    if arguments.peer == "transformers":
+        competitors["transformers"] = _transformers(case)
+    batch = case.batch(seed=0)
+    _check_same({who: step(batch) for who, step in competitors.items()}, case.dtype)
     _timed(competitors, [batch] * 2)
-    trace = jax.profiler.trace(profile) if profile else contextlib.nullcontext()
-    with trace:
-        return _timed(competitors, [_batch(rows, length, seed) for seed in range(1, steps + 1)])
+    with _traced(arguments.profile):
+        return _timed(competitors, [case.batch(seed) for seed in range(1, arguments.steps + 1)])
 
 
-def _timed(competitors: dict[str, Step], batches) -> dict[str, list[float]]:
+def _one_by_one(arguments: argparse.Namespace) -> Table:
+    contestants = {"ours": _case(arguments, {})}
+    for text in arguments.also:
+        contestants[f"ours, {text}"] = _case(arguments, _fields(text))
+    case = contestants["ours"]
+    if arguments.peer != "none":
+        contestants[arguments.peer] = case
+    results, console = {}, Console(stderr=True)
+    for who, contestant in contestants.items():
+        profile = arguments.profile if who == "ours" else None
+        context = multiprocessing.get_context("spawn")
+        try:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                results[who] = pool.submit(
+                    _measure, contestant, who == arguments.peer, arguments.steps, profile
+                ).result()
+            console.print(f"{who}: {statistics.median(results[who].seconds):.4f} s")
+        except Exception as error:  # one that does not fit leaves the others their turn
+            results[who] = str(error)
+            console.print(f"{who}: {error}", markup=False)
+    found = {who: r.first_loss for who, r in results.items() if isinstance(r, Result)}
+    _check_same(found, case.dtype)
+    return _table(case, results)
+
+
+def _measure(case: Case, is_peer: bool, steps: int, profile: str | None) -> Result:
+    """In a process of its own."""
+    began = time.perf_counter()
+    if is_peer:
+        jax.config.update("jax_platforms", "cpu")  # of ours only the fresh weights are needed
+        step, predicted = _transformers(case), None
+    else:
+        step, predicted = _ours(case)
+    first = step(case.batch(seed=0))
+    ready = time.perf_counter() - began
+    _timed({"": step}, [case.batch(seed=0)] * 2)
+    with _traced(profile):
+        seconds = _timed({"": step}, [case.batch(seed) for seed in range(1, steps + 1)])[""]
+    if is_peer:
+        from transformers_peer import peak_bytes
+
+        return Result(first, seconds, ready, peak_bytes())
+    statistics_of_memory = jax.devices()[0].memory_stats() or {}
+    return Result(first, seconds, ready, statistics_of_memory.get("peak_bytes_in_use"), predicted)
+
+
+def _table(case: Case, results: Mapping[str, Result | str]) -> Table:
+    device = jax.devices()[0]
+    documents = f", documents of {case.mean_document:g} tokens" if case.mean_document else ""
+    table = Table(
+        title=f"{count_parameters(case.model) / 1e6:,.0f} M parameters, {case.dtype}, "
+        f"{case.rows} x {case.length} tokens a step{documents}, {device.device_kind}"
+    )
+    for column in ("who", "seconds (median)", "min", "tokens/s", "MFU, full attention"):
+        table.add_column(column, justify="right")
+    for column in ("MFU, causal", "peak GiB", "predicted", "ready after"):
+        table.add_column(column, justify="right")
+    peak, tokens = peak_flops(device), case.rows * case.length
+    gib = lambda n: "" if n is None else f"{n / 2**30:.2f}"  # noqa: E731
+    for who, result in results.items():
+        if isinstance(result, str):  # why is on the line above the table
+            table.add_row(who, "did not run")
+            continue
+        median = statistics.median(result.seconds)
+        mfu = [
+            f"{train_flops_per_token(case.model, case.length, causal) * tokens / median / peak:.1%}"
+            if peak
+            else ""
+            for causal in (False, True)
+        ]
+        row = [who, f"{median:.4f}", f"{min(result.seconds):.4f}", f"{tokens / median:,.0f}", *mfu]
+        row += [
+            gib(result.peak_bytes),
+            gib(result.predicted_bytes),
+            f"{result.ready_seconds:.0f} s",
+        ]
+        table.add_row(*row)
+    return table
+
+
+def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
+    from stablelm_jax import config as config_lib  # these need ml_collections
+    from stablelm_jax.planning.layout import layout_of
+    from stablelm_jax.planning.targets import parse_target
+
+    config = config_lib.load(Path(arguments.config))
+    for key, value in changes.items():
+        config_lib.set_value(config, key, value)
+    config_lib.validate(config)
+    training, target = config.training, config.parallel.target
+    num_devices = parse_target(target).num_devices if target else 1
+    return Case(
+        model=config_lib.model_config(config),
+        rows=arguments.rows or layout_of(config, num_devices).rows,
+        length=config.data.sequence_length,
+        dtype=training.dtype,
+        options={
+            "remat": training.remat,
+            "attention": training.attention,
+            "cross_entropy": training.cross_entropy,
+            "num_valid_ids": training.num_valid_ids,
+            "unroll": training.unroll,
+        },
+        mean_document=arguments.mean_document,
+    )
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """'a.b=1,c.d=dots' as {"a.b": 1, "c.d": "dots"}."""
+    fields = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            fields[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[key] = value
+    return fields
+
+
+def _check_same(first_losses: Mapping[str, float], dtype: str) -> None:
+    allowed = 1e-3 if dtype == "float32" else 2e-2
+    if first_losses and max(first_losses.values()) - min(first_losses.values()) > allowed:
+        raise SystemExit(
+            f"the first losses differ, so not the same work would be timed: {first_losses}"
+        )
+
+
+def _timed(competitors: Mapping[str, Step], batches) -> dict[str, list[float]]:
     times = {who: [] for who in competitors}
     for batch in batches:
         for who, step in competitors.items():
@@ -101,114 +299,53 @@ def _timed(competitors: dict[str, Step], batches) -> dict[str, list[float]]:
     return times
 
 
-def _batch(rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
-    """Random tokens, one document a row: contract 1's arrays."""
-    row = np.random.default_rng(seed).integers(0, 100_289, (rows, length + 1), np.int32)
-    return {
-        "tokens": row[:, :-1].copy(),
-        "targets": row[:, 1:].copy(),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "loss_mask": np.ones((rows, length), np.float32),
-        "source_ids": np.zeros(rows, np.int32),
-    }
+def _traced(folder: str | None):
+    return jax.profiler.trace(folder) if folder else contextlib.nullcontext()
 
 
-def _new_state():
+def _ours(case: Case) -> tuple[Step, int | None]:
+    """The step, and the peak of its memory as the compiler predicts it."""
     mesh = make_mesh(1, 1, jax.devices()[:1])
-    optimizer = make_optimizer(ADAMW, lambda _: jnp.float32(LEARNING_RATE), MODEL)
-    abstract = abstract_state(MODEL, optimizer, mesh, zero1=True)
-    return init_state(MODEL, optimizer, abstract, seed=0), mesh, optimizer, abstract
-
-
-def _ours() -> Step:
-    state, mesh, optimizer, abstract = _new_state()
+    schedule = lambda _: jnp.float32(LEARNING_RATE)  # noqa: E731
+    optimizer = make_optimizer(ADAMW, schedule, case.model)
+    abstract = abstract_state(case.model, optimizer, mesh, zero1=True)
+    state = init_state(case.model, optimizer, abstract, seed=0)
     step_function = make_train_step(
-        MODEL,
+        case.model,
         optimizer,
-        lambda _: jnp.float32(LEARNING_RATE),
+        schedule,
         mesh,
         abstract,
         num_sources=1,
         zero1=True,
         accumulation=1,
-        dtype=jnp.float32,
-        remat="none",
-        attention="auto",
+        dtype=jnp.dtype(case.dtype),
+        **case.options,
     )
+    first = sharding.put_batch(case.batch(seed=0), mesh)
+    compiled = step_function.lower(state, first).compile()
+    memory = compiled.memory_analysis()
 
     def step(batch):
         nonlocal state
-        state, metrics = step_function(state, sharding.put_batch(batch, mesh))
+        state, metrics = compiled(state, sharding.put_batch(batch, mesh))
         return float(metrics["nll"][0] / metrics["tokens"][0])
 
-    return step
+    return step, memory.peak_memory_in_bytes if memory else None
 
 
-def _transformers(params) -> Step:
-    import torch
-    import transformers
+def _transformers(case: Case) -> Step:
+    from transformers_peer import make_step
 
-    config = transformers.StableLmConfig(
-        vocab_size=MODEL.vocab_size,
-        hidden_size=MODEL.width,
-        num_hidden_layers=MODEL.num_layers,
-        intermediate_size=MODEL.feed_forward_width,
-        num_attention_heads=MODEL.num_heads,
-        num_key_value_heads=MODEL.num_kv_heads,
-        layer_norm_eps=MODEL.norm_epsilon,
-        use_qkv_bias=False,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    model = transformers.StableLmForCausalLM(config)
-    model.load_state_dict({name: torch.tensor(value) for name, value in _renamed(params)})
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
-    )
-
-    def step(batch):
-        tokens, targets = (torch.tensor(batch[k], dtype=torch.long) for k in ("tokens", "targets"))
-        logits = model(tokens).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def _renamed(params):
-    """(name in transformers, array [out, in]) for every parameter of ours."""
-    yield "model.embed_tokens.weight", params["embed"]["embedding"]
-    yield "lm_head.weight", np.ascontiguousarray(params["head"]["kernel"].T)
-    for leaf, theirs in (("scale", "weight"), ("bias", "bias")):
-        yield f"model.norm.{theirs}", params["final_norm"][leaf]
-    layers = params["layers"]
-    for i in range(MODEL.num_layers):
-        there = f"model.layers.{i}"
-        for ours, name in (
-            ("attention_norm", "input_layernorm"),
-            ("mlp_norm", "post_attention_layernorm"),
-        ):
-            for leaf, theirs in (("scale", "weight"), ("bias", "bias")):
-                yield f"{there}.{name}.{theirs}", layers[ours][leaf][i]
-        for ours, name in (("query", "q"), ("key", "k"), ("value", "v")):
-            kernel_DNH = layers["attention"][ours]["kernel"][i]
-            yield f"{there}.self_attn.{name}_proj.weight", _transposed(kernel_DNH, MODEL.width)
-        out_ND = layers["attention"]["out"]["kernel"][i].reshape(-1, MODEL.width)
-        yield f"{there}.self_attn.o_proj.weight", _transposed(out_ND, len(out_ND))
-        for name in ("gate", "up", "down"):
-            kernel = layers["mlp"][name]["kernel"][i]
-            yield f"{there}.mlp.{name}_proj.weight", _transposed(kernel, len(kernel))
-
-
-def _transposed(kernel: np.ndarray, inputs: int) -> np.ndarray:
-    return np.ascontiguousarray(kernel.reshape(inputs, -1).T)
+    with jax.default_device(jax.devices("cpu")[0]):
+        optimizer = make_optimizer(ADAMW, lambda _: jnp.float32(0), case.model)
+        mesh = make_mesh(1, 1, jax.devices("cpu")[:1])
+        abstract = abstract_state(case.model, optimizer, mesh, zero1=True)
+        params = jax.device_get(init_state(case.model, optimizer, abstract, seed=0).params)
+    return make_step(case.model, params, ADAMW, LEARNING_RATE)
 
 
 if __name__ == "__main__":
+    # Processes of --config take their memory as they need it: the first one's parent holds none.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     main()

@@ -1,0 +1,24 @@
+"""What several benchmarks feed in: rows of random documents."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def random_segments(rows: int, length: int, mean: float | None, seed: int = 0) -> np.ndarray:
+    """Segment ids of documents of exponentially distributed length: int32 [rows, length].
+
+    The mean is that before a row's end cuts its last document. None: one document a row.
+    """
+    if mean is None:
+        return np.ones((rows, length), np.int32)
+    begins = np.random.default_rng(seed).random((rows, length)) < 1 / mean
+    begins[:, 0] = True
+    return np.cumsum(begins, 1, dtype=np.int32)
+
+
+def positions_of(segments_BT: np.ndarray) -> np.ndarray:
+    """Each token's position in its document, int32 [B, T]."""
+    index_T = np.arange(segments_BT.shape[1], dtype=np.int32)
+    begins_BT = np.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
+    return index_T - np.maximum.accumulate(np.where(begins_BT, index_T, 0), axis=1)

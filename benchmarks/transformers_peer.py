@@ -1,0 +1,123 @@
+"""StableLM of transformers with AdamW, the peer of benchmarks/train_step.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from stablelm_jax.model.config import ModelConfig
+
+
+def make_step(
+    model: ModelConfig, params: Mapping[str, Any], adamw: Mapping[str, float], learning_rate: float
+) -> Callable[[Mapping[str, np.ndarray]], float]:
+    """One training step on a batch, giving its loss, from these weights of ours.
+
+    On a CPU: eager and float32, as ours is there. On a GPU: float32 weights, bfloat16 autocast,
+    torch.compile and fused AdamW. Attention is FlashAttention where `flash_attn` is installed, else
+    PyTorch's own choice. It knows no documents: each row is one.
+
+    Raises:
+      ValueError: for a model with norms of heads or a parallel residual, the 12B's, whose weights
+        this file does not rename.
+    """
+    if model.qk_norm or model.parallel_residual:
+        raise ValueError("the peer takes models as the 1.6B and the 3B are: use --peer none")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    network = transformers.StableLmForCausalLM(_config(model)).to(device)
+    weights = {name: torch.tensor(value) for name, value in _renamed(model, params)}
+    network.load_state_dict(weights)
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=learning_rate,
+        betas=(adamw["b1"], adamw["b2"]),
+        eps=adamw["epsilon"],
+        weight_decay=adamw["weight_decay"],
+        fused=on_gpu,
+    )
+
+    def loss_of(tokens, targets):
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            logits = network(tokens).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    if on_gpu:
+        loss_of = torch.compile(loss_of)
+
+    def step(batch):
+        tokens, targets = (
+            torch.tensor(batch[name], dtype=torch.long, device=device)
+            for name in ("tokens", "targets")
+        )
+        loss = loss_of(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), adamw["clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def peak_bytes() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def _config(model: ModelConfig) -> transformers.StableLmConfig:
+    flash = torch.cuda.is_available() and transformers.utils.is_flash_attn_2_available()
+    return transformers.StableLmConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.width,
+        num_hidden_layers=model.num_layers,
+        intermediate_size=model.feed_forward_width,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        layer_norm_eps=model.norm_epsilon,
+        use_qkv_bias=model.qkv_bias,
+        partial_rotary_factor=model.rotary_fraction,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+    )
+
+
+def _renamed(model: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name in transformers, array [out, in]) for every parameter; zeros for its further biases."""
+    yield "model.embed_tokens.weight", params["embed"]["embedding"]
+    yield "lm_head.weight", np.ascontiguousarray(params["head"]["kernel"].T)
+    yield from _norm("model.norm", params["final_norm"])
+    layers = params["layers"]
+    for i in range(model.num_layers):
+        there = f"model.layers.{i}"
+        for ours, name in (
+            ("attention_norm", "input_layernorm"),
+            ("mlp_norm", "post_attention_layernorm"),
+        ):
+            norm = {leaf: value[i] for leaf, value in layers[ours].items()}
+            yield from _norm(f"{there}.{name}", norm)
+        for ours, name in (("query", "q"), ("key", "k"), ("value", "v")):
+            projection = layers["attention"][ours]
+            kernel_DNH = projection["kernel"][i]
+            yield f"{there}.self_attn.{name}_proj.weight", _transposed(kernel_DNH, model.width)
+            if "bias" in projection:
+                bias = np.ascontiguousarray(projection["bias"][i].reshape(-1))
+                yield f"{there}.self_attn.{name}_proj.bias", bias
+        out_ND = layers["attention"]["out"]["kernel"][i].reshape(-1, model.width)
+        yield f"{there}.self_attn.o_proj.weight", _transposed(out_ND, len(out_ND))
+        for name in ("gate", "up", "down"):
+            kernel = layers["mlp"][name]["kernel"][i]
+            yield f"{there}.mlp.{name}_proj.weight", _transposed(kernel, len(kernel))
+
+
+def _norm(name: str, norm: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    yield f"{name}.weight", norm["scale"]
+    yield f"{name}.bias", norm.get("bias", np.zeros_like(norm["scale"]))
+
+
+def _transposed(kernel: np.ndarray, inputs: int) -> np.ndarray:
+    return np.ascontiguousarray(kernel.reshape(inputs, -1).T)
