@@ -35,9 +35,10 @@ from inputs import random_segments
 from rich.console import Console
 from rich.table import Table
 
-from stablelm_jax.kernels import attention, attention_gpu, attention_tpu
+from stablelm_jax.kernels import attention, attention_gpu, attention_splash, attention_tpu
 from stablelm_jax.kernels.attention_gpu import Blocks, Tile
 from stablelm_jax.kernels.device import traced_device
+from stablelm_jax.kernels.documents import document_spans
 
 Attention = Callable[..., jax.Array]
 
@@ -102,6 +103,7 @@ def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Attention, boo
             True,
         )
         found["pallas_tpu"] = (partial(attention_tpu.pallas_tpu, interpret=True), True)
+        found["splash"] = (partial(attention_splash.splash, interpret=True), True)
     found["jax's cudnn"] = (jax_cudnn, False)
     found["jax's triton"] = (jax_triton, True)
     if importlib.util.find_spec("tokamax"):
@@ -230,7 +232,7 @@ def least(function: Callable[..., Any], inputs, repeats: int) -> float:
 
 def unmasked_area(segment_ids_BT) -> float:
     """Pairs of query and key that the mask lets see each other, of those of the causal triangle."""
-    start_BT, _ = attention_gpu.document_spans(segment_ids_BT)
+    start_BT, _ = document_spans(segment_ids_BT)
     rows, length = start_BT.shape
     seen_BT = 1 + np.arange(length) - np.asarray(start_BT)
     return float(seen_BT.sum() / (rows * length * (length + 1) / 2))

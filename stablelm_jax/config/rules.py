@@ -90,7 +90,10 @@ def _check_texts(config: ConfigDict) -> None:
 
 
 # What kernels/attention.py and kernels/cross_entropy.py have, without jax here.
-ATTENTION = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "cudnn", "tokamax")
+ATTENTION = (
+    *("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu"),
+    *("splash", "cudnn", "tokamax"),
+)
 CROSS_ENTROPY = ("auto", "reference", "saved", "tiled")
 _CHOICES = {
     "schedule.kind": ("hybrid", "cosine"),

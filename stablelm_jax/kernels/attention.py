@@ -66,9 +66,13 @@ def choose(device, q_BTNH, k_BTKH) -> tuple[str, str]:
     """
     kind = device.device_kind
     if device.platform == "tpu":
-        return "pallas_tpu", f"jax's splash attention on {kind}"
+        from stablelm_jax.kernels import attention_tpu  # loads Pallas, which takes a second
+
+        if reason := attention_tpu.why_unsupported(kind, q_BTNH):
+            return "splash", f"jax's kernel, which skips no documents: {reason}"
+        return "pallas_tpu", f"flash attention that skips other documents, on {kind}"
     if device.platform in ("gpu", "cuda"):
-        from stablelm_jax.kernels import attention_gpu  # loads Pallas, which takes a second
+        from stablelm_jax.kernels import attention_gpu
 
         if attention_gpu.generation_of(kind) is None:
             return "chunked", f"the kernel has no tiles for {kind}, only for A100 and Hopper"
@@ -113,10 +117,17 @@ def pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
 
 
 def pallas_tpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_tpu.pallas_tpu`, jax's splash attention, on a TPU."""
+    """`attention_tpu.pallas_tpu`, ours, on a TPU v5e, v5p or v6e."""
     from stablelm_jax.kernels import attention_tpu
 
-    kernel = partial(attention_tpu.pallas_tpu, saved_name=SAVED_NAMES[0])
+    return _on_own_heads(attention_tpu.pallas_tpu, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """`attention_splash.splash`, jax's, on a TPU."""
+    from stablelm_jax.kernels import attention_splash
+
+    kernel = partial(attention_splash.splash, saved_name=SAVED_NAMES[0])
     return _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
@@ -139,6 +150,7 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "pallas_gpu": pallas_gpu,
     "pallas_tpu": pallas_tpu,
+    "splash": splash,
     "cudnn": cudnn,
     "tokamax": tokamax,
 }
@@ -150,8 +162,9 @@ def _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     The compiler can split no kernel: left to itself it would gather the heads on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-    axes = tuple(name for name, size, kind in sizes if kind == AxisType.Auto and size > 1)
+    # Axes of one device too: for TPUs a kernel among axes of the compiler's is an error.
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
     if not axes:
         return kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     heads = PartitionSpec(None, None, axes)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton
 from stablelm_jax.kernels import attention_gpu_kernels as kernels
 from stablelm_jax.kernels.attention_gpu_kernels import Tile
 from stablelm_jax.kernels.device import traced_device
+from stablelm_jax.kernels.documents import document_spans, key_block_bounds, query_block_bounds
 from stablelm_jax.kernels.residuals import named
 
 
@@ -136,51 +137,6 @@ def generation_of(device_kind: str) -> str | None:
         if any(name in device_kind for name in names):
             return generation
     return None
-
-
-def document_spans(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each token the first index of its document and the index after its last: int32 [B, T]."""
-    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    positions = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    is_first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    is_last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
-    start_BT = jax.lax.cummax(jnp.where(is_first, positions, 0), axis=1)
-    end_BT = jax.lax.cummin(jnp.where(is_last, positions + 1, positions.size), axis=1, reverse=True)
-    return start_BT, end_BT
-
-
-def query_block_bounds(start_BT: jax.Array, tile: Tile) -> jax.Array:
-    """Key blocks that each block of queries visits: int32 [B, T / queries, 4].
-
-    The four are borders b0 <= b1 <= b2 <= b3: blocks b0..b1 and b2..b3 need a mask, in b1..b2 every
-    query may see every key. b0 holds the start of the first query's document, b3 follows the
-    diagonal.
-    """
-    first = jnp.arange(0, start_BT.shape[1], tile.queries, dtype=jnp.int32)
-    last = first + tile.queries - 1
-    begin = start_BT[:, first] // tile.keys
-    end = jnp.broadcast_to(last // tile.keys + 1, begin.shape)
-    whole_end = jnp.maximum((first + 1) // tile.keys, begin)
-    whole_begin = jnp.clip(_ceil_div(start_BT[:, last], tile.keys), begin, whole_end)
-    return jnp.stack([begin, whole_begin, whole_end, end], -1)
-
-
-def key_block_bounds(end_BT: jax.Array, tile: Tile) -> jax.Array:
-    """Query blocks that each block of keys visits, as in `query_block_bounds`: [B, T / keys, 4].
-
-    From the diagonal to the last query of the last key's document.
-    """
-    first = jnp.arange(0, end_BT.shape[1], tile.keys, dtype=jnp.int32)
-    last = first + tile.keys - 1
-    end = _ceil_div(end_BT[:, last], tile.queries)
-    begin = jnp.broadcast_to(first // tile.queries, end.shape)
-    whole_begin = jnp.broadcast_to(_ceil_div(last, tile.queries), end.shape)
-    whole_end = jnp.maximum(end_BT[:, first] // tile.queries, whole_begin)
-    return jnp.stack([begin, whole_begin, whole_end, end], -1)
-
-
-def _ceil_div(a, b):
-    return -(-a // b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

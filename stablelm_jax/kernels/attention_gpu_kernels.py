@@ -6,7 +6,7 @@ work, registers and shared memory.
 
 T queries or keys of a row, G query heads of one key head, H head size; of one tile, Q queries and
 S keys. Lists under a name in H hold the parts of a head. Refs, without a suffix:
-  bounds [4]: borders of the blocks to visit (attention_gpu.query_block_bounds).
+  bounds [4]: borders of the blocks to visit (documents.query_block_bounds).
   start: of each query, where its document starts.
   logsumexp: of a query's scaled scores. delta: the sum over H of o * do.
 """
@@ -21,13 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from stablelm_jax.kernels import documents
+
 _LOG2_E = math.log2(math.e)
 # Below any score, and finite: the maximum of a row that has seen no key yet.
 _LOWEST = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class Tile(documents.Tile):
     """Size of one kernel's tiles and how its programs run.
 
     Attributes:
@@ -35,8 +37,6 @@ class Tile:
       warps: of a program. stages: tiles that its loops load ahead, and one.
     """
 
-    queries: int
-    keys: int
     warps: int
     stages: int
 

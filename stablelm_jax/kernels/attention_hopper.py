@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelm_jax.kernels import attention_gpu
-from stablelm_jax.kernels.attention_gpu import document_spans
+from stablelm_jax.kernels.documents import document_spans
 
 # cuDNN keeps B M N T float32 for its backward pass, so M is small.
 MOST_DOCUMENTS = 64

@@ -1,27 +1,40 @@
-"""Attention on TPUs: jax's splash attention, given our documents.
+"""Flash attention inside documents for TPUs, in Pallas; the programs are `attention_tpu_kernels`.
 
-B batch, T queries and keys, N query heads, K key/value heads, H head size.
+Tiles outside of a document are never visited, and backward is one kernel: it computes the scores
+once and keeps the sums of all three gradients of a head's row in the core's vector memory, which is
+what bounds the length of a row.
+
+B batch, T queries or keys of a row, N query heads, K key/value heads, G = N / K query heads for
+each key head, H head size; of one tile, Q queries and S keys.
 """
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha_single_device,
-)
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-# The kernel cuts rows into blocks of whole lanes of the vector unit.
-LANES = 128
-# Most queries and keys of a block. 512 compiles for v4, v5e, v5p and v6e at head sizes up to 160;
-# no size has been timed.
-BLOCK = 512
+from stablelm_jax.kernels import attention_tpu_kernels as kernels
+from stablelm_jax.kernels.attention_tpu_kernels import LANES
+from stablelm_jax.kernels.documents import (
+    Tile,
+    document_spans,
+    key_block_bounds,
+    query_block_bounds,
+)
+from stablelm_jax.kernels.residuals import named
+
+# Of forward and backward. By the bundles for v5e, v5p and v6e, larger tiles cost 5 to 15 % less
+# for each pair of query and key, and visit as much more of the triangle; of short documents they
+# visit more still.
+TILE = Tile(512, 512)
+
+# Vector memory of a core in MiB that a kernel may fill, by a part of jax's device_kind: what the
+# compilers say, less a tenth. A v4's 16 do not hold a head's row of 4,096 tokens.
+VECTOR_MEMORY = {"TPU v5 lite": 115, "TPU v5e": 115, "TPU v5": 57, "TPU v6": 115}
 
 
 def pallas_tpu(
@@ -30,68 +43,153 @@ def pallas_tpu(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
     *,
-    saved_name: str = "attention_output",
+    tile: Tile = TILE,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over earlier tokens of the same segment id, in the dtype of q.
+    """softmax(q k / sqrt(H)) v over earlier tokens of the same document, [B, T, N, H] as q.
 
-    Query head n reads key head n // (N / K). Any H goes in as it is: the kernel's blocks span the
-    whole head, which the compiler lays out in 128 lanes. Rows are filled up to whole blocks with a
-    segment of their own. Blocks of keys behind the queries are skipped; other documents are only
-    masked, so a row of many documents costs as much as one of a single document.
-
-    Products of float32 run in the TPU's default precision, bfloat16, unless
-    `jax.default_matmul_precision` says more.
+    A document is a run of equal segment ids: the same id further on in a row is another document.
+    Any H goes in as it is, in whole 128 lanes. Matrix products take the inputs' dtype and add in
+    float32; scores and softmax are float32. Products of float32 run in the TPU's default precision,
+    bfloat16, unless `jax.default_matmul_precision` says more.
 
     Args:
-      saved_name: of result and log-sum-exp for rematerialisation policies (SAVED_NAMES[0] of
-        attention.py); a policy that saves it spares backward the forward kernel.
+      tile: whole lanes; a short row takes smaller ones.
       interpret: run anywhere, slowly, for tests.
     """
     length = q_BTNH.shape[1]
-    block = _block(length)
-    padding = (0, -length % block)
-    q_BTNH = _scaled(q_BTNH)
+    whole = -(-length // LANES) * LANES
+    tile = Tile(min(tile.queries, whole), min(tile.keys, whole))
+    # Padding is the row's last document, which no token before it can see.
+    padding = (0, -length % max(tile.queries, tile.keys))
+    start_BT, end_BT = document_spans(segment_ids_BT)
+    start_BT = jnp.pad(start_BT, ((0, 0), padding), constant_values=length)
+    end_BT = jnp.pad(end_BT, ((0, 0), padding), constant_values=length + padding[1])
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), padding, (0, 0)))
         for x in (q_BTNH, k_BTKH, v_BTKH)
     )
-    ids_BT = jnp.pad(segment_ids_BT, ((0, 0), padding), constant_values=-1)
-    kernel = _make_kernel(q_BNTH.shape[1], q_BNTH.shape[2], block, saved_name, interpret)
-    attend = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, SegmentIds(ids, ids)))
-    return jnp.swapaxes(attend(q_BNTH, k_BKTH, v_BKTH, ids_BT), 1, 2)[:, :length]
+    o_BNTH = _flash(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret)
+    return jnp.swapaxes(o_BNTH, 1, 2)[:, :length]
 
 
-def _scaled(q_BTNH):
-    """The kernel knows no scale. At head sizes 64 and 256 this rounds nothing."""
-    scale = 1 / math.sqrt(q_BTNH.shape[-1])
-    return (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
+    """What keeps the kernels from this chip and these rows; None if nothing does."""
+    memory = next((m for name, m in VECTOR_MEMORY.items() if name in device_kind), None)
+    if memory is None:
+        return f"{device_kind} has too little vector memory, or nobody has said how much"
+    length, size, lanes = q_BTNH.shape[1], q_BTNH.shape[3], LANES
+    values = length * -(-size // lanes) * lanes
+    # Seven arrays that come and go, two of each at a time, three float32 sums, a tile's scores.
+    needed = values * (14 * q_BTNH.dtype.itemsize + 12) + 24 * TILE.queries * TILE.keys
+    if needed > memory << 20:
+        return (
+            f"a row of {length} tokens with heads of {size} needs {needed >> 20} MiB of vector "
+            f"memory and {device_kind} has {memory}"
+        )
+    return None
 
 
-def _block(length: int) -> int:
-    """Of at most BLOCK, whole lanes, so that as few blocks as possible hold the row tightly."""
-    tiles = -(-length // LANES)
-    count = -(-tiles * LANES // BLOCK)
-    return LANES * -(-tiles // count)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _flash(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret):
+    return _flash_forward(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret)[0]
 
 
-def _make_kernel(heads: int, length: int, block: int, saved_name: str, interpret: bool):
-    """Backward in two kernels, for dq and for dk and dv.
+def _flash_forward(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret):
+    o_BNTH, logsumexp = named(*_output((start_BT, q_BNTH, k_BKTH, v_BKTH), tile, interpret))
+    return o_BNTH, (q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, o_BNTH, logsumexp)
 
-    The fused one would compute the scores once instead of twice, but it writes dq once for every
-    block of keys, rounded to the dtype of q, and sums that: T / block times the memory of q.
-    """
-    mask = MultiHeadMask([CausalMask((length, length))] * heads)
-    return make_splash_mha_single_device(
-        mask,
-        block_sizes=BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        residual_checkpoint_name=saved_name,
-        interpret=interpret,
+
+def _flash_backward(tile, interpret, saved, do_BNTH):
+    q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, o_BNTH, logsumexp = saved
+    # The row sums of weights * dweights, without the weights.
+    products = do_BNTH.astype(jnp.float32) * o_BNTH.astype(jnp.float32)
+    delta = _in_blocks(jnp.sum(products, -1), tile)
+    inputs = (start_BT, q_BNTH, k_BKTH, v_BKTH, do_BNTH, logsumexp, delta)
+    return *_gradients(inputs, end_BT, tile, interpret), None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+# Backward calls this again under `jax.checkpoint`, and drops it where a policy saved its results:
+# jax drops a `jit` whose results nobody reads, a bare `pallas_call` it keeps.
+@partial(jax.jit, static_argnums=(1, 2))
+def _output(inputs, tile, interpret):
+    """The result, and log-sum-exp [B, N, T / Q, 1, Q]."""
+    start_BT, q_BNTH, k_BKTH, v_BKTH = inputs
+    batch, num_heads, length, size = q_BNTH.shape
+    group, count = num_heads // k_BKTH.shape[1], length // tile.queries
+    row = pl.BlockSpec((None, None, 1, tile.queries), lambda b, n, i, _: (b, i, 0, 0))
+    queries = pl.BlockSpec((None, None, tile.queries, size), lambda b, n, i, _: (b, n, i, 0))
+    # `//` would ask what this machine's TPU is, and fail where it compiles for another.
+    keys = pl.BlockSpec(
+        (None, None, length, size), lambda b, n, i, _: (b, jax.lax.div(n, group), 0, 0)
     )
+    sums = pl.BlockSpec((None, None, None, 1, tile.queries), lambda b, n, i, _: (b, n, i, 0, 0))
+    return pl.pallas_call(
+        partial(kernels.forward, tile=tile),
+        out_shape=(
+            jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, count, 1, tile.queries), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, num_heads, count),
+            in_specs=[row, queries, keys, keys],
+            out_specs=(queries, sums),
+            scratch_shapes=[
+                pltpu.VMEM((tile.queries, width), jnp.float32) for width in (LANES, LANES, size)
+            ],
+        ),
+        name="attention_forward",
+        **_options(q_BNTH, interpret),
+    )(_flat(query_block_bounds(start_BT, tile)), _in_blocks(start_BT, tile), *inputs[1:])
+
+
+def _gradients(inputs, end_BT, tile, interpret):
+    start_BT, q_BNTH, k_BKTH, *_ = inputs
+    batch, num_heads, length, size = q_BNTH.shape
+    num_keys, count = k_BKTH.shape[1], length // tile.queries
+    group = num_heads // num_keys
+
+    # The last axis of the grid runs fastest: heads that share a key head follow each other.
+    def head(b, h, g, _):
+        return b, h * group + g
+
+    row = pl.BlockSpec((None, count, 1, tile.queries), lambda b, h, g, _: (b, 0, 0, 0))
+    queries = pl.BlockSpec((None, None, length, size), lambda *at: (*head(*at), 0, 0))
+    keys = pl.BlockSpec((None, None, length, size), lambda b, h, g, _: (b, h, 0, 0))
+    sums = pl.BlockSpec((None, None, count, 1, tile.queries), lambda *at: (*head(*at), 0, 0, 0))
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKTH, k_BKTH)]
+    return pl.pallas_call(
+        partial(kernels.backward, tile=tile),
+        out_shape=like,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, num_keys, group),
+            in_specs=[row, queries, keys, keys, queries, sums, sums],
+            out_specs=[queries, keys, keys],
+            scratch_shapes=[pltpu.VMEM((length, size), jnp.float32)] * 3,
+        ),
+        name="attention_gradients",
+        **_options(q_BNTH, interpret),
+    )(_flat(key_block_bounds(end_BT, tile)), _in_blocks(start_BT, tile), *inputs[1:])
+
+
+def _in_blocks(x_T, tile):
+    """[..., T / Q, 1, Q]: a kernel reads a block of a row by its first index."""
+    return x_T.reshape(*x_T.shape[:-1], -1, 1, tile.queries)
+
+
+def _flat(bounds):
+    """Scalar memory fills up arrays of several dims."""
+    return bounds.reshape(-1)
+
+
+def _options(q_BNTH, interpret):
+    memory = max(VECTOR_MEMORY.values()) << 20  # a limit, not a claim
+    params = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=memory
+    )
+    return {"compiler_params": params, "interpret": interpret}

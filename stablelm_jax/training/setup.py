@@ -177,7 +177,7 @@ def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:
         return config.training.attention, "as the config says"
     sizes, dtype = config_lib.model_config(config), jnp.dtype(config.training.dtype)
     q, k = (
-        jax.ShapeDtypeStruct((1, 1, heads, sizes.head_size), dtype)
+        jax.ShapeDtypeStruct((1, config.data.sequence_length, heads, sizes.head_size), dtype)
         for heads in (sizes.num_heads, sizes.num_kv_heads)
     )
     return choose(device, q, k)

@@ -17,7 +17,7 @@ from attention_cases import (
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from stablelm_jax.kernels import attention, attention_gpu
+from stablelm_jax.kernels import attention, attention_gpu, documents
 from stablelm_jax.kernels.attention import reference
 from stablelm_jax.kernels.attention_gpu import Blocks, Tile, pallas_gpu
 from stablelm_jax.kernels.residuals import SAVED_NAMES
@@ -85,11 +85,11 @@ def test_a_document_is_the_same_bits_whatever_its_neighbours_hold():
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_just_the_tiles_with_a_visible_key_are_visited_and_full_ones_without_a_mask(tile, of_keys):
     segments = np.concatenate([rows_of_documents(192) for _ in range(10)])
-    start_BT, end_BT = attention_gpu.document_spans(jnp.asarray(segments))
+    start_BT, end_BT = documents.document_spans(jnp.asarray(segments))
     if of_keys:
-        bounds = attention_gpu.key_block_bounds(end_BT, tile)
+        bounds = documents.key_block_bounds(end_BT, tile)
     else:
-        bounds = attention_gpu.query_block_bounds(start_BT, tile)
+        bounds = documents.query_block_bounds(start_BT, tile)
     pairs = allowed(segments).reshape(40, 192 // tile.queries, tile.queries, -1, tile.keys)
     some, every = pairs.any((2, 4)), pairs.all((2, 4))
     if of_keys:

@@ -17,7 +17,7 @@ from stablelm_jax.kernels.check import WrongKernel, check_attention
 
 KERNELS = {
     "gpu": ("pallas_gpu", "cudnn", "tokamax"),
-    "tpu": ("pallas_tpu",),
+    "tpu": ("pallas_tpu", "splash"),
     "cpu": (),
 }[jax.default_backend()]
 
