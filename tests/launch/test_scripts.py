@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     *sorted((ROOT / "launch").glob("*.sh")),
+    *sorted((ROOT / "benchmarks").glob("*.sh")),
     ROOT / "launch" / "slurm.sbatch",
     ROOT / ".ci" / "run",
 ]

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# What only a GPU can show, most important first: half an hour on one H100 or H200.
+#
+#   bash benchmarks/on_gpu.sh OUT [NAME ...]      # NAME: of the steps below; all of them without
+#
+# Each step writes OUT/NAME.log and has its own time limit; one that fails leaves the others their
+# turn, and the call ends with 1. Needs jax with CUDA, flax, optax, rich, pytest, hypothesis, fsspec and,
+# for train_step, ml_collections; torch and transformers for the peer, tokamax for its kernels.
+# PYTHON names the interpreter.
+set -uo pipefail
+
+mkdir -p "${1:?OUT: a folder for the logs is missing}"
+out=$(cd "$1" && pwd)
+shift
+wanted=("$@")
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false COLUMNS=160
+config=configs/launch/stablelm_2_1_6b_h200_1x1.py
+failed=()
+
+step() { # name, minutes, command ...
+    local name=$1 minutes=$2 started=$SECONDS
+    shift 2
+    [[ ${#wanted[@]} -eq 0 || " ${wanted[*]} " == *" $name "* ]] || return 0
+    if timeout "${minutes}m" "$@" >"$out/$name.log" 2>&1; then
+        echo "$name: $((SECONDS - started)) s"
+    else
+        echo "$name: failed with $? after $((SECONDS - started)) s: see $out/$name.log"
+        failed+=("$name")
+    fi
+}
+
+step numerics 6 "$python" -m pytest -q -s -p no:cacheprovider -m by_hand tests/kernels/test_on_chip.py
+step attention 5 "$python" benchmarks/attention.py
+# fewer rows for a GPU of 80 GB: 8 of them need 72 GB, without rematerialisation 115
+step train_step 8 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
+    --also training.remat=none --also training.remat=attention --also training.unroll=4 \
+    --also training.attention=cudnn --also training.attention=chunked \
+    --also training.cross_entropy=saved
+step documents 2 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
+    --mean-document 1000 --peer none
+step cross_entropy 3 "$python" benchmarks/cross_entropy.py
+step tune 6 "$python" benchmarks/attention.py --tune --documents whole 512
+
+if [[ ${#failed[@]} -gt 0 ]]; then
+    echo "error: failed: ${failed[*]}" >&2
+    exit 1
+fi
