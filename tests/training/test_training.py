@@ -7,7 +7,9 @@ import pytest
 from tiny import SOURCES, losses, tiny_config, train, write_data
 
 from stablelm_jax.checkpoint.store import read_run
+from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.training.loop import run_training
+from stablelm_jax.training.setup import Run
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,18 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed(data, tmp
             train(tiny_config(data, **override), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 1234
+
+
+def test_a_kernel_that_is_wrong_here_ends_the_run_before_its_first_step(
+    data, tmp_path, monkeypatch
+):
+    def wrong(run):
+        raise WrongKernel("attention 'pallas_gpu' is wrong on this chip")
+
+    monkeypatch.setattr(Run, "check_attention", wrong)
+    with pytest.raises(ValueError, match="'pallas_gpu' is wrong"):
+        run_training(tiny_config(data), {}, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(data, tmp_path):
