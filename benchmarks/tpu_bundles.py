@@ -67,24 +67,25 @@ def _rows(target: str, head_size: int, heads: int):
     for block in (512, 1024):
         kernels = _bundles(target, f"splash {block}", head_size)
         tiles = _tiles(block)
-        for name, (count, busy) in kernels.items():
+        for name, (count, used) in kernels.items():
             time = milliseconds * count * sum(tiles)
-            yield _row(f"splash {block} {name}", block, count, 0, busy, time)
+            yield _row(f"splash {block} {name}", block, count, 0, used, time)
     own = {part: _bundles(target, part, head_size) for part in ("none", "whole", "masked")}
     for name in own["none"]:
         if name not in own["whole"]:  # did not fit
             continue
-        beside = own["none"][name][0]
-        times = beside * (8 if name == "forward" else 1)
+        beside, used_beside = own["none"][name]
+        times = beside * (LENGTH // 512 if name == "forward" else 1)
         for part, number in zip(("whole", "masked"), _tiles(512)):
-            count, busy = own[part][name][0] - beside, own[part][name][1]
-            times += number * count
+            count, used = own[part][name]
+            used = {unit: slots - used_beside[unit] for unit, slots in used.items()}
+            times += number * (count - beside)
             total = milliseconds * times if part == "masked" else None
-            yield _row(f"ours, {name}, {part} tiles", 512, count, beside, busy, total)
+            yield _row(f"ours, {name}, {part} tiles", 512, count - beside, beside, used, total)
 
 
-def _row(name, block, count, beside, busy, milliseconds):
-    shares = [f"{busy[unit]:.0%}" for unit in UNITS]
+def _row(name, block, count, beside, used, milliseconds):
+    shares = [f"{used[unit] / count:.0%}" for unit in UNITS]
     time = "" if milliseconds is None else f"{milliseconds:.2f}"
     return name, f"{count:,}", f"{1e3 * count / block**2:.2f}", f"{beside:,}", *shares, time
 
@@ -96,7 +97,8 @@ def _tiles(block: int) -> tuple[int, int]:
 
 
 def _bundles(target: str, what: str, head_size: int) -> dict[str, tuple[int, dict[str, float]]]:
-    """By kernel its bundles and each unit's share; libtpu reads its flags once, so a child asks."""
+    """By kernel its bundles, and in how many of them each unit is busy (part of its slots counts
+    as part of a bundle). libtpu reads its flags once, so a child asks."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         flags += " --xla_jf_dump_llo_pass_label_regex=final_hlo-static-per-bundle.*"
@@ -128,10 +130,8 @@ def _read(text: str) -> tuple[int, dict[str, float]]:
     units = [name.strip() for name in lines[1].split(",")]
     slots = [int(n) for n in lines[2].split()]
     bundles = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
-    busy = {
-        unit: sum(used) / (count * len(bundles))
-        for unit, count, used in zip(units, slots, zip(*bundles, strict=True))
-    }
+    columns = zip(*bundles, strict=True)
+    busy = {unit: sum(used) / count for unit, count, used in zip(units, slots, columns)}
     return len(bundles), busy
 
 

@@ -60,7 +60,7 @@ def plan(
 
 def plan_all() -> int:
     """Compiles every config of configs/launch; a table; 1 if one does not compile or fit."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     table = _table("launch configs, each compiled by its target's own compiler", "config")
     columns = (
         "target",
