@@ -1,6 +1,9 @@
-"""What several benchmarks feed in: rows of random documents."""
+"""What several benchmarks are fed: rows of random documents, changes to a config."""
 
 from __future__ import annotations
+
+import ast
+from typing import Any
 
 import numpy as np
 
@@ -22,3 +25,15 @@ def positions_of(segments_BT: np.ndarray) -> np.ndarray:
     index_T = np.arange(segments_BT.shape[1], dtype=np.int32)
     begins_BT = np.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
     return index_T - np.maximum.accumulate(np.where(begins_BT, index_T, 0), axis=1)
+
+
+def fields(text: str) -> dict[str, Any]:
+    """'a.b=1,c.d=dots' as {"a.b": 1, "c.d": "dots"}."""
+    found = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found

@@ -21,7 +21,6 @@ is timed. `--profile FOLDER` writes a trace of ours. AdamW with clipping everywh
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import multiprocessing
@@ -36,7 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from inputs import positions_of, random_segments
+from inputs import fields, positions_of, random_segments
 from rich.console import Console
 from rich.table import Table
 
@@ -165,7 +164,7 @@ def _race(case: Case, arguments: argparse.Namespace) -> dict[str, list[float]]:
 def _one_by_one(arguments: argparse.Namespace) -> Table:
     contestants = {"ours": _case(arguments, {})}
     for text in arguments.also:
-        contestants[f"ours, {text}"] = _case(arguments, _fields(text))
+        contestants[f"ours, {text}"] = _case(arguments, fields(text))
     case = contestants["ours"]
     if arguments.peer != "none":
         contestants[arguments.peer] = case
@@ -267,18 +266,6 @@ def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
         },
         mean_document=arguments.mean_document,
     )
-
-
-def _fields(text: str) -> dict[str, Any]:
-    """'a.b=1,c.d=dots' as {"a.b": 1, "c.d": "dots"}."""
-    fields = {}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        try:
-            fields[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields[key] = value
-    return fields
 
 
 def _check_same(first_losses: Mapping[str, float], dtype: str) -> None:

@@ -23,6 +23,7 @@ QUERIES = 128
 GROUPS = 8
 
 
+@jax.named_scope("attention_kernel")
 def attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 ROWS = 4096
 
 
+@jax.named_scope("head")
 def cross_entropy(
     x_BTD: jax.Array,
     kernel_DV: jax.Array,

@@ -30,6 +30,7 @@ class Attention(nnx.Module):
             self.key_norm = LayerNorm(make, f"{name}/key_norm", config.norm_epsilon)
         self.qk_norm = config.qk_norm
 
+    @jax.named_scope("attention")
     def __call__(
         self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend
     ) -> jax.Array:

@@ -42,6 +42,7 @@ class LayerNorm(nnx.Module):
         self.bias = make(f"{name}/bias")
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         x_f32 = x.astype(jnp.float32)
         centred = x_f32 - jnp.mean(x_f32, -1, keepdims=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("rotary")
 def rotary_angles(positions_BT: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angles, float32 [B, T, size / 2].
 
@@ -19,6 +20,7 @@ def rotary_angles(positions_BT: jax.Array, size: int, theta: float) -> tuple[jax
     return jnp.cos(angles_BTR), jnp.sin(angles_BTR)
 
 
+@jax.named_scope("rotary")
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
     """Turns dims (j, j + R) for j < R (the half-split form of GPT-NeoX); the rest pass unchanged.
 

@@ -49,6 +49,7 @@ class Mlp(nnx.Module):
         self.up = Projection(make, "layers/mlp/up")
         self.down = Projection(make, "layers/mlp/down")
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
@@ -80,6 +81,7 @@ class Embedding(nnx.Module):
     def __init__(self, make: Make):
         self.embedding = make("embed/embedding")
 
+    @jax.named_scope("embed")
     def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return self.embedding[...][tokens_BT].astype(dtype)
 

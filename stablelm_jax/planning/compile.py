@@ -29,6 +29,7 @@ class CompiledStep:
       seconds: tracing and compiling. argument_bytes: weights, moments and batch, which the results
         take the place of. temporary_bytes: everything else at its height.
       peak_bytes: of both, as the compiler counts it; available_bytes: of the target.
+      text: the compiled program.
     """
 
     target: Target
@@ -40,6 +41,7 @@ class CompiledStep:
     temporary_bytes: int
     peak_bytes: int
     collectives: list[Collective]
+    text: str = dataclasses.field(default="", repr=False)
 
     @property
     def available_bytes(self) -> int:
@@ -68,7 +70,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(f"{target}: {str(error).splitlines()[0][:300]}") from error
         raise
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     step = CompiledStep(
         target=target,
         mesh=sizes,
@@ -78,7 +80,8 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
-        collectives=collectives(compiled.as_text(), sizes),
+        collectives=collectives(text, sizes),
+        text=text,
     )
     # The compiler of GPUs lets a program pass that cannot run.
     if step.peak_bytes > step.available_bytes:

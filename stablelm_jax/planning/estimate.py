@@ -105,21 +105,39 @@ def _other_bytes(layout: Layout) -> float:
     """Memory traffic of one device in one step beside the matrix products."""
     held = layout.master_parameters if layout.fsdp else layout.parameters
     accumulate = _ACCUMULATE_BYTES * held if layout.accumulation > 1 else 0
-    logits = _LOGIT_BYTES * layout.tokens * layout.sizes.vocab_size / layout.model
-    microbatch = _elementwise_bytes(layout) + logits + accumulate
-    return layout.accumulation * microbatch + _UPDATE_BYTES * layout.master_parameters
+    microbatch = _elementwise_bytes(layout) + logit_bytes(layout) + accumulate
+    return layout.accumulation * microbatch + update_bytes(layout)
+
+
+def logit_bytes(layout: Layout) -> float:
+    """Traffic of a microbatch's logits and their gradient."""
+    return _LOGIT_BYTES * layout.tokens * layout.sizes.vocab_size / layout.model
+
+
+def update_bytes(layout: Layout) -> float:
+    """Traffic of a step's update: clipping, AdamW and the copy in the compute type."""
+    return _UPDATE_BYTES * layout.master_parameters
 
 
 def _elementwise_bytes(layout: Layout) -> float:
+    forward, backward = (sum(part) for part in zip(*elementwise_bytes(layout).values()))
+    return forward + backward + (0 if layout.remat == "none" else forward)
+
+
+def elementwise_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
+    """{part: (forward, backward)}: the layers' traffic of a microbatch beside the products."""
     sizes = layout.sizes
     width = sizes.width * layout.tokens * layout.dtype_bytes
     feed_forward = sizes.feed_forward_width * layout.tokens * layout.dtype_bytes
-    forward, backward = (
-        _NORMS[i] * width + (_ROTARY[i] * width + _SWIGLU[i] * feed_forward) / layout.model
-        for i in (0, 1)
-    )
-    again = 0 if layout.remat == "none" else forward
-    return sizes.num_layers * (forward + backward + again)
+
+    def all_layers(passes, size):
+        return tuple(sizes.num_layers * number * size for number in passes)
+
+    return {
+        "norms, residual": all_layers(_NORMS, width),
+        "rotary": all_layers(_ROTARY, width / layout.model),
+        "SwiGLU": all_layers(_SWIGLU, feed_forward / layout.model),
+    }
 
 
 def link_bandwidth(target: Target, layout: Layout, axis: str) -> float:

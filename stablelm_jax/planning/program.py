@@ -1,6 +1,6 @@
 """Reading a compiled program: which collectives run, how often, over which mesh axis.
 
-The text of an optimised program is a list of computations. A collective inside the body of a loop
+The text of an optimised program is a list of computations. An instruction inside the body of a loop
 runs as often as the loop turns, so computations are walked from the entry with their counts.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -18,7 +18,7 @@ KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "u4": 4, "s4": 4}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -58,9 +58,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
       text: `compiled.as_text()`.
       mesh: sizes of the mesh axes by name, outermost first.
     """
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     total: dict[tuple[str, str, str, int], list[int]] = {}
-    for instruction, times in _walk(computations, entry, 1):
+    for _, instruction, times in walk(computations, entry, lambda i: i.kind is not None):
         kind = instruction.kind
         axis, devices = _axis(instruction.rest, mesh)
         if devices == 1 and kind != "collective-permute":
@@ -78,7 +78,10 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line: `name = type op(operands), attributes`; `rest` is what follows the bracket."""
+
+    root: bool
     name: str
     type: str
     op: str
@@ -90,9 +93,27 @@ class _Instruction:
         kind = self.op.removesuffix("-start")
         return kind if kind in KINDS else None
 
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it takes."""
+        inside = re.sub(r"/\*.*?\*/", "", re.split(r"\)(?:, |$)", self.rest)[0])
+        return [part.split()[-1].lstrip("%") for part in inside.split(", ") if part]
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    found: dict[str, list[_Instruction]] = {}
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that run inside it, but for a loop's condition."""
+        pattern = r"\b(?:body|calls|to_apply|async_execution_thread_body)=%?([\w.\-]+)"
+        one = re.findall(pattern, self.rest)
+        many = re.findall(r"\bbranch_computations=\{([^}]*)\}", self.rest)
+        return one + [name.strip().lstrip("%") for group in many for name in group.split(",")]
+
+
+Computations = dict[str, list[Instruction]]
+
+
+def computations_of(text: str) -> tuple[Computations, str]:
+    """The instructions of each computation of a program, and the name of the entry."""
+    found: Computations = {}
     entry, current = "", None
     for line in text.splitlines():
         if opening := _COMPUTATION.match(line):
@@ -101,23 +122,40 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif line.startswith("}"):
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.append(_Instruction(*match.groups()))
+            current.append(Instruction(match[1] is not None, *match.groups()[1:]))
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return found, entry
 
 
-def _walk(computations, name: str, times: int) -> Iterator[tuple[_Instruction, int]]:
-    """Every collective reached from a computation, with how often it runs."""
+def walk(
+    computations: Computations,
+    name: str,
+    wanted: Callable[[Instruction], bool],
+    times: int = 1,
+) -> Iterator[tuple[str, Instruction, int]]:
+    """Every wanted instruction reached from a computation: where it stands, and how often it runs.
+
+    What a wanted instruction calls is not looked into.
+    """
     for instruction in computations.get(name, ()):
-        if instruction.kind:
-            yield instruction, times
+        if wanted(instruction):
+            yield name, instruction, times
             continue
-        inner = times
-        if instruction.op == "while":
-            inner *= _turns(instruction.rest, computations)
-        for called in _called(instruction.rest):
-            yield from _walk(computations, called, inner)
+        turns = _turns(instruction.rest, computations) if instruction.op == "while" else 1
+        for called in instruction.called:
+            yield from walk(computations, called, wanted, times * turns)
+
+
+def array_bytes(type_text: str) -> list[tuple[str, int]]:
+    """(dtype, bytes) of each array of a type, as in `(f32[8], s32[])`."""
+    return [(dtype, _bytes(dtype, dims)) for dtype, dims in _SHAPE.findall(type_text)]
+
+
+def dims_of(type_text: str) -> list[int]:
+    """Dims of the first array of a type."""
+    dims = _SHAPE.search(type_text)[2]
+    return [int(n) for n in dims.split(",")] if dims else []
 
 
 def _turns(rest: str, computations) -> int:
@@ -134,15 +172,9 @@ def _turns(rest: str, computations) -> int:
     return 1
 
 
-def _called(rest: str) -> list[str]:
-    one = re.findall(r"\b(?:body|calls|to_apply|async_execution_thread_body)=%?([\w.\-]+)", rest)
-    many = re.findall(r"\bbranch_computations=\{([^}]*)\}", rest)
-    return one + [name.strip().lstrip("%") for group in many for name in group.split(",")]
-
-
-def _payload(instruction: _Instruction) -> dict[str, int]:
+def _payload(instruction: Instruction) -> dict[str, int]:
     """Bytes of the whole array by type: the larger of what goes in and what comes out."""
-    shapes = [(dtype, _bytes(dtype, dims)) for dtype, dims in _SHAPE.findall(instruction.type)]
+    shapes = array_bytes(instruction.type)
     paired = instruction.op.endswith("-start") and instruction.kind != "all-reduce"
     if paired:  # (inputs, outputs), and for a permute two words of context
         shapes = [s for s in shapes if s != ("u32", 4)] or shapes
