@@ -170,7 +170,10 @@ def hidden_states(
         return block(x_BTD, rotary, attend), None
 
     if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        # Unrolled to the end there is no loop between the first time and the second, and compilers
+        # would keep the first results instead of computing them again.
+        prevent_cse = unroll >= config.num_layers
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
     x_BTD = part("embed", params["embed"])(tokens_BT, dtype)
     x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=unroll)[0]
     return part("final_norm", params["final_norm"])(x_BTD)

@@ -119,6 +119,21 @@ def test_each_kind_of_remat_computes_again_what_it_says():
     assert scores / 2 < counted["full"] - counted["attention"] < scores
 
 
+@pytest.mark.parametrize(("unroll", "kept_apart"), [(1, False), (2, False), (3, True)])
+def test_without_a_loop_what_is_computed_again_is_kept_apart_from_the_first_time(
+    unroll, kept_apart
+):
+    """Else the compiler of GPUs merges the two: remat 'full' needed as much memory as 'dots'."""
+    shapes = jax.eval_shape(lambda: init_params(SMALL, jax.random.key(0)))
+    ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+
+    def total(params, *inputs):
+        return hidden_states(SMALL, params, *inputs, remat="full", unroll=unroll).sum()
+
+    text = jax.jit(jax.grad(total)).lower(shapes, ids, ids, ids).as_text()
+    assert ("optimization_barrier" in text) == kept_apart
+
+
 def test_bfloat16_stays_close_to_float32():
     params, place = random_params(SMALL), packed((24,))
     tokens = np.random.default_rng().integers(0, 320, (1, 24), np.int32)
