@@ -20,8 +20,14 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(
     "override",
     [
-        {"parallel.data": 2, "parallel.model": 4, "parallel.zero1": False},
-        {"parallel.data": 2, "parallel.model": 4, "training.accumulation": 4},
+        pytest.param(
+            {"parallel.data": 2, "parallel.model": 4, "parallel.zero1": False},
+            marks=pytest.mark.by_hand,
+        ),
+        pytest.param(
+            {"parallel.data": 2, "parallel.model": 4, "training.accumulation": 4},
+            marks=pytest.mark.by_hand,
+        ),
         {"parallel.data": 4, "parallel.model": 2, "parallel.fsdp": True, "training.remat": "full"},
         {"parallel.replica": 2, "parallel.model": 2, "training.remat": "attention"},
     ],
