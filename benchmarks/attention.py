@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from inputs import random_segments
+from inputs import typical_segments
 from rich.console import Console
 from rich.table import Table
 
@@ -90,7 +90,7 @@ def make_inputs(arguments: argparse.Namespace, mean: float | None) -> tuple[jax.
     heads = (arguments.heads, arguments.kv_heads, arguments.kv_heads, arguments.heads)
     shapes = [(rows, length, n, size) for n in heads]
     arrays = [jnp.asarray(rng.normal(size=shape), arguments.dtype) for shape in shapes]
-    return *arrays, jnp.asarray(random_segments(rows, length, mean))
+    return *arrays, jnp.asarray(typical_segments(rows, length, mean))
 
 
 def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Attention, bool]]:
@@ -150,15 +150,18 @@ def compare(console: Console, arguments: argparse.Namespace) -> Table:
         inputs = make_inputs(arguments, mean)
         area = unmasked_area(inputs[4])
         in_float32 = [x.astype(jnp.float32) for x in inputs[:4]]
-        expected = jax.jit(partial(gradients, attention.chunked))(*in_float32, inputs[4])
+        with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32
+            expected = jax.jit(partial(gradients, attention.chunked))(*in_float32, inputs[4])
         flops = arguments.rows * arguments.heads * arguments.head_size * arguments.length**2
         first = ["whole rows" if mean is None else f"mean {mean:g}", f"{area:.3f}"]
         for name, (implementation, keeps_documents) in contestants(arguments).items():
             if mean is not None and not keeps_documents:
                 continue
             try:
-                found = jax.jit(partial(gradients, implementation))(*inputs)
-                forward, both = times(implementation, inputs, arguments.repeats)
+                program = jax.jit(partial(gradients, implementation))
+                found = program(*inputs)
+                forward = time_of(implementation, inputs, arguments.repeats, backward=False)
+                both = least(program, inputs, arguments.repeats)
             except Exception as error:  # of any library: the others are to be seen
                 reason = (str(error).splitlines() or [""])[0]
                 console.print(f"{name} cannot run: {type(error).__name__}: {reason}", style="dim")
@@ -184,7 +187,7 @@ def tune(console: Console, inputs, repeats: int) -> Blocks:
             blocks = dataclasses.replace(best, **{field: tile})
             run = partial(attention_gpu.pallas_gpu, blocks=blocks)
             try:
-                seconds[tile] = times(run, inputs, repeats, only=1 if backward else 0)
+                seconds[tile] = time_of(run, inputs, repeats, backward)
                 console.print(f"{field:8} {tile} {1e3 * seconds[tile]:.3f} ms")
             except RuntimeError as error:  # more shared memory than the chip has
                 console.print(f"{field:8} {tile} {str(error).splitlines()[0][:80]}")
@@ -204,16 +207,11 @@ def gradients(implementation, q, k, v, do, segment_ids):
     return out, *backward(do)
 
 
-def times(implementation, inputs, repeats: int, only: int | None = None):
-    """Seconds of the forward pass, and of forward and backward; or `only` one of the two."""
-    q, k, v, _, segment_ids = inputs
-    programs = (
-        (jax.jit(implementation), (q, k, v, segment_ids)),
-        (jax.jit(partial(gradients, implementation)), inputs),
-    )
-    if only is not None:
-        return least(*programs[only], repeats)
-    return tuple(least(*program, repeats) for program in programs)
+def time_of(implementation, inputs, repeats: int, backward: bool) -> float:
+    """Seconds of the forward pass, or of forward and backward."""
+    if backward:
+        return least(jax.jit(partial(gradients, implementation)), inputs, repeats)
+    return least(jax.jit(implementation), (*inputs[:3], inputs[4]), repeats)
 
 
 def least(function: Callable[..., Any], inputs, repeats: int) -> float:

@@ -4,8 +4,8 @@
 #   bash benchmarks/on_gpu.sh OUT [NAME ...]      # NAME: of the steps below; all of them without
 #
 # Each step writes OUT/NAME.log and has its own time limit; one that fails leaves the others their
-# turn, and the call ends with 1. Needs jax with CUDA, flax, optax, rich, pytest, hypothesis, fsspec and,
-# for train_step, ml_collections; torch and transformers for the peer, tokamax for its kernels.
+# turn, and the call ends with 1. Needs jax with CUDA, flax, optax, rich, pytest 9, hypothesis, fsspec
+# and, for train_step, ml_collections; torch and transformers for the peer, tokamax for its kernels.
 # PYTHON names the interpreter.
 set -uo pipefail
 
@@ -15,7 +15,11 @@ shift
 wanted=("$@")
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false COLUMNS=160
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 COLUMNS=160
+# As training starts (launch/settings.sh), but that memory is taken as it is needed: the peer's turn
+# comes in another process. The tests' shortened compilation would be another program.
+export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.94
+export JAX_DISABLE_MOST_OPTIMIZATIONS=0
 config=configs/launch/stablelm_2_1_6b_h200_1x1.py
 failed=()
 
@@ -34,14 +38,15 @@ step() { # name, minutes, command ...
 step numerics 6 "$python" -m pytest -q -s -p no:cacheprovider -m by_hand tests/kernels/test_on_chip.py
 step attention 5 "$python" benchmarks/attention.py
 # fewer rows for a GPU of 80 GB: 8 of them need 66 GB, with all layers unrolled and no remat 79
-step train_step 8 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
+step train_step 9 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
     --also training.unroll=24 --also training.unroll=24,training.remat=none \
     --also training.remat=attention --also training.cross_entropy=saved \
     --also training.attention=cudnn --also training.attention=chunked
 step documents 2 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
     --mean-document 1000 --peer none
 step cross_entropy 3 "$python" benchmarks/cross_entropy.py
-step tune 6 "$python" benchmarks/attention.py --tune --documents whole 512
+step tune 4 "$python" benchmarks/attention.py --tune --documents 512
+step tune_whole_rows 4 "$python" benchmarks/attention.py --tune --documents whole
 
 if [[ ${#failed[@]} -gt 0 ]]; then
     echo "error: failed: ${failed[*]}" >&2

@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 from collections.abc import Iterable
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the compilers need no device
-
+import jax
 from inputs import fields
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -77,6 +75,7 @@ class Rates:
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; the compilers need no device
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--target", help="a GPU, as in h200:1x1; as config.parallel.target")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stablelm_jax.model.config import ModelConfig
 
@@ -19,7 +20,8 @@ def make_step(
 
     On a CPU: eager and float32, as ours is there. On a GPU: float32 weights, bfloat16 autocast,
     torch.compile and fused AdamW. Attention is FlashAttention where `flash_attn` is installed, else
-    PyTorch's own choice. It knows no documents: each row is one.
+    PyTorch's own choice, told that it is causal. It knows no documents: each row is one. Where that
+    needs more memory than there is, layers are checkpointed from then on, and a line says so.
 
     Raises:
       ValueError: for a model with norms of heads or a parallel residual, the 12B's, whose weights
@@ -49,13 +51,24 @@ def make_step(
     if on_gpu:
         loss_of = torch.compile(loss_of)
 
+    def backward(tokens, targets):
+        loss = loss_of(tokens, targets)
+        loss.backward()
+        return loss
+
     def step(batch):
         tokens, targets = (
             torch.tensor(batch[name], dtype=torch.long, device=device)
             for name in ("tokens", "targets")
         )
-        loss = loss_of(tokens, targets)
-        loss.backward()
+        try:
+            loss = backward(tokens, targets)
+        except torch.OutOfMemoryError:
+            print("transformers: out of memory; from here on with gradient checkpointing")
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            network.gradient_checkpointing_enable()
+            loss = backward(tokens, targets)
         torch.nn.utils.clip_grad_norm_(network.parameters(), adamw["clip_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -70,6 +83,9 @@ def peak_bytes() -> int | None:
 
 def _config(model: ModelConfig) -> transformers.StableLmConfig:
     flash = torch.cuda.is_available() and transformers.utils.is_flash_attn_2_available()
+    # Under torch.compile `sdpa` is handed a mask of T x T, which shuts out the fast kernels; under
+    # a name without a function for masks it is told is_causal.
+    transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     return transformers.StableLmConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.width,
@@ -79,10 +95,14 @@ def _config(model: ModelConfig) -> transformers.StableLmConfig:
         num_key_value_heads=model.num_kv_heads,
         layer_norm_eps=model.norm_epsilon,
         use_qkv_bias=model.qkv_bias,
-        partial_rotary_factor=model.rotary_fraction,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": model.rotary_theta,
+            "partial_rotary_factor": model.rotary_fraction,
+        },
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="flash_attention_2" if flash else "sdpa",
+        attn_implementation="flash_attention_2" if flash else "sdpa_causal",
     )
 
 

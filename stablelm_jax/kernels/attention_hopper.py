@@ -26,7 +26,8 @@ def cudnn(
     """cuDNN's fused attention with documents packed in rows; bfloat16 or float16, Hopper or newer.
 
     A batch in which a row has more than MOST_DOCUMENTS takes `attention_gpu.pallas_gpu` instead,
-    decided on the device.
+    decided on the device. Nothing of it is saved by name: every remat but 'none' runs the forward
+    kernel twice.
 
     Raises:
       NotImplementedError: by jax, for a head size, dtype or chip that cuDNN cannot do.
@@ -38,6 +39,9 @@ def cudnn(
     def fused(q_BTNH, k_BTKH, v_BTKH):
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
+        # jax 0.10 counts the offsets of keys in heads of queries: with fewer of them it is wrong.
+        group = q_BTNH.shape[2] // k_BTKH.shape[2]
+        k_BTKH, v_BTKH = (jnp.repeat(x, group, axis=2) for x in (k_BTKH, v_BTKH))
         return dot_product_attention(
             q_BTNH,
             k_BTKH,

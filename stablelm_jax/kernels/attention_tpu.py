@@ -10,6 +10,7 @@ each key head, H head size; of one tile, Q queries and S keys.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -61,7 +62,7 @@ def pallas_tpu(
     whole = -(-length // LANES) * LANES
     tile = Tile(min(tile.queries, whole), min(tile.keys, whole))
     # Padding is the row's last document, which no token before it can see.
-    padding = (0, -length % max(tile.queries, tile.keys))
+    padding = (0, -length % math.lcm(tile.queries, tile.keys))
     start_BT, end_BT = document_spans(segment_ids_BT)
     start_BT = jnp.pad(start_BT, ((0, 0), padding), constant_values=length)
     end_BT = jnp.pad(end_BT, ((0, 0), padding), constant_values=length + padding[1])
@@ -78,8 +79,11 @@ def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
     memory = next((m for name, m in VECTOR_MEMORY.items() if name in device_kind), None)
     if memory is None:
         return f"{device_kind} has too little vector memory, or nobody has said how much"
-    length, size, lanes = q_BTNH.shape[1], q_BTNH.shape[3], LANES
-    values = length * -(-size // lanes) * lanes
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"no matrix product for {q_BTNH.dtype}: use bfloat16 or float32"
+    length, size = q_BTNH.shape[1], q_BTNH.shape[3]
+    padded = -(-length // TILE.queries) * TILE.queries
+    values = padded * -(-size // LANES) * LANES
     # Seven arrays that come and go, two of each at a time, three float32 sums, a tile's scores.
     needed = values * (14 * q_BTNH.dtype.itemsize + 12) + 24 * TILE.queries * TILE.keys
     if needed > memory << 20:

@@ -81,11 +81,11 @@ def _claimed(folder: RunFolder) -> Iterator[None]:
 
 
 def _checked_attention(run: Run) -> str:
-    """Which attention runs; an error on every host where it is wrong on one."""
+    """Which attention runs; an error on every host where it is wrong, or fails, on one."""
     text, error = "", None
     try:
         text = run.check_attention()
-    except WrongKernel as caught:
+    except Exception as caught:  # whatever it is, the others would wait for this host
         error = caught
     if distributed.anywhere(error is not None):
         raise error or WrongKernel("attention is wrong on another host; see its output")

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import random_inputs, rows_of_documents
+from attention_cases import in_float64, random_inputs, rows_of_documents, with_gradients
 
 from stablelm_jax.kernels import attention_gpu, attention_hopper
-from stablelm_jax.kernels.attention import reference
 
 
 def test_documents_are_packed_as_cudnn_wants_them():
@@ -41,10 +40,11 @@ def test_a_row_of_too_many_documents_goes_to_our_kernel(monkeypatch):
     monkeypatch.setattr(
         attention_gpu, "pallas_gpu", lambda *x: ours(*x, blocks=blocks, interpret=True)
     )
-    q, k, v, _, segments = random_inputs(2, 2, 16, 48)
+    q, k, v, do, segments = random_inputs(4, 2, 16, 48)
     monkeypatch.setattr(attention_hopper, "MOST_DOCUMENTS", 47)
-    found = jax.jit(attention_hopper.cudnn)(q, k, v, segments)
-    np.testing.assert_allclose(found, reference(q, k, v, segments), atol=1e-5)
+    found = with_gradients(attention_hopper.cudnn, q, k, v, do, segments)
+    for array, expected in zip(found, in_float64(q, k, v, do, segments)):
+        np.testing.assert_allclose(array, expected, atol=1e-5)
     monkeypatch.setattr(attention_hopper, "MOST_DOCUMENTS", 48)
     assert not jax.jit(lambda *x: attention_hopper.cudnn(*x))(q, k, v, segments).any()
 

@@ -28,6 +28,7 @@ NAMES = ("o", "dq", "dk", "dv")
         (2, 2, 64, 300, EQUAL),  # the last block is part of a block
         (2, 1, 80, 384, WIDE),
         (4, 1, 160, 256, TALL),
+        (1, 1, 64, 500, Tile(384, 256)),  # neither divides the other
         (1, 1, 128, 5, EQUAL),  # less than a block
         pytest.param(8, 2, 160, 1000, EQUAL, marks=pytest.mark.by_hand),
         pytest.param(4, 4, 64, 1100, attention_tpu.TILE, marks=pytest.mark.by_hand),

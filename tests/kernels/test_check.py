@@ -10,12 +10,12 @@ from stablelm_jax.kernels.check import LENGTH, LIMIT, WrongKernel, check_attenti
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_implementation_that_is_right_passes(dtype):
-    assert 0 < check_attention("chunked", 4, 2, 16, dtype) < 2 < LIMIT
+    assert 0 < check_attention("chunked", 4, 2, 16, dtype) < 3 < LIMIT
 
 
 def one_wrong_tile(q, k, v, segments):
-    """Right but for 16 queries of one head."""
-    return attention.chunked(q, k, v, segments).at[0, 512:528, 1].multiply(0.5)
+    """Right but for 64 queries of one head, by a tenth."""
+    return attention.chunked(q, k, v, segments).at[0, -64:, 1].multiply(0.9)
 
 
 def later_tokens_seen(q, k, v, segments):
