@@ -212,8 +212,8 @@ def test_the_table_is_chosen_by_the_name_of_the_chip(kind, generation):
 def compiled(target, heads, kv_heads, size, length):
     """Forward and backward for that GPU, two rows in bfloat16."""
     targets = pytest.importorskip("stablelm_jax.planning.targets")
-    device = targets.parse_target(target).devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    mesh = jax.sharding.Mesh(targets.parse_target(target).devices()[:1], "data")
+    sharding = jax.sharding.NamedSharding(mesh, P())
 
     def struct(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -221,6 +221,8 @@ def compiled(target, heads, kv_heads, size, length):
     generation = "sm80" if target.startswith("a100") else "sm90"
     attend = partial(pallas_gpu, blocks=attention_gpu.blocks_for(size, generation=generation))
 
+    # jax 0.12 asks the mesh which GPU it compiles for.
+    @partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     def run(q, k, v, do, segments):
         out, backward = jax.vjp(lambda *qkv: attend(*qkv, segments), q, k, v)
         return out, *backward(do)
