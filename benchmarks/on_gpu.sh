@@ -20,7 +20,7 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 COLUMNS=160
 # comes in another process. The tests' shortened compilation would be another program.
 export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.94
 export JAX_DISABLE_MOST_OPTIMIZATIONS=0
-config=configs/launch/stablelm_2_1_6b_h200_1x1.py
+config=configs/stablelm_2_1_6b_h200.py
 failed=()
 
 step() { # name, minutes, command ...

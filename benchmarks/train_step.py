@@ -1,7 +1,7 @@
 """Time of a whole training step, ours beside a peer's, same model, same batch, same machine.
 
     python benchmarks/train_step.py --peer transformers
-    python benchmarks/train_step.py --config configs/launch/stablelm_2_1_6b_h200_1x1.py
+    python benchmarks/train_step.py --config configs/stablelm_2_1_6b_h200.py
     python benchmarks/train_step.py --config F --rows 4 --peer none \
         --also training.remat=none --also training.remat=dots,training.unroll=24
 
