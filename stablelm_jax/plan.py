@@ -57,7 +57,7 @@ def _plan(argv: Sequence[str]) -> int:
         name = given.target or config.parallel.target
         target = parse_target(name) if name else None
         if given.sweep:
-            return sweep(config, _needed(target))
+            return _left(sweep(config, _needed(target)))
         report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
     except TargetError as error:
         raise config_lib.ConfigError(str(error)) from error
@@ -67,6 +67,15 @@ def _plan(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _left(code: int) -> int:
+    """After Ctrl-C the compiler still works in its thread: Python ending around it may crash."""
+    if code == 130:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _check_sweep() -> None:
