@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stablelm_jax.model.config import ModelConfig
+
+INPUTS = ("tokens", "targets")
 
 
 def make_step(
@@ -31,17 +34,8 @@ def make_step(
         raise ValueError("the peer takes models as the 1.6B and the 3B are: use --peer none")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    network = transformers.StableLmForCausalLM(_config(model)).to(device)
-    weights = {name: torch.tensor(value) for name, value in _renamed(model, params)}
-    network.load_state_dict(weights)
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=learning_rate,
-        betas=(adamw["b1"], adamw["b2"]),
-        eps=adamw["epsilon"],
-        weight_decay=adamw["weight_decay"],
-        fused=on_gpu,
-    )
+    network = _network(model, params).to(device)
+    optimizer = _optimizer(network, adamw, learning_rate, fused=on_gpu)
 
     def loss_of(tokens, targets):
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
@@ -51,24 +45,23 @@ def make_step(
     if on_gpu:
         loss_of = torch.compile(loss_of)
 
-    def backward(tokens, targets):
-        loss = loss_of(tokens, targets)
+    def backward(batch):
+        loss = loss_of(
+            *(torch.tensor(batch[name], dtype=torch.long, device=device) for name in INPUTS)
+        )
         loss.backward()
         return loss
 
     def step(batch):
-        tokens, targets = (
-            torch.tensor(batch[name], dtype=torch.long, device=device)
-            for name in ("tokens", "targets")
-        )
-        try:
-            loss = backward(tokens, targets)
-        except torch.OutOfMemoryError:
+        loss = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            loss = backward(batch)
+        if loss is None:  # only here is what the failed attempt held free again
             print("transformers: out of memory; from here on with gradient checkpointing")
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             network.gradient_checkpointing_enable()
-            loss = backward(tokens, targets)
+            loss = backward(batch)
         torch.nn.utils.clip_grad_norm_(network.parameters(), adamw["clip_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -79,6 +72,23 @@ def make_step(
 
 def peak_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def _network(model: ModelConfig, params: Mapping[str, Any]) -> transformers.StableLmForCausalLM:
+    network = transformers.StableLmForCausalLM(_config(model))
+    network.load_state_dict({name: torch.tensor(x) for name, x in _renamed(model, params)})
+    return network
+
+
+def _optimizer(network, adamw: Mapping[str, float], learning_rate: float, fused: bool):
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=learning_rate,
+        betas=(adamw["b1"], adamw["b2"]),
+        eps=adamw["epsilon"],
+        weight_decay=adamw["weight_decay"],
+        fused=fused,
+    )
 
 
 def _config(model: ModelConfig) -> transformers.StableLmConfig:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -42,7 +42,7 @@ def _plan(argv: Sequence[str]) -> int:
     if flags.FLAGS.sweep:  # XLA's warnings of too much memory; each result says it once
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
-    from stablelm_jax.planning.sweep import sweep
+    from stablelm_jax.planning.sweep import INTERRUPTED, sweep
     from stablelm_jax.planning.targets import TargetError, parse_target
 
     given = flags.FLAGS
@@ -57,7 +57,10 @@ def _plan(argv: Sequence[str]) -> int:
         name = given.target or config.parallel.target
         target = parse_target(name) if name else None
         if given.sweep:
-            return _left(sweep(config, _needed(target)))
+            code = sweep(config, _needed(target))
+            if code == INTERRUPTED:
+                _leave_at_once(code)
+            return code
         report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
     except TargetError as error:
         raise config_lib.ConfigError(str(error)) from error
@@ -69,13 +72,11 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
-def _left(code: int) -> int:
-    """After Ctrl-C the compiler still works in its thread: Python ending around it may crash."""
-    if code == 130:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+def _leave_at_once(code: int) -> NoReturn:
+    """The compiler still works in its thread: Python taken down around it may crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _check_sweep() -> None:

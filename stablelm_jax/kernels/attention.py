@@ -34,7 +34,9 @@ def attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over earlier tokens of the same segment id, in the dtype of q.
 
-    Query head n reads key head n // G. Scores and softmax are float32.
+    Query head n reads key head n // G. Scores and softmax are float32. Equal ids of a row stand
+    next to each other: where one comes again, `reference` and `chunked` see one document, our
+    kernels two.
 
     Args:
       implementation: name in IMPLEMENTATIONS, or `auto`: that of `choose` for the device that the

@@ -68,12 +68,7 @@ def make_gradient_function(
             return mean, source_sums(nll_BT, rows, num_sources)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
-
-        # FSDP has reduced its split gradients already, where it fetched what they belong to.
-        def reduced(g, spec):
-            return g if fsdp and spec.split else _reduce(g, spec, reduce_dtype)
-
-        return jax.tree.map(reduced, gradients, specs), sum_over(sums)
+        return _reduce_all(gradients, specs, fsdp, reduce_dtype), sum_over(sums)
 
     return jax.shard_map(
         local_gradient,
@@ -137,6 +132,15 @@ class _Spec:
         return jax.shard_map(
             function, in_specs=along, out_specs=along, axis_names={"model"}, check_vma=False
         )
+
+
+def _reduce_all(gradients: Any, specs: Any, fsdp: bool, dtype: Any) -> Any:
+    """FSDP has reduced its split gradients already, where it fetched what they belong to."""
+
+    def left(g, spec):
+        return g if fsdp and spec.split else _reduce(g, spec, dtype)
+
+    return jax.tree.map(left, gradients, specs)
 
 
 def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:

@@ -93,10 +93,11 @@ def test_every_chip_has_the_figures_that_an_estimate_needs():
 
 
 def test_the_least_memory_is_below_what_the_compiler_needs_and_not_idle():
-    """By the compiler: 8 rows on one H200 with dots, the published run, 8 rows without remat."""
+    """By `plan`, attention `pallas_gpu`: 8 rows on one H200 with dots, the published run, 8 rows
+    without remat."""
     published = layout(512, **{"training.accumulation": 2, "training.remat": "full"})
     dots = layout(**{"training.remat": "dots"})
-    for found, gib in ((dots, 71.7), (published, 14.6), (layout(), 143.8)):
+    for found, gib in ((dots, 68.4), (published, 14.0), (layout(), 140.5)):
         assert 0.5 * gib < least_bytes(found) / 2**30 < gib
 
 
