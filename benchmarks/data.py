@@ -1,11 +1,15 @@
 """Speed and memory of the batches: 28 sources, one core, against grain's own mix and bare NumPy.
 
     python benchmarks/data.py --workdir DIR [--tokens 50000000] [--batches 10000] [--core N]
+    python benchmarks/data.py --workdir DIR --tokens 500000 --latency-ms 0 1 5 20 [--step-ms 50]
 
 DIR gets the sources (5.6 GB of synthetic tokens by default), which a second run finds there. The
 files are read once before the clock starts: what is measured is the loader, not the disk. All
 threads share one core. Contestants take turns; the best of their turns counts. `per CPU second`
 is what wall time would give with nothing else running; the two part where the machine is busy.
+
+With --latency-ms, only this: how much of a slow storage a training step sees. Every read of a row
+takes that long, and a consumer that does nothing takes --step-ms a step.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ if __name__ == "__main__":  # the package, and not this folder, whose tokenize.p
     sys.path[0] = __file__.rpartition("/benchmarks/")[0]
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -41,7 +47,7 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.mixture import Mixture
-from stablelm_jax.data.shards import ShardInfo, ShardWriter
+from stablelm_jax.data.shards import ShardInfo, ShardWriter, TokenFile
 
 # The reported weights of Stable LM 2's 28 sources, in the order of its table.
 WEIGHTS = [
@@ -252,6 +258,61 @@ def watch_memory(sources: dict[str, Source], count: int) -> Table:
     return table
 
 
+# --------------------------------------------------------------------------------------------------
+# Slow storage
+
+
+@contextlib.contextmanager
+def slow_reads(latency: float) -> Iterator[None]:
+    """Every read of a shard takes `latency` seconds more, as on storage that is far away."""
+    read = TokenFile.read
+
+    def slow(file: TokenFile, start: int, stop: int) -> np.ndarray:
+        time.sleep(latency)
+        return read(file, start, stop)
+
+    with mock.patch.object(TokenFile, "read", slow if latency else read):
+        yield
+
+
+def mean_wait(batches: Iterator[Batch], step: float, count: int) -> float:
+    """Seconds that one of `count` steps of `step` seconds waits for its batch."""
+    waited = 0.0
+    for _ in range(count):
+        began = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - began
+        time.sleep(step)
+    return waited / count
+
+
+def show_waits(sources: dict[str, Source], args: argparse.Namespace) -> Table:
+    """Waits measured and, by the bound in the docstring of `train_batches`, predicted."""
+    table = Table(title=f"slow storage, {args.steps} steps each, milliseconds", caption=BOUND)
+    for column in ("a read", "rows a batch", "prefetch", "threads", "a step",
+                   "rows x read / threads", "wait predicted", "wait a step"):  # fmt: skip
+        table.add_column(column, justify="right")
+    mixture = Mixture(dict(zip(sources, WEIGHTS, strict=True)))
+    step = args.step_ms
+    for rows, prefetch, latency in itertools.product(args.rows, args.prefetch, args.latency_ms):
+        threads = (prefetch + 1) // 2
+        making = rows * latency / max(threads, 1)
+        predicted = max(0.0, making - step) if threads else making
+        spec = dataclasses.replace(SPEC, batch_size=rows)
+        with (
+            slow_reads(latency / 1000),
+            train_batches(sources, mixture, spec, prefetch=prefetch) as batches,
+        ):
+            mean_wait(batches, step / 1000, 2 * prefetch + 2)  # past what is made ahead at first
+            wait = 1000 * mean_wait(batches, step / 1000, args.steps)
+        counts = (f"{latency:g}", f"{rows}", f"{prefetch}", f"{threads}", f"{step:g}")
+        table.add_row(*counts, f"{making:.1f}", f"{predicted:.1f}", f"{wait:.1f}")
+    return table
+
+
+BOUND = "nothing is waited for while rows x read / threads <= step; threads = (prefetch + 1) // 2"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -260,6 +321,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="batches of one turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    slow = parser.add_argument_group("slow storage")
+    slow.add_argument("--latency-ms", type=float, nargs="+", help="of each read; the rest is left")
+    slow.add_argument("--step-ms", type=float, default=50.0)
+    slow.add_argument("--prefetch", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    slow.add_argument("--rows", type=int, nargs="+", default=[BATCH_SIZE], help="of a batch")
+    slow.add_argument("--steps", type=int, default=40, help="of one measurement")
     args = parser.parse_args()
     console = Console()
     sources = make_sources(args.workdir, args.tokens, console)
@@ -272,6 +339,9 @@ def main() -> None:
         f" {tokens / documents:.0f} tokens on average; core {args.core};"
         f" load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
+    if args.latency_ms:
+        console.print(show_waits(sources, args))
+        return
     began = time.perf_counter()
     next(ours(sources, 2))
     console.print(f"first batch after {time.perf_counter() - began:.2f} s")

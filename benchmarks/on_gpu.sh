@@ -5,8 +5,9 @@
 #
 # Each step writes OUT/NAME.log and has its own time limit; one that fails leaves the others their
 # turn, and the call ends with 1. Needs jax with CUDA, flax, optax, rich, pytest 9, hypothesis, fsspec
-# and, for train_step, ml_collections; torch and transformers for the peer, tokamax for its kernels.
-# PYTHON names the interpreter.
+# and, for train_step and checkpoint, ml_collections; for the latter orbax-checkpoint and 22 GB of
+# disk in TMPDIR; torch and transformers for the peer, tokamax for its kernels. PYTHON names the
+# interpreter.
 set -uo pipefail
 
 mkdir -p "${1:?OUT: a folder for the logs is missing}"
@@ -44,6 +45,11 @@ step train_step 9 "$python" benchmarks/train_step.py --config "$config" --rows "
     --also training.attention=cudnn --also training.attention=chunked
 step documents 2 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
     --mean-document 1000 --peer none
+# what the same bits in every run cost
+step deterministic 4 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
+    --peer none --also training.deterministic=True
+# 19.7 GB saved four times and read back four times: minutes by the disk, not by the GPU
+step checkpoint 6 "$python" benchmarks/checkpoint.py --config "$config" --repeats 1
 step cross_entropy 3 "$python" benchmarks/cross_entropy.py
 step tune 4 "$python" benchmarks/attention.py --tune --documents 512
 step tune_whole_rows 4 "$python" benchmarks/attention.py --tune --documents whole

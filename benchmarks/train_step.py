@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --config configs/stablelm_2_1_6b_h200.py
     python benchmarks/train_step.py --config F --rows 4 --peer none \
         --also training.remat=none --also training.remat=dots,training.unroll=24
+    python benchmarks/train_step.py --config F --peer none --also training.deterministic=True
 
 Without --config, for a CPU: 115.6 M parameters (4 layers, width 512, 8 heads of 64, feed-forward
 1408, 100,352 untied rows), float32. Contestants take turns, one step each, so that a machine whose
@@ -72,6 +73,7 @@ COUNTED = (
     "training.attention",
     "training.cross_entropy",
     "training.num_valid_ids",
+    "training.deterministic",
 )
 
 Step = Callable[[Mapping[str, np.ndarray]], float]
@@ -82,6 +84,7 @@ class Case:
     """What is trained: `options` are those of `make_gradient_function`.
 
     `mean_document`: tokens of a document, ours alone; None: each row is one.
+    `deterministic`: of a process of its own, where XLA has not read its flags yet.
     """
 
     model: ModelConfig
@@ -92,6 +95,7 @@ class Case:
         default_factory=lambda: {"remat": "none", "attention": "auto"}
     )
     mean_document: float | None = None
+    deterministic: bool = False
 
     def batch(self, seed: int) -> dict[str, np.ndarray]:
         """Random tokens: contract 1's arrays."""
@@ -204,6 +208,9 @@ def _one_by_one(arguments: argparse.Namespace) -> Table:
 def _measure(case: Case, is_peer: bool, steps: int, profile: str | None) -> Result:
     """In a process of its own."""
     began = time.perf_counter()
+    if case.deterministic:  # as stablelm_jax/train.py does
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
     if is_peer:
         jax.config.update("jax_platforms", "cpu")  # of ours only the fresh weights are needed
         step, predicted = _transformers(case), None
@@ -282,6 +289,7 @@ def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
             "unroll": training.unroll,
         },
         mean_document=arguments.mean_document,
+        deterministic=training.deterministic,
     )
 
 

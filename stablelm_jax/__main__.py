@@ -16,8 +16,10 @@ VERBS = {
     "prepare": "documents into token shards, a held-out split and a manifest",
     "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
+    "inspect_data": "the documents that a step was made of",
     "evaluate": "held-out loss and bits per byte of a checkpoint",
     "generate": "text from a checkpoint",
+    "drill": "kill and stop a run in every phase; is its end the undisturbed one, bit for bit?",
 }
 BAD_ARGUMENTS = 2  # exit code
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items())
+    verbs = "\n".join(f"  {verb:<14}{purpose}" for verb, purpose in VERBS.items())
     return (
         "usage: stablelm VERB ...\n\n"
         f"{verbs}\n\n"

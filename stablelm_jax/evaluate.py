@@ -36,10 +36,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, float | str | None]:
     from rich.console import Console
 
     from stablelm_jax import config as config_lib
-    from stablelm_jax.checkpoint.store import read_run
+    from stablelm_jax.checkpoint.reading import read_run
     from stablelm_jax.checkpoint.weights import load_weights
     from stablelm_jax.evaluation.held_out import evaluate_held_out
     from stablelm_jax.training.console import show_evaluation
+    from stablelm_jax.training.origin import Origin
     from stablelm_jax.training.setup import prepare_run
 
     saved = read_run(arguments.checkpoint)
@@ -50,7 +51,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, float | str | None]:
     if arguments.data:
         config.data.root = arguments.data
     config.evaluation.max_rows = arguments.max_rows or 2**31 - 1
-    run = prepare_run(config)
+    origin = None if arguments.config else Origin.of_checkpoint(saved)
+    run = prepare_run(config, origin)
     saved, model, params = load_weights(arguments.checkpoint, run.mesh)
     if model != run.model:
         raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")

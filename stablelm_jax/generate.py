@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(arguments: argparse.Namespace) -> dict[str, str]:
     from stablelm_jax.checkpoint.weights import load_weights
     from stablelm_jax.data.tokenizer import load_tokenizer
-    from stablelm_jax.generation.sampler import sample_texts
+    from stablelm_jax.generation.sampler import prepare_texts
     from stablelm_jax.parallel.mesh import make_mesh
 
     run, model, params = load_weights(arguments.checkpoint, make_mesh())
@@ -46,7 +46,7 @@ def _generate(arguments: argparse.Namespace) -> dict[str, str]:
             f"tokenizer {tokenizer.name} is not the one that {arguments.checkpoint} was trained "
             "with; name that one with --tokenizer"
         )
-    return sample_texts(
+    texts = prepare_texts(
         model,
         params,
         tokenizer,
@@ -56,6 +56,7 @@ def _generate(arguments: argparse.Namespace) -> dict[str, str]:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+    return texts(params)
 
 
 if __name__ == "__main__":

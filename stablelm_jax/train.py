@@ -1,11 +1,14 @@
 """`train --config F --workdir D`: pretrains; goes on by itself where D holds a checkpoint.
 
+`train --list-branches DIR [--picture FILE.png]` draws the tree of the runs below DIR instead.
+
 Exit codes: 0 the run reached its last step; 75 stopped by a signal with a whole checkpoint, run
 the same command again; 1 error; 2 bad config or arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -13,40 +16,59 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.training.signals import StopRequest
+
+_LIST = "--list-branches"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
-    config_lib.define_flags(argv)
-    flags.DEFINE_string("workdir", None, "The run's folder or gs:// URL.", required=True)
-    several = "Several processes (found by itself under SLURM and on Cloud TPUs): "
-    flags.DEFINE_string("coordinator", None, several + "HOST:PORT of process 0.")
-    flags.DEFINE_integer("num_processes", None, several + "how many.")
-    flags.DEFINE_integer("process_id", None, several + "which one this is, from 0.")
-    config_lib.run(_train, argv)
+    arguments = list(sys.argv if argv is None else argv)
+    if any(argument.partition("=")[0] == _LIST for argument in arguments):
+        sys.exit(_list_branches(arguments[1:]))
+    with StopRequest(last=True) as stop:  # from here on: importing takes seconds
+        config_lib.define_flags(argv)
+        flags.DEFINE_string("workdir", None, "The run's folder or gs:// URL.", required=True)
+        flags.DEFINE_bool("strict", False, "A damaged newest checkpoint is an error.")
+        flags.DEFINE_bool(
+            "accept-config-change", False, "Resume with another config, and record it."
+        )
+        flags.DEFINE_string("list-branches", None, "Draw the tree of the runs below a folder.")
+        flags.DEFINE_string("picture", None, "With --list-branches: their curves, as a PNG.")
+        several = "Several processes (found by itself under SLURM and on Cloud TPUs): "
+        flags.DEFINE_string("coordinator", None, several + "HOST:PORT of process 0.")
+        flags.DEFINE_integer("num_processes", None, several + "how many.")
+        flags.DEFINE_integer("process_id", None, several + "which one this is, from 0.")
+        config_lib.run(lambda rest: _train(rest, stop), argv)
 
 
-def _train(argv: Sequence[str]) -> int:
+def _train(argv: Sequence[str], stop: StopRequest) -> int:
     config = config_lib.config_from_flags()
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
     _set_compiler_flags(config)
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
     from stablelm_jax.parallel import distributed  # starts jax: after its flags
-    from stablelm_jax.training.loop import run_training
+    from stablelm_jax.training.run import run_training
     from stablelm_jax.training.setup import fingerprints
+    from stablelm_jax.training.start import Wishes
 
-    given = flags.FLAGS
+    given, processes = flags.FLAGS, None
     try:
         processes = distributed.find_processes(
             given.coordinator, given.num_processes, given.process_id
         )
         if processes is not None:
             distributed.start(processes, fingerprints(config))
-        return run_training(config, set_by, given.workdir)
+        wishes = Wishes(given.strict, given["accept-config-change"].value)
+        return run_training(config, set_by, given.workdir, wishes, stop)
     except config_lib.ConfigError:
         raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if processes is not None:  # jax would wait for the others, who may wait for this one
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         return 1
 
 
@@ -55,6 +77,22 @@ def _set_compiler_flags(config) -> None:
     if config.training.deterministic:
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
+
+
+def _list_branches(arguments: list[str]) -> int:
+    """Needs no config, which the other flags ask for."""
+    from stablelm_jax.training.branches import show_branches
+
+    parser = argparse.ArgumentParser(prog="train", allow_abbrev=False)
+    parser.add_argument(_LIST, metavar="DIR", required=True, help="a folder of run folders")
+    parser.add_argument("--picture", metavar="FILE.png", help="gets the curves of all of them")
+    given = parser.parse_args(arguments)
+    try:
+        show_branches(given.list_branches, given.picture)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

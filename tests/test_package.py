@@ -57,10 +57,14 @@ def test_stablelm_help_names_every_verb_from_any_folder(installed, tmp_path):
 def test_every_verb_of_the_installed_wheel_says_how_it_is_used(installed, tmp_path, verb):
     done = run(installed / "stablelm", verb, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    flag = {"prepare": "--source", "train": "--workdir", "plan": "--target"}.get(
-        verb, "--checkpoint"
-    )
-    assert flag in done.stdout
+    flags = {
+        "prepare": "--source",
+        "train": "--workdir",
+        "plan": "--target",
+        "drill": "--kills",
+        "inspect_data": "--step",
+    }
+    assert flags.get(verb, "--checkpoint") in done.stdout
 
 
 def test_the_installed_package_is_the_one_from_the_wheel_and_has_its_version(installed, tmp_path):

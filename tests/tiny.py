@@ -18,7 +18,7 @@ from stablelm_jax.data.manifest import (
 )
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.data.tokenizer import load_tokenizer
-from stablelm_jax.training.loop import run_training
+from stablelm_jax.training.run import run_training
 
 VOCAB = 120
 SOURCES = ("fibonacci", "squares")

@@ -35,10 +35,11 @@ def differing(expected: Mapping[str, int], actual: Mapping[str, int]) -> list[st
 
 @jax.jit
 def _checksums(tree: Any) -> Any:
-    return jax.tree.map(_leaf_checksum, tree)
+    return jax.tree.map(leaf_checksum, tree)
 
 
-def _leaf_checksum(x: jax.Array) -> jax.Array:
+def leaf_checksum(x: jax.Array) -> jax.Array:
+    """uint32 scalar of one array, inside jit."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     return jnp.sum(bits * _weights(x.shape), dtype=jnp.uint32)

@@ -1,10 +1,8 @@
-"""`global_step<N>`: the name of a step branch, for people and for Orbax."""
+"""`global_step<N>`: the name of a step branch."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -43,21 +41,17 @@ def checkpoint_path(path: epath.PathLike) -> epath.Path:
     return epath.Path(text)  # resolve() would put the working folder before a URL
 
 
-@dataclasses.dataclass(frozen=True)
-class GlobalStepFormat(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
-    """Tells Orbax to write and find `global_step<N>`; unfinished folders do not count."""
+def finished_steps(folder: epath.PathLike) -> list[int]:
+    """Steps of the finished checkpoints in a folder `checkpoints/`, ascending; [] without it."""
+    found = ((branch_step(path.name), path) for path in entries(folder))
+    return sorted(
+        step for step, path in found if step is not None and ocp.path.step.is_path_finalized(path)
+    )
 
-    def build_name(self, step: int) -> str:
-        return branch_name(step)
 
-    def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
-        for path in epath.Path(base_path).iterdir():
-            step = branch_step(path.name)
-            if step is not None and ocp.path.step.is_path_finalized(path):
-                yield ocp.path.step.Metadata(step=step, path=path)
-
-    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
-        for found in self.find_all(base_path):
-            if found.step == step:
-                return found
-        raise ValueError(f"no finished checkpoint {branch_name(step)} in {base_path}")
+def entries(folder: epath.PathLike) -> list[epath.Path]:
+    """What lies in a folder; nothing where there is none, as behind a URL while it is empty."""
+    try:
+        return list(epath.Path(folder).iterdir())
+    except FileNotFoundError:
+        return []

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from stablelm_jax.checkpoint.store import read_arrays, read_run
+from stablelm_jax.checkpoint.reading import read_arrays, read_run
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding

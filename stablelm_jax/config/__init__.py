@@ -17,13 +17,16 @@ from stablelm_jax.config.access import (
     to_text,
 )
 from stablelm_jax.config.derived import (
+    format_stages,
+    mixture_stages,
     mixture_weights,
     model_config,
+    parse_weights,
     profiled_steps,
     tokens_per_step,
     transition_step,
 )
-from stablelm_jax.config.files import load, parse_weights
+from stablelm_jax.config.files import load
 from stablelm_jax.config.flags import (
     config_from_flags,
     define_flags,
@@ -40,9 +43,11 @@ __all__ = [
     "default_config",
     "define_flags",
     "flatten",
+    "format_stages",
     "from_dict",
     "get",
     "load",
+    "mixture_stages",
     "mixture_weights",
     "model_config",
     "overrides_from_flags",

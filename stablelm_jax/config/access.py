@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -126,6 +126,11 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
         return "default" if key in defaults and defaults[key] == value else "file"
 
     return {key: origin(key, value) for key, value in flatten(config)}
+
+
+def refuse(config: ConfigDict, key: str, why: str, remedy: str) -> NoReturn:
+    """Raises the `ConfigError` of one field."""
+    raise ConfigError(f"config.{key}={shown(get(config, key))}: {why}; {remedy}")
 
 
 def shown(value: Any) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import ConfigError
+from stablelm_jax.config.access import SOURCE_NAME, ConfigError
 from stablelm_jax.model.config import ModelConfig
 
 
@@ -23,6 +24,52 @@ def mixture_weights(config: ConfigDict) -> dict[str, float]:
     """Source name -> weight as given (not normalised), sources of weight 0 left out, by name."""
     weights = config.data.weights.to_dict()
     return {source: float(weights[source]) for source in sorted(weights) if weights[source] > 0}
+
+
+def mixture_stages(config: ConfigDict) -> list[tuple[int, dict[str, float]]]:
+    """(step, weights) of each later stage that `data.stages` names; ConfigError if it cannot."""
+    stages = []
+    for part in config.data.stages.split(";") if config.data.stages.strip() else []:
+        step, colon, weights = part.strip().partition(":")
+        if not colon or not step.strip().isdecimal() or not weights.strip():
+            raise ConfigError(
+                f"config.data.stages={config.data.stages!r}: {part.strip()!r} is no stage; write "
+                "STEP:source=weight,source=weight; STEP:... as in 1000:web=0.7,code=0.3"
+            )
+        stages.append((int(step), parse_weights(weights)))
+    return stages
+
+
+def format_stages(stages: Mapping[int, Mapping[str, float]]) -> str:
+    """{step: weights} as `data.stages` spells it, for config files."""
+    return "; ".join(
+        f"{step}:{','.join(f'{name}={weight!r}' for name, weight in weights.items())}"
+        for step, weights in stages.items()
+    )
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`mine=0.7,other=0.3` -> {'mine': 0.7, 'other': 0.3}; a source without a weight has 1.
+
+    No text gives no weights, which `validate` refuses.
+    """
+    weights = {}
+    for part in text.split(",") if text else []:
+        source, equals, weight = part.partition("=")
+        source = source.strip()
+        if not SOURCE_NAME.fullmatch(source) or source in weights:
+            why = "is named twice" if source in weights else "is no source name (a-z, 0-9, _)"
+            raise ConfigError(
+                f"weights {text!r}: {source!r} {why}; write them as mine=0.7,other=0.3"
+            )
+        try:
+            weights[source] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ConfigError(
+                f"weights {text!r}: the weight {weight!r} of {source} is not a number; "
+                "write them as mine=0.7,other=0.3"
+            ) from None
+    return weights
 
 
 def tokens_per_step(config: ConfigDict) -> int:

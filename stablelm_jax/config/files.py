@@ -12,32 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import SOURCE_NAME, ConfigError, flatten, nearest, set_value
+from stablelm_jax.config.access import ConfigError, flatten, nearest, set_value
 from stablelm_jax.config.tree import default_config, locked
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """`mine=0.7,other=0.3` -> {'mine': 0.7, 'other': 0.3}; a source without a weight has 1.
-
-    No text gives no weights, which `validate` refuses.
-    """
-    weights = {}
-    for part in text.split(",") if text else []:
-        source, equals, weight = part.partition("=")
-        source = source.strip()
-        if not SOURCE_NAME.fullmatch(source) or source in weights:
-            why = "is named twice" if source in weights else "is no source name (a-z, 0-9, _)"
-            raise ConfigError(
-                f"weights {text!r}: {source!r} {why}; write them as mine=0.7,other=0.3"
-            )
-        try:
-            weights[source] = float(weight) if equals else 1.0
-        except ValueError:
-            raise ConfigError(
-                f"weights {text!r}: the weight {weight!r} of {source} is not a number; "
-                "write them as mine=0.7,other=0.3"
-            ) from None
-    return weights
 
 
 def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
 
 from ml_collections import ConfigDict
 
@@ -13,15 +12,17 @@ from stablelm_jax.config.access import (
     field_type,
     flatten,
     get,
-    shown,
+    refuse,
     unknown_key,
 )
-from stablelm_jax.config.derived import model_config, profiled_steps, transition_step
+from stablelm_jax.config.derived import (
+    mixture_stages,
+    model_config,
+    profiled_steps,
+    transition_step,
+)
+from stablelm_jax.config.ranges import check_ranges
 from stablelm_jax.config.tree import default_config
-
-
-def _refuse(config: ConfigDict, key: str, why: str, remedy: str) -> NoReturn:
-    raise ConfigError(f"config.{key}={shown(get(config, key))}: {why}; {remedy}")
 
 
 def validate(config: ConfigDict) -> None:
@@ -29,9 +30,10 @@ def validate(config: ConfigDict) -> None:
     _check_tree(config)
     _check_types(config)
     _check_texts(config)
-    _check_ranges(config)
+    check_ranges(config)
     model_config(config)
     _check_weights(config)
+    _check_stages(config)
     _check_tokenizer(config)
     _check_schedule(config)
     _check_cooldown(config)
@@ -74,99 +76,19 @@ def _check_types(config: ConfigDict) -> None:
         if value is None:
             if key not in _OPTIONAL:
                 remedy = f"set it in the config file or with --config.{key}=VALUE"
-                _refuse(config, key, "has no default", remedy)
+                refuse(config, key, "has no default", remedy)
             continue
         kind = field_type(defaults, key)
         number = kind is float and type(value) is int
         if type(value) is not kind and not number:
             why = f"is of type {type(value).__name__}"
-            _refuse(config, key, why, f"give a value of type {kind.__name__}")
+            refuse(config, key, why, f"give a value of type {kind.__name__}")
 
 
 def _check_texts(config: ConfigDict) -> None:
     for key in ("name", "data.root", "data.cache", "data.tokenizer", "writers.wandb_project"):
         if not get(config, key):
-            _refuse(config, key, "is empty", "name one")
-
-
-# What kernels/attention.py and kernels/cross_entropy.py have, without jax here.
-ATTENTION = (
-    *("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu"),
-    *("splash", "cudnn", "tokamax"),
-)
-CROSS_ENTROPY = ("auto", "reference", "saved", "tiled")
-_CHOICES = {
-    "schedule.kind": ("hybrid", "cosine"),
-    "training.dtype": ("bfloat16", "float32"),
-    "training.remat": ("none", "dots", "attention", "full"),
-    "training.attention": ATTENTION,
-    "training.cross_entropy": CROSS_ENTROPY,
-}
-# key -> (least, most), both allowed
-_RANGES = {
-    "seed": (0, 2**32 - 1),
-    "data.sequence_length": (1, math.inf),
-    "data.batch_size": (1, math.inf),
-    "data.prefetch_batches": (0, math.inf),
-    "data.cache_gb": (0, math.inf),
-    "optimizer.weight_decay": (0, math.inf),
-    "schedule.minimum": (0, math.inf),
-    "schedule.warmup_steps": (0, math.inf),
-    "schedule.total_steps": (1, math.inf),
-    "schedule.cooldown_start": (0, math.inf),
-    "schedule.cooldown_steps": (1, math.inf),
-    "schedule.cooldown_learning_rate": (0, math.inf),
-    "schedule.cooldown_end": (0, math.inf),
-    "training.num_steps": (1, math.inf),
-    "training.accumulation": (1, math.inf),
-    "training.unroll": (1, math.inf),
-    "training.log_every": (1, math.inf),
-    "parallel.model": (1, math.inf),
-    "parallel.replica": (1, math.inf),
-    "checkpoint.every": (1, math.inf),
-    "checkpoint.keep_latest": (1, math.inf),
-    "checkpoint.keep_every": (1, math.inf),
-    "evaluation.every": (0, math.inf),
-    "evaluation.max_rows": (1, math.inf),
-    "samples.every": (0, math.inf),
-    "samples.max_new_tokens": (1, math.inf),
-    "samples.temperature": (0, math.inf),
-    "samples.top_p": (0, 1),
-}
-# the least value itself is not allowed, nor the most
-_OPEN_RANGES = {
-    "optimizer.b1": (-1e-9, 1),
-    "optimizer.b2": (-1e-9, 1),
-    "optimizer.epsilon": (0, math.inf),
-    "optimizer.clip_norm": (0, math.inf),
-    "schedule.peak": (0, math.inf),
-    "schedule.transition": (0, 0.5),
-}
-
-
-def _check_ranges(config: ConfigDict) -> None:
-    for key, value in flatten(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            _refuse(config, key, "is not a finite number", "give one")
-    for key, choices in _CHOICES.items():
-        if get(config, key) not in choices:
-            _refuse(config, key, "is not known", f"use one of: {', '.join(choices)}")
-    for key, (least, most) in _RANGES.items():
-        value = get(config, key)
-        if value is not None and not least <= value <= most:
-            _refuse(config, key, "is out of range", f"use {_interval(least, most)}")
-    for key, (least, most) in _OPEN_RANGES.items():
-        if not least < get(config, key) < most:
-            _refuse(config, key, "is out of range", f"use a number {_open_interval(least, most)}")
-
-
-def _interval(least: float, most: float) -> str:
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
-
-
-def _open_interval(least: float, most: float) -> str:
-    lower = "0 or more" if least < 0 else f"above {least}"
-    return lower if most == math.inf else f"{lower} and below {most}"
+            refuse(config, key, "is empty", "name one")
 
 
 def _check_weights(config: ConfigDict) -> None:
@@ -180,15 +102,28 @@ def _check_weights(config: ConfigDict) -> None:
     for source, weight in weights.items():
         key = f"data.weights.{source}"
         if not SOURCE_NAME.fullmatch(source):
-            _refuse(config, key, "is no source name", "use a-z, 0-9 and _, a letter first")
+            refuse(config, key, "is no source name", "use a-z, 0-9 and _, a letter first")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            _refuse(config, key, "is not a number", "give a weight of 0 or more")
+            refuse(config, key, "is not a number", "give a weight of 0 or more")
         if not 0 <= weight < math.inf:
-            _refuse(config, key, "is negative or not finite", "give a weight of 0 or more")
+            refuse(config, key, "is negative or not finite", "give a weight of 0 or more")
     if not any(weights.values()):
-        _refuse(
+        refuse(
             config, "data.weights", "all weights are 0", "give at least one source a weight above 0"
         )
+
+
+def _check_stages(config: ConfigDict) -> None:
+    stages = mixture_stages(config)
+    steps = [step for step, _ in stages]
+    if steps != sorted(set(steps)) or 0 in steps:
+        why = "the steps at which stages begin must rise, from 1 on"
+        refuse(config, "data.stages", why, "put them in order, each once")
+    for step, weights in stages:
+        bad = [name for name, weight in weights.items() if not 0 <= weight < math.inf]
+        if bad or not any(weights.values()):
+            why = f"the stage at step {step} has {'a negative' if bad else 'no positive'} weight"
+            refuse(config, "data.stages", why, "give weights of 0 or more, one of them above 0")
 
 
 ARCADE100K_IDS = 100_289  # ids in use, without the padding rows
@@ -199,9 +134,9 @@ def _check_tokenizer(config: ConfigDict) -> None:
     least = ARCADE100K_IDS if config.data.tokenizer == "arcade100k" else 1
     if num_valid is not None and not least <= num_valid <= vocab_size:
         why = f"the tokenizer and config.model.vocab_size={vocab_size} allow {least} to that"
-        _refuse(config, "training.num_valid_ids", why, "use the number of the tokenizer's ids")
+        refuse(config, "training.num_valid_ids", why, "use the number of the tokenizer's ids")
     if config.data.tokenizer == "arcade100k" and config.model.vocab_size < ARCADE100K_IDS:
-        _refuse(
+        refuse(
             config,
             "model.vocab_size",
             f"arcade100k has {ARCADE100K_IDS} ids",
@@ -213,35 +148,35 @@ def _check_schedule(config: ConfigDict) -> None:
     schedule, num_steps = config.schedule, config.training.num_steps
     hybrid = schedule.kind == "hybrid"
     if schedule.minimum > schedule.peak or (hybrid and schedule.minimum == schedule.peak):
-        _refuse(
+        refuse(
             config,
             "schedule.minimum",
             f"is not below config.schedule.peak={schedule.peak}",
             "lower it",
         )
     if schedule.warmup_steps >= num_steps:
-        _refuse(
+        refuse(
             config,
             "schedule.warmup_steps",
             f"the run is over before the warmup, config.training.num_steps={num_steps}",
             f"use fewer warmup steps (here {num_steps // 10}) or a longer run",
         )
     if hybrid and schedule.warmup_steps > transition_step(config):
-        _refuse(
+        refuse(
             config,
             "schedule.warmup_steps",
             f"the inverse square root begins at step {transition_step(config)}, in the warmup",
             "use fewer warmup steps, a larger schedule.total_steps or schedule.transition",
         )
     if not hybrid and schedule.warmup_steps >= schedule.total_steps:
-        _refuse(
+        refuse(
             config,
             "schedule.warmup_steps",
             f"is not below config.schedule.total_steps={schedule.total_steps}",
             "lower it",
         )
     if not hybrid and num_steps > schedule.total_steps:
-        _refuse(
+        refuse(
             config,
             "training.num_steps",
             f"the cosine ends at config.schedule.total_steps={schedule.total_steps}",
@@ -262,7 +197,7 @@ def _check_cooldown(config: ConfigDict) -> None:
     if start is None:
         for key in _COOLDOWN:
             if get(config, key) not in (None, 0):
-                _refuse(
+                refuse(
                     config,
                     key,
                     "a cooldown needs its first step",
@@ -271,10 +206,10 @@ def _check_cooldown(config: ConfigDict) -> None:
         return
     if steps is None:
         why = f"the cooldown at config.schedule.cooldown_start={start} needs a length"
-        _refuse(config, "schedule.cooldown_steps", why, "set it")
+        refuse(config, "schedule.cooldown_steps", why, "set it")
     earliest = transition_step(config) if schedule.kind == "hybrid" else schedule.warmup_steps
     if start < earliest:
-        _refuse(
+        refuse(
             config,
             "schedule.cooldown_start",
             f"is before step {earliest}, where the schedule is still in its "
@@ -282,7 +217,7 @@ def _check_cooldown(config: ConfigDict) -> None:
             f"use {earliest} or later",
         )
     if not start < num_steps <= start + steps:
-        _refuse(
+        refuse(
             config,
             "training.num_steps",
             f"the cooldown is steps {start} to {start + steps}, the run must end in it",
@@ -297,7 +232,7 @@ def _check_batch(config: ConfigDict) -> None:
         config.training.accumulation,
     )
     if data != -1 and data < 1:
-        _refuse(
+        refuse(
             config,
             "parallel.data",
             "is no number of devices",
@@ -306,7 +241,7 @@ def _check_batch(config: ConfigDict) -> None:
     batch_size = config.data.batch_size
     parts = accumulation * max(data, 1) * config.parallel.replica
     if batch_size % parts:
-        _refuse(
+        refuse(
             config,
             "data.batch_size",
             f"does not divide into config.training.accumulation={accumulation} microbatches"
@@ -315,7 +250,7 @@ def _check_batch(config: ConfigDict) -> None:
         )
     for key in ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size"):
         if config.model[key] % model:
-            _refuse(
+            refuse(
                 config,
                 "parallel.model",
                 f"does not divide config.model.{key}={config.model[key]}",
@@ -328,10 +263,10 @@ def _check_sharding(config: ConfigDict) -> None:
         return
     if not config.parallel.zero1:
         why = "config.parallel.zero1=False asks for whole weights on every device"
-        _refuse(config, "parallel.fsdp", why, "leave one of the two at its default")
+        refuse(config, "parallel.fsdp", why, "leave one of the two at its default")
     if config.training.remat == "none":
         why = "every layer that was gathered would be kept for the backward pass"
-        _refuse(
+        refuse(
             config,
             "training.remat",
             why,
@@ -342,7 +277,7 @@ def _check_sharding(config: ConfigDict) -> None:
 def _check_periods(config: ConfigDict) -> None:
     keep_every, every = config.checkpoint.keep_every, config.checkpoint.every
     if keep_every is not None and keep_every % every:
-        _refuse(
+        refuse(
             config,
             "checkpoint.keep_every",
             f"steps are saved every config.checkpoint.every={every}",
@@ -350,9 +285,9 @@ def _check_periods(config: ConfigDict) -> None:
         )
     prompts = config.samples.prompts
     if not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        _refuse(config, "samples.prompts", "an empty prompt or one that is no text", "give texts")
+        refuse(config, "samples.prompts", "an empty prompt or one that is no text", "give texts")
     if config.samples.top_p == 0:
-        _refuse(
+        refuse(
             config,
             "samples.top_p",
             "leaves no token to choose",
@@ -370,7 +305,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     model, replica = config.parallel.model, config.parallel.replica
     for key in ("parallel.model", "parallel.replica"):
         if num_devices % get(config, key):
-            _refuse(
+            refuse(
                 config,
                 key,
                 f"does not divide the {num_devices} devices found",
@@ -379,7 +314,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     rest = num_devices // (replica * model)
     if replica * (rest if data == -1 else data) * model != num_devices:
         others = "" if replica == 1 else f"config.parallel.replica={replica} and "
-        _refuse(
+        refuse(
             config,
             "parallel.data",
             f"times {others}config.parallel.model={model} is not the number of "
@@ -388,7 +323,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
         )
     parts = replica * rest * config.training.accumulation
     if config.data.batch_size % parts:
-        _refuse(
+        refuse(
             config,
             "data.batch_size",
             f"does not divide into {replica * rest} devices with rows of their own x "

@@ -28,6 +28,8 @@ def default_config() -> ConfigDict:
             "evaluation": _evaluation_fields(),
             "samples": _sample_fields(),
             "writers": _writer_fields(),
+            "guard": _guard_fields(),
+            "branch": {"parent": ""},  # PATH/global_stepN that a new run starts from; '': none
             "profile": {"steps": ""},  # FIRST:LAST traces the updates first to last - 1; '': none
         }
     )
@@ -61,6 +63,8 @@ def _data_fields() -> dict[str, Any]:
         "cache_gb": 50.0,  # its bound in 10^9 bytes; shards past it are read by range; 0: all are
         "tokenizer": "arcade100k",  # or the path of a Hugging Face tokenizer.json
         "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
+        "stages": "",  # later weights: 'STEP:a=0.7,b=0.3; STEP:b=1'
+        "check_shards": True,  # on resuming, read shards whose time of change differs: same bytes?
         "sequence_length": 4096,  # tokens of a row
         "batch_size": placeholder(int),  # rows of the whole job in one step
         "loss_on_first_token": True,  # of a document, given the end of the one before it
@@ -106,6 +110,9 @@ def _training_fields() -> dict[str, Any]:
         "num_valid_ids": placeholder(int),  # rows of the softmax; unset: all, padding too
         "deterministic": False,  # GPU: the same bits in every run, slower; CPU, TPU: always so
         "log_every": 10,  # steps between two lines of metrics
+        "stop_after_skipped": 10,  # updates left out in a row, not finite or spikes
+        "hang_seconds": 300.0,  # no step for so long, and 10 median steps: leave; 0: wait for ever
+        "check_replicas_every": 0,  # steps; do replicas still hold the same bits? 0: never
     }
 
 
@@ -124,6 +131,9 @@ def _parallel_fields() -> dict[str, Any]:
 def _checkpoint_fields() -> dict[str, Any]:
     return {
         "every": 1000,  # steps; the last step is always saved
+        "every_minutes": 0.0,  # temporary ones between them, by time; 0: none
+        "asynchronous": True,  # files are written beside the training
+        "timeout_seconds": 1800,  # a save that takes longer has failed
         "keep_latest": 3,
         "keep_every": placeholder(int),  # steps; these are kept for good; a multiple of `every`
         "save_initial": True,  # global_step0
@@ -144,6 +154,14 @@ def _sample_fields() -> dict[str, Any]:
         "max_new_tokens": 64,  # these three: the model card's example
         "temperature": 0.7,  # 0: the likeliest token
         "top_p": 0.95,
+    }
+
+
+def _guard_fields() -> dict[str, Any]:
+    return {  # against spikes of the loss
+        "kind": "off",  # 'off' | 'skip' the update | 'stop' the run
+        "sigmas": 6.0,  # a spike is that many standard deviations above the running mean
+        "window": 128,  # steps that mean and deviation look back, about; none is judged before
     }
 
 

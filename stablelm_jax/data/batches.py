@@ -83,7 +83,10 @@ def train_batches(
       spec: the batch of the whole job.
       start_row: rows consumed so far by the whole job.
       process_index, process_count: of this process.
-      prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`.
+      prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`. A
+        thread reads the B rows of its batch one after the other, so slow storage is hidden while
+        B * seconds a read <= (prefetch + 1) // 2 * seconds a step; past that a step waits for the
+        rest, B * seconds a read / threads - seconds a step (`benchmarks/data.py --latency-ms`).
 
     Returns:
       An iterator of batches; close it to end its threads.

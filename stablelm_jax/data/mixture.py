@@ -18,7 +18,7 @@ import dataclasses
 import fractions
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -133,7 +133,18 @@ class Mixture:
         weights: Mapping[str, float],
         stages: Iterable[tuple[int, Mapping[str, float]]] = (),
     ):
-        spans = [(0, quantise(weights)), *((row, quantise(later)) for row, later in stages)]
+        self._build([(0, quantise(weights)), *((row, quantise(later)) for row, later in stages)])
+
+    @classmethod
+    def of_counts(cls, spans: Iterable[tuple[int, Mapping[str, int]]]) -> Mixture:
+        """The mixture of `(first_row, rows of each source in a period)`, as `spans` gives them."""
+        mixture = cls.__new__(cls)
+        mixture._build(list(spans))
+        return mixture
+
+    def _build(self, spans: Sequence[tuple[int, Mapping[str, int]]]) -> None:
+        if not spans or spans[0][0] != 0:
+            raise ValueError(f"mixture stages {spans}: the first begins at row 0")
         used = {name for _, counts in spans for name, count in counts.items() if count}
         self.sources = tuple(sorted(used))
         self.stages: tuple[Stage, ...] = ()
@@ -189,6 +200,16 @@ class Mixture:
         """int64 [sources], rows that each source gave among the global rows [0, row)."""
         return self._stage_of(row).rows_before(row)
 
+    def spans(self) -> list[tuple[int, dict[str, int]]]:
+        """`(first_row, rows of each source in a period)` of each stage: what makes it again."""
+        return [
+            (
+                stage.first_row,
+                {name: n for name, n in zip(self.sources, stage.counts.tolist()) if n},
+            )
+            for stage in self.stages
+        ]
+
     def describe(self) -> str:
         """The stages with the weights as they are kept, one source a line."""
         lines = []
@@ -197,6 +218,25 @@ class Mixture:
             for name, count in zip(self.sources, stage.counts.tolist(), strict=True):
                 lines.append(f"  {name:<24} {count:>6} rows  {count / stage.period:.6f}")
         return "\n".join(lines)
+
+
+def continued(
+    history: Iterable[tuple[int, Mapping[str, int]]],
+    row: int,
+    counts: Mapping[str, int],
+    later: Iterable[tuple[int, Mapping[str, int]]] = (),
+) -> list[tuple[int, dict[str, int]]]:
+    """Spans of a mixture that goes on at `row` with `counts`, after what `history` had before.
+
+    Where `history` has those counts at `row` already, it goes on as if nothing had happened.
+    """
+    spans = [(first, dict(given)) for first, given in history if first < row]
+    counts = {name: count for name, count in counts.items() if count}
+    if not spans or spans[-1][1] != counts:
+        spans.append((row, counts))
+    for first, given in later:
+        spans.append((first, {name: count for name, count in given.items() if count}))
+    return spans
 
 
 class SelectionMap:

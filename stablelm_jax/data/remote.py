@@ -75,7 +75,10 @@ def retried(what: str, action: Callable[[], Result]) -> Result:
 def described(error: Exception) -> str:
     """One line about an error of a driver, whose text may be empty or a page."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    text = lines[0] if len(lines[0]) <= 300 else f"{lines[0][:100]} ... {lines[0][-200:]}"
+    return f"{type(error).__name__}: {text}"  # the cause is often the last that is said
 
 
 class RemotePath:

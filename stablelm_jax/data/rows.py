@@ -44,6 +44,11 @@ class TokenStream:
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in shards)]
         self.num_tokens = self._starts[-1]
 
+    def locate(self, position: int) -> tuple[Shard | RemoteShard, int]:
+        """The shard that holds the token at `position`, and its place there."""
+        number = bisect.bisect_right(self._starts, position) - 1
+        return self._shards[number], position - self._starts[number]
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as a fresh int32 array; a read may cross shards."""
         number = bisect.bisect_right(self._starts, start) - 1
@@ -79,7 +84,7 @@ class SourceRows(grain.MapDataset[Row]):
     def __init__(self, source: Source, sequence_length: int, source_index: int = 0):
         super().__init__()
         self._stream = token_stream(source, "train")
-        self._length = (self._stream.num_tokens - 1) // sequence_length
+        self._length = row_count(self._stream, sequence_length)
         self._stride = sequence_length
         self._index = source_index
         if self._length < 1:
@@ -119,8 +124,17 @@ def train_rows(
       ShardError: a shard is missing, damaged or of another size than the manifest says.
     """
     rows = SourceRows(source, sequence_length, source_index)
-    seed = source_seed(seed, source.name)
-    return TableShuffle(rows, seed) if len(rows) <= MAX_TABLE else rows.shuffle(seed)
+    return shuffled(rows, source_seed(seed, source.name))
+
+
+def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """A dataset's elements without end, in another order every epoch."""
+    return TableShuffle(dataset, seed) if len(dataset) <= MAX_TABLE else dataset.shuffle(seed)
+
+
+def row_count(stream: TokenStream, sequence_length: int) -> int:
+    """Rows of `sequence_length` + 1 tokens, one of them shared."""
+    return (stream.num_tokens - 1) // sequence_length
 
 
 class TableShuffle(grain.MapDataset[Row]):

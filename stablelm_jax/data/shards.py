@@ -20,16 +20,20 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import errno
 import functools
 import hashlib
 import os
 import pathlib
+import random
 import struct
 import threading
+import time
 import weakref
 from typing import ClassVar, Self
 
 import numpy as np
+from absl import logging
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -40,6 +44,22 @@ _INT32_MAX = 2**31 - 1
 # Far below the usual limit of 1024 open files a process, yet enough that a pod host, which sees
 # few shards at a time, seldom opens a file twice.
 _MAX_OPEN_FILES = 512
+# Seconds before each new try of a read, 15 in all: a network mount has waited by its own rules
+# before it gives an error at all.
+_WAITS = (1.0, 2.0, 4.0, 8.0)
+# What a read through a network mount may meet for a moment. NFS gives EIO, ETIMEDOUT or EREMOTEIO
+# where the server is silent for long (`soft`) and ESTALE after it began anew; a store mounted
+# through FUSE gives EIO for whatever the store answers, ENOTCONN while its process is down; Lustre
+# gives EAGAIN and ESHUTDOWN after it shut a client out; SMB passes on the errors of its socket. A
+# failing disk says EIO too: 15 seconds later the error is the same.
+_MAY_PASS = {
+    getattr(errno, name)
+    for name in """
+        EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ENOTCONN ESHUTDOWN ECONNRESET ECONNABORTED
+        ECONNREFUSED EPIPE EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH
+    """.split()
+    if hasattr(errno, name)  # macOS lacks EREMOTEIO
+}
 
 
 class ShardError(ValueError):
@@ -206,19 +226,45 @@ class TokenFile:
         Reads with pread and not through the map: a file cut short or a failing disk becomes an
         error that names the file, where a map would end the process with SIGBUS, and the memory
         of the process stays flat. Measured equal in speed for rows of 16 kB. Thread-safe.
+
+        What fails in a way that may pass, as files behind a network do, is tried again for up to
+        15 seconds (`_MAY_PASS`, `_WAITS`), with a warning in the log.
+
+        Raises:
+          ShardError: the file is missing, cut short, or still cannot be read.
         """
         tokens = np.empty(stop - start, self.dtype)
         try:
             file = self._file or self._open()
             size = _read_into(tokens, file.descriptor, start * self.dtype.itemsize)
         except OSError as error:
-            raise _shard_error(self.path, error) from error
+            size = self._read_again(tokens, start * self.dtype.itemsize, error)
         if size != tokens.nbytes:
             raise ShardError(
                 f"{self.path}: ends before token {stop}; the file was cut short after it was"
                 " opened, restore it or prepare the source again"
             )
         return tokens if self.dtype == np.int32 else tokens.astype(np.int32)
+
+    def _read_again(self, tokens: np.ndarray, offset: int, error: OSError) -> int:
+        """What `_read_into` gives, after `error`, once it does; ShardError where it does not."""
+        if error.errno in _MAY_PASS:  # once a read, not once a try
+            patience = f"trying again for up to {sum(_WAITS):.0f} seconds"
+            logging.warning("%s: cannot be read (%s); %s", self.path, error.strerror, patience)
+        tries = 1
+        for wait in _WAITS:
+            if error.errno not in _MAY_PASS:
+                break
+            time.sleep(wait * random.uniform(0.5, 1.0))  # the threads must not come back as one
+            tries += 1
+            try:
+                # A stale handle, or one of a mount that is gone, stays so. `file` holds the new one
+                # while it is read: another thread may put its own in `_file`.
+                file = self._open()
+                return _read_into(tokens, file.descriptor, offset)
+            except OSError as again:
+                error = again.with_traceback(None)  # which would keep `file` open, in a cycle
+        raise _shard_error(self.path, error, tries) from error
 
     def _open(self) -> _File:
         """Opens the file; when many are open, the shard that was first gives up its own."""
@@ -364,7 +410,13 @@ def _read_into(array: np.ndarray, descriptor: int, offset: int) -> int:
     return size
 
 
-def _shard_error(path: pathlib.Path, error: OSError) -> ShardError:
+def _shard_error(path: pathlib.Path, error: OSError, tries: int = 1) -> ShardError:
     if isinstance(error, FileNotFoundError):
         return ShardError(f"{path}: missing; restore it or prepare the source again")
-    return ShardError(f"{path}: cannot be read ({error.strerror or error})")
+    reason = error.strerror or error
+    if tries == 1:
+        return ShardError(f"{path}: cannot be read ({reason})")
+    return ShardError(
+        f"{path}: cannot be read ({reason}), tried {tries} times; look at the disk or the mount it"
+        " lies on, or copy the data elsewhere, and run the same command again"
+    )

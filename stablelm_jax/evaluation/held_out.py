@@ -54,20 +54,25 @@ def evaluate_held_out(
     batches: Mapping[str, Iterable[Mapping[str, np.ndarray]]],
     tokens_per_byte: Mapping[str, float],
     mesh: Mesh,
-) -> dict[str, float | None]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float | None] | None:
     """Means over held-out text, under the metrics keys `eval/...`.
 
     Args:
       batches: for each source, in the order of its `source_ids`, this process's batches.
       tokens_per_byte: tokens (end-of-text counted) a byte of each source's held-out text.
+      stopped: asked before each batch, on every process alike; whether to leave it.
 
     Returns:
-      "eval/loss" and "eval/loss/<source>" in nats a token, "eval/bits_per_byte/<source>".
+      "eval/loss" and "eval/loss/<source>" in nats a token, "eval/bits_per_byte/<source>"; None
+      where it was left.
     """
     names = list(batches)
     nll, tokens = np.zeros(len(names)), np.zeros(len(names))
     for source_batches in batches.values():
         for batch in source_batches:
+            if stopped():
+                return None
             sums = jax.device_get(eval_step(params, sharding.put_batch(batch, mesh)))
             nll += sums["nll"]
             tokens += sums["tokens"]

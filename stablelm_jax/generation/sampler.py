@@ -7,7 +7,7 @@ P prompts, T buffer length, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,33 @@ def sample(
     Raises:
       ValueError: an empty prompt, or settings out of range.
     """
+    prepared = prepare(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eod=eod,
+        dtype=dtype,
+    )
+    return prepared(params)
+
+
+def prepare(
+    model: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    eod: int,
+    dtype: Any = jnp.float32,
+) -> Callable[[Any], list[list[int]]]:
+    """`sample`, compiled now for parameters like `params` (arrays or `ShapeDtypeStruct`s)."""
     _check(prompts, max_new_tokens, temperature, top_p)
     lengths_P = np.array([len(p) for p in prompts], np.int32)
     buffer_PT = np.full((len(prompts), int(lengths_P.max()) + max_new_tokens), eod, np.int32)
@@ -52,18 +79,27 @@ def sample(
     numbers = np.float32(temperature), np.float32(top_p), np.uint32(seed)
     place = _everywhere(params)
     inputs = jax.device_put((buffer_PT, lengths_P, *numbers), place)
-    filled_PT = jax.device_get(_fill(model, dtype, place, params, *inputs))
-    new = [row[n : n + max_new_tokens].tolist() for row, n in zip(filled_PT, lengths_P)]
-    return [tokens[: tokens.index(eod)] if eod in tokens else tokens for tokens in new]
+    fill = _fill.lower(model, dtype, place, params, *inputs).compile()
+
+    def fill_and_cut(params: Any) -> list[list[int]]:
+        filled_PT = jax.device_get(fill(params, *inputs))
+        new = [row[n : n + max_new_tokens].tolist() for row, n in zip(filled_PT, lengths_P)]
+        return [tokens[: tokens.index(eod)] if eod in tokens else tokens for tokens in new]
+
+    return fill_and_cut
 
 
-def sample_texts(
+def prepare_texts(
     model: ModelConfig, params: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any
-) -> dict[str, str]:
-    """{prompt: continuation}; `settings` as in `sample`, all but `eod`."""
+) -> Callable[[Any], dict[str, str]]:
+    """f(params) -> {prompt: continuation}, compiled now; `settings` as in `sample`, but `eod`."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    new = sample(model, params, ids, eod=tokenizer.eod, **settings)
-    return {prompt: tokenizer.decode(tokens) for prompt, tokens in zip(prompts, new)}
+    sample_ids = prepare(model, params, ids, eod=tokenizer.eod, **settings)
+
+    def texts(params: Any) -> dict[str, str]:
+        return {p: tokenizer.decode(tokens) for p, tokens in zip(prompts, sample_ids(params))}
+
+    return texts
 
 
 def _check(prompts, max_new_tokens: int, temperature: float, top_p: float) -> None:

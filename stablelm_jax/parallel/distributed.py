@@ -7,6 +7,7 @@ missing hosts and then aborts from C++, and hosts of different code or data hang
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -16,7 +17,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -273,6 +274,49 @@ def agreed(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(_everywhere(value)[0])
+
+
+def agreed_numbers(values: Sequence[int]) -> list[int]:
+    """Process 0's whole numbers, below 2**31, on every process."""
+    if jax.process_count() == 1:
+        return list(values)
+    with jax.transfer_guard("allow"):
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
+        sent = np.zeros(count, np.int32)
+        if is_first():
+            sent[:] = values
+        return multihost_utils.broadcast_one_to_all(sent).tolist()
+
+
+class Agreement:
+    """Asks all processes, at every step, without making any of them wait for its devices.
+
+    The answer is the one to the question of LAG calls before: by then it has long been there, as
+    it was computed in its turn among the steps. Every process gets the same answer at the same
+    call. One process alone gets it at once.
+    """
+
+    LAG = 2
+
+    def __init__(self) -> None:
+        self._asked: collections.deque[jax.Array] = collections.deque()
+        if jax.process_count() > 1:
+            devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+            mesh = jax.sharding.Mesh(devices, ("process", "local"))
+            self._place = jax.NamedSharding(mesh, jax.P("process"))
+            self._any = jax.jit(lambda x: x.any(0), out_shardings=jax.NamedSharding(mesh, jax.P()))
+
+    def anywhere(self, *values: bool) -> list[bool]:
+        """Of each value, whether it was true on any process LAG calls ago; false before that."""
+        if jax.process_count() == 1:
+            return list(values)
+        with jax.transfer_guard("allow"):
+            given = np.array([values], bool)
+            every = jax.make_array_from_process_local_data(self._place, given)
+            self._asked.append(self._any(every))
+            if len(self._asked) <= self.LAG:
+                return [False] * len(values)
+            return np.asarray(self._asked.popleft()).tolist()
 
 
 def anywhere(value: bool) -> bool:

@@ -81,18 +81,18 @@ def _placement(parallel: Any) -> str:
 
 
 def _source_table(run: Run) -> Table:
-    rows = run.config.training.num_steps * run.spec.batch_size
-    given = run.tokens_by_source(rows)
-    counts = run.mixture_counts()
-    period = sum(counts.values())
-    table = Table(title=f"mixture, repeating every {period:,} rows", title_justify="left")
+    given = run.tokens_by_source(run.last_row())
+    spans = run.mixture.spans()
+    periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
+    table = Table(title=f"mixture, repeating every {periods} rows", title_justify="left")
     table.add_column("source", no_wrap=True)
-    for column in ("weight", "tokens in it", "tokens of the run", "epochs", "unigram entropy"):
+    weights = ["weight", *(f"from row {row:,}" for row, _ in spans[1:])]
+    for column in (*weights, "tokens in it", "tokens of the run", "epochs", "unigram entropy"):
         table.add_column(column, justify="right")
     for name, manifest in run.manifests.items():
         table.add_row(
             name,
-            f"{counts[name]}/{period}",
+            *(f"{counts.get(name, 0)}/{sum(counts.values())}" for _, counts in spans),
             f"{manifest.train.tokens:,}",
             f"{given[name]:,}",
             f"{given[name] / manifest.train.tokens:.3g}",

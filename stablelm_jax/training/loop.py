@@ -8,76 +8,44 @@ so a checkpoint `global_step<N>` is the state after N updates, before batch N is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import numpy as np
 from rich.console import Console
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.names import branch_name
-from stablelm_jax.checkpoint.store import CheckpointStore, read_arrays, read_run
+from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
 from stablelm_jax.evaluation.held_out import evaluate_held_out
-from stablelm_jax.generation.sampler import sample_texts
 from stablelm_jax.kernels.check import WrongKernel
-from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.training import console as show
 from stablelm_jax.training.compilation_cache import CompilationCache
-from stablelm_jax.training.metrics import LossSums, peak_flops
+from stablelm_jax.training.events import Events
+from stablelm_jax.training.faults import Faults, Stopped
+from stablelm_jax.training.meter import Meter
+from stablelm_jax.training.metrics import LossSums
 from stablelm_jax.training.picture import draw_losses
 from stablelm_jax.training.profile import Profiler
-from stablelm_jax.training.resume import Position, check_same_run, from_arrays, to_checkpoint
+from stablelm_jax.training.resume import guard_to_json, to_checkpoint
 from stablelm_jax.training.run_folder import RunFolder
-from stablelm_jax.training.setup import Run, prepare_run
-from stablelm_jax.training.signals import EXIT_STOPPED, StopRequest
-from stablelm_jax.training.state import TrainState, init_state
+from stablelm_jax.training.saving import SaveFailed, Saver
+from stablelm_jax.training.setup import Run
+from stablelm_jax.training.shard_watch import ShardWatch
+from stablelm_jax.training.signals import EXIT_STOPPED, StopRequest, announce
+from stablelm_jax.training.start import Start, Wishes
+from stablelm_jax.training.watchdog import Watchdog, write_stacks
 from stablelm_jax.training.writers import Writers
 
+HANG_PAUSE = 5.0  # seconds in which the other processes write their stacks
 YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
-
-
-def run_training(config: ConfigDict, set_by: dict[str, str], workdir: str) -> int:
-    """Trains `config` in the folder `workdir`; returns the exit code.
-
-    Args:
-      set_by: where each config value was set, for the run folder.
-
-    Raises:
-      ValueError: config, data or checkpoint do not fit; nothing is lost.
-    """
-    console = Console(quiet=not distributed.is_first())
-    with StopRequest() as stop:
-        cache = CompilationCache(workdir)
-        run = prepare_run(config)
-        folder = RunFolder(workdir)
-        with _claimed(folder):
-            show.show_decisions(console, run)
-            console.print(f"run folder: {folder}", soft_wrap=True)
-            trainer = Trainer(run, folder, console, cache)
-            if distributed.is_first():
-                folder.write_config(config_lib.to_dict(config), set_by)
-                folder.add_environment()
-            return trainer.train(stop)
-
-
-@contextlib.contextmanager
-def _claimed(folder: RunFolder) -> Iterator[None]:
-    """The folder, made and held by process 0; nobody goes on without it."""
-    with contextlib.ExitStack() as stack:
-        error = None
-        if distributed.is_first():
-            try:
-                folder.create()
-                stack.enter_context(folder.claimed())
-            except (ValueError, OSError) as caught:
-                error = caught
-        if distributed.agreed(error is not None):
-            raise error or ValueError("process 0 could not take the run folder; see its output")
-        yield
 
 
 def _checked_attention(run: Run) -> str:
@@ -95,65 +63,174 @@ def _checked_attention(run: Run) -> str:
 class Trainer:
     """One start of a run, from its newest checkpoint to its last step or a signal."""
 
-    def __init__(self, run: Run, folder: RunFolder, console: Console, cache: CompilationCache):
-        self.run, self.folder, self.console, self.cache = run, folder, console, cache
+    def __init__(
+        self,
+        run: Run,
+        folder: RunFolder,
+        console: Console,
+        cache: CompilationCache,
+        wishes: Wishes,
+        stop: StopRequest,
+    ):
+        self.folder, self.console, self.cache, self.stop = folder, console, cache, stop
         self.config = run.config
         self.last_step = run.config.training.num_steps
-        self.store = CheckpointStore(
-            folder.checkpoints,
-            keep_latest=self.config.checkpoint.keep_latest,
-            keep_every=self.config.checkpoint.keep_every,
-        )
-        self.state, self.position = self._start()
-        self.losses = LossSums(list(run.sources), self.position.loss_sums)
+        self.events = Events(console, folder.events if distributed.is_first() else None)
+        self.store = self._open_store()
+        self._say_what_is_safe()
+        with stop.phase("restoring", leave=True):
+            start = Start(run, self.store, wishes, self.events)
+            self.shards = ShardWatch(
+                folder.path / "shards.json",
+                start.run.sources,
+                self.events.print,
+                enabled=self.config.data.check_shards,
+            )
+            self.shards.start()
+        self.run, self.state, self.position = start.run, start.state, start.position
+        self.saver = Saver(self.config.checkpoint, self.store, self.events)
+        self.losses = LossSums(list(self.run.sources), self.position.loss_sums)
         self.evaluated_steps = self._cut_back() if distributed.is_first() else set()
         self.writers = Writers(self.config, folder)
-        self._steps_since_line, self._seconds, self._wait_seconds = 0, 0.0, 0.0
+        self.agreement = distributed.Agreement()
+        self.watchdog = Watchdog(self.config.training.hang_seconds, self._hung)
+        self.faults = Faults(self.run, self.events)
+        self.meter = Meter(self.run)
+        if not start.resumed and self.config.checkpoint.save_initial:
+            self._save_first()
 
-    def train(self, stop: StopRequest) -> int:
+    def _open_store(self) -> CheckpointStore:
+        settings = self.config.checkpoint
+        return CheckpointStore(
+            self.folder.checkpoints,
+            keep_latest=settings.keep_latest,
+            keep_every=settings.keep_every,
+            asynchronous=settings.asynchronous,
+            timeout_seconds=settings.timeout_seconds,
+            first_process=distributed.is_first(),
+            on_phase=announce,
+        )
+
+    def train(self) -> int:
         """Runs to the last step; returns the exit code."""
-        step_function = self._compile()
-        batches = self.run.batches(self.position.rows_consumed)
+        try:
+            with self.stop.phase("compiling", leave=True):
+                step_function = self._compile()
+            batches = self.run.batches(self.position.rows_consumed)
+            with self.stop.phase("stepping"), contextlib.closing(batches):
+                return self._train(step_function, batches)
+        finally:
+            self.watchdog.stop()
+            self.saver.close()  # also after an error: what is being saved becomes whole
+
+    def _train(self, step_function, batches) -> int:
         progress = show.ProgressLine(self.console, self.last_step)
         steps = config_lib.profiled_steps(self.config)
         profiler = Profiler(steps, self.folder.path / "profile", self.console)
         with progress, jax.transfer_guard("disallow"):
-            while True:
-                stopped = distributed.anywhere(stop.name is not None)
-                if not stopped:
-                    self._evaluate()
-                    self._sample()
-                self._save(force=stopped)
-                if self.position.step == self.last_step or stopped:
-                    break
-                profiler.before(self.position.step)
-                line = self._step(step_function, batches)
-                profiler.after(self.position.step, self.state)
-                if line is not None:
-                    progress.update(line)
-        profiler.close()
-        self.store.close()
+            self.watchdog.start()
+            try:
+                finished = self._loop(step_function, batches, profiler, progress)
+                stopped = None
+            except Stopped as caught:
+                stopped = caught
+            finally:
+                self.watchdog.stop()  # the last save has its own bound
+            profiler.close()
+            return self._end(finished) if stopped is None else self._stop_at(stopped)
+
+    def _loop(self, step_function, batches, profiler: Profiler, progress: Any) -> bool:
+        """To the end; False where a signal was heard on some host before all of it was done."""
+        while True:
+            self.saver.look()
+            stopped, due = self.agreement.anywhere(
+                self.stop.name is not None, self.saver.due_by_time()
+            )
+            stopped = stopped or not self._evaluate()
+            if not stopped:
+                self._sample()
+                self._save(due)
+            if stopped or self.position.step == self.last_step:
+                return not stopped
+            profiler.before(self.position.step)
+            line = self._step(step_function, batches)
+            profiler.after(self.position.step, self.state)
+            if line is not None:
+                progress.update(line)
+
+    def _end(self, finished: bool) -> int:
+        """The last checkpoint, and what a person wants to see; returns the exit code."""
+        with self.stop.phase("finishing"):
+            step = self.position.step
+            try:
+                self._upload_lines()
+                self.saver.finish(step, self._checkpoint)
+            except SaveFailed as error:
+                if finished:
+                    raise
+                self.events.tell("save_failed", str(error), style="bold red", step=step)
+            if not finished:
+                self._tell_stopped()
+                self.writers.close()
+                return EXIT_STOPPED
+            self._close()
+            path = self.folder.checkpoints / branch_name(step)
+            self.console.print(f"finished step {self.last_step:,}; checkpoint {path}")
+            return 0
+
+    def _stop_at(self, stopped: Stopped) -> int:
+        """Ends a run that should not go on, with a checkpoint from before it went wrong."""
+        if stopped.before is not None:
+            self._rewind(stopped)
+            for step in self.store.steps():
+                if step > stopped.step:  # the next start begins before what went wrong
+                    self.store.set_aside(step, ".skipped")
+            self._upload_lines()
+            self.saver.finish(self.position.step, self._checkpoint)
+        self.events.tell("stopped", str(stopped), style="bold red", step=self.position.step)
+        self._close()
+        return 1
+
+    def _rewind(self, stopped: Stopped) -> None:
+        """Back to before the updates that were left out: they changed nothing but counters."""
+        back = self.position.step - stopped.step
+        place = sharding.replicated(self.run.mesh)
+        step = jax.device_put(np.int32(stopped.step), place)
+        skipped = np.int32(int(jax.device_get(self.state.updates_skipped)) - back)
+        self.state = dataclasses.replace(
+            self.state, step=step, updates_skipped=jax.device_put(skipped, place)
+        )
+        self.position.step = stopped.step
+        self.position.rows_consumed -= back * self.run.spec.batch_size
+        self.losses = LossSums(list(self.run.sources), stopped.before)
+
+    def _close(self) -> None:
         self.writers.close()
-        batches.close()
         self._draw()
-        return self._farewell(stop)
+
+    def _save_first(self) -> None:
+        """What a run stopped while it compiles goes on from: whole before that begins."""
+        with self.stop.phase("saving"):
+            self.saver.finish(self.position.step, self._checkpoint)
+            self._say_what_is_safe()
+
+    def _say_what_is_safe(self) -> None:
+        """For a signal that comes while there is nothing to save."""
+        saved = self.store.steps()
+        if saved:
+            path = self.folder.checkpoints / branch_name(saved[-1])
+            self.stop.safe = f"checkpoint {path} is whole"
 
     def _cut_back(self) -> set[int]:
         """Drops the metrics past the checkpoint; returns the steps that were evaluated."""
-        kept = self.folder.metrics.cut_back(self.position.step)
-        return {line["step"] for line in kept if "eval/loss" in line}
-
-    def _start(self) -> tuple[TrainState, Position]:
-        newest = self.store.latest()
-        if newest is None:
-            self.console.print("starting from fresh weights")
-            state = init_state(
-                self.run.model, self.run.optimizer, self.run.abstract, self.config.seed
+        kept, broken = self.folder.metrics.cut_back(self.position.step)
+        if broken:
+            self.events.tell(
+                "metrics_repaired",
+                f"{self.folder.metrics.path}: {broken} broken line(s) removed",
+                lines=broken,
             )
-            return state, Position()
-        path = self.folder.checkpoints / branch_name(newest)
-        self.console.print(f"resuming from {path}")
-        return restore(self.run, path)
+        return {line["step"] for line in kept if "eval/loss" in line}
 
     def _compile(self):
         self.console.print(_checked_attention(self.run), markup=False, soft_wrap=True)
@@ -162,45 +239,54 @@ class Trainer:
             step_function = self.run.compile_step()
         seconds = time.monotonic() - began
         self.console.print(f"the train step was ready after {seconds:.1f} s; {self.cache}")
+        # Now, and not when first needed: a signal must not meet a compilation in the loop.
+        if self.config.evaluation.every:
+            self.eval_step = self.run.compile_eval()
+        if self.config.samples.every:
+            self.samples = self.run.prepare_samples()
+        self.faults.compile(self.state)
         return step_function
 
     def _due(self, every: int) -> bool:
         step = self.position.step
         return every > 0 and (step % every == 0 or step == self.last_step)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Held-out loss, if due; False where a signal was heard meanwhile and it was left."""
         step = self.position.step
         if not self._due(self.config.evaluation.every):
-            return
+            return True
         if distributed.agreed(step in self.evaluated_steps):
-            return
-        means = evaluate_held_out(
-            self.run.eval_step,
-            self.state.params,
-            self.run.held_out(),
-            self.run.held_out_tokens_per_byte(),
-            self.run.mesh,
-        )
+            return True
+        with self.stop.phase("evaluating"):
+            means = evaluate_held_out(
+                self.eval_step,
+                self.state.params,
+                self.run.held_out(),
+                self.run.held_out_tokens_per_byte(),
+                self.run.mesh,
+                self._left,
+            )
+        if means is None:
+            return False
         self._write({"step": step, "time": time.time(), **means})
         self.evaluated_steps.add(step)
         show.show_evaluation(self.console, self.run, step, means)
         self._draw()
+        return True
+
+    def _left(self) -> bool:
+        """Between two batches of an evaluation: whether to leave it for a signal."""
+        self.watchdog.moved()
+        return distributed.anywhere(self.stop.name is not None)
 
     def _sample(self) -> None:
         settings = self.config.samples
         if not self._due(settings.every) or self.position.step == 0:
             return
-        texts = sample_texts(
-            self.run.model,
-            self.state.params,
-            self.run.tokenizer,
-            settings.prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=self.config.seed,
-            dtype=self.run.dtype,
-        )
+        with self.stop.phase("sampling"):
+            texts = self.samples(self.state.params)
+        self.watchdog.moved()
         note = self._reading()
         show.show_sample(self.console, self.position.step, texts, note)
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())
@@ -214,13 +300,28 @@ class Trainer:
         note = f"{share:.2g} tokens read for each parameter"
         return f"{note}: not yet language" if share < YOUNG else note
 
-    def _save(self, force: bool) -> None:
-        step, every = self.position.step, self.config.checkpoint.every
-        due = self._due(every) and (step > 0 or self.config.checkpoint.save_initial)
-        if (due or force) and step not in self.store.steps():
-            if distributed.is_first():  # a checkpoint's lines are there before it
-                self.folder.uploads.upload()
-            self.store.save(step, to_checkpoint(self.state, self._run_item()))
+    def _save(self, due: bool) -> None:
+        """`due`: by time; by steps it may be as well."""
+        step = self.position.step
+        if jax.process_count() > 1:  # an answer to what was asked before the last save is old
+            due = due and step > self.saver.last_step + distributed.Agreement.LAG
+        if self._due(self.config.checkpoint.every):
+            due = due or step > 0 or self.config.checkpoint.save_initial
+        if due and step not in self.store.steps():
+            with self.stop.phase("saving"):
+                self._upload_lines()
+                self.saver.save(step, self._checkpoint, self.watchdog.moved)
+            self.watchdog.moved()
+
+    def _upload_lines(self) -> None:
+        """A checkpoint's lines are there before it."""
+        if distributed.is_first():
+            self.folder.metrics.flush_to_disk()
+            self.folder.uploads.upload()
+
+    def _checkpoint(self) -> Checkpoint:
+        self.shards.look()
+        return to_checkpoint(self.state, self._run_item())
 
     def _run_item(self) -> dict[str, Any]:
         """The checkpoint's item `run`: enough to go on, and to use the weights without the run."""
@@ -230,6 +331,9 @@ class Trainer:
             "tokens": self.run.tokens_by_source(self.position.rows_consumed),
             "train_seconds": self.position.train_seconds,
             "loss_sums": self.losses.state(),
+            "guard": guard_to_json(self.state.guard),
+            "origin": self.run.origin.to_json(),
+            "config_changes": self.position.config_changes,
             "config": config_lib.to_dict(self.config),
         }
 
@@ -237,65 +341,40 @@ class Trainer:
         """One update; returns the metrics line if one is due."""
         began = time.monotonic()
         batch = sharding.put_batch(next(batches), self.run.mesh)
-        self._wait_seconds += time.monotonic() - began
+        self.meter.wait_seconds += time.monotonic() - began
         self.state, metrics = step_function(self.state, batch)
-        self.losses.add(metrics)
+        self.watchdog.step(metrics["grad_norm"])
         self.position.step += 1
+        self.losses.add(self.position.step, metrics)
         self.position.rows_consumed += self.run.spec.batch_size
-        self._steps_since_line += 1
+        self.meter.steps += 1
         line = None
         if self._due(self.config.training.log_every):
             scalars = {k: v for k, v in metrics.items() if v.ndim == 0}
             line = self._line(jax.device_get(scalars), began)
+            self.faults.check(self.losses, self.position.step)
         else:
             self._spend(began)
+        self.faults.compare_replicas(self.state, self.position.step)
         return line
 
     def _spend(self, began: float) -> None:
-        self._seconds += time.monotonic() - began
+        self.meter.seconds += time.monotonic() - began
         self.position.train_seconds += time.monotonic() - began
 
     def _line(self, scalars: Mapping[str, Any], began: float) -> dict[str, Any]:
         """Writes the metrics line of this step; see DESIGN for its keys."""
         means = self.losses.take()  # waits for the devices: time after this is the step's
         self._spend(began)
-        ledger = self.run.tokens_by_source(self.position.rows_consumed)
+        position = self.position
         line = {
-            "step": self.position.step,
+            "step": position.step,
             "time": time.time(),
             **means,
-            **{key: scalars[key].item() for key in ("learning_rate", "grad_norm", "param_norm")},
-            "updates_skipped": scalars["updates_skipped"].item(),
-            "tokens_seen": sum(ledger.values()),
-            **{f"tokens/{name}": tokens for name, tokens in ledger.items()},
-            **{
-                f"epochs/{name}": ledger[name] / manifest.train.tokens
-                for name, manifest in self.run.manifests.items()
-            },
-            **self._speed(),
+            **self.meter.line(scalars, position.rows_consumed),
         }
         self._write(line)
-        self._steps_since_line, self._seconds, self._wait_seconds = 0, 0.0, 0.0
         return line
-
-    def _speed(self) -> dict[str, float | None]:
-        spec, steps = self.run.spec, self._steps_since_line
-        rate = steps * spec.batch_size * spec.sequence_length / self._seconds
-        per_device = rate / jax.device_count()
-        peak = peak_flops(jax.devices()[0])
-
-        def mfu(causal: bool) -> float | None:
-            flops = train_flops_per_token(self.run.model, spec.sequence_length, causal=causal)
-            return None if peak is None else per_device * flops / peak
-
-        return {
-            "tokens_per_second": rate,
-            "tokens_per_second_per_device": per_device,
-            "mfu": mfu(causal=False),
-            "mfu_causal": mfu(causal=True),
-            "data_wait_seconds": self._wait_seconds / steps,
-            "step_seconds": self._seconds / steps,
-        }
 
     def _write(self, line: dict[str, Any]) -> None:
         if distributed.is_first():
@@ -307,27 +386,32 @@ class Trainer:
             entropies = {name: m.unigram_entropy for name, m in self.run.manifests.items()}
             draw_losses(self.folder.metrics.read(), entropies, self.folder.loss_picture)
 
-    def _farewell(self, stop: StopRequest) -> int:
-        path = self.folder.checkpoints / branch_name(self.position.step)
-        if self.position.step == self.last_step:
-            self.console.print(f"finished step {self.last_step:,}; checkpoint {path}")
-            return 0
-        who = stop.name or "a signal on another host"
-        self.console.print(
-            f"stopped by {who} after step {self.position.step:,}; checkpoint {path} is whole; "
-            "run the same command again to go on"
+    def _tell_stopped(self) -> None:
+        saved = self.store.steps()
+        whole = self.folder.checkpoints / branch_name(saved[-1]) if saved else "none"
+        heard = self.stop.name is not None
+        who = self.stop.name or "a signal on another host"
+        seconds = self.stop.seconds_since() if heard else None
+        since = f", {seconds:.1f} s after the signal" if heard else ""
+        self.events.tell(
+            "stopped",
+            f"stopped by {who} after step {self.position.step:,}; checkpoint {whole} is whole"
+            f"{since}; run the same command again to go on",
+            step=self.position.step,
+            by=who,
+            seconds=seconds,
         )
-        return EXIT_STOPPED
 
-
-def restore(run: Run, path: Any) -> tuple[TrainState, Position]:
-    """State and position of the checkpoint at `path`, placed on this run's mesh."""
-    saved = read_run(path)
-    check_same_run(saved, run.identity())
-    wanted = to_checkpoint(run.abstract, {})
-    arrays = read_arrays(path, {"params": wanted.params, "optimizer": wanted.optimizer}, saved)
-    step = jax.device_put(saved["step"], sharding.replicated(run.mesh))
-    blank = TrainState(step.astype("int32"), step, None, run.abstract.opt_state)
-    state = from_arrays(blank, arrays)
-    keys = ("step", "rows_consumed", "train_seconds", "loss_sums")
-    return state, Position(**{key: saved[key] for key in keys})
+    def _hung(self, why: str) -> None:
+        """From the watchdog's thread: nobody else may be able to do anything."""
+        # Even where the console or the disk is what hangs.
+        threading.Timer(4 * HANG_PAUSE, os._exit, (EXIT_STOPPED,)).start()
+        step, index = self.position.step, jax.process_index()
+        path = self.folder.path / "hang" / f"{branch_name(step)}-process{index}.txt"
+        text = f"HUNG in {self.stop.phase_name} at step {step} on process {index}: {why}"
+        write_stacks(path, text)
+        self.folder.bring(path)
+        self.events.tell("hang", f"{text}; see {path}", style="bold red", step=step)
+        if index == 0:
+            time.sleep(HANG_PAUSE)  # jax ends the others as soon as process 0 is gone
+        os._exit(EXIT_STOPPED)

@@ -53,6 +53,37 @@ def draw_losses(
     aside.replace(path)
 
 
+def draw_branches(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draws held-out loss and learning rate of several runs over the same steps into a PNG.
+
+    `runs`: metrics lines by the run's name.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    for number, (name, lines) in enumerate(runs.items()):
+        colour = f"C{number % 10}"
+        steps, losses = _series(lines, "loss")
+        top.plot(steps, _smooth(losses), color=colour, alpha=0.35, linewidth=0.9)
+        dots = {"marker": "o", "markersize": 4, "markeredgecolor": "black", "color": colour}
+        top.plot(*_series(lines, "eval/loss"), label=name, **dots)
+        bottom.plot(*_series(lines, "learning_rate"), color=colour)
+    top.set(ylabel="nats a token", title="Loss: held-out (dots), training (thin, smoothed)")
+    top.legend(fontsize=9)
+    bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    aside = path.with_name(path.name + ".partial")
+    figure.savefig(aside, dpi=130, format="png")
+    pyplot.close(figure)
+    aside.replace(path)
+
+
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]

@@ -4,6 +4,8 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   config.json        the resolved config and where each value was set
   environment.json   versions, devices, git commit, command: one entry for each start
   metrics.jsonl      one line every `training.log_every` steps, one for each evaluation
+  events.jsonl       what else happened: signals, saves that failed, updates left out, changes
+  hang/              with a hang: the stacks of every process
   loss.png           the curves of metrics.jsonl
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
@@ -28,7 +30,7 @@ from typing import Any
 import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
-from stablelm_jax.data.remote import is_url
+from stablelm_jax.data.remote import filesystem, is_url
 from stablelm_jax.training.metrics import MetricsFile
 from stablelm_jax.training.spool import NoUpload, Spool, spool_folder
 
@@ -55,6 +57,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.loss_picture = self.path / "loss.png"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.events = self.path / "events.jsonl"
 
     def __str__(self) -> str:
         through = "" if self.where == str(self.path) else f", small files by way of {self.path}"
@@ -104,6 +107,13 @@ class RunFolder:
         path = self.path / "environment.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         write_json(path, [*starts, environment()])
+
+    def bring(self, path: Path) -> None:
+        """Uploads one file of `path` at once, from any process; tries once and never raises."""
+        if self.where != str(self.path):
+            with contextlib.suppress(Exception):  # the network may be what hangs
+                fs, root = filesystem(self.where)
+                fs.put_file(str(path), f"{root}/{path.relative_to(self.path).as_posix()}")
 
     def write_sample(self, name: str, text: str) -> Path:
         """`samples/<name>.txt`; returns its path."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.evaluation.held_out import EvalStep, make_eval_step
+from stablelm_jax.generation.sampler import prepare_texts
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
 from stablelm_jax.model.config import ModelConfig
@@ -29,6 +30,7 @@ from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.origin import Origin
 from stablelm_jax.training.state import TrainState, abstract_state
 from stablelm_jax.training.step import make_train_step
 
@@ -42,6 +44,7 @@ class Run:
     mesh: Mesh
     tokenizer: Tokenizer
     sources: Mapping[str, Source]
+    origin: Origin
     mixture: Mixture
     spec: BatchSpec
     optimizer: optax.GradientTransformation
@@ -69,17 +72,18 @@ class Run:
             "model_config": dataclasses.asdict(self.model),
             "tokenizer_sha256": self.tokenizer.sha256,
             "data_hash": data_hash(self.manifests),
+            "source_hashes": {name: data_hash({name: m}) for name, m in self.manifests.items()},
             "row_order": {
                 "seed": self.spec.seed,
                 "sequence_length": self.spec.sequence_length,
                 "loss_on_first_token": self.spec.loss_on_first_token,
-                "mixture": self.mixture_counts(),
+                "stages": [list(span) for span in self.mixture.spans()],
             },
         }
 
-    def mixture_counts(self) -> dict[str, int]:
-        """Rows of each source in one period of the mixture."""
-        return dict(zip(self.sources, self.mixture.stages[0].counts.tolist()))
+    def last_row(self) -> int:
+        """The row after the last one that the run consumes."""
+        return self.origin.first_row(self.config.training.num_steps, self.spec.batch_size)
 
     def tokens_by_source(self, rows: int) -> dict[str, int]:
         """The ledger: tokens each source has given in the first `rows` rows of the mixture."""
@@ -135,6 +139,26 @@ class Run:
             f"attention: {name} ({why}); tried out here, it errs {error:.2f} times the plain form"
         )
 
+    def compile_eval(self) -> EvalStep:
+        """The evaluation's step, compiled ahead."""
+        batch = abstract_batch(self.config, self.mesh)
+        return self.eval_step.lower(self.abstract.params, batch).compile()
+
+    def prepare_samples(self) -> Callable[[Any], dict[str, str]]:
+        """f(params) -> {prompt: continuation} of the group `samples`, compiled ahead."""
+        settings = self.config.samples
+        return prepare_texts(
+            self.model,
+            self.abstract.params,
+            self.tokenizer,
+            settings.prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=self.config.seed,
+            dtype=self.dtype,
+        )
+
     def compile_step(self) -> Any:
         """The train step, compiled ahead for this run's shapes."""
         return lower_step(self.config, self.mesh, len(self.sources)).compile()
@@ -167,6 +191,7 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.L
         attention=training.attention,
         cross_entropy=training.cross_entropy,
         num_valid_ids=training.num_valid_ids,
+        guard=config.guard,
     )
     return step.lower(abstract, abstract_batch(config, mesh))
 
@@ -201,8 +226,10 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     }
 
 
-def prepare_run(config: ConfigDict) -> Run:
+def prepare_run(config: ConfigDict, origin: Origin | None = None) -> Run:
     """Checks the config against devices and data; touches no accelerator memory.
+
+    `origin`: of a run that has begun; by default that of one which has not.
 
     Raises:
       ValueError: with what is wrong, where, and what to do.
@@ -212,8 +239,9 @@ def prepare_run(config: ConfigDict) -> Run:
     model = config_lib.model_config(config)
     mesh = make_mesh(**sizes)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    weights = config_lib.mixture_weights(config)
-    sources = _open_sources(config, tokenizer)
+    origin = Origin.of_config(config) if origin is None else origin
+    mixture = origin.mixture(config)
+    sources = open_data(config, tokenizer, mixture.sources)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     return Run(
         config=config,
@@ -221,7 +249,8 @@ def prepare_run(config: ConfigDict) -> Run:
         mesh=mesh,
         tokenizer=tokenizer,
         sources=sources,
-        mixture=Mixture(weights),
+        origin=origin,
+        mixture=mixture,
         spec=batch_spec(config, tokenizer),
         optimizer=optimizer,
         abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
@@ -237,10 +266,20 @@ def prepare_run(config: ConfigDict) -> Run:
     )
 
 
-def _open_sources(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Source]:
-    data, weights = config.data, config_lib.mixture_weights(config)
+def _all_weights(config: ConfigDict) -> Iterator[tuple[str, float]]:
+    for _, weights in [(0, config_lib.mixture_weights(config)), *config_lib.mixture_stages(config)]:
+        yield from weights.items()
+
+
+def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, Source]:
+    """The sources of these names, as the config says where they lie.
+
+    Raises:
+      ValueError: one of them is not as it should be.
+    """
+    data = config.data
     cache = ShardCache(data.cache, 1e9 * data.cache_gb)
-    return open_sources(data.root, weights, tokenizer_sha256=tokenizer.sha256, cache=cache)
+    return open_sources(data.root, names, tokenizer_sha256=tokenizer.sha256, cache=cache)
 
 
 def fingerprints(config: ConfigDict) -> dict[str, str]:
@@ -255,7 +294,8 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
     for key in ("data.root", "data.cache", "data.cache_gb", "data.tokenizer"):
         del values[key]
     tokenizer = load_tokenizer(config.data.tokenizer)
-    sources = _open_sources(config, tokenizer)
+    names = {name for name, weight in _all_weights(config) if weight}
+    sources = open_data(config, tokenizer, names)
     manifests = {name: source.manifest for name, source in sources.items()}
     return {
         "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),

@@ -26,12 +26,19 @@ class TrainState:
       updates_skipped: int32 scalar, updates left out because a gradient was not finite.
       params: float32 master weights under the names of the parameter table.
       opt_state: optax state; its moments have the shapes and shardings of `params`.
+      guard: running statistics of the loss, as `new_guard` makes them.
     """
 
     step: jax.Array
     updates_skipped: jax.Array
     params: Any
     opt_state: Any
+    guard: Any
+
+
+def new_guard() -> dict[str, jax.Array]:
+    """No statistics yet: mean and variance of the loss, and of how many steps; float32 scalars."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("mean", "variance", "count")}
 
 
 def abstract_state(
@@ -52,6 +59,7 @@ def abstract_state(
             masters,
             transform_non_params=lambda _: everywhere,
         ),
+        guard=jax.tree.map(lambda _: everywhere, shapes.guard),
     )
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, placed
@@ -77,5 +85,9 @@ def _new_state(model: ModelConfig, optimizer: optax.GradientTransformation, key:
     params = init_params(model, key)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        step=zero, updates_skipped=zero, params=params, opt_state=optimizer.init(params)
+        step=zero,
+        updates_skipped=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        guard=new_guard(),
     )

@@ -1,8 +1,11 @@
-"""The jitted train step: gather, gradient, clip and update, norms."""
+"""The jitted train step: gather, gradient, clip and update, norms.
+
+An update that would harm is left out on the devices themselves: nobody waits to see its loss.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +20,9 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.training.gradient import make_gradient_function
 from stablelm_jax.training.state import TrainState, shardings_of
 
+APPLIED, NOT_FINITE, SPIKE = 0, 1, 2  # what became of an update
+NO_GUARD: Mapping[str, Any] = {"kind": "off"}
+
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -30,14 +36,16 @@ def make_train_step(
     zero1: bool,
     dtype: Any,
     fsdp: bool = False,
+    guard: Mapping[str, Any] = NO_GUARD,
     **gradient_options: Any,
 ) -> StepFunction:
     """Compiles-on-first-call `step(state, batch) -> (state, metrics)`; `state` is donated.
 
-    `gradient_options` are those of `make_gradient_function`.
+    `guard` is that group of a config; `gradient_options` are those of `make_gradient_function`.
 
     Metrics, all float32 on every device: "nll" and "tokens" [S] by source, "grad_norm" before
-    clipping, "param_norm", "learning_rate" of this update; "updates_skipped" int32.
+    clipping, "param_norm", "learning_rate" of this update; int32: "skipped", APPLIED or why this
+    update was left out, and "updates_skipped", how many were so far.
     """
     table = parameter_table(model)
     compute_shardings = sharding.named(mesh, sharding.parameter_specs(table))
@@ -54,12 +62,17 @@ def make_train_step(
         params = state.params if fsdp else sharding.gathered(state.params, dtype, compute_shardings)
         gradients, sums = gradient(params, batch)
         grad_norm = optax.tree.norm(gradients)
-        new, skipped = _update(optimizer, state, gradients, jnp.isfinite(grad_norm))
+        loss = jnp.sum(sums["nll"]) / jnp.sum(sums["tokens"])
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        spike, statistics = judged(state.guard, loss, guard)
+        skipped = jnp.where(finite, jnp.where(spike, SPIKE, APPLIED), NOT_FINITE)
+        new = _update(optimizer, state, gradients, statistics, skipped == APPLIED)
         metrics = sums | {
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(new.params),
             "learning_rate": schedule(optax.tree_utils.tree_get(state.opt_state, "count")),
-            "updates_skipped": skipped,
+            "skipped": skipped,
+            "updates_skipped": new.updates_skipped,
         }
         return new, metrics
 
@@ -70,18 +83,43 @@ def make_train_step(
     )
 
 
+def judged(
+    statistics: Mapping[str, jax.Array], loss: jax.Array, guard: Mapping[str, Any]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Whether a loss is a spike by what was before it, and the statistics with it taken in.
+
+    Mean and variance are running ones: over all steps up to `guard.window`, from there on each
+    step weighs 1 / window and the older ones fade.
+    """
+    if guard["kind"] == "off":
+        return jnp.bool_(False), dict(statistics)
+    mean, variance, count = (statistics[key] for key in ("mean", "variance", "count"))
+    far = loss > mean + guard["sigmas"] * jnp.sqrt(variance)
+    share = 1 / jnp.minimum(count + 1, guard["window"])
+    delta = loss - mean
+    taken_in = {
+        "mean": mean + share * delta,
+        "variance": (1 - share) * (variance + share * delta * delta),
+        "count": count + 1,
+    }
+    return far & (count >= guard["window"]), taken_in
+
+
 def _update(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, finite: jax.Array
-) -> tuple[TrainState, jax.Array]:
-    """One optimizer update; weights, moments and count stay as they are unless `finite`."""
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradients: Any,
+    statistics: Any,
+    good: jax.Array,
+) -> TrainState:
+    """One optimizer update; all but the counters stays as it is unless `good`."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    skipped = state.updates_skipped + jnp.where(finite, 0, 1)
-    new = TrainState(
+    keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+    return TrainState(
         step=state.step + 1,
-        updates_skipped=skipped,
+        updates_skipped=state.updates_skipped + jnp.where(good, 0, 1),
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        guard=jax.tree.map(keep, statistics, state.guard),
     )
-    return new, skipped

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.config.rules import ATTENTION, CROSS_ENTROPY
+from stablelm_jax.config.ranges import ATTENTION, CROSS_ENTROPY
 from stablelm_jax.kernels import attention, cross_entropy
 
 

@@ -51,7 +51,7 @@ def one_device_losses(data, tmp_path_factory):
     script = (
         "import json, sys\n"
         "from stablelm_jax import config as c\n"
-        "from stablelm_jax.training.loop import run_training\n"
+        "from stablelm_jax.training.run import run_training\n"
         "config = c.from_dict(json.loads(sys.argv[1]))\n"
         "sys.exit(run_training(config, c.set_by(config, {}), sys.argv[2]))\n"
     )

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from etils import epath
 
-from stablelm_jax.checkpoint.store import CheckpointError, read_run
+from stablelm_jax.checkpoint.reading import CheckpointError, read_run
 from stablelm_jax.data import remote
 from stablelm_jax.training import spool as spool_module
 from stablelm_jax.training.metrics import MetricsFile

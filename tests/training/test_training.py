@@ -6,9 +6,9 @@ import sys
 import pytest
 from tiny import SOURCES, losses, tiny_config, train, write_data
 
-from stablelm_jax.checkpoint.store import read_run
+from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.kernels.check import WrongKernel
-from stablelm_jax.training.loop import run_training
+from stablelm_jax.training.run import run_training
 from stablelm_jax.training.setup import Run
 
 
@@ -154,7 +154,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path):
     train(tiny_config(root, **{"training.num_steps": 4}), tmp_path / "run")
     shutil.rmtree(root)
     write_data(root, seed=2)
-    with pytest.raises(ValueError, match="data_hash was"):
+    with pytest.raises(ValueError, match="data_hash of source 'fibonacci' was"):
         train(tiny_config(root), tmp_path / "run")
 
 

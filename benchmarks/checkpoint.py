@@ -1,0 +1,453 @@
+"""Speed of checkpoints: what a save costs training, and until the bits are on the disk and back.
+
+    python benchmarks/checkpoint.py                              # 115.6 M parameters: 1.39 GB
+    python benchmarks/checkpoint.py --config configs/stablelm_2_1_6b_h200.py --repeats 1
+    python benchmarks/checkpoint.py --config F --also model.num_layers=2 --folder DIR
+    python benchmarks/checkpoint.py --smoke                      # shows in seconds that all runs
+
+Saved is a whole train state, float32 weights and two moments: 12 bytes a parameter, on all devices
+at hand. `blocked` is the time inside `save()`, checksums included, while which training stands;
+`whole after` that until the checkpoint is finished. Neither says where the bytes are: `on disk
+after` adds an fsync of every file, and GB/s (of the state's bytes) and the ratio go by it. Give a
+--folder on the disk that is meant.
+
+`async` is saved beside steps (products of matrices, 0.1 s of each), so that what a save takes from
+them shows; everybody else has the machine to himself. Orbax alone is the same library with its
+defaults and without our checksums; numpy.save fetches one leaf after the other and writes it. What
+is read back "from disk" was first dropped from the page cache, and everything read is compared with
+the state bit for bit. Contestants take turns; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from inputs import fields
+from rich.console import Console
+from rich.table import Table
+from train_step import ADAMW, MODEL
+
+from stablelm_jax.checkpoint.checksum import checksums, flatten
+from stablelm_jax.checkpoint.names import branch_name
+from stablelm_jax.checkpoint.reading import read_arrays, read_run
+from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.optimizer.adamw import make_optimizer
+from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.state import abstract_state, init_state
+
+TINY = dataclasses.replace(
+    MODEL, vocab_size=512, num_layers=2, width=64, num_heads=1, num_kv_heads=1
+)
+STEP = 1000
+STEP_SECONDS, STEPS_ALONE = 0.1, 10
+
+Arrays = dict[str, Any]  # {"params": tree, "optimizer": tree}
+Step = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saver:
+    """`save` blocks training, `wait` returns when all of it is written."""
+
+    save: Callable[[], None]
+    wait: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """Seconds from the call on, and the bytes of the files."""
+
+    blocked: float
+    whole: float
+    on_disk: float
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """Median seconds of steps with nothing else and during a save; all that a save took."""
+
+    alone: float
+    during: float
+    lost: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", metavar="FILE", help="whose model; else one for a laptop")
+    parser.add_argument("--also", action="append", default=[], metavar="KEY=VALUE,...")
+    parser.add_argument("--folder", metavar="DIR", help="on the disk meant; else a temporary one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, once")
+    arguments = parser.parse_args()
+    if arguments.also and not arguments.config:
+        parser.error("--also belongs to --config")
+    arrays = train_state(TINY if arguments.smoke else _model(arguments))
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="checkpoint", dir=arguments.folder) as folder:
+        _check_space(Path(folder), arrays)
+        results = _race(Path(folder), arrays, 1 if arguments.smoke else arguments.repeats)
+        Console(width=150).print(_table(Path(folder), arrays, results))
+
+
+def _model(arguments: argparse.Namespace) -> ModelConfig:
+    if not arguments.config:
+        return MODEL
+    from stablelm_jax import config as config_lib  # needs ml_collections
+
+    config = config_lib.load(arguments.config)
+    for text in arguments.also:
+        for key, value in fields(text).items():
+            if not key.startswith("model."):
+                raise SystemExit(f"--also {key}: changes nothing here; known are the model's")
+            config_lib.set_value(config, key, value)
+    return config_lib.model_config(config)
+
+
+def _check_space(folder: Path, arrays: Arrays) -> None:
+    needed, free = 1.1 * _bytes(arrays), shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"{folder.parent}: {free / 1e9:.1f} GB are free, one checkpoint needs "
+            f"{needed / 1e9:.1f}; give a larger disk by --folder or a smaller model"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# What is saved
+
+
+def train_state(model: ModelConfig) -> Arrays:
+    """A fresh state's arrays; the moments hold noise, as zeros would be compressed to nothing."""
+    mesh = make_mesh()
+    optimizer = make_optimizer(ADAMW, lambda _: jnp.float32(0), model)
+    abstract = abstract_state(model, optimizer, mesh, zero1=True)
+    state = init_state(model, optimizer, abstract, seed=0)
+    get = optax.tree_utils.tree_get
+    m, v = _moments(get(state.opt_state, "mu"))
+    count, skipped = get(state.opt_state, "count"), state.updates_skipped
+    optimizer_item = {"m": m, "v": v, "count": count, "updates_skipped": skipped}
+    arrays = {"params": state.params, "optimizer": optimizer_item}
+    return jax.block_until_ready(arrays)
+
+
+def _moments(fresh: Any) -> tuple[Any, Any]:
+    """First and second, placed like `fresh`, of gradients whose elements are about 1e-4."""
+    leaves, structure = jax.tree.flatten(fresh)
+    places = [leaf.sharding for leaf in leaves]
+
+    @functools.partial(jax.jit, out_shardings=(places, places))
+    def make(key):
+        keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+        m = [1e-4 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+        return m, [jnp.square(x) for x in m]
+
+    m, v = make(jax.random.key(1, impl="rbg"))  # the generator that compiles fast
+    return jax.tree.unflatten(structure, m), jax.tree.unflatten(structure, v)
+
+
+def _bytes(arrays: Arrays) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+
+
+@jax.jit
+def _same_bits(a: Arrays, b: Arrays) -> jax.Array:
+    def same(x, y):
+        x, y = (jax.lax.bitcast_convert_type(z, jnp.uint32) for z in (x, y))
+        return jnp.all(x == y)
+
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, a, b))))
+
+
+# --------------------------------------------------------------------------------------------------
+# The contestants
+
+
+@contextlib.contextmanager
+def _ours(folder: Path, arrays: Arrays, *, asynchronous: bool = True) -> Iterator[Saver]:
+    store = CheckpointStore(folder, keep_latest=1)
+
+    def save():
+        store.save(STEP, Checkpoint(arrays["params"], arrays["optimizer"], run={}))
+        if not asynchronous:
+            store.wait()
+
+    with contextlib.closing(store):
+        yield Saver(save, store.wait)
+
+
+@contextlib.contextmanager
+def _orbax(folder: Path, arrays: Arrays) -> Iterator[Saver]:
+    handler = ocp.CompositeCheckpointHandler(*arrays)
+    with ocp.AsyncCheckpointer(handler) as checkpointer:
+
+        def save():
+            items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+            checkpointer.save(folder / "orbax", args=ocp.args.Composite(**items))
+
+        yield Saver(save, checkpointer.wait_until_finished)
+
+
+@contextlib.contextmanager
+def _numpy(folder: Path, arrays: Arrays) -> Iterator[Saver]:
+    def save():
+        for number, leaf in enumerate(jax.tree.leaves(arrays)):
+            np.save(folder / f"{number}.npy", jax.device_get(leaf))
+
+    yield Saver(save, lambda: None)
+
+
+BESIDE_STEPS, PLAIN = "ours, async", "numpy.save"
+SAVERS = {
+    BESIDE_STEPS: _ours,
+    "ours, waited for": functools.partial(_ours, asynchronous=False),
+    "Orbax alone, async": _orbax,
+    PLAIN: _numpy,
+}
+
+
+def _read_ours(folder: Path, arrays: Arrays) -> Arrays:
+    path = folder / branch_name(STEP)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays
+    )
+    return read_arrays(path, abstract, read_run(path))
+
+
+def _read_numpy(folder: Path, arrays: Arrays) -> Arrays:
+    leaves, structure = jax.tree.flatten(arrays)
+    read = [
+        jax.device_put(np.load(folder / f"{number}.npy"), leaf.sharding)
+        for number, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, read)
+
+
+# By who has saved; each with its name.
+READERS = {"ours, waited for": ("ours", _read_ours), PLAIN: ("numpy.load", _read_numpy)}
+
+
+# --------------------------------------------------------------------------------------------------
+# The race
+
+
+@dataclasses.dataclass
+class Results:
+    """Of all repeats: saves by who, seconds of restores by (who, where from), of checksums."""
+
+    saves: dict[str, list[Save]] = dataclasses.field(default_factory=dict)
+    restores: dict[tuple[str, str], list[float]] = dataclasses.field(default_factory=dict)
+    beside: list[Beside] = dataclasses.field(default_factory=list)
+    checksums: list[float] = dataclasses.field(default_factory=list)
+
+
+def _race(folder: Path, arrays: Arrays, repeats: int) -> Results:
+    results, step = Results(), _make_step()
+    console = Console(stderr=True, width=150)  # should a time limit end the call
+    checksums(arrays)  # compiles, as once in a run
+    for _ in range(repeats):
+        results.checksums.append(_seconds(lambda: checksums(arrays)))
+        for who, contestant in SAVERS.items():
+            place = folder / "saved"
+            place.mkdir()
+            beside_steps = step if who == BESIDE_STEPS else None
+            save, beside = _measure(contestant, place, arrays, beside_steps)
+            results.saves.setdefault(who, []).append(save)
+            results.beside += beside
+            console.print(f"{who}: blocked {save.blocked:.3f} s, on disk after {save.on_disk:.3f}")
+            if who in READERS:
+                name, reader = READERS[who]
+                for where, seconds in _restore(reader, place, arrays).items():
+                    results.restores.setdefault((name, where), []).append(seconds)
+                    console.print(f"{name}, {where}: {seconds:.3f} s")
+            shutil.rmtree(place)
+    return results
+
+
+def _measure(
+    contestant: Callable, folder: Path, arrays: Arrays, step: Step | None
+) -> tuple[Save, list[Beside]]:
+    """One save of a copy: an array that was fetched once keeps what it gave the host."""
+    copy = jax.block_until_ready(jax.tree.map(jnp.copy, arrays))
+    with contestant(folder, copy) as saver:
+        if step is None:
+            return _save(saver, folder), []
+        save, beside = _save_beside(step, saver, folder)
+        return save, [beside]
+
+
+def _save(saver: Saver, folder: Path, meanwhile: Callable[[Future], None] | None = None) -> Save:
+    """One save into the empty `folder`; `meanwhile` is given what ends when it is written."""
+    with ThreadPoolExecutor(1) as pool:
+        began = time.perf_counter()
+        saver.save()
+        blocked = time.perf_counter() - began
+        if meanwhile:
+            end = pool.submit(saver.wait)
+            meanwhile(end)
+            end.result()
+        else:
+            saver.wait()
+        whole = time.perf_counter() - began
+        size = _to_disk(folder)
+        return Save(blocked, whole, time.perf_counter() - began, size)
+
+
+def _save_beside(step: Step, saver: Saver, folder: Path) -> tuple[Save, Beside]:
+    """As `_save`, with `step` done over and over until it is written, and once at least."""
+    alone = statistics.median(_seconds(step) for _ in range(STEPS_ALONE))
+    during = []
+
+    def work(end: Future) -> None:
+        during.append(_seconds(step))
+        while not end.done():
+            during.append(_seconds(step))
+
+    save = _save(saver, folder, work)
+    lost = save.whole - alone * len(during)
+    return save, Beside(alone, statistics.median(during), lost)
+
+
+def _restore(reader: Callable, folder: Path, arrays: Arrays) -> dict[str, float]:
+    """{where from: seconds}."""
+    times = {}
+    for where in ("from disk", "from page cache"):
+        if where == "from disk" and not _forget(folder):
+            continue
+        began = time.perf_counter()
+        found = jax.block_until_ready(reader(folder, arrays))
+        times[where] = time.perf_counter() - began
+        if not _same_bits(found, arrays):
+            raise SystemExit(f"{reader.__name__}: what was read {where} is not what was saved")
+        del found  # room for the next
+    return times
+
+
+def _make_step() -> Step:
+    """Work for the device, so many products that it takes STEP_SECONDS, and one number back."""
+    x = jax.random.normal(jax.random.key(0), (1024, 1024))
+    work = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(x @ y), x)[0, 0])
+    float(work(1))  # compiles
+    products, seconds = 5, 0.0
+    while seconds < STEP_SECONDS / 2:
+        products *= 2
+        began = time.perf_counter()
+        float(work(products))
+        seconds = time.perf_counter() - began
+    products = max(1, round(products * STEP_SECONDS / seconds))
+    return lambda: float(work(products))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+# --------------------------------------------------------------------------------------------------
+# The disk
+
+
+def _to_disk(folder: Path) -> int:
+    """Makes every file durable, and gives their bytes."""
+    total = 0
+    for path in _files(folder):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        total += path.stat().st_size
+    return total
+
+
+def _forget(folder: Path) -> bool:
+    """Drops the files, which must be on disk, from the page cache; False where none can."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in _files(folder):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _file_system(folder: Path) -> str:
+    """Its kind, as Linux knows it."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return "a file system of unknown kind"
+    places = [line.split()[1:3] for line in mounts.read_text().splitlines()]
+    of_folder = [(len(at), kind) for at, kind in places if folder.resolve().is_relative_to(at)]
+    kind = max(of_folder)[1]
+    return f"{kind}, which is memory and no disk" if kind in ("tmpfs", "ramfs") else kind
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+def _table(folder: Path, arrays: Arrays, results: Results) -> Table:
+    total, device = _bytes(arrays), jax.devices()[0]
+    table = Table(
+        title=f"{total / 1e9:.3g} GB of state in {len(flatten(arrays))} arrays, "
+        f"{jax.device_count()} x {device.device_kind}, {_file_system(folder)}, "
+        f"repeated {len(results.checksums)} times",
+        caption=_caption(results),
+    )
+    for column in ("who", "GB in files", "of the state's", "blocked s", "whole after s"):
+        table.add_column(column, justify="right")
+    for column in ("on disk after s", "GB/s", "time / numpy's"):
+        table.add_column(column, justify="right")
+    plain = _medians(results.saves[PLAIN])
+    for who, found in results.saves.items():
+        save = _medians(found)
+        sizes = [f"{save.bytes / 1e9:.3g}", f"{save.bytes / total:.0%}"]
+        times = [f"{s:.3f}" for s in (save.blocked, save.whole, save.on_disk)]
+        speed = f"{total / save.on_disk / 1e9:.3f}"
+        table.add_row(who, *sizes, *times, speed, f"{save.on_disk / plain.on_disk:.2f}")
+    table.add_section()
+    for (name, where), found in results.restores.items():
+        seconds = statistics.median(found)
+        ratio = seconds / statistics.median(results.restores["numpy.load", where])
+        row = [f"restore, {name}, {where}", "", "", "", f"{seconds:.3f}", ""]
+        table.add_row(*row, f"{total / seconds / 1e9:.3f}", f"{ratio:.2f}")
+    return table
+
+
+def _medians(saves: list[Save]) -> Save:
+    names = [field.name for field in dataclasses.fields(Save)]
+    return Save(*(statistics.median(getattr(save, name) for save in saves) for name in names))
+
+
+def _caption(results: Results) -> str:
+    beside = [(b.alone, b.during, b.lost) for b in results.beside]
+    alone, during, lost = (statistics.median(column) for column in zip(*beside))
+    return (
+        f"Checksums take {statistics.median(results.checksums):.3f} s of each `blocked` of ours "
+        f"and of each restore. A step takes {alone:.3f} s alone, {during:.3f} s while a save is "
+        f"written; one save costs the steps {lost:.3f} s in all, `blocked` included."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Reading checkpoints: nothing damaged is ever taken for whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
+from stablelm_jax.checkpoint.names import branch_name, branch_step, checkpoint_path
+from stablelm_jax.data.remote import retried
+
+FORMAT_VERSION = 2  # 1 had no seal, and one set of weights for the whole run
+_ELSE = "use another checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another format."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """It was whole once, and is no longer."""
+
+
+def read_run(path: epath.PathLike) -> dict[str, Any]:
+    """The item `run` of the checkpoint folder `path`.
+
+    Raises:
+      DamagedCheckpoint: its bytes have changed, or it cannot be read.
+      CheckpointError: not a finished checkpoint, or of a newer format.
+    """
+    path = _finished(path)
+    try:
+        text = retried(f"reading {path}", (path / "run" / "metadata").read_text)
+        run = json.loads(text)
+    except (ValueError, OSError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
+    version = run.get("format_version") if isinstance(run, dict) else None
+    if version == 1:
+        return _of_version_1(run)
+    if isinstance(version, int) and version > FORMAT_VERSION and run == sealed(run):
+        raise CheckpointError(
+            f"{path}: format_version {version}, but this program reads up to {FORMAT_VERSION}; "
+            "use the version of stablelm_jax that wrote it"
+        )
+    if version != FORMAT_VERSION or run != sealed(run):
+        raise DamagedCheckpoint(
+            f"{path} is damaged: run/metadata does not match its own checksum; {_ELSE}"
+        )
+    return run
+
+
+def sealed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """`run` with the sha256 of all else in it under 'seal': a changed digit is noticed."""
+    values = {key: value for key, value in run.items() if key != "seal"}
+    text = json.dumps(values, sort_keys=True)
+    return {**values, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _of_version_1(run: dict[str, Any]) -> dict[str, Any]:
+    order = dict(run["row_order"])
+    order["stages"] = [[0, order.pop("mixture")]]
+    return run | {"row_order": order}
+
+
+def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, Any]) -> Any:
+    """The items named in `abstract` ({"params": tree, ...} of `ShapeDtypeStruct`s, placed as
+    their shardings say), each leaf compared with its checksum in `run`.
+
+    Raises:
+      DamagedCheckpoint: a leaf is missing, has another shape, or its bits have changed.
+    """
+    path = _finished(path)
+    wanted = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    restored = _restore(path, wanted)
+    arrays = {name: restored[name] for name in abstract}
+    _verify(path, arrays, run["checksums"])
+    return arrays
+
+
+def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as reader:
+        try:
+            return reader.restore(path, args=ocp.args.Composite(**items))
+        except Exception as error:  # of JSON, msgpack, tensorstore, asyncio: what lies there is bad
+            raise DamagedCheckpoint(
+                f"{path} cannot be read: {_first_line(error)}; {_ELSE}"
+            ) from error
+
+
+def _verify(path: epath.Path, arrays: dict[str, Any], recorded: dict[str, int]) -> None:
+    expected = {name: recorded.get(name) for name in flatten(arrays)}
+    changed = differing(expected, checksums(arrays))
+    if changed:
+        raise DamagedCheckpoint(
+            f"{path} is damaged: the bits of {', '.join(changed[:5])}"
+            f"{' and others' if len(changed) > 5 else ''} do not match their checksums; {_ELSE}"
+        )
+
+
+def state_hash(recorded: Mapping[str, int]) -> str:
+    """One sha256 for the arrays that have these checksums: what tells a state from another."""
+    return hashlib.sha256(json.dumps(dict(sorted(recorded.items()))).encode()).hexdigest()
+
+
+def _finished(path: epath.PathLike) -> epath.Path:
+    path = checkpoint_path(path)
+    if branch_step(path.name) is None or not retried(f"looking for {path}", path.exists):
+        raise CheckpointError(
+            f"{path} is not a checkpoint; give the path of a folder named {branch_name(1000)!r} "
+            "or the like, as found under WORKDIR/checkpoints/"
+        )
+    if not ocp.path.step.is_path_finalized(path):
+        raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

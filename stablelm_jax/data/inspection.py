@@ -1,0 +1,134 @@
+"""Where the rows of a batch come from: source, file, offset, documents and their text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+
+from stablelm_jax.data.manifest import Source
+from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.rows import TokenStream, row_count, shuffled, source_seed, token_stream
+from stablelm_jax.data.shards import Shard
+from stablelm_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document, or the part of one, in a row.
+
+    Attributes:
+      file: of the shard that holds its first token here.
+      number: which document of that shard, from 0; None for a shard behind a URL.
+      offset: token of the file with which it begins here (the byte is 4 times that).
+      tokens: of it in this row, its `<|endoftext|>` included.
+      opens: whether it begins here; else the row opens in mid-document.
+      text: of these tokens.
+    """
+
+    file: str
+    number: int | None
+    offset: int
+    tokens: int
+    opens: bool
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlace:
+    """One row of a batch.
+
+    Attributes:
+      row: of the mixture, from 0.
+      source: its name.
+      epoch: how often the source had been read to its end before.
+      source_row: which row of the source, in the order of its shards; of `source_rows`.
+      documents: of its sequence_length tokens, in order.
+    """
+
+    row: int
+    source: str
+    epoch: int
+    source_row: int
+    source_rows: int
+    documents: tuple[Document, ...]
+
+
+def places(
+    sources: Mapping[str, Source],
+    mixture: Mixture,
+    rows: Sequence[int],
+    *,
+    sequence_length: int,
+    seed: int,
+    tokenizer: Tokenizer,
+) -> Iterator[RowPlace]:
+    """The places of some rows of the mixture.
+
+    Raises:
+      ShardError, ManifestError: a shard is missing or damaged.
+    """
+    read = {}
+    for row in rows:
+        number, index = mixture.locate(row)
+        name = mixture.sources[number]
+        if name not in read:
+            read[name] = _SourceReader(sources[name], sequence_length, seed, tokenizer)
+        yield read[name].place(row, index)
+
+
+class _SourceReader:
+    def __init__(self, source: Source, sequence_length: int, seed: int, tokenizer: Tokenizer):
+        self._source, self._length, self._tokenizer = source, sequence_length, tokenizer
+        self._stream = token_stream(source, "train")
+        self._rows = row_count(self._stream, sequence_length)
+        numbers = _RowNumbers(self._rows)
+        self._numbers = shuffled(numbers, source_seed(seed, source.name))
+
+    def place(self, row: int, index: int) -> RowPlace:
+        number = int(self._numbers[index])
+        start = number * self._length
+        documents = tuple(self._documents(start, start + self._length))
+        epoch = index // self._rows
+        return RowPlace(row, self._source.name, epoch, number, self._rows, documents)
+
+    def _documents(self, start: int, stop: int) -> Iterator[Document]:
+        tokens = self._stream.read(start, stop)
+        ends = np.flatnonzero(tokens == self._tokenizer.eod) + 1
+        opens = start == 0 or self._stream.read(start - 1, start)[0] == self._tokenizer.eod
+        first = 0
+        for end in [*ends.tolist(), len(tokens)]:
+            if end > first:
+                text = self._tokenizer.decode(tokens[first:end].tolist())
+                file, number, offset = self._origin(self._stream, start + first)
+                yield Document(file, number, offset, end - first, bool(opens), text)
+            first, opens = end, True
+
+    def _origin(self, stream: TokenStream, position: int) -> tuple[str, int | None, int]:
+        shard, offset = stream.locate(position)
+        number = None
+        if isinstance(shard, Shard):
+            number = int(np.searchsorted(_offsets(shard), offset, side="right")) - 1
+        return str(shard.path), number, offset
+
+
+@functools.cache
+def _offsets(shard: Shard) -> np.ndarray:
+    return shard.document_offsets
+
+
+class _RowNumbers(grain.MapDataset[int]):
+    """The numbers of a source's rows, where training has the rows."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index):
+        return self.slice(index) if isinstance(index, slice) else index % self._rows

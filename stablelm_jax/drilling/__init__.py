@@ -1,0 +1,1 @@
+"""Kills and stops a training at chosen moments, and compares it with one that was left alone."""

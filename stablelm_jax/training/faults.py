@@ -1,0 +1,133 @@
+"""Numerical faults: updates that were left out, replicas that drifted apart."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from stablelm_jax.checkpoint.names import branch_name
+from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
+from stablelm_jax.training.events import Events
+from stablelm_jax.training.metrics import LossSums, Skipped
+from stablelm_jax.training.resume import to_checkpoint
+from stablelm_jax.training.setup import Run
+from stablelm_jax.training.state import TrainState
+from stablelm_jax.training.step import SPIKE
+
+
+class Stopped(Exception):
+    """The run should not go on by itself. The text says why, and what to do.
+
+    Attributes:
+      step: updates done before it went wrong.
+      before: `LossSums.state()` of then, or None where the present state is not to be saved.
+    """
+
+    def __init__(self, text: str, step: int, before: dict[str, Any] | None):
+        super().__init__(text)
+        self.step, self.before = step, before
+
+
+class Faults:
+    """Looks at what steps have left; every process sees the same and raises alike."""
+
+    def __init__(self, run: Run, events: Events):
+        self._run, self._events = run, events
+        training = run.config.training
+        self._most = 1 if run.config.guard.kind == "stop" else training.stop_after_skipped
+        self._most_not_finite = training.stop_after_skipped
+        self._every = training.check_replicas_every
+        self._compare, self._last_why = None, 0
+
+    def compile(self, state: TrainState) -> None:
+        """Makes ready what the run will need."""
+        if self._every:
+            arrays = _arrays(state)
+            abstract = _arrays(self._run.abstract)
+            check = make_replica_check(abstract, self._run.mesh)
+            self._compare = check.lower(arrays).compile()
+
+    def check(self, losses: LossSums, step: int) -> None:
+        """Tells of each update that was left out.
+
+        Raises:
+          Stopped: too many in a row.
+        """
+        losses.state()  # fetches what is there
+        for skipped in losses.take_skipped():
+            self._tell(skipped)
+        spikes = self._last_why == SPIKE if losses.in_a_row else False
+        most = self._most if spikes else self._most_not_finite
+        if losses.in_a_row >= most:
+            advice = self._advice(losses.in_a_row, step)
+            raise Stopped(advice, step - losses.in_a_row, losses.before_row)
+
+    def _tell(self, skipped: Skipped) -> None:
+        self._last_why = skipped.why
+        what = "a spike of the loss" if skipped.why == SPIKE else "loss or gradient not finite"
+        sources = ", ".join(
+            f"{name} {'not finite' if loss is None else format(loss, '.4f')}"
+            for name, loss in skipped.sources.items()
+        )
+        self._events.tell(
+            "update_skipped",
+            f"step {skipped.step}: update left out ({what}; loss by source: {sources})",
+            step=skipped.step,
+            why="spike" if skipped.why == SPIKE else "not finite",
+            sources=skipped.sources,
+            grad_norm=repr(skipped.grad_norm),
+            in_a_row=skipped.in_a_row,
+        )
+
+    def _advice(self, count: int, step: int) -> str:
+        first = step - count + 1
+        return (
+            f"{count} updates in a row were left out, steps {first} to {step}; the checkpoint "
+            f"{branch_name(first - 1)} is from before them. Look at what the first of them read: "
+            f"{inspection_command(first)}\nThen run the same command again, or start a branch of "
+            "that checkpoint with a lower learning rate or other data"
+        )
+
+    def compare_replicas(self, state: TrainState, step: int) -> None:
+        """Every `training.check_replicas_every` steps: waits for the devices.
+
+        Raises:
+          Stopped: devices that should hold the same bits do not.
+        """
+        if self._compare is None or step % self._every:
+            return
+        sums = jax.device_get(self._compare(_arrays(state)))
+        odd = diverged(sums, _arrays(self._run.abstract), self._run.mesh)
+        if odd:
+            devices = sorted({number for numbers in odd.values() for number in numbers})
+            names = [str(self._run.mesh.devices.flat[number]) for number in devices]
+            raise Stopped(
+                f"step {step}: replicas hold different bits of {', '.join(list(odd)[:5])}"
+                f"{' and others' if len(odd) > 5 else ''} on {', '.join(names)}: one of these "
+                "devices computes wrongly. Nothing of it was saved; take the machine out and run "
+                "the same command again: it goes on from the newest checkpoint",
+                step,
+                None,
+            )
+
+
+def inspection_command(step: int, arguments: Sequence[str] | None = None) -> str:
+    """What shows the documents of a step of this run; `arguments`: of this process."""
+    given, kept = list(sys.argv[1:] if arguments is None else arguments), []
+    while given:
+        argument = given.pop(0)
+        if re.match("--?(no)?(config|workdir)\\b", argument):
+            kept.append(argument)
+            if "=" not in argument and given and not given[0].startswith("-"):
+                kept.append(given.pop(0))
+    return shlex.join(["python", "-m", "stablelm_jax.inspect_data", *kept, f"--step={step}"])
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    found = to_checkpoint(state, {})
+    return {"params": found.params, "optimizer": found.optimizer}

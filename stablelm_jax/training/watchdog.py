@@ -1,0 +1,90 @@
+"""Notices that a run hangs: writes every thread's stack to the run folder and ends the process.
+
+Steps are dispatched ahead of the devices, so the loop's own pace says nothing. The watchdog is
+handed an array of each step and sees from its thread, without waiting, when the device has it.
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FACTOR = 10.0  # times the median step
+
+
+class Watchdog:
+    """Between `start` and `stop`, `hung` is called once when nothing moves for `limit()` seconds.
+
+    `hung` gets a sentence; it runs in the watchdog's thread.
+    """
+
+    def __init__(self, least_seconds: float, hung: Callable[[str], None]):
+        """`least_seconds`: the limit is never below this; 0 switches the watchdog off."""
+        self._least, self._hung = least_seconds, hung
+        self._steps: collections.deque[Any] = collections.deque()
+        self._seconds: collections.deque[float] = collections.deque(maxlen=101)
+        self._moved_at = time.monotonic()
+        self._ended = threading.Event()
+        self._poll = min(1.0, least_seconds / 10)
+
+    def start(self) -> None:
+        """From now on something must move."""
+        self._moved_at = time.monotonic()
+        if self._least > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """Looks no longer."""
+        self._ended.set()
+
+    def moved(self) -> None:
+        """Something other than a step came forward, as a batch of an evaluation."""
+        self._moved_at = time.monotonic()
+
+    def step(self, result: Any) -> None:
+        """A step was dispatched; `result` is an array of it that nobody donates."""
+        self._steps.append(result)
+
+    def limit(self) -> float:
+        """Seconds without any move that mean a hang."""
+        median = statistics.median(self._seconds) if self._seconds else 0.0
+        return max(FACTOR * median, self._least)
+
+    def _watch(self) -> None:
+        looked_at = time.monotonic()
+        while not self._ended.wait(self._poll):
+            now = time.monotonic()
+            if now - looked_at > 5 * self._poll + 1:  # the whole process was halted, and goes on
+                self._moved_at += now - looked_at
+            looked_at = now
+            self._take_finished(now)
+            if now - self._moved_at > self.limit():
+                self._hung(
+                    f"nothing moved for {now - self._moved_at:.0f} s "
+                    f"(limit: {FACTOR:g} median steps, at least {self._least:g} s)"
+                )
+                return
+
+    def _take_finished(self, now: float) -> None:
+        finished = 0
+        while self._steps and self._steps[0].is_ready():
+            self._steps.popleft()
+            finished += 1
+        if finished:
+            self._seconds.extend([(now - self._moved_at) / finished] * finished)
+            self._moved_at = now
+
+
+def write_stacks(path: Path, heading: str) -> None:
+    """The stack of every thread of this process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(heading + "\n\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)

@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import tiny_config, write_data
+
+from stablelm_jax.data.inspection import places
+from stablelm_jax.data.shards import Shard
+from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.training.setup import prepare_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
+def batch_rows(run, step):
+    batches = run.batches(step * run.spec.batch_size)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+@pytest.mark.parametrize("step", [0, 3, 40])  # in later epochs of both sources too
+def test_the_documents_shown_are_those_that_the_batch_holds(data, step):
+    run = prepare_run(tiny_config(data))
+    tokenizer, batch = run.tokenizer, batch_rows(run, step)
+    rows = range(8 * step, 8 * step + 8)
+    found = list(
+        places(run.sources, run.mixture, rows, sequence_length=32, seed=1234, tokenizer=tokenizer)
+    )
+    for place, tokens, source, segments in zip(
+        found, batch["tokens"], batch["source_ids"], batch["segment_ids"]
+    ):
+        assert place.source == run.mixture.sources[source]
+        assert [d.tokens for d in place.documents] == np.bincount(segments)[1:].tolist()
+        text = tokenizer.decode(tokens.tolist()).split()
+        assert " ".join(d.text for d in place.documents).split() == text
+        for document in place.documents:
+            shard = Shard(document.file)
+            inside = shard.tokens[document.offset : document.offset + document.tokens]
+            assert tokenizer.decode(inside.tolist()) == document.text
+            first = shard.document_offsets[document.number]
+            assert (first == document.offset) == document.opens
+            assert first <= document.offset < shard.document_offsets[document.number + 1]
+
+
+@pytest.fixture(scope="module")
+def shown(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "config.py"
+    values = json.dumps(tiny_config(data).to_dict())
+    path.write_text(
+        "import json\nfrom stablelm_jax import config as c\n"
+        f"def get_config():\n    return c.from_dict(json.loads({values!r}))\n"
+    )
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "stablelm_jax.inspect_data", f"--config={path}"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def test_step_n_is_the_one_whose_metrics_line_says_n(shown, data):
+    code, out, _ = shown("--step=4", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["row"] for row in rows] == list(range(24, 32))
+    tokens = batch_rows(prepare_run(tiny_config(data)), 3)["tokens"]
+    tokenizer = load_tokenizer(data / "tokenizer.json")
+    text = tokenizer.decode(tokens[0].tolist()).split()
+    assert " ".join(d["text"] for d in rows[0]["documents"]).split() == text
+
+
+def test_a_person_sees_source_file_offset_and_text(shown):
+    code, out, _ = shown("--step=1", "--source=squares", "--rows=2")
+    assert code == 0
+    assert out.count("squares, epoch 0") == 2 and "fibonacci" not in out
+    assert "train-00000.bin token" in out and "from its middle" in out
+    assert "<|endoftext|>" in out
+
+
+def test_a_source_that_is_not_in_the_mixture_is_refused(shown):
+    code, _, err = shown("--step=1", "--source=cubes")
+    assert code == 1 and "the mixture has fibonacci, squares" in err

@@ -1,0 +1,416 @@
+"""Updates left out, spikes, replicas that drift, saves that fail, shards that change, hangs."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import losses, metrics, tiny_config, train, write_data
+
+from stablelm_jax.checkpoint.reading import read_run
+from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
+from stablelm_jax.checkpoint.store import CheckpointStore
+from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training import loop, saving, step
+from stablelm_jax.training.faults import inspection_command
+from stablelm_jax.training.setup import Run
+from stablelm_jax.training.step import judged
+from stablelm_jax.training.watchdog import Watchdog, write_stacks
+
+NO_SAMPLES = {"samples.every": 0, "evaluation.every": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
+def config(data, **overrides):
+    return tiny_config(data, **{**NO_SAMPLES, **overrides})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return workdir, train(config(data), workdir)[1]
+
+
+def events(workdir, kind):
+    lines = (workdir / "events.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == kind]
+
+
+def checksums(workdir, number):
+    return read_run(workdir / f"checkpoints/global_step{number}")["checksums"]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Makes the loss of some steps, counted from 0, not finite: their loss mask is not."""
+
+    def poison(*steps):
+        batches = Run.batches
+
+        def wrapped(run, start_row):
+            inner = batches(run, start_row)
+
+            class Poisoned:
+                number = start_row // run.spec.batch_size
+
+                def __next__(self):
+                    batch = next(inner)
+                    if self.number in steps:
+                        batch["loss_mask"] = batch["loss_mask"] * np.float32("nan")
+                    self.number += 1
+                    return batch
+
+                def close(self):
+                    inner.close()
+
+            return Poisoned()
+
+        monkeypatch.setattr(Run, "batches", wrapped)
+
+    return poison
+
+
+def test_an_update_that_is_not_finite_is_left_out_counted_and_told(data, tmp_path, poisoned):
+    poisoned(5)
+    code, lines = train(config(data, **{"training.log_every": 4}), tmp_path)
+    assert code == 0
+    assert [line["updates_skipped"] for line in lines] == [0, 1, 1]
+    assert all(line["loss"] is not None for line in lines)  # of the updates that were applied
+    (told,) = events(tmp_path, "update_skipped")
+    assert told["step"] == 6 and told["why"] == "not finite"
+    assert told["sources"] == {"fibonacci": None, "squares": None}
+
+
+def test_too_many_in_a_row_stop_the_run_at_the_checkpoint_before_them(
+    data, undisturbed, tmp_path, poisoned, monkeypatch
+):
+    poisoned(6, 7, 8, 9, 10, 11)
+    code, _ = train(config(data, **{"training.stop_after_skipped": 3}), tmp_path)
+    assert code == 1
+    (told,) = events(tmp_path, "stopped")
+    assert "3 updates in a row were left out, steps 7 to 9" in told["text"]
+    assert "stablelm_jax.inspect_data" in told["text"] and "--step=7" in told["text"]
+    # What was saved is the state after 6 steps: with sound data it gives the undisturbed run.
+    assert read_run(tmp_path / "checkpoints/global_step6")["rows_consumed"] == 6 * 8
+    assert (tmp_path / "checkpoints/global_step8.skipped").exists()
+    monkeypatch.undo()
+    code, lines = train(config(data), tmp_path)
+    assert code == 0 and losses(lines) == losses(undisturbed[1])
+    assert checksums(tmp_path, 12) == checksums(undisturbed[0], 12)
+
+
+def test_a_row_of_bad_updates_is_counted_over_restarts_and_log_lines(data, tmp_path, poisoned):
+    poisoned(*range(5, 12))
+    overrides = {"training.stop_after_skipped": 5, "training.log_every": 2}
+    assert train(config(data, **overrides, **{"training.num_steps": 8}), tmp_path)[0] == 0
+    code, _ = train(config(data, **overrides), tmp_path)
+    assert code == 1
+    assert read_run(tmp_path / "checkpoints/global_step5")["step"] == 5
+    assert [e["in_a_row"] for e in events(tmp_path, "update_skipped")] == [1, 2, 3, 4, 5]
+
+
+def test_the_command_for_the_batch_takes_the_runs_own_arguments():
+    given = ["--config", "c.py", "--config.data.root=a b", "--workdir=w", "--process_id", "1"]
+    expected = (
+        "python -m stablelm_jax.inspect_data --config c.py '--config.data.root=a b' --workdir=w "
+        "--step=7"
+    )
+    assert inspection_command(7, given) == expected
+
+
+def test_the_guards_statistics_are_those_of_numpy_until_the_window_is_full():
+    rng = np.random.default_rng(0)
+    seen = rng.normal(3.0, 0.2, 50)
+    statistics = {name: jnp.float32(0) for name in ("mean", "variance", "count")}
+    guard = {"kind": "skip", "sigmas": 5.0, "window": 50}
+    for loss in seen:
+        spike, statistics = judged(statistics, jnp.float32(loss), guard)
+        assert not spike
+    np.testing.assert_allclose(statistics["mean"], seen.mean(), rtol=1e-5)
+    np.testing.assert_allclose(statistics["variance"], seen.var(), rtol=1e-4)
+    just_below = statistics["mean"] + 4.9 * jnp.sqrt(statistics["variance"])
+    just_above = statistics["mean"] + 5.1 * jnp.sqrt(statistics["variance"])
+    assert not judged(statistics, just_below, guard)[0]
+    assert judged(statistics, just_above, guard)[0]
+
+
+@pytest.fixture
+def jumping(monkeypatch):
+    """Lets the loss that the guard sees of some steps, counted from 0, jump."""
+
+    def jump(*steps):
+        def shifted(statistics, loss, guard):
+            number = statistics["count"]  # of the steps taken in: spikes are not among them
+            return judged(
+                statistics, jnp.where(jnp.isin(number, jnp.array(steps)), 50, loss), guard
+            )
+
+        monkeypatch.setattr(step, "judged", shifted)
+
+    return jump
+
+
+def test_a_spike_stops_the_run_before_it_where_the_guard_says_so(data, tmp_path, jumping):
+    jumping(9)
+    code, _ = train(config(data, **{"guard.kind": "stop", "guard.window": 6}), tmp_path)
+    assert code == 1
+    (told,) = events(tmp_path, "update_skipped")
+    assert (told["step"], told["why"]) == (10, "spike")
+    saved = read_run(tmp_path / "checkpoints/global_step9")
+    assert saved["guard"]["count"] == 9
+
+
+def test_spikes_are_left_out_where_the_guard_skips(data, tmp_path, jumping):
+    jumping(9)  # and every step after it, as the count then stays
+    skip = {"guard.kind": "skip", "guard.window": 6, "training.stop_after_skipped": 5}
+    code, lines = train(config(data, **skip), tmp_path)
+    assert code == 0 and lines[-1]["updates_skipped"] == 3
+    assert [e["step"] for e in events(tmp_path, "update_skipped")] == [10, 11, 12]
+
+
+def test_the_guards_statistics_survive_a_restart_bit_for_bit(data, tmp_path):
+    guard = {"guard.kind": "skip", "guard.window": 6}
+    train(config(data, **guard), tmp_path / "whole")
+    for steps in (8, 12):
+        train(config(data, **guard, **{"training.num_steps": steps}), tmp_path / "parted")
+    whole, parted = (
+        read_run(tmp_path / name / "checkpoints/global_step12")["guard"]
+        for name in ("whole", "parted")
+    )
+    assert whole == parted and whole["count"] == 12
+
+
+def replicated_but_for(mesh, spec, value, device, bit):
+    """`value` placed by `spec`, one bit of one device's part flipped."""
+    place = jax.NamedSharding(mesh, spec)
+    parts = []
+    for where, index in place.addressable_devices_indices_map(value.shape).items():
+        part = np.array(value[index])
+        if where == mesh.devices.flat[device]:
+            part.view(np.uint32).flat[3] ^= 1 << bit
+        parts.append(jax.device_put(part, where))
+    return jax.make_array_from_single_device_arrays(value.shape, place, parts)
+
+
+@pytest.mark.parametrize("bit", [0, 13, 31])
+@pytest.mark.parametrize("spec", [jax.P(), jax.P("model"), jax.P(None, "data")])
+def test_one_flipped_bit_of_one_replica_is_found_with_its_device(spec, bit):
+    mesh = make_mesh(data=4, model=2)
+    rng = np.random.default_rng(bit)
+    values = {name: rng.normal(size=(8, 16)).astype(np.float32) for name in ("a", "b")}
+    place = jax.NamedSharding(mesh, spec)
+    good = {k: jax.device_put(v, place) for k, v in values.items()}
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place) for k, v in good.items()}
+    check = make_replica_check(abstract, mesh)
+    assert diverged(jax.device_get(check(good)), abstract, mesh) == {}
+    bad = good | {"b": replicated_but_for(mesh, spec, values["b"], 5, bit)}
+    found = diverged(jax.device_get(check(bad)), abstract, mesh)
+    # split over data: device 5's one other copy lies on its neighbour along model
+    expected = [4, 5] if "data" in spec else [5]
+    assert found == {"b": expected}
+
+
+def test_replicas_that_drift_end_the_run_and_nothing_of_it_is_saved(data, tmp_path, monkeypatch):
+    every = {"training.check_replicas_every": 3, "parallel.zero1": False}
+    assert train(config(data, **every), tmp_path / "sound")[0] == 0
+    compare = loop.Faults.compare_replicas
+
+    def drift(faults, state, number):
+        if number == 6:
+            kernel = state.params["head"]["kernel"]
+            drifted = replicated_but_for(
+                kernel.sharding.mesh, kernel.sharding.spec, jax.device_get(kernel), 2, 7
+            )
+            state.params["head"]["kernel"] = drifted
+        compare(faults, state, number)
+
+    monkeypatch.setattr(loop.Faults, "compare_replicas", drift)
+    code, _ = train(config(data, **every, **{"checkpoint.every": 6}), tmp_path / "bad")
+    assert code == 1
+    (told,) = events(tmp_path / "bad", "stopped")
+    assert "replicas hold different bits of params/head/kernel" in told["text"]
+    assert [p.name for p in (tmp_path / "bad/checkpoints").iterdir()] == ["global_step0"]
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond some bytes: the kernel refuses to write, as with a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+
+
+def test_a_save_that_fails_lets_the_run_go_on_loudly_and_is_tried_again(
+    data, undisturbed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    save = CheckpointStore.save
+
+    def full_for_step_4(store, number, checkpoint):
+        if number == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(store, number, checkpoint)
+
+    monkeypatch.setattr(CheckpointStore, "save", full_for_step_4)
+    code, lines = train(config(data), tmp_path)
+    assert code == 0 and losses(lines) == losses(undisturbed[1])
+    (told,) = events(tmp_path, "save_failed")
+    assert told["step"] == 4 and "COULD NOT BE SAVED" in told["text"]
+    assert "global_step0 is whole" in told["text"]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert "global_step5" in names and "global_step12" in names  # the other try, at once here
+    assert "global_step4" not in names
+
+
+def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(
+    data, undisturbed, tmp_path, small_disk
+):
+    store_save = CheckpointStore.save
+    try:
+        CheckpointStore.save = lambda store, number, checkpoint: (
+            small_disk(20_000 if number == 4 else None),
+            store_save(store, number, checkpoint),
+        )
+        code, lines = train(config(data), tmp_path)
+    finally:
+        CheckpointStore.save = store_save
+    assert code == 0 and losses(lines) == losses(undisturbed[1])
+    (told,) = events(tmp_path, "save_failed")
+    assert told["step"] == 4 and "File too large" in told["text"]
+    assert checksums(tmp_path, 12) == checksums(undisturbed[0], 12)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_the_older_one_serves(
+    data, undisturbed, tmp_path, small_disk, monkeypatch
+):
+    save = CheckpointStore.save
+
+    def full_at_the_end(store, number, checkpoint):
+        small_disk(20_000 if number == 12 else None)
+        save(store, number, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", full_at_the_end)
+        with pytest.raises(ValueError, match="global_step12 could not be written.*global_step8"):
+            train(config(data), tmp_path)
+    small_disk(None)
+    code, lines = train(config(data), tmp_path)
+    assert code == 0 and losses(lines) == losses(undisturbed[1])
+
+
+def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "sources")
+    shard = next((data / "squares").glob("train-*.bin"))
+    original = shard.read_bytes()
+    take = loop.Trainer._step
+
+    def changing(trainer, *arguments):
+        if trainer.position.step == 5:
+            shard.write_bytes(original[:100] + b"\1" + original[101:])
+        return take(trainer, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "_step", changing)
+    with pytest.raises(ValueError, match="shards were changed since this run began"):
+        train(config(data), tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=shard.name):
+        train(config(data), tmp_path / "run")
+    shard.write_bytes(original)
+    assert train(config(data), tmp_path / "run")[0] == 0
+
+
+class Result:
+    """Of a step, ready or not."""
+
+    def __init__(self):
+        self.ready = False
+
+    def is_ready(self):
+        return self.ready
+
+
+def test_the_watchdog_tells_of_a_hang_and_not_of_slow_steps():
+    told = []
+    watchdog = Watchdog(0.5, told.append)
+    watchdog.start()
+    for _ in range(10):
+        result = Result()
+        watchdog.step(result)
+        time.sleep(0.1)
+        result.ready = True
+    time.sleep(0.2)
+    assert not told and watchdog.limit() >= 0.5
+    watchdog.step(Result())
+    deadline = time.monotonic() + 30
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(told) == 1 and "nothing moved for" in told[0]
+
+
+def test_the_limit_of_a_hang_grows_with_the_median_step():
+    watchdog = Watchdog(0.01, lambda text: None)
+    watchdog._seconds.extend([1.0, 2.0, 90.0])
+    assert watchdog.limit() == 20.0
+
+
+def test_stacks_name_every_thread(tmp_path):
+    write_stacks(tmp_path / "hang" / "a.txt", "HUNG")
+    text = (tmp_path / "hang" / "a.txt").read_text()
+    assert text.startswith("HUNG\n") and "test_stacks_name_every_thread" in text
+
+
+HANGING = """
+import sys, time
+from stablelm_jax.training import loop
+step = loop.Trainer._step
+def hang(trainer, *arguments):
+    if trainer.position.step == 6:
+        time.sleep(3600)
+    return step(trainer, *arguments)
+loop.Trainer._step = hang
+from stablelm_jax.train import main
+main()
+"""
+
+
+def test_a_run_that_hangs_leaves_its_stacks_exits_75_and_goes_on(data, undisturbed, tmp_path):
+    path = tmp_path / "config.py"
+    values = json.dumps(config(data, **{"training.hang_seconds": 4.0}).to_dict())
+    path.write_text(
+        "import json\nfrom stablelm_jax import config as c\n"
+        f"def get_config():\n    return c.from_dict(json.loads({values!r}))\n"
+    )
+    run = tmp_path / "run"
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGING, f"--config={path}", f"--workdir={run}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 75, ended.stderr
+    assert "HUNG in stepping at step 6 on process 0" in ended.stdout
+    stacks = (run / "hang/global_step6-process0.txt").read_text()
+    assert "in hang" in stacks
+    code, lines = train(config(data, **{"training.hang_seconds": 0.0}), run)
+    assert code == 0
+    np.testing.assert_allclose(
+        list(losses(lines).values()), list(losses(undisturbed[1]).values()), atol=2e-5
+    )
+    assert metrics(run) == lines
