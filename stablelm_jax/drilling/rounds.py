@@ -32,7 +32,6 @@ from stablelm_jax.drilling.starts import Ended, Setup, run_start
 from stablelm_jax.drilling.verdict import newest_step, problem
 from stablelm_jax.training.run_folder import write_json
 from stablelm_jax.training.setup import fingerprints
-from stablelm_jax.training.signals import EXIT_STOPPED
 
 _TRIES = 4  # of a fault that came too late for its phase, or not at all
 _LONGER = 20  # times an undisturbed run: a start that takes so long hangs
@@ -197,7 +196,7 @@ class Drill:
         hit = ended.hit["phase"]
         found = Injected(number, wish.phase, hit, wish.kind, ended.seconds, wrong)
         self.results.injected.append(found)
-        self._say(_said(found, newest_step(workdir)))
+        self._say(_said(found, ended.codes, newest_step(workdir)))
         missed = hit != wish.phase
         return ended, dataclasses.replace(wish, tries=wish.tries + 1) if missed else None
 
@@ -221,9 +220,10 @@ class Drill:
         self._say(text)
 
 
-def _said(found: Injected, newest: int | None) -> str:
+def _said(found: Injected, codes: Sequence[int], newest: int | None) -> str:
     meant = "" if found.phase == found.wanted else f" (meant for {found.wanted})"
-    end = found.problem or ("killed" if found.kind == "SIGKILL" else f"exit {EXIT_STOPPED}")
+    exits = f"exit {', '.join(map(str, codes))}"
+    end = found.problem or ("killed" if found.kind == "SIGKILL" else exits)
     kept = "nothing saved yet" if newest is None else f"global_step{newest} is whole"
     return (
         f"round {found.round}: {found.kind} in {found.phase}{meant}: {end} "

@@ -21,41 +21,14 @@ from stablelm_jax.model.transformer import hidden_states
 
 
 def sample(
-    model: ModelConfig,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    eod: int,
-    dtype: Any = jnp.float32,
+    model: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], **settings: Any
 ) -> list[list[int]]:
-    """Continues each prompt until `eod` or `max_new_tokens`.
-
-    Args:
-      temperature: 0 takes the most likely token each time.
-      top_p: the smallest set of tokens whose probability reaches this is sampled from.
+    """Continues each prompt until `eod` or `max_new_tokens`; arguments and errors as `prepare`.
 
     Returns:
       The new tokens of each prompt, without `eod`.
-
-    Raises:
-      ValueError: an empty prompt, or settings out of range.
     """
-    prepared = prepare(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eod=eod,
-        dtype=dtype,
-    )
-    return prepared(params)
+    return prepare(model, params, prompts, **settings)(params)
 
 
 def prepare(
@@ -70,7 +43,16 @@ def prepare(
     eod: int,
     dtype: Any = jnp.float32,
 ) -> Callable[[Any], list[list[int]]]:
-    """`sample`, compiled now for parameters like `params` (arrays or `ShapeDtypeStruct`s)."""
+    """f(params) as `sample`, compiled now for parameters like `params`.
+
+    Args:
+      params: arrays, or `ShapeDtypeStruct`s with their shardings.
+      temperature: 0 takes the most likely token each time.
+      top_p: the smallest set of tokens whose probability reaches this is sampled from.
+
+    Raises:
+      ValueError: an empty prompt, or settings out of range.
+    """
     _check(prompts, max_new_tokens, temperature, top_p)
     lengths_P = np.array([len(p) for p in prompts], np.int32)
     buffer_PT = np.full((len(prompts), int(lengths_P.max()) + max_new_tokens), eod, np.int32)

@@ -24,7 +24,7 @@ def final_checksums(workdir, step=12):
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, *train(tiny_config(data), workdir)
+    return workdir, *train(tiny_config(data), workdir, picture=True)
 
 
 def test_a_run_learns_and_leaves_a_folder_that_explains_itself(undisturbed):
