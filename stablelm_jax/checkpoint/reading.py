@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -37,11 +38,13 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
     try:
         text = retried(f"reading {path}", (path / "run" / "metadata").read_text)
         run = json.loads(text)
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
+    except OSError as error:  # the disk or the mount, which may come back
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
     version = run.get("format_version") if isinstance(run, dict) else None
     if version == 1:
-        return _of_version_1(run)
+        return _of_version_1(path, run)
     if isinstance(version, int) and version > FORMAT_VERSION and run == sealed(run):
         raise CheckpointError(
             f"{path}: format_version {version}, but this program reads up to {FORMAT_VERSION}; "
@@ -51,6 +54,8 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"{path} is damaged: run/metadata does not match its own checksum; {_ELSE}"
         )
+    if run.get("step", branch_step(path.name)) != branch_step(path.name):
+        raise CheckpointError(f"{path} holds step {run['step']}: give it back its own name")
     return run
 
 
@@ -61,9 +66,13 @@ def sealed(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _of_version_1(run: dict[str, Any]) -> dict[str, Any]:
-    order = dict(run["row_order"])
-    order["stages"] = [[0, order.pop("mixture")]]
+def _of_version_1(path: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Has no seal: of its JSON only what is missing is noticed."""
+    try:
+        order = dict(run["row_order"])
+        order["stages"] = [[0, order.pop("mixture")]]
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged: run/metadata lacks {error}") from error
     return run | {"row_order": order}
 
 
@@ -86,10 +95,20 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as reader:
         try:
             return reader.restore(path, args=ocp.args.Composite(**items))
-        except Exception as error:  # of JSON, msgpack, tensorstore, asyncio: what lies there is bad
-            raise DamagedCheckpoint(
-                f"{path} cannot be read: {_first_line(error)}; {_ELSE}"
-            ) from error
+        except Exception as error:  # of JSON, msgpack, tensorstore, asyncio, the device
+            kind = CheckpointError if _is_not_its_fault(error) else DamagedCheckpoint
+            raise kind(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
+
+
+def _is_not_its_fault(error: Exception) -> bool:
+    """Too little memory, no permission: another start may read the same checkpoint.
+
+    With several processes each reads a part of its own, and the others wait in Orbax for it:
+    there the run ends, and a person decides.
+    """
+    texts = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
+    known = isinstance(error, MemoryError | PermissionError)
+    return known or any(text in str(error) for text in texts) or jax.process_count() > 1
 
 
 def _verify(path: epath.Path, arrays: dict[str, Any], recorded: dict[str, int]) -> None:

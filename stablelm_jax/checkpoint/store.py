@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from stablelm_jax.checkpoint.checksum import checksums
@@ -79,6 +80,7 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.unfinished = self._clean_up() if first_process else []
         self._steps = set(finished_steps(self.folder)) if first_process else set()
+        self._kept: set[int] = set()
         self._saving: int | None = None
         self._began = 0.0
         self._writer = ocp.AsyncCheckpointer(_announcing(on_phase), timeout_secs=timeout_seconds)
@@ -106,6 +108,10 @@ class CheckpointStore:
     def agree(self, steps: Iterable[int]) -> None:
         """Tells the other processes which finished checkpoints process 0 has found."""
         self._steps = set(steps)
+
+    def keep(self, step: int) -> None:
+        """This step is never deleted by this store, however many newer ones there are."""
+        self._kept.add(step)
 
     def set_aside(self, step: int, ending: str = ".damaged") -> str:
         """Gives a checkpoint another name, which it is no longer found by; returns it."""
@@ -181,14 +187,22 @@ class CheckpointStore:
         """Forgets the save under way, which has failed here or on another host."""
         step, self._saving = self._saving, None
         if self._first and step is not None:
+            whole = self.folder / branch_name(step)
             for path in self.folder.glob(f"{branch_name(step)}{_TEMPORARY}*"):
                 path.rmtree(missing_ok=True)
+            if is_url(whole) and whole.exists() and not ocp.path.step.is_path_finalized(whole):
+                whole.rmtree()  # there half a checkpoint has the name of a whole one
 
     def _delete_old(self) -> None:
         for step in to_delete(self._steps, self._keep_latest, self._keep_every):
+            if step in self._kept:
+                continue
             self._steps.discard(step)
             if self._first:
-                _delete(self.folder / branch_name(step))
+                try:
+                    _delete(self.folder / branch_name(step))
+                except OSError as error:  # the new one is whole all the same
+                    logging.error("%s was not deleted: %s", branch_name(step), error)
 
     def close(self) -> None:
         """Waits and releases the threads; a failed save was raised before, or is raised now."""

@@ -107,8 +107,10 @@ def _parent(runs: list[Found], number: int) -> tuple[int, int] | None:
     origin = runs[number].origin
     if not origin.parent:
         return None
+    same = (origin.parent_step, origin.parent_hash)
     for index, run in enumerate(runs):
-        if index != number and run.hashes.get(origin.parent_step) == origin.parent_hash:
+        sibling = (run.origin.parent_step, run.origin.parent_hash) == same
+        if not sibling and run.hashes.get(origin.parent_step) == origin.parent_hash:
             return index, origin.parent_step
     return None
 

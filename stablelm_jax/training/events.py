@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 
@@ -24,7 +26,8 @@ class Events:
     def tell(self, event: str, text: str, *, style: str = "bold yellow", **fields: Any) -> None:
         """Says it in colour and writes it down. A full disk does not end the run."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
-        if self._path is None:
+        if self._path is None:  # not process 0, whose console is quiet
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
             return
         line = {"time": time.time(), "event": event, **fields, "text": text}
         try:

@@ -17,7 +17,7 @@ from stablelm_jax.training.metrics import LossSums, Skipped
 from stablelm_jax.training.resume import to_checkpoint
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.state import TrainState
-from stablelm_jax.training.step import SPIKE
+from stablelm_jax.training.step import HELD, SPIKE
 
 
 class Stopped(Exception):
@@ -39,10 +39,10 @@ class Faults:
     def __init__(self, run: Run, events: Events):
         self._run, self._events = run, events
         training = run.config.training
-        self._most = 1 if run.config.guard.kind == "stop" else training.stop_after_skipped
-        self._most_not_finite = training.stop_after_skipped
+        self._most = training.stop_after_skipped
         self._every = training.check_replicas_every
-        self._compare, self._last_why = None, 0
+        self._compare, self._equal_at = None, None
+        self._held = False  # the devices hold all updates back until the run has stopped
 
     def compile(self, state: TrainState) -> None:
         """Makes ready what the run will need."""
@@ -60,15 +60,16 @@ class Faults:
         """
         losses.state()  # fetches what is there
         for skipped in losses.take_skipped():
-            self._tell(skipped)
-        spikes = self._last_why == SPIKE if losses.in_a_row else False
-        most = self._most if spikes else self._most_not_finite
-        if losses.in_a_row >= most:
+            if skipped.why == HELD:
+                self._held = True
+            else:
+                self._tell(skipped)
+        if losses.in_a_row >= self._most or self._held:
             advice = self._advice(losses.in_a_row, step)
             raise Stopped(advice, step - losses.in_a_row, losses.before_row)
 
     def _tell(self, skipped: Skipped) -> None:
-        self._last_why = skipped.why
+        self._held |= skipped.why == SPIKE and self._run.config.guard.kind == "stop"
         what = "a spike of the loss" if skipped.why == SPIKE else "loss or gradient not finite"
         sources = ", ".join(
             f"{name} {'not finite' if loss is None else format(loss, '.4f')}"
@@ -105,15 +106,17 @@ class Faults:
         odd = diverged(sums, _arrays(self._run.abstract), self._run.mesh)
         if odd:
             devices = sorted({number for numbers in odd.values() for number in numbers})
+            before = "before this start" if self._equal_at is None else f"at step {self._equal_at}"
             names = [str(self._run.mesh.devices.flat[number]) for number in devices]
             raise Stopped(
                 f"step {step}: replicas hold different bits of {', '.join(list(odd)[:5])}"
                 f"{' and others' if len(odd) > 5 else ''} on {', '.join(names)}: one of these "
-                "devices computes wrongly. Nothing of it was saved; take the machine out and run "
-                "the same command again: it goes on from the newest checkpoint",
+                f"devices computes wrongly. They were last seen equal {before}: rename the "
+                "checkpoints after that, take the machine out, and run the same command again",
                 step,
                 None,
             )
+        self._equal_at = step
 
 
 def inspection_command(step: int, arguments: Sequence[str] | None = None) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -96,6 +96,7 @@ class Trainer:
         self.watchdog = Watchdog(self.config.training.hang_seconds, self._hung)
         self.faults = Faults(self.run, self.events)
         self.meter = Meter(self.run)
+        self._told: set[str] = set()
         if not start.resumed and self.config.checkpoint.save_initial:
             self._save_first()
 
@@ -150,7 +151,7 @@ class Trainer:
             if not stopped:
                 self._sample()
                 self._save(due)
-            if stopped or self.position.step == self.last_step:
+            if stopped or self.position.step >= self.last_step:
                 return not stopped
             profiler.before(self.position.step)
             line = self._step(step_function, batches)
@@ -180,14 +181,15 @@ class Trainer:
 
     def _stop_at(self, stopped: Stopped) -> int:
         """Ends a run that should not go on, with a checkpoint from before it went wrong."""
+        self.events.tell("stopped", str(stopped), style="bold red", step=stopped.step)
         if stopped.before is not None:
             self._rewind(stopped)
+            self.store.keep(stopped.step)
+            self._upload_lines()
+            self.saver.finish(stopped.step, self._checkpoint)
             for step in self.store.steps():
                 if step > stopped.step:  # the next start begins before what went wrong
                     self.store.set_aside(step, ".skipped")
-            self._upload_lines()
-            self.saver.finish(self.position.step, self._checkpoint)
-        self.events.tell("stopped", str(stopped), style="bold red", step=self.position.step)
         self._close()
         return 1
 
@@ -197,8 +199,12 @@ class Trainer:
         place = sharding.replicated(self.run.mesh)
         step = jax.device_put(np.int32(stopped.step), place)
         skipped = np.int32(int(jax.device_get(self.state.updates_skipped)) - back)
+        zero = {name: jax.device_put(np.float32(0), place) for name in ("in_a_row", "held")}
         self.state = dataclasses.replace(
-            self.state, step=step, updates_skipped=jax.device_put(skipped, place)
+            self.state,
+            step=step,
+            updates_skipped=jax.device_put(skipped, place),
+            guard=self.state.guard | zero,
         )
         self.position.step = stopped.step
         self.position.rows_consumed -= back * self.run.spec.batch_size
@@ -291,7 +297,8 @@ class Trainer:
         show.show_sample(self.console, self.position.step, texts, note)
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())
         if distributed.is_first():
-            self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
+            with self._disk_may_be_full("samples"):
+                self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
 
     def _reading(self) -> str:
         """How much the model has read, for whoever reads its samples."""
@@ -308,15 +315,16 @@ class Trainer:
         if self._due(self.config.checkpoint.every):
             due = due or step > 0 or self.config.checkpoint.save_initial
         if due and step not in self.store.steps():
-            with self.stop.phase("saving"):
+            bound = float(self.config.checkpoint.timeout_seconds)
+            with self.stop.phase("saving"), self.watchdog.patient(bound):
                 self._upload_lines()
-                self.saver.save(step, self._checkpoint, self.watchdog.moved)
-            self.watchdog.moved()
+                self.saver.save(step, self._checkpoint)
 
     def _upload_lines(self) -> None:
         """A checkpoint's lines are there before it."""
         if distributed.is_first():
-            self.folder.metrics.flush_to_disk()
+            with self._disk_may_be_full("metrics"):
+                self.folder.metrics.flush_to_disk()
             self.folder.uploads.upload()
 
     def _checkpoint(self) -> Checkpoint:
@@ -378,13 +386,26 @@ class Trainer:
 
     def _write(self, line: dict[str, Any]) -> None:
         if distributed.is_first():
-            self.folder.metrics.append(line)
+            with self._disk_may_be_full("metrics"):
+                self.folder.metrics.append(line)
             self.writers.write(line)
+
+    @contextlib.contextmanager
+    def _disk_may_be_full(self, what: str) -> Iterator[None]:
+        """A disk that takes nothing more ends no run; it is told once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._told:
+                self._told.add(what)
+                text = f"{what} cannot be written ({error}); the run goes on"
+                self.events.tell("disk", text, style="bold red")
 
     def _draw(self) -> None:
         if distributed.is_first():
             entropies = {name: m.unigram_entropy for name, m in self.run.manifests.items()}
-            draw_losses(self.folder.metrics.read(), entropies, self.folder.loss_picture)
+            with self._disk_may_be_full("loss.png"):
+                draw_losses(self.folder.metrics.read(), entropies, self.folder.loss_picture)
 
     def _tell_stopped(self) -> None:
         saved = self.store.steps()

@@ -141,6 +141,7 @@ class MetricsFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self._unwritten: list[str] = []
 
     def read(self) -> list[dict[str, Any]]:
         """The whole lines; one that a crash cut short or filled with zeros is left out."""
@@ -179,10 +180,18 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Writes one line; values that are not finite become null."""
+        """Writes one line; values that are not finite become null.
+
+        Raises:
+          OSError: the disk takes nothing more. The line is written with the next one.
+        """
         clean = {k: _finite(v) if isinstance(v, float) else v for k, v in line.items()}
+        self._unwritten.append(_as_line(clean))
+        if len(self._unwritten) > 1:  # the last time left half a line, or none
+            self.cut_back(2**62)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_as_line(clean))
+            file.write("".join(self._unwritten))
+        self._unwritten.clear()
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

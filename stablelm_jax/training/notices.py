@@ -18,7 +18,7 @@ _NOTICES = {
     "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
 }
 _WAIT_SECONDS = 60  # the server answers when the value changes, or after this
-_PAUSE_SECONDS = 5.0  # after an answer that tells nothing, or none
+_PAUSE_SECONDS = 1.0  # after a server that did not wait, or gave no answer
 
 
 def metadata_host(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -44,13 +44,18 @@ def watch(hear: Callable[[str], None]) -> None:
 def _wait_for(host: str, what: str, announces: str, hear: Callable[[str], None]) -> None:
     url = f"http://{host}/computeMetadata/v1/instance/{what}"
     later = f"{url}?wait_for_change=true&timeout_sec={_WAIT_SECONDS}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    first, address = True, url
     while True:
+        asked_at = time.monotonic()
         with contextlib.suppress(OSError, ValueError):  # urllib's errors are among them
+            request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
             with urllib.request.urlopen(request, timeout=2 * _WAIT_SECONDS) as answer:
-                if answer.read().decode().strip() == announces:
-                    hear(f"Google Cloud's notice {what}={announces}")
-                    return
-                request = urllib.request.Request(later, headers={"Metadata-Flavor": "Google"})
-                continue
-        time.sleep(_PAUSE_SECONDS)
+                announced = answer.read().decode().strip() == announces
+                address = f"{later}&last_etag={answer.headers.get('ETag', '0')}"
+            # Maintenance is announced long before: a run that starts meanwhile is not to leave.
+            if announced and not (first and what == "maintenance-event"):
+                hear(f"Google Cloud's notice {what}={announces}")
+                return
+            first = False
+        if time.monotonic() - asked_at < _PAUSE_SECONDS:
+            time.sleep(_PAUSE_SECONDS)

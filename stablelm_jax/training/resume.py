@@ -125,7 +125,7 @@ def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     """In the rows consumed so far; which weights come later is a field like others."""
     was, now = dict(saved["row_order"]), dict(current["row_order"])
     rows = saved["rows_consumed"]
-    before, after = (_given(order.pop("stages"), rows) for order in (was, now))
+    before, after = (given(order.pop("stages"), rows) for order in (was, now))
     differences = [f"row_order was {was}, now {now}"] if was != now else []
     if before != after:
         differences.append(
@@ -135,7 +135,8 @@ def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     return differences
 
 
-def _given(stages: Any, rows: int) -> list[Any]:
+def given(stages: Any, rows: int) -> list[Any]:
+    """The stages that began before a row."""
     return [[row, counts] for row, counts in stages if row < rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 
@@ -48,18 +49,18 @@ class Saver:
         if self._store.finished():
             self._settle()
 
-    def save(self, step: int, make: Callable[[], Checkpoint], alive: Callable[[], None]) -> None:
+    def save(self, step: int, make: Callable[[], Checkpoint]) -> None:
         """Starts to save a step that is due, unless it is saved.
 
-        Waits for the save before it, at most `checkpoint.timeout_seconds`: branches are there at
-        the steps that the config names. `alive` is called now and then meanwhile.
+        Waits for the save before it, which takes `checkpoint.timeout_seconds` at most: branches
+        are there at the steps that the config names.
         """
         if step in self._store.steps():
             return
-        self._await_last(step, alive)
+        self._await_last(step)
         self._start(step, make)
 
-    def _await_last(self, step: int, alive: Callable[[], None]) -> None:
+    def _await_last(self, step: int) -> None:
         told = False
         while (seconds := self._store.seconds_under_way()) is not None:
             if self._store.finished():
@@ -73,7 +74,6 @@ class Saver:
                     f"the training waits for it before it saves {branch_name(step)}",
                     step=step,
                 )
-            alive()
             time.sleep(0.01)
 
     def _start(self, step: int, make: Callable[[], Checkpoint]) -> None:
@@ -99,7 +99,7 @@ class Saver:
         older = f"{branch_name(kept[-1])} is whole" if kept else "there is no older one"
         self._events.tell(
             "save_failed",
-            f"{branch_name(self.last_step)} COULD NOT BE SAVED ({described(error)}); the run "
+            f"{branch_name(self.last_step)} COULD NOT BE SAVED ({_cause(error)}); the run "
             f"goes on, {older}, and another try follows within {RETRY_SECONDS:.0f} s. Look at the "
             f"disk of {self._store.folder}",
             style="bold red",
@@ -130,3 +130,9 @@ class Saver:
         self._settle()
         with contextlib.suppress(Exception):  # it was told above
             self._store.close()
+
+
+def _cause(error: Exception) -> str:
+    """What the system said, out of pages of tensorstore's; else the beginning and end of these."""
+    found = re.search(r"([^:]+) \[os_error_code", str(error))
+    return found[1].strip() if found else described(error)

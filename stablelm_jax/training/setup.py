@@ -191,7 +191,7 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.L
         attention=training.attention,
         cross_entropy=training.cross_entropy,
         num_valid_ids=training.num_valid_ids,
-        guard=config.guard,
+        guard={**config.guard, "stop_after": training.stop_after_skipped},
     )
     return step.lower(abstract, abstract_batch(config, mesh))
 

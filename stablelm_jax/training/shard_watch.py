@@ -36,7 +36,10 @@ class ShardWatch:
           ShardError: on every process, where a shard has changed.
         """
         if distributed.is_first() and self._path.exists():
-            self._stamps = json.loads(self._path.read_text(encoding="utf-8"))
+            try:
+                self._stamps = json.loads(self._path.read_text(encoding="utf-8"))
+            except ValueError:
+                self._progress(f"{self._path} is broken: the shards are taken as they are now")
         self.look()
 
     def look(self) -> None:

@@ -109,6 +109,7 @@ class StopRequest:
             self.name, self._heard_at = name, time.monotonic()
             if self._leave:
                 self._leave_at_once()
+            _say(f"{name}: stopping; the checkpoint comes first")
 
     def _hear_signals(self) -> None:
         with open(self._reading, "rb", buffering=0) as pipe:

@@ -24,16 +24,19 @@ from stablelm_jax.training.events import Events
 from stablelm_jax.training.origin import NoCheckpoint, Origin, check_parent
 from stablelm_jax.training.resume import (
     Position,
+    ResumeError,
     check_changes,
     check_same_run,
     config_changes,
     from_arrays,
+    given,
     rounding_changes,
     to_checkpoint,
 )
 from stablelm_jax.training.setup import Run, prepare_run
 from stablelm_jax.training.state import TrainState, init_state, new_guard
 
+_ROW = ("in_a_row", "before_row")  # of `LossSums.state()`
 _MOVES_ORIGIN = ("data.weights", "data.stages", "data.batch_size")
 
 
@@ -76,29 +79,40 @@ class Start:
     def __init__(self, run: Run, store: CheckpointStore, wishes: Wishes, events: Events):
         """Raises ResumeError, CheckpointError or ValueError; nothing of the run is changed then.
 
-        Damaged checkpoints are set aside under another name.
+        Damaged checkpoints newer than the one that was taken are set aside under another name.
         """
         self.run, self._store, self._wishes, self._events = run, store, wishes, events
-        self.resumed, self._set_aside = False, []
+        self.resumed = False
         for name in store.unfinished:
             events.tell("unfinished_checkpoint", f"{name} was never finished; removed", name=name)
         store.agree(distributed.agreed_numbers(store.steps()))
+        damaged: dict[int, CheckpointError] = {}
         for step in reversed(store.steps()):
-            found = self._resumed(step)
+            found = self._resumed(step, damaged)
             if found is not None:
                 self.state, self.position = found
                 self.resumed = True
-                return
-        if self._set_aside:
-            raise CheckpointError(
-                f"every checkpoint in {store.folder} is damaged; they are now called "
-                f"{', '.join(self._set_aside)}. Run the same command once more to begin anew, or "
-                "restore one of them under its old name"
+                break
+        else:
+            if damaged:
+                named = "; ".join(map(str, damaged.values()))
+                raise CheckpointError(
+                    f"no checkpoint in {store.folder} can be read: {named}. Give one of them back, "
+                    "or move them all away to begin anew"
+                )
+            self.state, self.position = self._begun()
+        self._set_aside(damaged)
+        last = self.run.config.training.num_steps
+        if self.position.step > last:
+            raise ResumeError(
+                f"config.training.num_steps={last}, but {store.folder} has step "
+                f"{self.position.step} already: give more steps, or another --workdir"
             )
-        self.state, self.position = self._begun()
 
-    def _resumed(self, step: int) -> tuple[TrainState, Position] | None:
-        """From the checkpoint of a step; None where it is damaged, and then set aside."""
+    def _resumed(
+        self, step: int, damaged: dict[int, CheckpointError]
+    ) -> tuple[TrainState, Position] | None:
+        """From the checkpoint of a step; None where it is damaged, and then noted."""
         path = self._store.folder / branch_name(step)
         error, found = None, None
         try:
@@ -108,20 +122,23 @@ class Start:
         if not distributed.anywhere(error is not None):
             self._events.print(f"resuming from {path}")
             return found
+        error = error or DamagedCheckpoint(f"{path} is damaged on another host")
         if self._wishes.strict:
             raise CheckpointError(
-                f"{error or f'{path} is damaged on another host'} (--strict: without it the run "
-                "goes on from the newest whole one)"
+                f"{error} (--strict: without it the run goes on from the newest whole one)"
             )
-        aside = self._store.set_aside(step)
-        self._set_aside.append(aside)
-        self._events.tell(
-            "damaged_checkpoint",
-            f"{error or f'{path} is damaged on another host'}; it is now called {aside}, and the "
-            "run goes on from the newest whole one",
-            checkpoint=str(path),
-        )
+        damaged[step] = error
         return None
+
+    def _set_aside(self, damaged: Mapping[int, CheckpointError]) -> None:
+        """Not before another one could be read: it may be the disk, or this host."""
+        for step, error in damaged.items():
+            aside = self._store.set_aside(step)
+            self._events.tell(
+                "damaged_checkpoint",
+                f"{error}; it is now called {aside}, and the run goes on from the newest whole one",
+                checkpoint=str(self._store.folder / branch_name(step)),
+            )
 
     def _restored(self, path: Any) -> tuple[TrainState, Position]:
         saved = read_run(path)
@@ -129,12 +146,16 @@ class Start:
         changes = config_changes(saved, config)
         check_changes(changes, self._wishes.accept_config_change, path)
         origin = Origin.of_checkpoint(saved)
-        if any(key.startswith(_MOVES_ORIGIN) for key in changes):
+        if any(key.startswith(_MOVES_ORIGIN) for key in changes) and not _goes_on(
+            config, origin, saved
+        ):
             origin = origin.moved(saved)
         if origin != self.run.origin:
             self.run = prepare_run(config, origin)
         check_same_run(saved, self.run.identity())
         state, position = restore(self.run, path, saved)
+        if origin != Origin.of_checkpoint(saved):
+            state, position = _without_row(state, position)
         if changes:
             position.config_changes.append({"step": position.step, "changes": changes})
             shown = "; ".join(f"{key}: {was!r} -> {now!r}" for key, (was, now) in changes.items())
@@ -166,7 +187,28 @@ class Start:
             step=position.step,
             hash=run.origin.parent_hash,
         )
+        state, position = _without_row(state, position)
         return state, dataclasses.replace(position, train_seconds=0.0, config_changes=[])
+
+
+def _goes_on(config: ConfigDict, origin: Origin, saved: Mapping[str, Any]) -> bool:
+    """Whether rows are counted as before and only weights of later steps are new."""
+    rows, batch_size = saved["rows_consumed"], saved["config"]["data"]["batch_size"]
+    spans = [list(span) for span in origin.mixture(config).spans()]
+    return config.data.batch_size == batch_size and given(spans, rows) == given(
+        saved["row_order"]["stages"], rows
+    )
+
+
+def _without_row(state: TrainState, position: Position) -> tuple[TrainState, Position]:
+    """Forgets updates left out in a row, which would lead back before a run's own first step."""
+    sums = {k: v for k, v in (position.loss_sums or {}).items() if k not in _ROW}
+    zeros = {name: jnp.zeros_like(state.guard[name]) for name in ("in_a_row", "held")}
+    guard = jax.device_put(state.guard | zeros, jax.tree.leaves(state.guard)[0].sharding)
+    return (
+        dataclasses.replace(state, guard=guard),
+        dataclasses.replace(position, loss_sums=sums or None),
+    )
 
 
 def restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState, Position]:

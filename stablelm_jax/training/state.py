@@ -23,7 +23,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates attempted so far; also the index of the next batch.
-      updates_skipped: int32 scalar, updates left out because a gradient was not finite.
+      updates_skipped: int32 scalar, updates left out (see step.py).
       params: float32 master weights under the names of the parameter table.
       opt_state: optax state; its moments have the shapes and shardings of `params`.
       guard: running statistics of the loss, as `new_guard` makes them.
@@ -37,8 +37,13 @@ class TrainState:
 
 
 def new_guard() -> dict[str, jax.Array]:
-    """No statistics yet: mean and variance of the loss, and of how many steps; float32 scalars."""
-    return {name: jnp.zeros((), jnp.float32) for name in ("mean", "variance", "count")}
+    """Nothing seen yet; float32 scalars.
+
+    "mean" and "variance" of the loss and of how many steps, "count"; "in_a_row", updates left out
+    without one between them; "held", 1 once the run is to stop.
+    """
+    names = ("mean", "variance", "count", "in_a_row", "held")
+    return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
 def abstract_state(

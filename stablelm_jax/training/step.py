@@ -5,6 +5,7 @@ An update that would harm is left out on the devices themselves: nobody waits to
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +21,8 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.training.gradient import make_gradient_function
 from stablelm_jax.training.state import TrainState, shardings_of
 
-APPLIED, NOT_FINITE, SPIKE = 0, 1, 2  # what became of an update
-NO_GUARD: Mapping[str, Any] = {"kind": "off"}
+APPLIED, NOT_FINITE, SPIKE, HELD = 0, 1, 2, 3  # what became of an update
+NO_GUARD: Mapping[str, Any] = {"kind": "off", "stop_after": float("inf")}
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -41,7 +42,9 @@ def make_train_step(
 ) -> StepFunction:
     """Compiles-on-first-call `step(state, batch) -> (state, metrics)`; `state` is donated.
 
-    `guard` is that group of a config; `gradient_options` are those of `make_gradient_function`.
+    `guard` is that group of a config, and `stop_after`: so many updates left out in a row hold all
+    later ones back until the host has seen it (HELD). `gradient_options` are those of
+    `make_gradient_function`.
 
     Metrics, all float32 on every device: "nll" and "tokens" [S] by source, "grad_norm" before
     clipping, "param_norm", "learning_rate" of this update; int32: "skipped", APPLIED or why this
@@ -66,7 +69,9 @@ def make_train_step(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         spike, statistics = judged(state.guard, loss, guard)
         skipped = jnp.where(finite, jnp.where(spike, SPIKE, APPLIED), NOT_FINITE)
+        skipped = jnp.where(state.guard["held"] > 0, HELD, skipped)
         new = _update(optimizer, state, gradients, statistics, skipped == APPLIED)
+        new = dataclasses.replace(new, guard=new.guard | _row(state.guard, skipped, guard))
         metrics = sums | {
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(new.params),
@@ -97,12 +102,23 @@ def judged(
     far = loss > mean + guard["sigmas"] * jnp.sqrt(variance)
     share = 1 / jnp.minimum(count + 1, guard["window"])
     delta = loss - mean
-    taken_in = {
+    taken_in = statistics | {
         "mean": mean + share * delta,
         "variance": (1 - share) * (variance + share * delta * delta),
         "count": count + 1,
     }
     return far & (count >= guard["window"]), taken_in
+
+
+def _row(
+    before: Mapping[str, jax.Array], skipped: jax.Array, guard: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """How many were left out in a row, and whether that holds back all that follows."""
+    in_a_row = jnp.where(skipped == APPLIED, 0.0, before["in_a_row"] + 1)
+    stop = in_a_row >= guard["stop_after"]
+    if guard["kind"] == "stop":
+        stop |= skipped == SPIKE
+    return {"in_a_row": in_a_row, "held": jnp.where(stop, 1.0, before["held"])}
 
 
 def _update(

@@ -7,11 +7,12 @@ handed an array of each step and sees from its thread, without waiting, when the
 from __future__ import annotations
 
 import collections
+import contextlib
 import faulthandler
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Watchdog:
 
     def __init__(self, least_seconds: float, hung: Callable[[str], None]):
         """`least_seconds`: the limit is never below this; 0 switches the watchdog off."""
-        self._least, self._hung = least_seconds, hung
+        self._least, self._hung, self._bound = least_seconds, hung, 0.0
         self._steps: collections.deque[Any] = collections.deque()
         self._seconds: collections.deque[float] = collections.deque(maxlen=101)
         self._moved_at = time.monotonic()
@@ -51,10 +52,20 @@ class Watchdog:
         """A step was dispatched; `result` is an array of it that nobody donates."""
         self._steps.append(result)
 
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """While something runs that has a bound of its own, the limit is not below that."""
+        self._bound = seconds
+        try:
+            yield
+        finally:
+            self.moved()
+            self._bound = 0.0
+
     def limit(self) -> float:
         """Seconds without any move that mean a hang."""
         median = statistics.median(self._seconds) if self._seconds else 0.0
-        return max(FACTOR * median, self._least)
+        return max(FACTOR * median, self._least, self._bound)
 
     def _watch(self) -> None:
         looked_at = time.monotonic()

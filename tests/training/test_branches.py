@@ -135,12 +135,16 @@ def test_the_tree_shows_branches_under_the_checkpoint_they_came_from(data, paren
     here = (tmp_path / "main", *parent[1:])
     cooldown = {"schedule.cooldown_start": 10, "schedule.cooldown_steps": 4}
     branch(data, here, tmp_path / "cooldown", step=12, **cooldown, **{"training.num_steps": 14})
+    branch(data, here, tmp_path / "constant", step=12, **{"training.num_steps": 14})
     console = Console(width=200, file=io.StringIO())
     console.print(draw(list(find_runs(tmp_path)), "runs"))
     lines = [line for line in console.file.getvalue().splitlines() if line.strip()]
     depth = {line.split("── ")[1].split(" ")[0]: line.index("── ") for line in lines[1:]}
-    at = [n for n, line in enumerate(lines) if "/cooldown" in line][0]
-    assert "global_step12" in lines[at - 1]
+    order = [line.split("── ")[1].split(" ")[0] for line in lines[1:]]
+    runs = [str(tmp_path / name) for name in ("constant", "cooldown", "main")]
+    assert order.index(runs[2]) == 0 and depth[runs[0]] == depth[runs[1]]  # siblings
+    at = order.index(runs[1]) + 1
+    assert order[order.index(runs[0]) - 1] == "global_step12"
     assert depth[str(tmp_path / "cooldown")] > depth["global_step8"] > depth[str(tmp_path / "main")]
     assert "learning rate from 10 to 14 linear to 0" in lines[at]
     show_branches(str(tmp_path), str(tmp_path / "branches.png"))

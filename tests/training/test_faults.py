@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,15 @@ def test_too_many_in_a_row_stop_the_run_at_the_checkpoint_before_them(
     assert checksums(tmp_path, 12) == checksums(undisturbed[0], 12)
 
 
+def test_a_row_of_bad_updates_between_two_log_lines_stops_the_run_too(data, tmp_path, poisoned):
+    poisoned(5, 6, 7)  # and sound ones after them, before anybody looks
+    overrides = {"training.stop_after_skipped": 3, "training.log_every": 12}
+    code, _ = train(config(data, **overrides, **{"checkpoint.every": 12}), tmp_path)
+    assert code == 1
+    assert read_run(tmp_path / "checkpoints/global_step5")["rows_consumed"] == 5 * 8
+    assert len(events(tmp_path, "update_skipped")) == 3
+
+
 def test_a_row_of_bad_updates_is_counted_over_restarts_and_log_lines(data, tmp_path, poisoned):
     poisoned(*range(5, 12))
     overrides = {"training.stop_after_skipped": 5, "training.log_every": 2}
@@ -162,14 +173,32 @@ def jumping(monkeypatch):
     return jump
 
 
-def test_a_spike_stops_the_run_before_it_where_the_guard_says_so(data, tmp_path, jumping):
-    jumping(9)
-    code, _ = train(config(data, **{"guard.kind": "stop", "guard.window": 6}), tmp_path)
+@pytest.fixture
+def one_jump(monkeypatch):
+    """The loss that the guard sees of one step, counted from 0, jumps; those after it do not."""
+
+    def jump(number):
+        def shifted(statistics, loss, guard):
+            first = (statistics["count"] == number) & (statistics["in_a_row"] == 0)
+            return judged(statistics, jnp.where(first, 50, loss), guard)
+
+        monkeypatch.setattr(step, "judged", shifted)
+
+    return jump
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_one_spike_stops_the_run_before_it_where_the_guard_says_so(
+    data, tmp_path, one_jump, log_every
+):
+    one_jump(9)
+    stop = {"guard.kind": "stop", "guard.window": 6, "training.log_every": log_every}
+    code, _ = train(config(data, **stop), tmp_path)
     assert code == 1
     (told,) = events(tmp_path, "update_skipped")
     assert (told["step"], told["why"]) == (10, "spike")
     saved = read_run(tmp_path / "checkpoints/global_step9")
-    assert saved["guard"]["count"] == 9
+    assert saved["guard"]["count"] == 9 and saved["guard"]["held"] == 0
 
 
 def test_spikes_are_left_out_where_the_guard_skips(data, tmp_path, jumping):
@@ -313,6 +342,31 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_the_older_one_
     small_disk(None)
     code, lines = train(config(data), tmp_path)
     assert code == 0 and losses(lines) == losses(undisturbed[1])
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_when_it_has_room_again(
+    data, undisturbed, tmp_path, monkeypatch
+):
+    opened, refused = Path.open, []
+
+    def full(path, mode="r", *arguments, **settings):
+        if path.name == "metrics.jsonl" and mode == "a" and len(metrics(tmp_path)) == 5:
+            refused.append(mode)
+            if len(refused) < 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, mode, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", full)
+    code, lines = train(config(data), tmp_path)
+    assert code == 0 and len(refused) == 4
+    assert losses(lines) == losses(undisturbed[1])
+    assert len(events(tmp_path, "disk")) == 1
+
+
+def test_fewer_steps_than_a_run_has_done_are_refused(data, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="num_steps=8, but .* has step 12 already"):
+        train(config(data, **{"training.num_steps": 8}), tmp_path / "run")
 
 
 def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp_path, monkeypatch):
