@@ -189,7 +189,7 @@ class CheckpointStore:
         if self._first and step is not None:
             whole = self.folder / branch_name(step)
             for path in self.folder.glob(f"{branch_name(step)}{_TEMPORARY}*"):
-                path.rmtree(missing_ok=True)
+                _remove_half_written(path)
             if is_url(whole) and whole.exists() and not ocp.path.step.is_path_finalized(whole):
                 whole.rmtree()  # there half a checkpoint has the name of a whole one
 
@@ -230,6 +230,18 @@ def _announcing(on_phase: Callable[[str], None]) -> ocp.CompositeCheckpointHandl
 
     handler.finalize = announced
     return handler
+
+
+def _remove_half_written(path: epath.Path) -> None:
+    """Other threads of a save that has failed may write on for a moment.
+
+    What is left after some tries the next start of the run removes.
+    """
+    for _ in range(20):
+        try:
+            return path.rmtree(missing_ok=True)
+        except OSError:
+            time.sleep(0.1)
 
 
 def _delete(path: epath.Path) -> None:
