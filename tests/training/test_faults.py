@@ -430,6 +430,16 @@ def test_stacks_name_every_thread(tmp_path):
     assert text.startswith("HUNG\n") and "test_stacks_name_every_thread" in text
 
 
+def config_file(data, folder, **overrides):
+    path = folder / "config.py"
+    values = json.dumps(config(data, **overrides).to_dict())
+    path.write_text(
+        "import json\nfrom stablelm_jax import config as c\n"
+        f"def get_config():\n    return c.from_dict(json.loads({values!r}))\n"
+    )
+    return path
+
+
 HANGING = """
 import sys, time
 from stablelm_jax.training import loop
@@ -444,13 +454,39 @@ main()
 """
 
 
+SAVE_HANGING = """
+import time
+from orbax.checkpoint import CompositeCheckpointHandler
+finalize = CompositeCheckpointHandler.finalize
+def hang(handler, directory):
+    if "global_step4" in str(directory):
+        time.sleep(3600)
+    finalize(handler, directory)
+CompositeCheckpointHandler.finalize = hang
+from stablelm_jax.train import main
+main()
+"""
+
+
+def test_a_save_that_hangs_ends_the_run_by_its_bound_with_75(data, tmp_path):
+    bounds = {"training.hang_seconds": 1.0, "checkpoint.timeout_seconds": 3}
+    path, run = config_file(data, tmp_path, **bounds), tmp_path / "run"
+    command = [sys.executable, "-c", SAVE_HANGING, f"--config={path}", f"--workdir={run}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 75, ended.stderr
+    assert "HUNG in saving at step 8" in ended.stdout
+    assert train(config(data), run)[0] == 0
+
+
+def test_temporary_checkpoints_come_by_time_and_go_as_newer_ones_come(data, tmp_path):
+    by_time = {"checkpoint.every_minutes": 1e-9, "checkpoint.every": 12}
+    train(config(data, **by_time, **{"checkpoint.keep_latest": 4}), tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"global_step{step}" for step in (10, 11, 12, 9)]
+
+
 def test_a_run_that_hangs_leaves_its_stacks_exits_75_and_goes_on(data, undisturbed, tmp_path):
-    path = tmp_path / "config.py"
-    values = json.dumps(config(data, **{"training.hang_seconds": 4.0}).to_dict())
-    path.write_text(
-        "import json\nfrom stablelm_jax import config as c\n"
-        f"def get_config():\n    return c.from_dict(json.loads({values!r}))\n"
-    )
+    path = config_file(data, tmp_path, **{"training.hang_seconds": 4.0})
     run = tmp_path / "run"
     ended = subprocess.run(
         [sys.executable, "-c", HANGING, f"--config={path}", f"--workdir={run}"],
