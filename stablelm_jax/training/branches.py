@@ -54,11 +54,24 @@ def show_branches(folder: str, picture: str | None = None) -> None:
         )
     Console().print(draw(runs, folder))
     if picture:
+        first = _first_shown(runs)
         lines = {
-            str(run.path.relative_to(folder)): MetricsFile(run.path / "metrics.jsonl").read()
+            str(run.path.relative_to(folder)): [
+                line
+                for line in MetricsFile(run.path / "metrics.jsonl").read()
+                if line["step"] >= first
+            ]
             for run in runs
         }
         draw_branches(lines, Path(picture))
+
+
+def _first_shown(runs: list[Found]) -> int:
+    """So that what was before the first branch takes no more room than what came after it."""
+    starts = [run.origin.parent_step for run in runs if run.origin.parent]
+    if not starts:
+        return 0
+    return max(0, 2 * min(starts) - max(run.steps[-1] for run in runs))
 
 
 def find_runs(folder: Path) -> Iterator[Found]:

@@ -144,9 +144,8 @@ MEMORY_TOLERANCE = 16
 POOL_THREADS = 128
 
 
-@pytest.mark.parametrize(
-    ("steps", "every"), [(400, 40), pytest.param(10_000, 100, marks=pytest.mark.by_hand)]
-)
+@pytest.mark.by_hand
+@pytest.mark.parametrize(("steps", "every"), [(400, 40), (10_000, 100)])
 def test_a_long_run_holds_no_more_at_its_end_than_in_its_middle(data, tmp_path, steps, every):
     """Threads, files, memory; a save in every period, evaluation and picture in every other.
 

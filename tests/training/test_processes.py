@@ -109,7 +109,7 @@ def test_a_missing_process_ends_the_others_with_its_number(data, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand  # the bucket of one process is tested in test_bucket_run.py
 def test_two_processes_share_a_run_folder_in_a_bucket(data, alone, tmp_path, gcs, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for steps in (6, 12):
