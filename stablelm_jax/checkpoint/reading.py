@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
 from stablelm_jax.checkpoint.names import branch_name, branch_step, checkpoint_path
 from stablelm_jax.data.remote import retried
+from stablelm_jax.model.parameters import nest
 
 FORMAT_VERSION = 2  # 1 had no seal, and one set of weights for the whole run
 _ELSE = "use another checkpoint"
@@ -89,6 +91,29 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
     arrays = {name: restored[name] for name in abstract}
     _verify(path, arrays, run["checksums"])
     return arrays
+
+
+def read_leaves(
+    path: epath.PathLike, shapes: Mapping[str, tuple[int, ...]], run: dict[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The float32 parameters of these names and shapes, one after the other, each compared with
+    its checksum in `run`: the host holds one at a time.
+
+    Raises:
+      DamagedCheckpoint: a leaf is missing, has another shape, or its bits have changed.
+    """
+    path = _finished(path)
+    for name, shape in shapes.items():
+        wanted = nest({name: jax.ShapeDtypeStruct(shape, "float32")})
+        # Without `restore_args` Orbax would give jax arrays, on the devices of the run.
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
+        restored = _restore(path, {"params": restore})["params"]
+        (leaf,) = jax.tree.leaves(restored)
+        if leaf.shape != shape:
+            raise DamagedCheckpoint(f"{path}: params/{name} is {leaf.shape}, not {shape}; {_ELSE}")
+        _verify(path, {"params": restored}, run["checksums"])
+        yield name, leaf
 
 
 def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
