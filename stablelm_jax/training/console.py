@@ -15,12 +15,13 @@ from rich.table import Table
 
 from stablelm_jax.data.remote import is_url
 from stablelm_jax.model.flops import train_flops_per_token
-from stablelm_jax.model.parameters import format_parameter_table, parameter_table
+from stablelm_jax.model.parameters import count_parameters, format_parameter_table, parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.training.setup import Run
 
 _PLAIN_SECONDS = 5.0  # without a terminal: a line at most this often
+_YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
 
 
 def show_decisions(console: Console, run: Run) -> None:
@@ -125,6 +126,13 @@ def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str
         f"[bold]{escape(prompt)}[/bold]{escape(text)}" for prompt, text in texts.items()
     )
     console.print(Panel(body, title=f"samples after step {step:,}", subtitle=escape(note)))
+
+
+def reading_note(run: Run, rows: int) -> str:
+    """How much the model has read after so many rows, for whoever reads its samples."""
+    share = rows * run.spec.sequence_length / count_parameters(run.model)
+    note = f"{share:.2g} tokens read for each parameter"
+    return f"{note}: not yet language" if share < _YOUNG else note
 
 
 class ProgressLine:

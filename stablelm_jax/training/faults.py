@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from stablelm_jax.checkpoint.names import branch_name
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
@@ -44,13 +46,11 @@ class Faults:
         self._compare, self._equal_at = None, None
         self._held = False  # the devices hold all updates back until the run has stopped
 
-    def compile(self, state: TrainState) -> None:
+    def compile(self) -> None:
         """Makes ready what the run will need."""
         if self._every:
-            arrays = _arrays(state)
             abstract = _arrays(self._run.abstract)
-            check = make_replica_check(abstract, self._run.mesh)
-            self._compare = check.lower(arrays).compile()
+            self._compare = make_replica_check(abstract, self._run.mesh).lower(abstract).compile()
 
     def check(self, losses: LossSums, step: int) -> None:
         """Tells of each update that was left out.
@@ -58,7 +58,6 @@ class Faults:
         Raises:
           Stopped: too many in a row.
         """
-        losses.state()  # fetches what is there
         for skipped in losses.take_skipped():
             if skipped.why == HELD:
                 self._held = True
@@ -117,6 +116,25 @@ class Faults:
                 None,
             )
         self._equal_at = step
+
+
+def rewound(state: TrainState, steps: int) -> TrainState:
+    """`state` so many steps back, of updates left out: they changed nothing but counters."""
+
+    def less(counter: jax.Array) -> jax.Array:
+        value = np.int32(int(jax.device_get(counter)) - steps)
+        return jax.device_put(value, counter.sharding)
+
+    zeros = {
+        name: jax.device_put(np.float32(0), state.guard[name].sharding)
+        for name in ("in_a_row", "held")
+    }
+    return dataclasses.replace(
+        state,
+        step=less(state.step),
+        updates_skipped=less(state.updates_skipped),
+        guard=state.guard | zeros,
+    )
 
 
 def inspection_command(step: int, arguments: Sequence[str] | None = None) -> str:

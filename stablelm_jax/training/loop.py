@@ -8,7 +8,6 @@ so a checkpoint `global_step<N>` is the state after N updates, before batch N is
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 import time
@@ -16,24 +15,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.names import branch_name
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
 from stablelm_jax.evaluation.held_out import evaluate_held_out
-from stablelm_jax.kernels.check import WrongKernel
-from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.training import console as show
 from stablelm_jax.training.compilation_cache import CompilationCache
 from stablelm_jax.training.events import Events
-from stablelm_jax.training.faults import Faults, Stopped
+from stablelm_jax.training.faults import Faults, Stopped, rewound
 from stablelm_jax.training.meter import Meter
 from stablelm_jax.training.metrics import LossSums
 from stablelm_jax.training.picture import draw_losses
 from stablelm_jax.training.profile import Profiler
+from stablelm_jax.training.programs import compile_programs
 from stablelm_jax.training.resume import guard_to_json, to_checkpoint
 from stablelm_jax.training.run_folder import RunFolder
 from stablelm_jax.training.saving import SaveFailed, Saver
@@ -45,19 +42,6 @@ from stablelm_jax.training.watchdog import Watchdog, write_stacks
 from stablelm_jax.training.writers import Writers
 
 HANG_PAUSE = 5.0  # seconds in which the other processes write their stacks
-YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
-
-
-def _checked_attention(run: Run) -> str:
-    """Which attention runs; an error on every host where it is wrong, or fails, on one."""
-    text, error = "", None
-    try:
-        text = run.check_attention()
-    except Exception as caught:  # whatever it is, the others would wait for this host
-        error = caught
-    if distributed.anywhere(error is not None):
-        raise error or WrongKernel("attention is wrong on another host; see its output")
-    return text
 
 
 class Trainer:
@@ -116,22 +100,23 @@ class Trainer:
         """Runs to the last step; returns the exit code."""
         try:
             with self.stop.phase("compiling", leave=True):
-                step_function = self._compile()
+                self.programs = compile_programs(self.run, self.console, self.cache)
+                self.faults.compile()
             batches = self.run.batches(self.position.rows_consumed)
             with self.stop.phase("stepping"), contextlib.closing(batches):
-                return self._train(step_function, batches)
+                return self._train(batches)
         finally:
             self.watchdog.stop()
             self.saver.close()  # also after an error: what is being saved becomes whole
 
-    def _train(self, step_function, batches) -> int:
+    def _train(self, batches) -> int:
         progress = show.ProgressLine(self.console, self.last_step)
         steps = config_lib.profiled_steps(self.config)
         profiler = Profiler(steps, self.folder.path / "profile", self.console)
         with progress, jax.transfer_guard("disallow"):
             self.watchdog.start()
             try:
-                finished = self._loop(step_function, batches, profiler, progress)
+                finished = self._loop(batches, profiler, progress)
                 stopped = None
             except Stopped as caught:
                 stopped = caught
@@ -140,7 +125,7 @@ class Trainer:
             profiler.close()
             return self._end(finished) if stopped is None else self._stop_at(stopped)
 
-    def _loop(self, step_function, batches, profiler: Profiler, progress: Any) -> bool:
+    def _loop(self, batches, profiler: Profiler, progress: Any) -> bool:
         """To the end; False where a signal was heard on some host before all of it was done."""
         while True:
             self.saver.look()
@@ -154,7 +139,7 @@ class Trainer:
             if stopped or self.position.step >= self.last_step:
                 return not stopped
             profiler.before(self.position.step)
-            line = self._step(step_function, batches)
+            line = self._step(batches)
             profiler.after(self.position.step, self.state)
             if line is not None:
                 progress.update(line)
@@ -196,16 +181,7 @@ class Trainer:
     def _rewind(self, stopped: Stopped) -> None:
         """Back to before the updates that were left out: they changed nothing but counters."""
         back = self.position.step - stopped.step
-        place = sharding.replicated(self.run.mesh)
-        step = jax.device_put(np.int32(stopped.step), place)
-        skipped = np.int32(int(jax.device_get(self.state.updates_skipped)) - back)
-        zero = {name: jax.device_put(np.float32(0), place) for name in ("in_a_row", "held")}
-        self.state = dataclasses.replace(
-            self.state,
-            step=step,
-            updates_skipped=jax.device_put(skipped, place),
-            guard=self.state.guard | zero,
-        )
+        self.state = rewound(self.state, back)
         self.position.step = stopped.step
         self.position.rows_consumed -= back * self.run.spec.batch_size
         self.losses = LossSums(list(self.run.sources), stopped.before)
@@ -238,21 +214,6 @@ class Trainer:
             )
         return {line["step"] for line in kept if "eval/loss" in line}
 
-    def _compile(self):
-        self.console.print(_checked_attention(self.run), markup=False, soft_wrap=True)
-        began = time.monotonic()
-        with self.console.status("compiling the train step"):
-            step_function = self.run.compile_step()
-        seconds = time.monotonic() - began
-        self.console.print(f"the train step was ready after {seconds:.1f} s; {self.cache}")
-        # Now, and not when first needed: a signal must not meet a compilation in the loop.
-        if self.config.evaluation.every:
-            self.eval_step = self.run.compile_eval()
-        if self.config.samples.every:
-            self.samples = self.run.prepare_samples()
-        self.faults.compile(self.state)
-        return step_function
-
     def _due(self, every: int) -> bool:
         step = self.position.step
         return every > 0 and (step % every == 0 or step == self.last_step)
@@ -266,7 +227,7 @@ class Trainer:
             return True
         with self.stop.phase("evaluating"):
             means = evaluate_held_out(
-                self.eval_step,
+                self.programs.eval_step,
                 self.state.params,
                 self.run.held_out(),
                 self.run.held_out_tokens_per_byte(),
@@ -291,21 +252,14 @@ class Trainer:
         if not self._due(settings.every) or self.position.step == 0:
             return
         with self.stop.phase("sampling"):
-            texts = self.samples(self.state.params)
+            texts = self.programs.samples(self.state.params)
         self.watchdog.moved()
-        note = self._reading()
+        note = show.reading_note(self.run, self.position.rows_consumed)
         show.show_sample(self.console, self.position.step, texts, note)
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())
         if distributed.is_first():
             with self._disk_may_be_full("samples"):
                 self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
-
-    def _reading(self) -> str:
-        """How much the model has read, for whoever reads its samples."""
-        tokens = self.position.rows_consumed * self.run.spec.sequence_length
-        share = tokens / count_parameters(self.run.model)
-        note = f"{share:.2g} tokens read for each parameter"
-        return f"{note}: not yet language" if share < YOUNG else note
 
     def _save(self, due: bool) -> None:
         """`due`: by time; by steps it may be as well."""
@@ -345,12 +299,12 @@ class Trainer:
             "config": config_lib.to_dict(self.config),
         }
 
-    def _step(self, step_function, batches) -> dict[str, Any] | None:
+    def _step(self, batches) -> dict[str, Any] | None:
         """One update; returns the metrics line if one is due."""
         began = time.monotonic()
         batch = sharding.put_batch(next(batches), self.run.mesh)
         self.meter.wait_seconds += time.monotonic() - began
-        self.state, metrics = step_function(self.state, batch)
+        self.state, metrics = self.programs.step(self.state, batch)
         self.watchdog.step(metrics["grad_norm"])
         self.position.step += 1
         self.losses.add(self.position.step, metrics)

@@ -106,7 +106,8 @@ class LossSums:
         self._skipped.append(Skipped(step, int(found["skipped"]), means, norm, self.in_a_row))
 
     def take_skipped(self) -> list[Skipped]:
-        """The updates left out that were fetched since the last call."""
+        """The updates left out since the last call; waits for the devices."""
+        self._fetch()
         taken, self._skipped = self._skipped, []
         return taken
 
