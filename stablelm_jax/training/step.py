@@ -5,7 +5,6 @@ An update that would harm is left out on the devices themselves: nobody waits to
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,21 +43,14 @@ def make_train_step(
 
     `guard` is that group of a config, and `stop_after`: so many updates left out in a row hold all
     later ones back until the host has seen it (HELD). `gradient_options` are those of
-    `make_gradient_function`.
-
-    Metrics, all float32 on every device: "nll" and "tokens" [S] by source, "grad_norm" before
-    clipping, "param_norm", "learning_rate" of this update; int32: "skipped", APPLIED or why this
-    update was left out, and "updates_skipped", how many were so far.
+    `make_gradient_function`. The metrics are "nll" and "tokens", float32 [S] by source, and those
+    of `step_metrics`; every device holds all of them.
     """
     table = parameter_table(model)
     compute_shardings = sharding.named(mesh, sharding.parameter_specs(table))
+    masters = sharding.master_specs(table, mesh, zero1)
     gradient = make_gradient_function(
-        model,
-        mesh,
-        sharding.master_specs(table, mesh, zero1),
-        dtype=dtype,
-        fsdp=fsdp,
-        **gradient_options,
+        model, mesh, masters, dtype=dtype, fsdp=fsdp, **gradient_options
     )
 
     def train_step(state: TrainState, batch: Batch):
@@ -66,26 +58,59 @@ def make_train_step(
         gradients, sums = gradient(params, batch)
         grad_norm = optax.tree.norm(gradients)
         loss = jnp.sum(sums["nll"]) / jnp.sum(sums["tokens"])
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-        spike, statistics = judged(state.guard, loss, guard)
-        skipped = jnp.where(finite, jnp.where(spike, SPIKE, APPLIED), NOT_FINITE)
-        skipped = jnp.where(state.guard["held"] > 0, HELD, skipped)
-        new = _update(optimizer, state, gradients, statistics, skipped == APPLIED)
-        new = dataclasses.replace(new, guard=new.guard | _row(state.guard, skipped, guard))
-        metrics = sums | {
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new.params),
-            "learning_rate": schedule(optax.tree_utils.tree_get(state.opt_state, "count")),
-            "skipped": skipped,
-            "updates_skipped": new.updates_skipped,
-        }
-        return new, metrics
+        skipped, after = decided(state.guard, loss, grad_norm, guard)
+        new = _update(optimizer, state, gradients, after, skipped == APPLIED)
+        return new, sums | step_metrics(state, new, grad_norm, skipped, schedule)
 
     return jax.jit(
         train_step,
         donate_argnums=0,
         out_shardings=(shardings_of(abstract), sharding.replicated(mesh)),
     )
+
+
+def step_metrics(
+    old: TrainState,
+    new: TrainState,
+    grad_norm: jax.Array,
+    skipped: jax.Array,
+    schedule: optax.Schedule,
+) -> dict[str, jax.Array]:
+    """Scalars that tell of the update from the state `old` to `new`.
+
+    Float32: "grad_norm" before clipping, "param_norm", "learning_rate" of the update. Int32:
+    "skipped", APPLIED or why it was left out, and "updates_skipped", how many were so far.
+    """
+    return {
+        "grad_norm": grad_norm,
+        "param_norm": optax.tree.norm(new.params),
+        "learning_rate": schedule(optax.tree_utils.tree_get(old.opt_state, "count")),
+        "skipped": skipped,
+        "updates_skipped": new.updates_skipped,
+    }
+
+
+def decided(
+    before: Mapping[str, jax.Array],
+    loss: jax.Array,
+    grad_norm: jax.Array,
+    guard: Mapping[str, Any],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What becomes of an update (APPLIED, NOT_FINITE, SPIKE, HELD), and the guard's state after it.
+
+    `before`: that state before it, of float32 scalars; `loss`, `grad_norm`: of the update.
+    """
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    spike, statistics = judged(before, loss, guard)
+    skipped = jnp.where(finite, jnp.where(spike, SPIKE, APPLIED), NOT_FINITE)
+    skipped = jnp.where(before["held"] > 0, HELD, skipped)
+    applied = skipped == APPLIED
+    in_a_row = jnp.where(applied, 0.0, before["in_a_row"] + 1)
+    stop = in_a_row >= guard["stop_after"]
+    if guard["kind"] == "stop":
+        stop |= skipped == SPIKE
+    after = {name: jnp.where(applied, statistics[name], before[name]) for name in before}
+    return skipped, after | {"in_a_row": in_a_row, "held": jnp.where(stop, 1.0, before["held"])}
 
 
 def judged(
@@ -110,25 +135,17 @@ def judged(
     return far & (count >= guard["window"]), taken_in
 
 
-def _row(
-    before: Mapping[str, jax.Array], skipped: jax.Array, guard: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-    """How many were left out in a row, and whether that holds back all that follows."""
-    in_a_row = jnp.where(skipped == APPLIED, 0.0, before["in_a_row"] + 1)
-    stop = in_a_row >= guard["stop_after"]
-    if guard["kind"] == "stop":
-        stop |= skipped == SPIKE
-    return {"in_a_row": in_a_row, "held": jnp.where(stop, 1.0, before["held"])}
-
-
 def _update(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     gradients: Any,
-    statistics: Any,
+    guard: Mapping[str, jax.Array],
     good: jax.Array,
 ) -> TrainState:
-    """One optimizer update; all but the counters stays as it is unless `good`."""
+    """One optimizer update; weights and moments stay as they are unless `good`.
+
+    `guard`: its state after this step.
+    """
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
@@ -137,5 +154,5 @@ def _update(
         updates_skipped=state.updates_skipped + jnp.where(good, 0, 1),
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-        guard=jax.tree.map(keep, statistics, state.guard),
+        guard=dict(guard),
     )
