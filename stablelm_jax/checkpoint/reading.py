@@ -121,15 +121,16 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
         try:
             return reader.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # of JSON, msgpack, tensorstore, asyncio, the device
-            kind = CheckpointError if _is_not_its_fault(error) else DamagedCheckpoint
+            kind = CheckpointError if _ends_the_run(error) else DamagedCheckpoint
             raise kind(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
 
 
-def _is_not_its_fault(error: Exception) -> bool:
-    """Too little memory, no permission: another start may read the same checkpoint.
+def _ends_the_run(error: Exception) -> bool:
+    """Whether the run ends here rather than go on from an older checkpoint.
 
-    With several processes each reads a part of its own, and the others wait in Orbax for it:
-    there the run ends, and a person decides.
+    With too little memory or no permission it is not the checkpoint's fault: another start may
+    read it. With several processes each reads a part of its own, and the others wait in Orbax for
+    it: a person decides.
     """
     texts = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
     known = isinstance(error, MemoryError | PermissionError)
