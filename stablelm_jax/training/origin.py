@@ -131,11 +131,11 @@ def check_parent(config: ConfigDict) -> None:
     """Refuses a `branch.parent` that is no checkpoint, before anything else is done.
 
     Raises:
-      CheckpointError: with an example of what to write.
+      ConfigError: with an example of what to write.
     """
     parent = config.branch.parent
     if parent and branch_step(parent.rstrip("/").rsplit("/", 1)[-1]) is None:
-        raise CheckpointError(
+        raise config_lib.ConfigError(
             f"config.branch.parent={parent!r}: is no checkpoint; write "
             "WORKDIR/checkpoints/global_stepN of the run to start from"
         )

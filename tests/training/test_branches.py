@@ -9,6 +9,7 @@ from rich.console import Console
 from tiny import losses, metrics, tiny_config, train, write_data
 
 from stablelm_jax.checkpoint.reading import read_run, state_hash
+from stablelm_jax.config import ConfigError
 from stablelm_jax.training.branches import draw, find_runs, show_branches
 from stablelm_jax.training.run import run_training
 from stablelm_jax.training.start import Wishes
@@ -111,7 +112,7 @@ def test_a_parent_of_another_model_or_order_is_refused(data, parent, tmp_path, o
 
 
 def test_a_parent_that_is_no_checkpoint_is_refused_before_anything_is_made(data, tmp_path):
-    with pytest.raises(ValueError, match="is no checkpoint; write WORKDIR/checkpoints/global_step"):
+    with pytest.raises(ConfigError, match="is no checkpoint; write WORKDIR/checkpoints/"):
         train(config(data, **{"branch.parent": str(tmp_path)}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
