@@ -70,6 +70,14 @@ def gcs():
     server.close()
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The tokenizer and sources of tiny.py, which tests read and leave as they are."""
+    from tiny import write_data  # late: not every test trains
+
+    return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test marked `parity` or `aot` is skipped unless its whole extra is installed."""
     for name, extra in EXTRA_OF.items():

@@ -20,6 +20,7 @@ from stablelm_jax.data.manifest import (
 )
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.drilling import resolved
 from stablelm_jax.training import loop
 from stablelm_jax.training.run import run_training
 
@@ -106,6 +107,18 @@ def tiny_config(root: Path, **overrides):
     return config
 
 
+def bare_config(root: Path, **overrides):
+    """`tiny_config` that neither evaluates nor samples."""
+    return tiny_config(root, **{"evaluation.every": 0, "samples.every": 0, **overrides})
+
+
+def write_config(config, folder: Path) -> str:
+    """What follows `--config=` for a process that is to have this config."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config_lib.to_dict(config)))
+    return f"{resolved.__file__}:{path}"
+
+
 def train(config, workdir: Path, picture: bool = False):
     """Trains in this process; returns the exit code and the metrics lines.
 
@@ -120,6 +133,13 @@ def train(config, workdir: Path, picture: bool = False):
 def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir: Path, kind: str) -> list[dict]:
+    """The events of one kind, oldest first."""
+    path = workdir / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in map(json.loads, lines) if line["event"] == kind]
 
 
 def losses(lines: list[dict]) -> dict[int, float]:

@@ -1,14 +1,13 @@
 """Damaged checkpoints: recognised, named, stepped over; never loaded as if nothing were wrong."""
 
 import collections
-import json
 import random
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from tiny import losses, tiny_config, train, write_data
+from tiny import bare_config, events, losses, train
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
@@ -161,22 +160,11 @@ def test_no_damage_to_any_file_gives_another_state_each_file_in_each_way(saved):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
-
-
-@pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """A run with checkpoints after 0, 4, 8 and 12 steps."""
     workdir = tmp_path_factory.mktemp("run")
-    overrides = {"samples.every": 0, "evaluation.every": 0, "checkpoint.keep_latest": 9}
-    config = tiny_config(data, **overrides)
+    config = bare_config(data, **{"checkpoint.keep_latest": 9})
     return workdir, config, train(config, workdir)[1]
-
-
-def events(workdir, kind):
-    lines = map(json.loads, (workdir / "events.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == kind]
 
 
 def test_damaged_checkpoints_are_named_set_aside_and_the_newest_whole_one_taken(run, tmp_path):

@@ -6,7 +6,7 @@ import hashlib
 import jax
 import numpy as np
 import pytest
-from tiny import SOURCES, losses, tiny_config, train, write_data
+from tiny import SOURCES, losses, tiny_config, train
 
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.training.setup import Run
@@ -20,11 +20,6 @@ PLACES = [
     (8, 2, {"parallel.data": 2, "training.accumulation": 4, "parallel.zero1": False}),
     (12, 4, {"parallel.data": 2, "parallel.model": 2, "training.accumulation": 2}),
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
 
 
 @contextlib.contextmanager

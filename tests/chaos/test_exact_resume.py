@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import tiny_config, train, write_data
+from tiny import tiny_config, train, write_config
 
-from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import sealed
 from stablelm_jax.drill import conclude
 from stablelm_jax.drilling import resolved, rounds
@@ -35,23 +34,17 @@ STEPS = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
-
-
-@pytest.fixture(scope="module")
 def place(data, tmp_path_factory):
     """A drill's folder with the config beside it; its tests share the undisturbed run."""
     folder = tmp_path_factory.mktemp("drill")
-    config = tiny_config(data, **STEPS)
-    (folder / "given.json").write_text(json.dumps(config_lib.to_dict(config)))
+    write_config(tiny_config(data, **STEPS), folder)
     return folder
 
 
 def drill(place: Path, *more: str, name: str = "two_devices"):
     """Holds a drill as a user would; returns the ended process and drill.json."""
     command = [sys.executable, "-m", "stablelm_jax.drill"]
-    command += [f"--config={resolved.__file__}:{place / 'given.json'}"]
+    command += [f"--config={resolved.__file__}:{place / 'config.json'}"]
     command += [f"--workdir={place / name}", *more]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -14,18 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import SOURCES, losses, tiny_config, train, write_data
+from tiny import SOURCES, losses, tiny_config, train
 
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.data import shards
 from stablelm_jax.data.shards import ShardError
 
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
 
 
 @pytest.fixture(scope="module")

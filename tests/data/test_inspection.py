@@ -4,17 +4,12 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import tiny_config, write_data
+from tiny import tiny_config, write_config
 
 from stablelm_jax.data.inspection import places
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.training.setup import prepare_run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
 
 
 def batch_rows(run, step):
@@ -50,12 +45,7 @@ def test_the_documents_shown_are_those_that_the_batch_holds(data, step):
 
 @pytest.fixture(scope="module")
 def shown(data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("configs") / "config.py"
-    values = json.dumps(tiny_config(data).to_dict())
-    path.write_text(
-        "import json\nfrom stablelm_jax import config as c\n"
-        f"def get_config():\n    return c.from_dict(json.loads({values!r}))\n"
-    )
+    path = write_config(tiny_config(data), tmp_path_factory.mktemp("configs"))
 
     def call(*arguments):
         command = [sys.executable, "-m", "stablelm_jax.inspect_data", f"--config={path}"]

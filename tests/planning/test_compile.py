@@ -1,7 +1,7 @@
 """The train step, compiled for real chips that are not here (extra `aot`)."""
 
 import pytest
-from tiny import tiny_config, write_data
+from tiny import tiny_config
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.parameters import count_parameters
@@ -9,11 +9,6 @@ from stablelm_jax.planning.compile import DoesNotFit, compile_for
 from stablelm_jax.planning.targets import parse_target
 
 pytestmark = pytest.mark.aot
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
 
 
 def step_for(data, target, **overrides):

@@ -1,12 +1,11 @@
 """Step branches, later weights and changed configs: what goes on exactly, what is refused."""
 
 import io
-import json
 import shutil
 
 import pytest
 from rich.console import Console
-from tiny import losses, metrics, tiny_config, train, write_data
+from tiny import bare_config, events, losses, metrics, train
 
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.config import ConfigError
@@ -14,22 +13,11 @@ from stablelm_jax.training.branches import draw, find_runs, show_branches
 from stablelm_jax.training.run import run_training
 from stablelm_jax.training.start import Wishes
 
-NO_SAMPLES = {"samples.every": 0, "evaluation.every": 0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
-
-
-def config(data, **overrides):
-    return tiny_config(data, **{**NO_SAMPLES, **overrides})
-
 
 @pytest.fixture(scope="module")
 def parent(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("parent")
-    return workdir, *train(config(data), workdir)
+    return workdir, *train(bare_config(data), workdir)
 
 
 def checkpoint(workdir, step):
@@ -38,13 +26,7 @@ def checkpoint(workdir, step):
 
 def branch(data, parent, workdir, step=8, **overrides):
     path = str(checkpoint(parent[0], step))
-    return train(config(data, **{"branch.parent": path, **overrides}), workdir)
-
-
-def events(workdir, kind):
-    path = workdir / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if line["event"] == kind]
+    return train(bare_config(data, **{"branch.parent": path, **overrides}), workdir)
 
 
 def test_a_branch_that_changes_nothing_is_its_parent_bit_for_bit(data, parent, tmp_path):
@@ -73,9 +55,9 @@ def test_a_branch_goes_on_without_its_parent_once_it_has_begun(data, parent, tmp
     shutil.copytree(parent[0], copy)
     where = str(checkpoint(copy, 8))
     ten = {"branch.parent": where, "training.num_steps": 10}
-    train(config(data, **ten), tmp_path / "branch")
+    train(bare_config(data, **ten), tmp_path / "branch")
     shutil.rmtree(copy)
-    _, lines = train(config(data, **{"branch.parent": where}), tmp_path / "branch")
+    _, lines = train(bare_config(data, **{"branch.parent": where}), tmp_path / "branch")
     after = {step: loss for step, loss in losses(parent[2]).items() if step > 8}
     assert losses(lines) == after
 
@@ -113,7 +95,7 @@ def test_a_parent_of_another_model_or_order_is_refused(data, parent, tmp_path, o
 
 def test_a_parent_that_is_no_checkpoint_is_refused_before_anything_is_made(data, tmp_path):
     with pytest.raises(ConfigError, match="is no checkpoint; write WORKDIR/checkpoints/"):
-        train(config(data, **{"branch.parent": str(tmp_path)}), tmp_path / "new")
+        train(bare_config(data, **{"branch.parent": str(tmp_path)}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -122,7 +104,7 @@ def test_a_damaged_parent_is_refused(data, parent, tmp_path):
     shutil.copytree(checkpoint(parent[0], 8), copy)
     flip(next(path for path in (copy / "params").rglob("d/*") if path.stat().st_size > 20_000))
     with pytest.raises(ValueError, match="global_step8"):
-        train(config(data, **{"branch.parent": str(copy)}), tmp_path / "new")
+        train(bare_config(data, **{"branch.parent": str(copy)}), tmp_path / "new")
 
 
 def flip(path):
@@ -159,23 +141,23 @@ def test_a_folder_without_runs_has_no_tree(tmp_path):
 
 def test_weights_of_a_later_stage_take_over_at_their_step(data, tmp_path):
     stages = {"data.stages": "4: squares=1; 8: fibonacci=1,squares=3"}
-    _, lines = train(config(data, **stages), tmp_path / "whole")
+    _, lines = train(bare_config(data, **stages), tmp_path / "whole")
     tokens = {line["step"]: line["tokens/squares"] // 32 for line in lines}
     assert [tokens[step] for step in (4, 5, 8, 9, 12)] == [8, 16, 40, 46, 64]
     for steps in (3, 6, 10, 12):
-        train(config(data, **stages, **{"training.num_steps": steps}), tmp_path / "parted")
+        train(bare_config(data, **stages, **{"training.num_steps": steps}), tmp_path / "parted")
     assert losses(metrics(tmp_path / "parted")) == losses(lines)
 
 
 def resumed(data, workdir, wishes=None, **overrides):
-    changed = config(data, **overrides)
+    changed = bare_config(data, **overrides)
     code = run_training(changed, {}, str(workdir), wishes)
     return code, metrics(workdir)
 
 
 @pytest.fixture
 def half(data, tmp_path):
-    train(config(data, **{"training.num_steps": 8}), tmp_path)
+    train(bare_config(data, **{"training.num_steps": 8}), tmp_path)
     return tmp_path
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tiny import losses, metrics, tiny_config, write_data
+from tiny import losses, metrics, tiny_config, write_config, write_data
 
-from stablelm_jax import config as config_lib
 from stablelm_jax import evaluate, generate
 from stablelm_jax.training.spool import spool_folder
 
@@ -42,13 +41,7 @@ def config_file(folder):
             "samples.every": 20,
         },
     )
-    path = folder / "tiny.py"
-    path.write_text(
-        "import json\nfrom stablelm_jax import config as c\n"
-        f"VALUES = json.loads({json.dumps(config_lib.to_dict(config))!r})\n"
-        "def get_config():\n    return c.from_dict(VALUES)\n"
-    )
-    return path
+    return write_config(config, folder)
 
 
 def start(config_file, workdir, host: Path, *more):

@@ -7,14 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import losses, metrics, tiny_config, train, write_data
+from tiny import losses, metrics, tiny_config, train
 
 from stablelm_jax import config as config_lib
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Updates left out, spikes, replicas that drift, saves that fail, shards that change, hangs."""
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import losses, metrics, tiny_config, train, write_data
+from tiny import bare_config, events, losses, metrics, train, write_config, write_data
 
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
@@ -27,27 +26,11 @@ from stablelm_jax.training.setup import Run
 from stablelm_jax.training.step import judged
 from stablelm_jax.training.watchdog import Watchdog, write_stacks
 
-NO_SAMPLES = {"samples.every": 0, "evaluation.every": 0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
-
-
-def config(data, **overrides):
-    return tiny_config(data, **{**NO_SAMPLES, **overrides})
-
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, train(config(data), workdir)[1]
-
-
-def events(workdir, kind):
-    lines = (workdir / "events.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["event"] == kind]
+    return workdir, train(bare_config(data), workdir)[1]
 
 
 def checksums(workdir, number):
@@ -86,7 +69,7 @@ def poisoned(monkeypatch):
 
 def test_an_update_that_is_not_finite_is_left_out_counted_and_told(data, tmp_path, poisoned):
     poisoned(5)
-    code, lines = train(config(data, **{"training.log_every": 4}), tmp_path)
+    code, lines = train(bare_config(data, **{"training.log_every": 4}), tmp_path)
     assert code == 0
     assert [line["updates_skipped"] for line in lines] == [0, 1, 1]
     assert all(line["loss"] is not None for line in lines)  # of the updates that were applied
@@ -99,7 +82,7 @@ def test_too_many_in_a_row_stop_the_run_at_the_checkpoint_before_them(
     data, undisturbed, tmp_path, poisoned, monkeypatch
 ):
     poisoned(6, 7, 8, 9, 10, 11)
-    code, _ = train(config(data, **{"training.stop_after_skipped": 3}), tmp_path)
+    code, _ = train(bare_config(data, **{"training.stop_after_skipped": 3}), tmp_path)
     assert code == 1
     (told,) = events(tmp_path, "stopped")
     assert "3 updates in a row were left out, steps 7 to 9" in told["text"]
@@ -108,7 +91,7 @@ def test_too_many_in_a_row_stop_the_run_at_the_checkpoint_before_them(
     assert read_run(tmp_path / "checkpoints/global_step6")["rows_consumed"] == 6 * 8
     assert (tmp_path / "checkpoints/global_step8.skipped").exists()
     monkeypatch.undo()
-    code, lines = train(config(data), tmp_path)
+    code, lines = train(bare_config(data), tmp_path)
     assert code == 0 and losses(lines) == losses(undisturbed[1])
     assert checksums(tmp_path, 12) == checksums(undisturbed[0], 12)
 
@@ -116,7 +99,7 @@ def test_too_many_in_a_row_stop_the_run_at_the_checkpoint_before_them(
 def test_a_row_of_bad_updates_between_two_log_lines_stops_the_run_too(data, tmp_path, poisoned):
     poisoned(5, 6, 7)  # and sound ones after them, before anybody looks
     overrides = {"training.stop_after_skipped": 3, "training.log_every": 12}
-    code, _ = train(config(data, **overrides, **{"checkpoint.every": 12}), tmp_path)
+    code, _ = train(bare_config(data, **overrides, **{"checkpoint.every": 12}), tmp_path)
     assert code == 1
     assert read_run(tmp_path / "checkpoints/global_step5")["rows_consumed"] == 5 * 8
     assert len(events(tmp_path, "update_skipped")) == 3
@@ -125,8 +108,8 @@ def test_a_row_of_bad_updates_between_two_log_lines_stops_the_run_too(data, tmp_
 def test_a_row_of_bad_updates_is_counted_over_restarts_and_log_lines(data, tmp_path, poisoned):
     poisoned(*range(5, 12))
     overrides = {"training.stop_after_skipped": 5, "training.log_every": 2}
-    assert train(config(data, **overrides, **{"training.num_steps": 8}), tmp_path)[0] == 0
-    code, _ = train(config(data, **overrides), tmp_path)
+    assert train(bare_config(data, **overrides, **{"training.num_steps": 8}), tmp_path)[0] == 0
+    code, _ = train(bare_config(data, **overrides), tmp_path)
     assert code == 1
     assert read_run(tmp_path / "checkpoints/global_step5")["step"] == 5
     assert [e["in_a_row"] for e in events(tmp_path, "update_skipped")] == [1, 2, 3, 4, 5]
@@ -193,7 +176,7 @@ def test_one_spike_stops_the_run_before_it_where_the_guard_says_so(
 ):
     one_jump(9)
     stop = {"guard.kind": "stop", "guard.window": 6, "training.log_every": log_every}
-    code, _ = train(config(data, **stop), tmp_path)
+    code, _ = train(bare_config(data, **stop), tmp_path)
     assert code == 1
     (told,) = events(tmp_path, "update_skipped")
     assert (told["step"], told["why"]) == (10, "spike")
@@ -204,16 +187,16 @@ def test_one_spike_stops_the_run_before_it_where_the_guard_says_so(
 def test_spikes_are_left_out_where_the_guard_skips(data, tmp_path, jumping):
     jumping(9)  # and every step after it, as the count then stays
     skip = {"guard.kind": "skip", "guard.window": 6, "training.stop_after_skipped": 5}
-    code, lines = train(config(data, **skip), tmp_path)
+    code, lines = train(bare_config(data, **skip), tmp_path)
     assert code == 0 and lines[-1]["updates_skipped"] == 3
     assert [e["step"] for e in events(tmp_path, "update_skipped")] == [10, 11, 12]
 
 
 def test_the_guards_statistics_survive_a_restart_bit_for_bit(data, tmp_path):
     guard = {"guard.kind": "skip", "guard.window": 6}
-    train(config(data, **guard), tmp_path / "whole")
+    train(bare_config(data, **guard), tmp_path / "whole")
     for steps in (8, 12):
-        train(config(data, **guard, **{"training.num_steps": steps}), tmp_path / "parted")
+        train(bare_config(data, **guard, **{"training.num_steps": steps}), tmp_path / "parted")
     whole, parted = (
         read_run(tmp_path / name / "checkpoints/global_step12")["guard"]
         for name in ("whole", "parted")
@@ -253,7 +236,7 @@ def test_one_flipped_bit_of_one_replica_is_found_with_its_device(spec, bit):
 
 def test_replicas_that_drift_end_the_run_and_nothing_of_it_is_saved(data, tmp_path, monkeypatch):
     every = {"training.check_replicas_every": 3, "parallel.zero1": False}
-    assert train(config(data, **every), tmp_path / "sound")[0] == 0
+    assert train(bare_config(data, **every), tmp_path / "sound")[0] == 0
     compare = loop.Faults.compare_replicas
 
     def drift(faults, state, number):
@@ -266,7 +249,7 @@ def test_replicas_that_drift_end_the_run_and_nothing_of_it_is_saved(data, tmp_pa
         compare(faults, state, number)
 
     monkeypatch.setattr(loop.Faults, "compare_replicas", drift)
-    code, _ = train(config(data, **every, **{"checkpoint.every": 6}), tmp_path / "bad")
+    code, _ = train(bare_config(data, **every, **{"checkpoint.every": 6}), tmp_path / "bad")
     assert code == 1
     (told,) = events(tmp_path / "bad", "stopped")
     assert "replicas hold different bits of params/head/kernel" in told["text"]
@@ -298,7 +281,7 @@ def test_a_save_that_fails_lets_the_run_go_on_loudly_and_is_tried_again(
         save(store, number, checkpoint)
 
     monkeypatch.setattr(CheckpointStore, "save", full_for_step_4)
-    code, lines = train(config(data), tmp_path)
+    code, lines = train(bare_config(data), tmp_path)
     assert code == 0 and losses(lines) == losses(undisturbed[1])
     (told,) = events(tmp_path, "save_failed")
     assert told["step"] == 4 and "COULD NOT BE SAVED" in told["text"]
@@ -317,7 +300,7 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(
             small_disk(20_000 if number == 4 else None),
             store_save(store, number, checkpoint),
         )
-        code, lines = train(config(data), tmp_path)
+        code, lines = train(bare_config(data), tmp_path)
     finally:
         CheckpointStore.save = store_save
     assert code == 0 and losses(lines) == losses(undisturbed[1])
@@ -338,9 +321,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_the_older_one_
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "save", full_at_the_end)
         with pytest.raises(ValueError, match="global_step12 could not be written.*global_step8"):
-            train(config(data), tmp_path)
+            train(bare_config(data), tmp_path)
     small_disk(None)
-    code, lines = train(config(data), tmp_path)
+    code, lines = train(bare_config(data), tmp_path)
     assert code == 0 and losses(lines) == losses(undisturbed[1])
 
 
@@ -357,7 +340,7 @@ def test_metrics_that_a_full_disk_refuses_are_written_when_it_has_room_again(
         return opened(path, mode, *arguments, **settings)
 
     monkeypatch.setattr(Path, "open", full)
-    code, lines = train(config(data), tmp_path)
+    code, lines = train(bare_config(data), tmp_path)
     assert code == 0 and len(refused) == 4
     assert losses(lines) == losses(undisturbed[1])
     assert len(events(tmp_path, "disk")) == 1
@@ -366,7 +349,7 @@ def test_metrics_that_a_full_disk_refuses_are_written_when_it_has_room_again(
 def test_fewer_steps_than_a_run_has_done_are_refused(data, undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     with pytest.raises(ValueError, match="num_steps=8, but .* has step 12 already"):
-        train(config(data, **{"training.num_steps": 8}), tmp_path / "run")
+        train(bare_config(data, **{"training.num_steps": 8}), tmp_path / "run")
 
 
 def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp_path, monkeypatch):
@@ -382,12 +365,12 @@ def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp
 
     monkeypatch.setattr(loop.Trainer, "_step", changing)
     with pytest.raises(ValueError, match="shards were changed since this run began"):
-        train(config(data), tmp_path / "run")
+        train(bare_config(data), tmp_path / "run")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=shard.name):
-        train(config(data), tmp_path / "run")
+        train(bare_config(data), tmp_path / "run")
     shard.write_bytes(original)
-    assert train(config(data), tmp_path / "run")[0] == 0
+    assert train(bare_config(data), tmp_path / "run")[0] == 0
 
 
 class Result:
@@ -430,16 +413,6 @@ def test_stacks_name_every_thread(tmp_path):
     assert text.startswith("HUNG\n") and "test_stacks_name_every_thread" in text
 
 
-def config_file(data, folder, **overrides):
-    path = folder / "config.py"
-    values = json.dumps(config(data, **overrides).to_dict())
-    path.write_text(
-        "import json\nfrom stablelm_jax import config as c\n"
-        f"def get_config():\n    return c.from_dict(json.loads({values!r}))\n"
-    )
-    return path
-
-
 HANGING = """
 import sys, time
 from stablelm_jax.training import loop
@@ -470,23 +443,23 @@ main()
 
 def test_a_save_that_hangs_ends_the_run_by_its_bound_with_75(data, tmp_path):
     bounds = {"training.hang_seconds": 1.0, "checkpoint.timeout_seconds": 3}
-    path, run = config_file(data, tmp_path, **bounds), tmp_path / "run"
+    path, run = write_config(bare_config(data, **bounds), tmp_path), tmp_path / "run"
     command = [sys.executable, "-c", SAVE_HANGING, f"--config={path}", f"--workdir={run}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 75, ended.stderr
     assert "HUNG in saving at step 8" in ended.stdout
-    assert train(config(data), run)[0] == 0
+    assert train(bare_config(data), run)[0] == 0
 
 
 def test_temporary_checkpoints_come_by_time_and_go_as_newer_ones_come(data, tmp_path):
     by_time = {"checkpoint.every_minutes": 1e-9, "checkpoint.every": 12}
-    train(config(data, **by_time, **{"checkpoint.keep_latest": 4}), tmp_path)
+    train(bare_config(data, **by_time, **{"checkpoint.keep_latest": 4}), tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"global_step{step}" for step in (10, 11, 12, 9)]
 
 
 def test_a_run_that_hangs_leaves_its_stacks_exits_75_and_goes_on(data, undisturbed, tmp_path):
-    path = config_file(data, tmp_path, **{"training.hang_seconds": 4.0})
+    path = write_config(bare_config(data, **{"training.hang_seconds": 4.0}), tmp_path)
     run = tmp_path / "run"
     ended = subprocess.run(
         [sys.executable, "-c", HANGING, f"--config={path}", f"--workdir={run}"],
@@ -498,7 +471,7 @@ def test_a_run_that_hangs_leaves_its_stacks_exits_75_and_goes_on(data, undisturb
     assert "HUNG in stepping at step 6 on process 0" in ended.stdout
     stacks = (run / "hang/global_step6-process0.txt").read_text()
     assert "in hang" in stacks
-    code, lines = train(config(data, **{"training.hang_seconds": 0.0}), run)
+    code, lines = train(bare_config(data, **{"training.hang_seconds": 0.0}), run)
     assert code == 0
     np.testing.assert_allclose(
         list(losses(lines).values()), list(losses(undisturbed[1]).values()), atol=2e-5

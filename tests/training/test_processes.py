@@ -8,16 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import losses, metrics, tiny_config, write_data
-
-from stablelm_jax import config as config_lib
+from tiny import losses, metrics, tiny_config, write_config
 
 DEVICES = 4
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
 
 
 SCRIPT = """
@@ -33,13 +26,7 @@ main()
 
 def config_file(folder, data, **overrides):
     config = tiny_config(data, **{"checkpoint.every": 6, **overrides})
-    path = folder / "config.py"
-    path.write_text(
-        "import json\nfrom stablelm_jax import config as c\n"
-        f"VALUES = json.loads({json.dumps(config_lib.to_dict(config))!r})\n"
-        "def get_config():\n    return c.from_dict(VALUES)\n"
-    )
-    return path
+    return write_config(config, folder)
 
 
 def free_port():

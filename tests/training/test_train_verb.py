@@ -8,38 +8,16 @@ import sys
 import time
 
 import pytest
-from tiny import tiny_config, write_data
-
-from stablelm_jax import config as config_lib
+from tiny import bare_config, write_config
 
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
-
-
-@pytest.fixture(scope="module")
 def config_file(data, tmp_path_factory):
     """The tiny run as a config file, long enough to be killed in."""
-    config = tiny_config(
-        data,
-        **{
-            "training.num_steps": STEPS,
-            "schedule.total_steps": 100,
-            "checkpoint.every": 10,
-            "evaluation.every": 0,
-            "samples.every": 0,
-        },
-    )
-    path = tmp_path_factory.mktemp("configs") / "tiny.py"
-    path.write_text(
-        "import json\nfrom stablelm_jax import config as c\n"
-        f"VALUES = json.loads({json.dumps(config_lib.to_dict(config))!r})\n"
-        "def get_config():\n    return c.from_dict(VALUES)\n"
-    )
-    return path
+    long = {"training.num_steps": STEPS, "schedule.total_steps": 100, "checkpoint.every": 10}
+    return write_config(bare_config(data, **long), tmp_path_factory.mktemp("configs"))
 
 
 def start(config_file, workdir, *more):

@@ -12,11 +12,6 @@ from stablelm_jax.training.run import run_training
 from stablelm_jax.training.setup import Run
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "sources")
-
-
 def final_checksums(workdir, step=12):
     return read_run(workdir / f"checkpoints/global_step{step}")["checksums"]
 
