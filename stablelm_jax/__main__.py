@@ -19,6 +19,7 @@ VERBS = {
     "inspect_data": "the documents that a step was made of",
     "evaluate": "held-out loss and bits per byte of a checkpoint",
     "generate": "text from a checkpoint",
+    "convert": "checkpoints from and to Hugging Face and GGUF, each checked as it is written",
     "drill": "kill and stop a run in every phase; is its end the undisturbed one, bit for bit?",
 }
 BAD_ARGUMENTS = 2  # exit code

@@ -63,6 +63,7 @@ def test_every_verb_of_the_installed_wheel_says_how_it_is_used(installed, tmp_pa
         "plan": "--target",
         "drill": "--kills",
         "inspect_data": "--step",
+        "convert": "to-hf",
     }
     assert flags.get(verb, "--checkpoint") in done.stdout
 

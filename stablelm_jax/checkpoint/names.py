@@ -49,6 +49,24 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
     )
 
 
+def find_checkpoint(path: epath.PathLike) -> epath.Path:
+    """`path` if it is named as a checkpoint, else the newest in it or in its `checkpoints/`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = checkpoint_path(path)
+    if branch_step(path.name) is not None:
+        return path
+    for folder in (path, path / "checkpoints"):
+        if steps := finished_steps(folder):
+            return folder / branch_name(steps[-1])
+    raise ValueError(
+        f"{path} is not a checkpoint and holds none; give the path of a folder named "
+        f"{branch_name(1000)!r} or the like, as found under WORKDIR/checkpoints/"
+    )
+
+
 def entries(folder: epath.PathLike) -> list[epath.Path]:
     """What lies in a folder; nothing where there is none, as behind a URL while it is empty."""
     try:

@@ -74,12 +74,14 @@ class Tokenizer(abc.ABC):
     Attributes:
         name: what `load_tokenizer` was given.
         vocab_size: embedding rows, padding included (ids are below it).
+        largest_id: of all tokens.
         eod: id of the token that ends a document.
         sha256: identifies the mapping from text to ids.
     """
 
     name: str
     vocab_size: int
+    largest_id: int
     eod: int
     sha256: str
 
@@ -119,10 +121,11 @@ class Arcade100k(Tokenizer):
     def __init__(self, rank_file: bytes):
         self.name = ARCADE100K
         self.specials = {t: FIRST_SPECIAL + i for i, t in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = _padded_rows(FIRST_SPECIAL + len(SPECIAL_TOKENS))
+        self.largest_id = FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1
+        self.vocab_size = _padded_rows(self.largest_id + 1)
         self.eod = self.specials["<|endoftext|>"]
         self.sha256 = _arcade_sha256(rank_file)
-        self._ranks = _parse_ranks(rank_file)
+        self.ranks = _parse_ranks(rank_file)
         self._encoding = self._engine(_GROUPED_PATTERN)
         self._any_special = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
 
@@ -132,7 +135,7 @@ class Arcade100k(Tokenizer):
         return tiktoken.Encoding(
             ARCADE100K,
             pat_str=pattern,
-            mergeable_ranks=self._ranks,
+            mergeable_ranks=self.ranks,
             special_tokens=self.specials,
         )
 
@@ -160,7 +163,7 @@ class Arcade100k(Tokenizer):
 
     @functools.cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        table = {rank: token for token, rank in self._ranks.items()}
+        table = {rank: token for token, rank in self.ranks.items()}
         return table | {i: token.encode() for token, i in self.specials.items()}
 
     def _encode_normal(self, text: str, long_run: int = LONG_RUN) -> np.ndarray:
@@ -179,18 +182,19 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: bytes, name: str):
         self.name = name
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._content = content
+        self.content = content
         spec, end = _with_special_end_of_document(content, name)
         self._with_specials = _json_engine(spec, name)
         self._ordinary = _json_engine(spec, name)
         self._ordinary.encode_special_tokens = True
         self._known = set(self._ordinary.get_vocab(with_added_tokens=True).values())
-        self.vocab_size = _padded_rows(max(self._known) + 1)
+        self.largest_id = max(self._known)
+        self.vocab_size = _padded_rows(self.largest_id + 1)
         self.eod = self._ordinary.token_to_id(end)
 
     def __reduce__(self):
         # Pickled by itself the engine forgets `encode_special_tokens`, and text could forge an eod.
-        return HuggingFaceTokenizer, (self._content, self.name)
+        return HuggingFaceTokenizer, (self.content, self.name)
 
     def encode_document(self, text: str) -> np.ndarray:
         return np.asarray(self.encode(text), np.int32)

@@ -1,8 +1,8 @@
 """Our tensors under the names of `transformers`' StableLmForCausalLM, and back.
 
-Ours are stacked over the layers and keep heads apart, [in..., out...]; theirs are one a layer (norms
-of query and key heads one a head), matrices [out, in]. Which tensors there are: facts of
-`transformers` models/stablelm; its older remote code, `stablelm_epoch`, used the same names.
+Ours are stacked over the layers and keep heads apart, [in..., out...]; theirs are one a layer
+(norms of query and key heads one a head), matrices [out, in]. Their names: `transformers`,
+models/stablelm; the older remote code, `stablelm_epoch`, used the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Tensor:
       index: what it is of ours: () the whole, (layer,) or (layer, head).
       num_in: leading dims of that part that a matrix sums over; 0 where it is no matrix, and the
         embedding, which is a table in both.
-      absent: the training form has no such tensor: theirs is zero.
+      absent: the model has no such tensor: theirs is zero.
     """
 
     name: str
@@ -75,8 +75,24 @@ class Tensor:
             return part.reshape(self.shape)
         return part.reshape(self.shape[::-1]).T
 
+    def their_index(self, spans: Sequence[range], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Where a block of our part lies in theirs.
+
+        Args:
+          spans: of the block, one for each dim of our part.
+          shape: of our part.
+        """
+        if not self.num_in:
+            sides = [(spans, shape)] if len(self.shape) == 1 else zip(zip(spans), zip(shape))
+        else:
+            sides = [
+                (spans[self.num_in :], shape[self.num_in :]),
+                (spans[: self.num_in], shape[: self.num_in]),
+            ]
+        return tuple(_flat(*side) for side in sides)
+
     def part_of_ours(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The other way: `shape` is that of our part."""
+        """The other way: `shape` is that of our part, or of the block of it that was read."""
         return (theirs.T if self.num_in else theirs).reshape(shape)
 
 
@@ -103,6 +119,17 @@ def with_norm_biases(model: ModelConfig) -> ModelConfig:
 def norm_bias_switch(ours: str) -> str | None:
     """The field of ModelConfig that decides whether there is such a parameter, if one does."""
     return _NORM_BIASES.get(ours)
+
+
+def _flat(spans: Sequence[range], shape: Sequence[int]) -> slice:
+    """A block of several dims as a span of all of them laid flat.
+
+    Only the first is ever split: the table of shardings splits heads, the feed-forward width and
+    the vocabulary.
+    """
+    assert all(len(span) == size for span, size in zip(spans[1:], shape[1:])), (spans, shape)
+    inner = math.prod(shape[1:])
+    return slice(spans[0].start * inner, spans[0].stop * inner)
 
 
 def _of(spec: ParameterSpec) -> Iterator[Tensor]:

@@ -50,7 +50,7 @@ def published(arcade):
     return tiktoken.Encoding(
         "published",
         pat_str=module.PATTERN,
-        mergeable_ranks=arcade._ranks,
+        mergeable_ranks=arcade.ranks,
         special_tokens=arcade.specials,
     )
 
@@ -80,7 +80,7 @@ def test_the_special_tokens_have_their_published_ids(arcade):
 
 def test_ids_are_below_100352_and_100256_is_a_hole(arcade):
     assert arcade.vocab_size == 100352
-    assert sorted(arcade._ranks.values()) == list(range(100256))
+    assert sorted(arcade.ranks.values()) == list(range(100256))
 
 
 def test_every_digit_is_a_token(arcade):

@@ -1,0 +1,97 @@
+"""`convert from-hf | to-hf | to-gguf`: checkpoints for other software, and from it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DTYPES = ("bfloat16", "float16", "float32")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(_convert(arguments))
+    except (ValueError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stablelm convert", description=__doc__)
+    directions = parser.add_subparsers(dest="direction", required=True)
+    from_hf = directions.add_parser("from-hf", help="a Hugging Face directory as a checkpoint")
+    from_hf.add_argument("source", type=Path, metavar="DIR", help="holds config.json")
+    from_hf.add_argument(
+        "out", type=Path, metavar="OUT", help="a checkpoint global_step<N>, or a folder for one"
+    )
+    from_hf.add_argument("--step", type=int, help="N, where OUT does not say it; default 0")
+    to_hf = directions.add_parser("to-hf", help="a checkpoint for transformers")
+    _takes_checkpoint(to_hf, "OUT")
+    to_hf.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    to_hf.add_argument("--revision", help="branch on the Hub; default: the checkpoint's name")
+    to_hf.add_argument(
+        "--max-file-size", type=_size, default=_size("5GB"), help="of the weights; default 5GB"
+    )
+    to_gguf = directions.add_parser("to-gguf", help="a checkpoint for llama.cpp")
+    _takes_checkpoint(to_gguf, "OUT.gguf")
+    to_gguf.add_argument("--type", choices=GGUF_TYPES, default="f16")
+    for direction in (from_hf, to_hf, to_gguf):
+        direction.add_argument(
+            "--tokenizer", help="a name or a tokenizer.json; default: the model's own"
+        )
+        direction.add_argument(
+            "--no-verify", action="store_true", help="do not hold the result against the source"
+        )
+        direction.add_argument("--force", action="store_true", help="replace what OUT is now")
+    return parser
+
+
+def _takes_checkpoint(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a folder global_step<N>, or that of its run: its newest"
+    )
+    parser.add_argument("out", type=Path, metavar=out)
+
+
+def _size(text: str) -> int:
+    """Bytes of '5GB', '500MB'."""
+    match = re.fullmatch(r"(\d+) ?([KMG])B?", text.upper())
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
+    return int(match[1]) * 1000 ** (1 + "KMG".index(match[2]))
+
+
+def _convert(arguments: argparse.Namespace) -> str:
+    """Returns the last line for the user."""
+    from rich.console import Console
+
+    from stablelm_jax.interop import conversions
+
+    console = Console(stderr=True)
+    common = {
+        "tokenizer": arguments.tokenizer,
+        "verify": not arguments.no_verify,
+        "force": arguments.force,
+        "console": console,
+    }
+    if arguments.direction == "from-hf":
+        return conversions.from_hf(arguments.source, arguments.out, step=arguments.step, **common)
+    return conversions.to_hf(
+        arguments.checkpoint,
+        arguments.out,
+        dtype=arguments.dtype,
+        revision=arguments.revision,
+        max_file_bytes=arguments.max_file_size,
+        **common,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

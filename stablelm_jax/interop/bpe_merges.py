@@ -1,0 +1,59 @@
+"""A byte-level BPE that was published as ranks alone, as a list of merges and spelled tokens.
+
+tiktoken joins whichever neighbours make the token of lowest rank; Hugging Face `tokenizers` and
+llama.cpp join listed pairs, the earliest in the list first, the leftmost of equals. Both do the
+same when the list holds, in order of rank, the last pair that each token is made of.
+
+Why one pair a token is enough: a token anywhere in a text was joined from its own bytes, in the
+order in which those bytes are joined when they stand alone, because a join across its ends would
+have kept it from coming about. So its last pair is always the same one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+Pair = tuple[bytes, bytes]
+
+
+def merges(ranks: Mapping[bytes, int]) -> list[Pair]:
+    """The pair that makes each token of two bytes or more, in order of rank.
+
+    Raises:
+      ValueError: a token that its own bytes never become: no list of pairs can express it.
+    """
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    return [_last_pair(ranks, token) for token in in_order if len(token) > 1]
+
+
+def _last_pair(ranks: Mapping[bytes, int], token: bytes) -> Pair:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
+        first = min(range(len(joined)), key=joined.__getitem__)
+        if joined[first] >= ranks[token]:
+            raise ValueError(
+                f"the ranks never join {token!r} (rank {ranks[token]}), only up to {parts}: "
+                "they are no byte-pair encoding that other engines could run"
+            )
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    left, right = parts
+    return left, right
+
+
+def spelled(token: bytes) -> str:
+    """The token as vocabularies in JSON and GGUF write it: one printable character a byte."""
+    alphabet = _alphabet()
+    return "".join(alphabet[byte] for byte in token)
+
+
+@functools.cache
+def _alphabet() -> tuple[str, ...]:
+    """GPT-2's: printable Latin-1 bytes stand for themselves, the others for 256, 257 and so on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return tuple(
+        chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)
+    )

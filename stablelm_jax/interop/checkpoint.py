@@ -1,0 +1,70 @@
+"""What conversions need to know of a checkpoint of ours, trained or imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stablelm_jax.checkpoint.names import branch_name, find_checkpoint
+from stablelm_jax.checkpoint.reading import read_leaves, read_run
+from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
+from stablelm_jax.data.tokenizer import Tokenizer
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.parameters import parameter_table
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnCheckpoint:
+    """A checkpoint, its arrays not yet read.
+
+    Attributes:
+      run: its item `run`.
+    """
+
+    path: Path
+    run: Mapping[str, Any]
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, path: Path, tokenizer: str | None = None) -> OwnCheckpoint:
+        """Reads all but the arrays. `tokenizer`: its place, where the training's is gone.
+
+        Raises:
+          ValueError: no checkpoint, a damaged one, or its tokenizer is not to be found.
+        """
+        path = find_checkpoint(path)
+        run = read_run(path)
+        model = ModelConfig(**run["model_config"])
+        return cls(path, run, model, load_own_tokenizer(path, run, tokenizer))
+
+    @property
+    def name(self) -> str:
+        """global_step<N>."""
+        return branch_name(self.run["step"])
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of context."""
+        if "config" in self.run:
+            return self.run["config"]["data"]["sequence_length"]
+        return self.run["imported"]["max_positions"]
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja, where the model was trained for one."""
+        return self.run.get("imported", {}).get("chat_template")
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a text, or a turn of a chat."""
+        return list(self.run.get("imported", {}).get("end_ids", ())) or [self.tokenizer.eod]
+
+    def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Our parameters in float32, one at a time, each compared with its checksum."""
+        shapes = {row.name: row.shape for row in parameter_table(self.model)}
+        return read_leaves(self.path, shapes, self.run)

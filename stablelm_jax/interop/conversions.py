@@ -1,0 +1,152 @@
+"""The three conversions from beginning to end: told, written aside, checked, in place."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stablelm_jax.checkpoint.names import branch_name, branch_step
+from stablelm_jax.checkpoint.weights import load_weights, write_weights
+from stablelm_jax.interop import from_hf as reading
+from stablelm_jax.interop import to_hf as writing
+from stablelm_jax.interop.aside import aside
+from stablelm_jax.interop.checkpoint import OwnCheckpoint
+from stablelm_jax.interop.hf_peer import peer, peer_logits
+from stablelm_jax.interop.verify import LIMITS, check, compare, our_logits, prompt_ids
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.parameters import count_parameters
+from stablelm_jax.parallel.mesh import make_mesh
+
+
+def from_hf(
+    source: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    tokenizer: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    console: Console,
+) -> str:
+    """Writes the checkpoint `out`, or `out/global_step<step>`; returns what to tell last.
+
+    Raises:
+      ValueError: the source cannot be read, or what was read computes something else; nothing is
+        written.
+    """
+    out = _branch_path(out, step)
+    directory = reading.open_directory(source, tokenizer)
+    model = directory.model
+    console.print(
+        f"{source}: {count_parameters(model):,} parameters, {_shape(model)}", soft_wrap=True
+    )
+    for switch in directory.dropped:
+        console.print(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
+    mesh = model_mesh(model)
+    with aside(out, force=force) as target:
+        with _progress(console, "reading", 4 * count_parameters(model)) as advance:
+            params = reading.load_params(directory, mesh, advance)
+        with console.status("writing"):
+            write_weights(target, params, reading.run_item(directory, branch_step(out.name)))
+            reading.write_tokenizer(directory.tokenizer, target)
+        del params
+        if verify:
+            console.print(_verified_import(directory, target, mesh), soft_wrap=True)
+    return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
+
+
+def _verified_import(directory, target: Path, mesh) -> str:
+    ids = prompt_ids(directory.tokenizer)
+    _, model, params = load_weights(target, mesh)
+    ours_TV = our_logits(model, params, ids)
+    del params
+    difference = compare(ours_TV, peer_logits(directory.path, ids))
+    return check(difference, LIMITS["float32"], peer())
+
+
+def to_hf(
+    checkpoint: str,
+    out: Path,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    max_file_bytes: int = writing.MAX_FILE_BYTES,
+    tokenizer: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    console: Console,
+) -> str:
+    """Writes the directory `out`; returns what to tell last.
+
+    Raises:
+      ValueError: the checkpoint cannot be read, or what was written computes something else;
+        nothing is left.
+    """
+    own = OwnCheckpoint.open(checkpoint, tokenizer)
+    size = count_parameters(own.model)
+    console.print(
+        f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {dtype}", soft_wrap=True
+    )
+    with aside(out, force=force) as target:
+        with _progress(console, "writing", 4 * size) as advance:
+            writing.write_directory(
+                own,
+                target,
+                dtype=dtype,
+                max_file_bytes=max_file_bytes,
+                revision=revision,
+                on_tensor=advance,
+            )
+        if verify:
+            with console.status("comparing every tensor"):
+                writing.check_bits(own, target, dtype)
+            console.print(_verified_export(own, target, dtype), soft_wrap=True)
+    return f"{out} is whole: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it"
+
+
+def _verified_export(own: OwnCheckpoint, target: Path, dtype: str) -> str:
+    ids = prompt_ids(own.tokenizer)
+    difference = compare(own_logits(own, ids), peer_logits(target, ids))
+    return check(difference, LIMITS[dtype], peer())
+
+
+def own_logits(own: OwnCheckpoint, ids: list[int]):
+    """Our logits [T, V] of a checkpoint, in float32."""
+    _, model, params = load_weights(own.path, model_mesh(own.model))
+    return our_logits(model, params, ids)
+
+
+def model_mesh(model: ModelConfig) -> Mesh:
+    """As many devices as can share the tensors of this model evenly, all along `model`."""
+    sizes = (model.num_heads, model.num_kv_heads, model.feed_forward_width, model.vocab_size)
+    count = math.gcd(jax.device_count(), *sizes)
+    return make_mesh(data=1, model=count, devices=jax.devices()[:count])
+
+
+def _branch_path(out: Path, step: int | None) -> Path:
+    named = branch_step(out.name)
+    if named is None:
+        return out / branch_name(step or 0)
+    if step not in (None, named):
+        raise ValueError(f"{out} names step {named}, --step says {step}; leave one out")
+    return out
+
+
+def _shape(model) -> str:
+    return f"{model.num_layers} layers of width {model.width}, {model.vocab_size:,} rows"
+
+
+@contextlib.contextmanager
+def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes; gives the function that moves it."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda size: progress.advance(task, size)

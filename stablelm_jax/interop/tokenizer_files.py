@@ -1,0 +1,152 @@
+"""A tokenizer as the files of a Hugging Face directory, and back."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from stablelm_jax.data.tokenizer import (
+    ARCADE100K,
+    PATTERN,
+    RANKS_SHA256,
+    Arcade100k,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from stablelm_jax.interop.bpe_merges import merges, spelled
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_RANKS = "arcade100k.tiktoken"  # what the first published directories held instead
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """The content of a tokenizer.json which gives the ids of `tokenizer`."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.content
+    assert isinstance(tokenizer, Arcade100k)
+    return _of_arcade(tokenizer)
+
+
+def tokenizer_config(
+    tokenizer: Tokenizer, *, eos: str, max_positions: int, chat_template: str | None
+) -> dict[str, Any]:
+    """The content of a tokenizer_config.json.
+
+    Args:
+      eos: the token that ends a text, or a turn of a chat.
+      max_positions: tokens of context.
+    """
+    end_of_document = tokenizer.decode([tokenizer.eod])
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": end_of_document,
+        "eos_token": eos,
+        "pad_token": end_of_document,
+        "unk_token": end_of_document,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_positions,
+    }
+    return values | ({"chat_template": chat_template} if chat_template else {})
+
+
+def _of_arcade(tokenizer: Arcade100k) -> bytes:
+    vocabulary = {spelled(token): rank for token, rank in tokenizer.ranks.items()}
+    pairs = [[spelled(left), spelled(right)] for left, right in merges(tokenizer.ranks)]
+    # The specials stand in the vocabulary: id 100256 is a hole, and `tokenizers` would number
+    # tokens that are only added from there on.
+    vocabulary |= tokenizer.specials
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": number, "content": token, **flags, "special": True}
+        for token, number in tokenizer.specials.items()
+    ]
+    bytes_as_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                split | {"invert": False},
+                bytes_as_characters | {"use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": bytes_as_characters | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": pairs,
+        },
+    }
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
+    """The tokenizer of a directory: Arcade100k where it is that one, else its tokenizer.json.
+
+    `named`: take this one instead, a name or a file.
+
+    Raises:
+      ValueError: there is none, or it cannot be read.
+    """
+    if named:
+        return load_tokenizer(named)
+    ranks, file = folder / _RANKS, folder / TOKENIZER
+    if ranks.is_file() and hashlib.sha256(ranks.read_bytes()).hexdigest() == RANKS_SHA256:
+        return Arcade100k(ranks.read_bytes())
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no {TOKENIZER}; name the model's tokenizer with --tokenizer, "
+            f"{ARCADE100K} or a file"
+        )
+    return load_tokenizer(ARCADE100K) if _is_arcade(file) else load_tokenizer(file)
+
+
+def _is_arcade(file: Path) -> bool:
+    """Whether a tokenizer.json has Arcade100k's vocabulary and splits and joins as it does."""
+    try:
+        spec = json.loads(file.read_bytes())
+        vocabulary = spec["model"]["vocab"]
+        if len(vocabulary) < len(_arcade_vocabulary()):
+            return False
+        engine = load_tokenizer(file)
+    except (ValueError, KeyError, TypeError):
+        return False  # what is wrong with it is said by who loads it
+    known = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
+    arcade = load_tokenizer(ARCADE100K)
+    same = all(known.get(token) == number for token, number in _arcade_vocabulary().items())
+    return same and all(engine.encode(text) == arcade.encode(text) for text in _PROBES)
+
+
+@functools.cache
+def _arcade_vocabulary() -> dict[str, int]:
+    arcade = load_tokenizer(ARCADE100K)
+    return {spelled(token): rank for token, rank in arcade.ranks.items()} | arcade.specials
+
+
+# Where tokenizers with this vocabulary differ: digits, contractions, runs of spaces, scripts.
+_PROBES = (
+    "In 2024, 1234567 people SHOULDN'T've paid €3.14159; it's 10,000 too many!!!\n\n  done\r\n",
+    "def f(x):\n    return  x ** 2 \t# ok   \n\n\n\tÜbergrößenträger, naïveté, señor, ação",
+    "日本語のテキスト、한국어 텍스트 و نص عربي 🙂👩‍👩‍👧 ½ ² Ⅳ",
+)

@@ -1,0 +1,127 @@
+"""Are two programs' logits of the same weights the same?
+
+T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.transformer import logits
+
+# Prose of several languages, numbers, code: whatever the tokenizer, a few dozen different tokens.
+PROMPT = (
+    "The tower was finished in 1889, 324 metres high. La tour a été achevée en 1889; der Turm wurde"
+    " zwei Jahre später gestrichen. ¿Cuánto pesa? Circa 7.300 tonnellate, dizem os guias.\n\n"
+    "def area(radius):\n    return 3.14159 * radius ** 2  # in square metres\n"
+)
+MAX_TOKENS = 128
+
+
+class Mismatch(ValueError):
+    """What was written does not compute what it was written from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of two programs' logits over the same tokens.
+
+    Attributes:
+      largest: absolute, over all positions and tokens.
+      spread: standard deviation of the first program's logits: the scale of `largest`.
+      top1: share of positions at which both find the same token the likeliest.
+      kl: Kullback-Leibler divergence of the second from the first, nats, mean over positions.
+      positions: how many.
+    """
+
+    largest: float
+    spread: float
+    top1: float
+    kl: float
+    positions: int
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of a logit {self.largest:.2g} (they spread by {self.spread:.2g}), "
+            f"likeliest token equal {self.top1:.1%}, KL {self.kl:.2g} nats, "
+            f"over {self.positions} tokens"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """How far a format may be off: `largest` in units of the logits' spread, `kl` in nats."""
+
+    largest: float
+    kl: float
+
+    def __str__(self) -> str:
+        return f"{self.largest:g} of their spread, KL {self.kl:g}"
+
+
+# About four times what small models of random weights and trained ones showed (docs/interop.md); a
+# wrong tensor gives differences of the size of the spread itself.
+LIMITS = {
+    "float32": Limit(1e-3, 1e-6),
+    "float16": Limit(0.02, 1e-4),
+    "bfloat16": Limit(0.15, 5e-3),
+}
+
+
+def prompt_ids(tokenizer: Any) -> list[int]:
+    """The fixed prompt as ids of a tokenizer, at most MAX_TOKENS."""
+    return tokenizer.encode(PROMPT)[:MAX_TOKENS]
+
+
+def our_logits(model: ModelConfig, params: Any, ids: Sequence[int]) -> np.ndarray:
+    """Our forward pass in float32: [T, V]."""
+    tokens_BT = jnp.asarray([ids], jnp.int32)
+    positions_BT = jnp.arange(len(ids), dtype=jnp.int32)[None]
+    forward = jax.jit(logits, static_argnums=0)
+    with jax.default_matmul_precision("float32"):
+        out_BTV = forward(model, params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)
+    return np.asarray(out_BTV[0])
+
+
+def compare(ours_TV: np.ndarray, theirs_TV: np.ndarray) -> Difference:
+    """How far the second are from the first.
+
+    Raises:
+      Mismatch: they have other shapes, or are not finite.
+    """
+    if ours_TV.shape != theirs_TV.shape:
+        raise Mismatch(f"logits of shape {theirs_TV.shape}, where ours are {ours_TV.shape}")
+    if not (np.isfinite(ours_TV).all() and np.isfinite(theirs_TV).all()):
+        raise Mismatch("some logits are not finite: look at the weights' values")
+    ours, theirs = (_log_softmax(x.astype(np.float64)) for x in (ours_TV, theirs_TV))
+    return Difference(
+        largest=float(np.abs(ours_TV - theirs_TV).max()),
+        spread=float(ours_TV.std()),
+        top1=float((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).mean()),
+        kl=max(float((np.exp(ours) * (ours - theirs)).sum(-1).mean()), 0.0),
+        positions=len(ours_TV),
+    )
+
+
+def check(difference: Difference, limit: Limit, who: str) -> str:
+    """What to tell a person of a conversion that `who` has read.
+
+    Raises:
+      Mismatch: it is beyond the limit.
+    """
+    told = f"{who}: {difference}; the limit is {limit}"
+    if difference.largest > limit.largest * difference.spread or difference.kl > limit.kl:
+        raise Mismatch(f"{told}. What was written is wrong and was removed")
+    return f"checked by {told}"
+
+
+def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
+    shifted_TV = x_TV - x_TV.max(-1, keepdims=True)
+    return shifted_TV - np.log(np.exp(shifted_TV).sum(-1, keepdims=True))
