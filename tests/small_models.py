@@ -1,0 +1,63 @@
+"""Small models of the three kinds with every tensor random, and checkpoints of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from stablelm_jax.checkpoint.weights import write_weights
+from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.parameters import nest, parameter_table
+
+SMALL = dict(vocab_size=384, num_layers=3, width=64, num_heads=4, feed_forward_width=96)
+# As published, but for the sizes: biases in block norms belong to the 3B alone.
+KINDS = {
+    "1.6b": ModelConfig(**SMALL, num_kv_heads=4),
+    "12b": ModelConfig(
+        **SMALL,
+        num_kv_heads=2,
+        qkv_bias=False,
+        qk_norm=True,
+        parallel_residual=True,
+        final_norm_bias=False,
+    ),
+    "3b": ModelConfig(**SMALL, num_kv_heads=4, qkv_bias=False, block_norm_bias=True),
+}
+
+
+def random_params(model: ModelConfig, seed: int | None = None) -> dict[str, np.ndarray]:
+    """{name: float32}; what starts at zero or one is random too."""
+    rng = np.random.default_rng(seed)
+    return {
+        row.name: rng.normal(row.init_std == "ones", 0.1, row.shape).astype(np.float32)
+        for row in parameter_table(model)
+    }
+
+
+def write_checkpoint(
+    path: Path, model: ModelConfig, params: dict[str, np.ndarray], tokenizer: Path, **imported
+) -> Path:
+    """Weights alone, at `path` (named global_step<N>), with this tokenizer.json."""
+    content = tokenizer.read_bytes()
+    run = {
+        "step": int(path.name.removeprefix("global_step")),
+        "model_config": dataclasses.asdict(model),
+        "tokenizer_sha256": load_tokenizer(tokenizer).sha256,
+        "imported": {"from": "a test", "max_positions": 64, "end_ids": [], "chat_template": None}
+        | imported,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(path, nest({name: jnp.asarray(x) for name, x in params.items()}), run)
+    (path / "tokenizer.json").write_bytes(content)
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
+    """{name: float32} of a checkpoint's parameters."""
+    from stablelm_jax.interop.checkpoint import OwnCheckpoint
+
+    return dict(OwnCheckpoint.open(path).leaves())
