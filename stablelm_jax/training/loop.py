@@ -32,7 +32,7 @@ from stablelm_jax.training.picture import draw_losses
 from stablelm_jax.training.profile import Profiler
 from stablelm_jax.training.programs import compile_programs
 from stablelm_jax.training.resume import guard_to_json, to_checkpoint
-from stablelm_jax.training.run_folder import RunFolder
+from stablelm_jax.training.run_folder import RunFolder, git_commit
 from stablelm_jax.training.saving import SaveFailed, Saver
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.shard_watch import ShardWatch
@@ -297,6 +297,7 @@ class Trainer:
             "origin": self.run.origin.to_json(),
             "config_changes": self.position.config_changes,
             "config": config_lib.to_dict(self.config),
+            "git_commit": git_commit(),
         }
 
     def _step(self, batches) -> dict[str, Any] | None:

@@ -59,8 +59,14 @@ class Origin:
 
         Raises:
           CheckpointError: it is missing or damaged.
+          ConfigError: it holds weights alone.
         """
         run = read_run(parent)
+        if "rows_consumed" not in run:
+            raise config_lib.ConfigError(
+                f"config.branch.parent={parent!r}: holds weights alone, imported from "
+                f"{run['imported']['from']}: no moments and no place in the data to go on from"
+            )
         return cls(
             step=run["step"],
             row=run["rows_consumed"],

@@ -53,6 +53,7 @@ def run_training(
         trainer = Trainer(run, folder, console, cache, wishes or Wishes(), stop)
         if distributed.is_first():
             folder.write_config(config_lib.to_dict(config), set_by)
+            folder.write_tokenizer(run.tokenizer)
             folder.add_environment()
         return trainer.train()
 

@@ -2,6 +2,7 @@
 
 WORKDIR/           a folder, or a URL whose small files are written to a local folder and uploaded
   config.json        the resolved config and where each value was set
+  tokenizer.json     where the tokenizer is a file: beside the checkpoints, which need it
   environment.json   versions, devices, git commit, command: one entry for each start
   metrics.jsonl      one line every `training.log_every` steps, one for each evaluation
   events.jsonl       what else happened: signals, saves that failed, updates left out, changes
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 from stablelm_jax.data.remote import filesystem, is_url
+from stablelm_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from stablelm_jax.training.metrics import MetricsFile
 from stablelm_jax.training.spool import NoUpload, Spool, spool_folder
 
@@ -102,6 +105,11 @@ class RunFolder:
         """`config.json`: {"config": tree, "set_by": {key: default | file | command line}}."""
         write_json(self.path / "config.json", {"config": values, "set_by": set_by})
 
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Whoever moves the run has the tokenizer too; Arcade100k comes with this package."""
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            write_text(self.path / "tokenizer.json", tokenizer.content.decode())
+
     def add_environment(self) -> None:
         """Appends this start to `environment.json`."""
         path = self.path / "environment.json"
@@ -138,6 +146,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
     """The commit of the source tree this package lies in, `-dirty` if changed; None outside git."""
     here = Path(__file__).resolve().parent
