@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 from rich.console import Console
+from small_models import random_params, write_checkpoint
 from tiny import bare_config, events, losses, metrics, train
 
+from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.config import ConfigError
 from stablelm_jax.training.branches import draw, find_runs, show_branches
@@ -48,6 +50,14 @@ def test_a_branch_records_its_parent_with_step_and_hash(data, parent, tmp_path):
         assert (origin["parent_step"], origin["parent_hash"]) == (8, expected)
         assert origin["parent"] == str(checkpoint(parent[0], 8))
     assert events(tmp_path, "branch")[0]["hash"] == expected
+
+
+def test_weights_alone_are_no_parent_but_a_bad_config(data, tmp_path):
+    model = config_lib.model_config(bare_config(data))
+    path = tmp_path / "global_step5"
+    imported = write_checkpoint(path, model, random_params(model), data / "tokenizer.json")
+    with pytest.raises(ConfigError, match="weights alone, imported from a test"):
+        train(bare_config(data, **{"branch.parent": str(imported)}), tmp_path / "run")
 
 
 def test_a_branch_goes_on_without_its_parent_once_it_has_begun(data, parent, tmp_path):

@@ -6,9 +6,12 @@ import sys
 import pytest
 from tiny import SOURCES, losses, tiny_config, train, write_data
 
+from stablelm_jax import convert
 from stablelm_jax.checkpoint.reading import read_run
+from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
 from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.training.run import run_training
+from stablelm_jax.training.run_folder import git_commit
 from stablelm_jax.training.setup import Run
 
 
@@ -32,6 +35,23 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_itself(undisturbed):
     assert (workdir / "samples/global_step12.txt").read_text().count("w1 w3") == 1
     steps = sorted(p.name for p in (workdir / "checkpoints").iterdir())
     assert steps == ["global_step12", "global_step4", "global_step8"]
+
+
+def test_a_checkpoint_can_be_used_and_exported_where_the_data_and_its_tokenizer_are_gone(
+    data, undisturbed, tmp_path
+):
+    workdir, _, _ = undisturbed
+    run_folder = shutil.copytree(workdir, tmp_path / "moved")
+    run = read_run(run_folder / "checkpoints/global_step12")
+    run["config"]["data"]["tokenizer"] = "gone/tokenizer.json"
+    found = load_own_tokenizer(run_folder / "checkpoints/global_step12", run)
+    assert found.name == str(run_folder / "tokenizer.json")
+    out = tmp_path / "hf"
+    assert convert.main(["to-hf", str(run_folder), str(out), "--no-verify"]) == 0
+    assert (out / "tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
+    card = (out / "README.md").read_text()
+    assert "| `squares` | 768 | 25.00% |" in card and "global_step12" in card
+    assert run["git_commit"] in (None, git_commit()) and f"{run['git_commit']}" in card
 
 
 def test_a_metrics_line_has_every_key_of_the_design(undisturbed):
