@@ -83,6 +83,10 @@ def _convert(arguments: argparse.Namespace) -> str:
     }
     if arguments.direction == "from-hf":
         return conversions.from_hf(arguments.source, arguments.out, step=arguments.step, **common)
+    if arguments.direction == "to-gguf":
+        return conversions.to_gguf(
+            arguments.checkpoint, arguments.out, file_type=arguments.type, **common
+        )
     return conversions.to_hf(
         arguments.checkpoint,
         arguments.out,

@@ -15,9 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from stablelm_jax.checkpoint.names import branch_name, branch_step
 from stablelm_jax.checkpoint.weights import load_weights, write_weights
 from stablelm_jax.interop import from_hf as reading
+from stablelm_jax.interop import gguf_export, gguf_peer
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.aside import aside
 from stablelm_jax.interop.checkpoint import OwnCheckpoint
+from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
 from stablelm_jax.interop.hf_peer import peer, peer_logits
 from stablelm_jax.interop.verify import LIMITS, check, compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
@@ -115,6 +117,57 @@ def _verified_export(own: OwnCheckpoint, target: Path, dtype: str) -> str:
     ids = prompt_ids(own.tokenizer)
     difference = compare(own_logits(own, ids), peer_logits(target, ids))
     return check(difference, LIMITS[dtype], peer())
+
+
+def to_gguf(
+    checkpoint: str,
+    out: Path,
+    *,
+    file_type: str,
+    tokenizer: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    console: Console,
+) -> str:
+    """Writes the GGUF file `out`; returns what to tell last.
+
+    Args:
+      file_type: key of gguf_tensors.FILE_TYPES.
+
+    Raises:
+      ValueError: the checkpoint cannot be read, llama.cpp could not run its tokenizer, or what was
+        written computes something else; nothing is left.
+    """
+    own = OwnCheckpoint.open(checkpoint, tokenizer)
+    size = count_parameters(own.model)
+    console.print(
+        f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {file_type}", soft_wrap=True
+    )
+    finer = [stored.name for stored in stored_tensors(own.model, file_type) if stored.fell_back]
+    if finer:
+        console.print(
+            f"  {len(finer)} tensors, such as {finer[0]}, have rows that are no whole number of "
+            f"{file_type} blocks: stored as f16",
+            soft_wrap=True,
+        )
+    with aside(out, force=force) as target:
+        with _progress(console, "writing", 4 * size) as advance:
+            gguf_export.write_file(own, target, file_type=file_type, on_tensor=advance)
+        if verify:
+            with console.status("comparing every tensor, then what they compute"):
+                gguf_export.check_values(own, target, file_type)
+                told = _verified_gguf(own, target, file_type)
+            console.print(told, soft_wrap=True)
+    return f"{out} is whole: llama-cli -m {out} runs it"
+
+
+def _verified_gguf(own: OwnCheckpoint, target: Path, file_type: str) -> str:
+    ids = prompt_ids(own.tokenizer)[: own.max_positions - 1]  # one more is made
+    positions = gguf_peer.compared_positions(len(ids), own.model.vocab_size)
+    ours_PV = gguf_peer.log_probabilities(own_logits(own, ids), positions)
+    theirs_PV = gguf_peer.peer_log_probabilities(target, own.tokenizer, ids, positions)
+    limit = FILE_TYPES[file_type].limit
+    return check(compare(ours_PV, theirs_PV), limit, gguf_peer.peer())
 
 
 def own_logits(own: OwnCheckpoint, ids: list[int]):

@@ -100,7 +100,7 @@ def compare(ours_TV: np.ndarray, theirs_TV: np.ndarray) -> Difference:
         raise Mismatch(f"logits of shape {theirs_TV.shape}, where ours are {ours_TV.shape}")
     if not (np.isfinite(ours_TV).all() and np.isfinite(theirs_TV).all()):
         raise Mismatch("some logits are not finite: look at the weights' values")
-    ours, theirs = (_log_softmax(x.astype(np.float64)) for x in (ours_TV, theirs_TV))
+    ours, theirs = (log_softmax(x.astype(np.float64)) for x in (ours_TV, theirs_TV))
     return Difference(
         largest=float(np.abs(ours_TV - theirs_TV).max()),
         spread=float(ours_TV.std()),
@@ -122,6 +122,7 @@ def check(difference: Difference, limit: Limit, who: str) -> str:
     return f"checked by {told}"
 
 
-def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
+def log_softmax(x_TV: np.ndarray) -> np.ndarray:
+    """Log probabilities, in nats."""
     shifted_TV = x_TV - x_TV.max(-1, keepdims=True)
     return shifted_TV - np.log(np.exp(shifted_TV).sum(-1, keepdims=True))

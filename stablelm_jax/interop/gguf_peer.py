@@ -1,0 +1,146 @@
+"""Who runs a GGUF file to check it: llama.cpp where PyPI `xllamacpp` brings it, else we.
+
+T tokens, P positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import urllib.request
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stablelm_jax.data.tokenizer import Tokenizer
+from stablelm_jax.interop.gguf_reader import read_file
+from stablelm_jax.interop.verify import PROMPT, Mismatch, log_softmax, our_logits
+
+# llama.cpp hands its probabilities over as JSON, two seconds for 100,352 of them.
+_PROBABILITIES = 1_000_000
+_POSITIONS = (8, 32)  # at least, at most
+_LEAST = -80.0  # nats; llama.cpp's float32 probabilities end a little below
+
+
+def installed() -> bool:
+    """Whether llama.cpp is."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def peer() -> str:
+    """Its name, for a person."""
+    if not installed():
+        return "our own reader (`pip install xllamacpp` for llama.cpp)"
+    return f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
+
+
+def compared_positions(num_tokens: int, vocab_size: int) -> np.ndarray:
+    """Which positions of the prompt are compared, the last among them."""
+    count = min(num_tokens, np.clip(_PROBABILITIES // vocab_size, *_POSITIONS))
+    return np.linspace(0, num_tokens - 1, count).astype(int)
+
+
+def log_probabilities(logits_TV: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Log probabilities [P, V] at some positions, in nats, as far down as llama.cpp tells them."""
+    return np.maximum(log_softmax(logits_TV[positions].astype(np.float64)), _LEAST)
+
+
+def peer_log_probabilities(
+    path: Path, tokenizer: Tokenizer, ids: Sequence[int], positions: np.ndarray
+) -> np.ndarray:
+    """Log probabilities [P, V] of what follows those positions of `ids`, the prompt's first.
+
+    Raises:
+      Mismatch: llama.cpp makes other tokens of the prompt than `tokenizer`.
+    """
+    if not installed():
+        model, params = read_file(path)
+        return log_probabilities(our_logits(model, params, ids), positions)
+    llama = LlamaCpp(path, len(ids))
+    if llama.tokenize(PROMPT)[: len(ids)] != list(ids):
+        raise Mismatch(
+            f"llama.cpp makes other tokens of a text than {tokenizer.name}; what was written was "
+            "removed"
+        )
+    return llama.log_probabilities(ids, positions)
+
+
+class LlamaCpp:
+    """llama.cpp's own server, in this process, on one GGUF file; keys and values in float32."""
+
+    def __init__(self, path: Path, num_tokens: int):
+        """Loads the file; `num_tokens`: the longest text."""
+        import xllamacpp
+
+        given = xllamacpp.CommonParams()
+        given.model.path = str(path)
+        given.n_ctx = num_tokens + 1
+        given.n_parallel = 1
+        given.n_gpu_layers = 0
+        given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        given.warmup = given.fit_params = False
+        given.verbosity = -1
+        self._server = xllamacpp.Server(given)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, with no token put before or after it."""
+        return self._call("/tokenize", content=text, add_special=False)["tokens"]
+
+    def log_probabilities(self, ids: Sequence[int], positions: Iterable[int]) -> np.ndarray:
+        """[P, V] in nats: of what follows ids[: position + 1]."""
+        return np.stack([self._after(list(ids[: position + 1])) for position in positions])
+
+    def generate(self, ids: Sequence[int], count: int) -> list[int]:
+        """The `count` tokens that follow, each the likeliest; an end of text does not end it."""
+        answer = self._call(
+            "/completion",
+            prompt=list(ids),
+            n_predict=count,
+            temperature=0.0,
+            ignore_eos=True,
+            return_tokens=True,
+        )
+        return answer["tokens"]
+
+    @functools.cached_property
+    def _vocab_size(self) -> int:
+        (model,) = self._call("/v1/models")["data"]
+        return model["meta"]["n_vocab"]
+
+    @functools.cached_property
+    def _plain_token(self) -> int:
+        return self.tokenize("a")[0]
+
+    def _after(self, ids: list[int]) -> np.ndarray:
+        """Log probabilities [V].
+
+        They are those before any bias. The answer lacks them where the token that was taken is a
+        part of a character or ends the text, so one that does neither is taken.
+        """
+        answer = self._call(
+            "/completion",
+            prompt=ids,
+            n_predict=1,
+            n_probs=self._vocab_size,
+            temperature=0.0,
+            logit_bias=[[self._plain_token, 1e6]],
+        )
+        (step,) = answer["completion_probabilities"]
+        found_V = np.full(self._vocab_size, np.nan)
+        for token in step["top_logprobs"]:
+            found_V[token["id"]] = token["logprob"]
+        return np.maximum(found_V, _LEAST)
+
+    def _call(self, what: str, **wanted: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self._server.listening_address + what,
+            data=json.dumps(wanted).encode() if wanted else None,
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)

@@ -1,0 +1,139 @@
+"""The tokenizer section of a GGUF file, from a `tokenizer.json`.
+
+llama.cpp runs byte-level BPE by itself: it wants the tokens, what kind each is, the merges, and the
+name (`tokenizer.ggml.pre`) of one of the splits into words that it was built with. It does not
+normalise: text that is not NFC has to be made so by who hands it over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from stablelm_jax.data.tokenizer import PATTERN
+
+# What every tokenizer.json must have here, or leave out, to mean the same in llama.cpp.
+_PLAIN = {
+    "dropout": (None, 0.0),
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (False,),
+    "ignore_merges": (False,),
+}
+_NORMALIZERS = (None, {"type": "NFC"})
+_ARCADE_SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": PATTERN},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE as llama.cpp reads it; tokens and types are one for each row."""
+
+    pre: str
+    tokens: list[str]
+    types: list[TokenType]
+    merges: list[str]
+
+
+def vocabulary(content: bytes, rows: int) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, filled up to the rows of the embedding.
+
+    Raises:
+      ValueError: llama.cpp could not run it, or it has more ids than there are rows.
+    """
+    spec = json.loads(content)
+    model = spec["model"]
+    _check_model(model)
+    if spec.get("normalizer") not in _NORMALIZERS:
+        raise ValueError(
+            f"the tokenizer normalises by {spec['normalizer'].get('type')}; llama.cpp normalises "
+            "nothing, so only none and NFC, which most text is in, can be written"
+        )
+    pre = _name_of_split(spec.get("pre_tokenizer") or {})
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    texts = {number: text for text, number in model["vocab"].items()}
+    texts |= {number: token["content"] for number, token in added.items()}
+    if max(texts) >= rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {max(texts)}, but the model only {rows} rows: it is the "
+            "tokenizer of another model; name the right one with --tokenizer"
+        )
+    return Vocabulary(
+        pre=pre,
+        # A row without a token, in the padding or in a hole: any text that no other token has.
+        tokens=[texts.get(row, f"[PAD{row}]") for row in range(rows)],
+        types=[_type(row, texts, added) for row in range(rows)],
+        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+    )
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Adds it, and that nothing is to be put before or after a text."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def _type(row: int, texts: Mapping[int, str], added: Mapping[int, Any]) -> TokenType:
+    if row not in texts:
+        return TokenType.UNUSED
+    if row not in added:
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added[row]["special"] else TokenType.USER_DEFINED
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    if model.get("type") != "BPE":
+        raise ValueError(
+            f"the tokenizer is of type {model.get('type')!r}; GGUF export writes byte-level BPE "
+            "only, the kind of Arcade100k and of stablelm_jax.data.train_tokenizer"
+        )
+    for key, allowed in _PLAIN.items():
+        if model.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"the tokenizer has {key} = {model[key]!r}, which llama.cpp's byte-level BPE does "
+                "not do: its ids would not be those of the training"
+            )
+
+
+def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the split into words.
+
+    `stablelm2` is Arcade100k's. `gpt-2` is that of the ByteLevel step alone, as in the GPT-NeoX
+    tokenizer of StableLM-3B-4E1T.
+    """
+    *splits, last = _steps(pre_tokenizer)
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        splits_too = last.get("use_regex", True)
+        if splits_too and not splits:
+            return "gpt-2"
+        if not splits_too and splits == [_ARCADE_SPLIT]:
+            return "stablelm2"
+    kinds = ", ".join(str(step.get("type")) for step in (*splits, last))
+    raise ValueError(
+        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): it knows a list "
+        "of its own, of which Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are "
+        "written here"
+    )
+
+
+def _steps(pre_tokenizer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if pre_tokenizer.get("type") == "Sequence":
+        for step in pre_tokenizer["pretokenizers"]:
+            yield from _steps(step)
+    else:
+        yield pre_tokenizer

@@ -1,0 +1,258 @@
+"""A checkpoint as a GGUF file: what is in it, what other programs make of it, what is refused."""
+
+import dataclasses
+import json
+
+import gguf
+import numpy as np
+import pytest
+from gguf import TokenType
+from small_models import KINDS, random_params, write_checkpoint
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from stablelm_jax import convert
+from stablelm_jax.data.tokenizer import PATTERN, load_tokenizer
+from stablelm_jax.data.train_tokenizer import train
+from stablelm_jax.interop import gguf_export, gguf_peer, gguf_reader, verify
+from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
+from stablelm_jax.interop.gguf_tokens import vocabulary
+from stablelm_jax.interop.names import with_norm_biases
+from stablelm_jax.model.parameters import nest
+
+# Largest error of a value, as a share of the largest of its block: half a step of the type, and the
+# float16 of the step. The 16 steps of q4_0 reach the largest value on one side of zero only.
+STEP = 2**-11
+ERRORS = {"f32": 0, "f16": STEP, "bf16": 2**-8, "q8_0": 1 / 254 + STEP, "q4_0": 1 / 8 + STEP}
+TEXT = "the path of the others, in 1889: ça y est\n\n  done"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def written(request, tmp_path_factory, tokenizer_file):
+    """(model, its parameters, its float32 file)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, params = KINDS[request.param], random_params(KINDS[request.param])
+    checkpoint = write_checkpoint(folder / "global_step42", model, params, tokenizer_file)
+    out = folder / "model.gguf"
+    assert run("to-gguf", checkpoint, out, "--type", "f32", "--no-verify") == 0
+    return model, params, out
+
+
+@pytest.fixture(scope="module")
+def f32_file(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("f32") / "model.gguf"
+    assert run("to-gguf", checkpoint, out, "--type", "f32", "--no-verify") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_file):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    params = random_params(KINDS["1.6b"])
+    chat = {"end_ids": [258], "chat_template": "{{ messages }}"}
+    return write_checkpoint(folder / "global_step7", KINDS["1.6b"], params, tokenizer_file, **chat)
+
+
+def run(*arguments):
+    return convert.main([str(argument) for argument in arguments])
+
+
+# --- tensors ---
+
+
+def test_every_parameter_comes_back_and_biases_that_were_not_there_are_zero(written):
+    model, params, out = written
+    read, leaves = gguf_reader.read_file(out)
+    assert read == dataclasses.replace(with_norm_biases(model), init_std=read.init_std)
+    for stored in stored_tensors(model, "f32"):
+        name = stored.tensor.ours
+        found = leaf_of(leaves, name)
+        np.testing.assert_array_equal(found, params.get(name, np.zeros_like(found)), name)
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_values_are_off_by_no_more_than_the_step_of_the_type(
+    checkpoint, f32_file, tmp_path, file_type
+):
+    out = tmp_path / "model.gguf"
+    assert run("to-gguf", checkpoint, out, "--type", file_type, "--no-verify") == 0
+    exact, rounded = (read_tensors(path) for path in (f32_file, out))
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(out).tensors}
+    for name, values in exact.items():
+        matrix = values.ndim > 1
+        head = name == "output.weight"
+        meant = FILE_TYPES[file_type].head if head else FILE_TYPES[file_type].matrices
+        assert kinds[name] == (meant if matrix else gguf.GGMLQuantizationType.F32), name
+        share = ERRORS["q8_0" if head and file_type == "q4_0" else file_type] if matrix else 0
+        largest = np.abs(values.reshape(-1, 32)).max(-1, keepdims=True)
+        off = np.abs(values - rounded[name]).reshape(-1, 32)
+        assert (off <= share * largest).all(), name
+
+
+def test_rows_that_are_no_whole_number_of_blocks_are_float16_and_it_is_said(
+    tmp_path, tokenizer_file, capsys
+):
+    model = dataclasses.replace(KINDS["1.6b"], feed_forward_width=80)
+    source = write_checkpoint(
+        tmp_path / "global_step1", model, random_params(model), tokenizer_file
+    )
+    assert run("to-gguf", source, tmp_path / "m.gguf", "--type=q8_0", "--no-verify") == 0
+    assert "3 tensors, such as blk.0.ffn_down.weight" in capsys.readouterr().err
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+# --- what others make of it ---
+
+
+def test_transformers_computes_the_same_logits(written):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, params, out = written
+    if model.qk_norm:
+        pytest.skip("transformers 5.x reads no norms of query and key heads from GGUF files")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        out.parent, gguf_file=out.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = list(range(5, 45))
+    with torch.no_grad():
+        theirs = peer.eval()(torch.tensor([ids])).logits[0].numpy()
+    ours = verify.our_logits(model, nest(params), ids)
+    assert np.abs(ours).max() > 1  # there is something to compare
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_llama_cpp_computes_the_same_logits_and_tokens(written, tokenizer_file):
+    pytest.importorskip("xllamacpp")
+    model, params, out = written
+    llama = gguf_peer.LlamaCpp(out, 64)
+    ids = load_tokenizer(tokenizer_file).encode(TEXT)
+    assert llama.tokenize(TEXT) == ids
+    new = llama.generate(ids, 8)
+    logits = verify.our_logits(model, nest(params), ids + new)
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new
+    positions = np.arange(0, len(ids), 5)
+    ours = gguf_peer.log_probabilities(logits, positions)
+    assert np.ptp(ours) > 1  # there is something to compare
+    theirs = llama.log_probabilities(ids, positions)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+# --- tokenizer ---
+
+
+def test_the_vocabulary_is_that_of_the_checkpoint_padding_and_ends_included(checkpoint, f32_file):
+    reader = gguf.GGUFReader(f32_file)
+    field = {key.rpartition(".")[2]: found.contents() for key, found in reader.fields.items()}
+    spec = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokens, types = field["tokens"], field["token_type"]
+    assert len(tokens) == len(types) == KINDS["1.6b"].vocab_size == len(set(tokens))
+    assert tokens[:257] == list(spec["model"]["vocab"])[:257]
+    assert set(types[:257]) == {TokenType.NORMAL}
+    assert tokens[257:260] == ["<|endoftext|>", "<|im_end|>", "[PAD259]"]
+    assert types[257:259] == [TokenType.CONTROL] * 2
+    assert set(types[259:]) == {TokenType.UNUSED}
+    assert (field["model"], field["pre"], field["merges"]) == ("gpt2", "gpt-2", ["t h"])
+    assert (field["bos_token_id"], field["padding_token_id"]) == (257, 257)
+    assert field["eos_token_id"] == 258 and field["add_bos_token"] is False
+    assert field["chat_template"] == "{{ messages }}"
+
+
+def test_tokenizers_by_arcade100ks_rules_are_stablelm2_to_llama_cpp():
+    content = train(["the other path of the others"] * 3, 300).to_str().encode()
+    found = vocabulary(content, 384)
+    assert found.pre == "stablelm2" and found.types[0] == TokenType.CONTROL
+    assert [len(pair.split(" ")) for pair in found.merges] == [2] * len(found.merges)
+
+
+def other_split():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer, why",
+    [
+        (Tokenizer(models.WordLevel({"a": 0}, "a")), "of type 'WordLevel'"),
+        (Tokenizer(models.BPE(byte_fallback=True)), "byte_fallback = True"),
+        (Tokenizer(models.BPE()), r"no split into words like that of this tokenizer \(None\)"),
+        (other_split(), r"no split into words like that of this tokenizer \(Split, ByteLevel\)"),
+    ],
+)
+def test_what_llama_cpp_cannot_split_or_join_alike_is_refused(tokenizer, why):
+    with pytest.raises(ValueError, match=why):
+        vocabulary(tokenizer.to_str().encode(), 384)
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer_file):
+    with pytest.raises(ValueError, match="ids up to 258, but the model only 256 rows"):
+        vocabulary(tokenizer_file.read_bytes(), 256)
+
+
+# --- the verb ---
+
+
+@pytest.mark.parametrize("file_type", ["f32", "q8_0"])
+def test_a_file_is_checked_before_it_is_there(checkpoint, tmp_path, capsys, file_type):
+    out = tmp_path / "model.gguf"
+    assert run("to-gguf", checkpoint, out, "--type", file_type) == 0
+    said = capsys.readouterr()
+    assert f"checked by {gguf_peer.peer()}" in said.err.replace("\n", " ")
+    assert f"llama-cli -m {out}" in said.out
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("file_type", ["f32", "q4_0"])
+def test_a_file_with_a_wrong_value_is_not_kept(
+    checkpoint, tmp_path, monkeypatch, capsys, file_type
+):
+    write = gguf_export._stored_values
+
+    def with_one_wrong(stored, values):
+        if stored.name == "blk.1.attn_k.weight":
+            values[3, 7] -= np.abs(values).max()
+        return write(stored, values)
+
+    monkeypatch.setattr(gguf_export, "_stored_values", with_one_wrong)
+    assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", file_type) == 1
+    assert "blk.1.attn_k.weight was not written as it should be" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", add_another_base)
+    assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", "f16") == 1
+    assert "What was written is wrong and was removed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def add_another_base(writer, base):
+    writer.add_float32("stablelm.rope.freq_base", base / 100)
+
+
+def test_a_file_that_is_there_is_kept_unless_forced(checkpoint, tmp_path, capsys):
+    out = tmp_path / "model.gguf"
+    out.write_text("mine")
+    assert run("to-gguf", checkpoint, out, "--no-verify") == 1
+    assert out.read_text() == "mine" and "--force" in capsys.readouterr().err
+    assert run("to-gguf", checkpoint, out, "--no-verify", "--force") == 0
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def read_tensors(path):
+    """{name: float32 values, rows first}."""
+    return {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def leaf_of(tree, name):
+    for part in name.split("/"):
+        tree = tree[part]
+    return np.asarray(tree)
