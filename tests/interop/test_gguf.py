@@ -1,7 +1,11 @@
 """A checkpoint as a GGUF file: what is in it, what other programs make of it, what is refused."""
 
 import dataclasses
+import importlib.metadata
 import json
+import sysconfig
+import unicodedata
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,9 +15,9 @@ from small_models import KINDS, random_params, write_checkpoint
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from stablelm_jax import convert
-from stablelm_jax.data.tokenizer import PATTERN, load_tokenizer
+from stablelm_jax.data.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer
 from stablelm_jax.data.train_tokenizer import train
-from stablelm_jax.interop import gguf_export, gguf_peer, gguf_reader, verify
+from stablelm_jax.interop import gguf_export, gguf_peer, gguf_reader, tokenizer_files, verify
 from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
 from stablelm_jax.interop.gguf_tokens import vocabulary
 from stablelm_jax.interop.names import with_norm_biases
@@ -192,6 +196,42 @@ def test_what_llama_cpp_cannot_split_or_join_alike_is_refused(tokenizer, why):
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer_file):
     with pytest.raises(ValueError, match="ids up to 258, but the model only 256 rows"):
         vocabulary(tokenizer_file.read_bytes(), 256)
+
+
+@pytest.mark.by_hand
+def test_llama_cpp_makes_arcade100ks_tokens_of_real_text(tmp_path):
+    pytest.importorskip("xllamacpp")
+    arcade = load_tokenizer("arcade100k")
+    model = dataclasses.replace(KINDS["1.6b"], vocab_size=arcade.vocab_size, num_layers=1)
+    content = tokenizer_files.tokenizer_json(arcade)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    source = write_checkpoint(
+        tmp_path / "global_step1", model, random_params(model), tmp_path / "tokenizer.json"
+    )
+    out = tmp_path / "model.gguf"
+    assert run("to-gguf", source, out, "--type", "q8_0") == 0
+    llama = gguf_peer.LlamaCpp(out, 64)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::4]:
+        text = without_specials(path.read_text(encoding="utf-8"))
+        assert llama.tokenize(text) == arcade.encode(text), path
+    for distribution in importlib.metadata.distributions():
+        text = without_specials(distribution.read_text("METADATA") or "")
+        assert llama.tokenize(text) == arcade.encode(text), distribution.name
+    assert llama.tokenize(LANGUAGES) == arcade.encode(LANGUAGES)
+
+
+LANGUAGES = (
+    "Größenwahn überfällt 1234 Äpfel; L'été dernier, où étiez-vous ? ¡Qué año! Não há coração que "
+    "aguente. È già così, perché no? 日本語 中文 한국어 русский ελληνικά عربي ﬁ ½ Ⅷ ①②③ \u00a0no "
+    "break\u2003em 🙂👩‍👩‍👧  \t\n\n \r\n end 'LL 'Re I'M they'd"
+)
+
+
+def without_specials(text):
+    """In the form that training has it in, which llama.cpp does not make."""
+    for special in SPECIAL_TOKENS:
+        text = text.replace(special, "")
+    return unicodedata.normalize("NFC", text)
 
 
 # --- the verb ---
