@@ -47,12 +47,17 @@ from stablelm_jax.checkpoint.weights import load_weights
 from stablelm_jax.model.transformer import logits
 from stablelm_jax.parallel.mesh import make_mesh
 _, model, params = load_weights(sys.argv[1], make_mesh(devices=jax.devices()[:1]))
-params = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree), donate_argnums=0)(params)
+leaves, tree = jax.tree.flatten(params)
+del params
+for i, leaf in enumerate(leaves):
+    leaves[i] = jax.block_until_ready(leaf.astype("bfloat16"))
+params = jax.tree.unflatten(tree, leaves)
 tokens = jax.random.randint(jax.random.key(0), (1, 128), 0, model.vocab_size)
+positions = jnp.arange(128)[None]
 forward = jax.jit(logits, static_argnums=0, static_argnames="dtype")
-out = forward(model, params, tokens, jnp.ones_like(tokens), jnp.arange(128)[None], dtype=jnp.bfloat16)
+out = forward(model, params, tokens, jnp.ones_like(tokens), positions, dtype=jnp.bfloat16)
 print(out.shape, "finite", bool(jnp.isfinite(out).all()), "spread", float(out.std()))
-"""  # noqa: E501
+"""
 
 
 # Each as its module and arguments, None for `forward`, and what it writes.
