@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_PART = 2**22  # elements
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -20,6 +23,16 @@ def checksums(tree: Any) -> dict[str, int]:
     # One program a leaf: XLA:CPU holds the products of all leaves of a program at once.
     sums = {name: _checksum(leaf) for name, leaf in flatten(tree).items()}
     return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def host_checksum(x: np.ndarray) -> int:
+    """As `leaf_checksum`, of an array in the host's memory: it is copied a part at a time."""
+    flat = x.reshape(-1)
+    parts = (
+        _part_checksum(flat[start : start + _PART], np.uint32(start % 2**32))
+        for start in range(0, flat.size, _PART)
+    )
+    return sum(map(int, parts)) % 2**32
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -36,18 +49,32 @@ def differing(expected: Mapping[str, int], actual: Mapping[str, int]) -> list[st
 
 def leaf_checksum(x: jax.Array) -> jax.Array:
     """uint32 scalar of one array, inside jit."""
+    return jnp.sum(_bits(x) * _weights(_positions(x.shape)), dtype=jnp.uint32)
+
+
+@jax.jit
+def _part_checksum(x: jax.Array, start: jax.Array) -> jax.Array:
+    """Of the elements from flat position `start` on."""
+    return jnp.sum(_bits(x) * _weights(_positions(x.shape) + start), dtype=jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    return jnp.sum(bits * _weights(x.shape), dtype=jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _weights(shape: tuple[int, ...]) -> jax.Array:
-    """Odd pseudo-random uint32 weights of the flat positions (modulo 2^32) of `shape`."""
+def _positions(shape: tuple[int, ...]) -> jax.Array:
+    """The flat position of each element, modulo 2^32."""
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for dim in reversed(range(len(shape))):
         position += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride % 2**32)
         stride *= shape[dim]
+    return position
+
+
+def _weights(position: jax.Array) -> jax.Array:
+    """Odd pseudo-random uint32 weights."""
     # The finaliser of MurmurHash3 (Appleby, public domain) without its last shift.
     mixed = (position ^ (position >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
+from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
 from stablelm_jax.checkpoint.names import branch_name, branch_step, checkpoint_path
 from stablelm_jax.data.remote import retried
 from stablelm_jax.model.parameters import nest
@@ -89,7 +89,7 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
     wanted = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     restored = _restore(path, wanted)
     arrays = {name: restored[name] for name in abstract}
-    _verify(path, arrays, run["checksums"])
+    _compare(path, run["checksums"], checksums(arrays))
     return arrays
 
 
@@ -112,7 +112,7 @@ def read_leaves(
         (leaf,) = jax.tree.leaves(restored)
         if leaf.shape != shape:
             raise DamagedCheckpoint(f"{path}: params/{name} is {leaf.shape}, not {shape}; {_ELSE}")
-        _verify(path, {"params": restored}, run["checksums"])
+        _compare(path, run["checksums"], {f"params/{name}": host_checksum(leaf)})
         yield name, leaf
 
 
@@ -137,9 +137,8 @@ def _ends_the_run(error: Exception) -> bool:
     return known or any(text in str(error) for text in texts) or jax.process_count() > 1
 
 
-def _verify(path: epath.Path, arrays: dict[str, Any], recorded: dict[str, int]) -> None:
-    expected = {name: recorded.get(name) for name in flatten(arrays)}
-    changed = differing(expected, checksums(arrays))
+def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) -> None:
+    changed = differing({name: recorded.get(name) for name in found}, found)
     if changed:
         raise DamagedCheckpoint(
             f"{path} is damaged: the bits of {', '.join(changed[:5])}"

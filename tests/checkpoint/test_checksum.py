@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stablelm_jax.checkpoint.checksum import checksums, differing
+from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
 from stablelm_jax.parallel.mesh import make_mesh
 
 
@@ -44,6 +44,13 @@ def test_swapped_elements_change_the_checksum():
         y = x.copy()
         y[[0, other]] = y[[other, 0]]
         assert checksums({"x": jnp.asarray(y)}) != before
+
+
+def test_on_the_host_it_is_the_same_sum_part_by_part(monkeypatch):
+    monkeypatch.setattr("stablelm_jax.checkpoint.checksum._PART", 64)
+    for shape in ((3, 5, 16), (64,), (1,)):
+        x = np.random.default_rng().normal(size=shape).astype(np.float32)
+        assert host_checksum(x) == checksums({"x": jnp.asarray(x)})["x"]
 
 
 @pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
