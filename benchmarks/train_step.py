@@ -47,6 +47,7 @@ from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.training.compiler_flags import make_deterministic
 from stablelm_jax.training.metrics import peak_flops
 from stablelm_jax.training.state import abstract_state, init_state
 from stablelm_jax.training.step import make_train_step
@@ -208,9 +209,8 @@ def _one_by_one(arguments: argparse.Namespace) -> Table:
 def _measure(case: Case, is_peer: bool, steps: int, profile: str | None) -> Result:
     """In a process of its own."""
     began = time.perf_counter()
-    if case.deterministic:  # as stablelm_jax/train.py does
-        given = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
+    if case.deterministic:
+        make_deterministic()
     if is_peer:
         jax.config.update("jax_platforms", "cpu")  # of ours only the fresh weights are needed
         step, predicted = _transformers(case), None

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.training.compiler_flags import make_deterministic
 from stablelm_jax.training.signals import StopRequest
 
 _LIST = "--list-branches"
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(argv: Sequence[str], stop: StopRequest) -> int:
     config = config_lib.config_from_flags()
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
-    _set_compiler_flags(config)
+    if config.training.deterministic:
+        make_deterministic()
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
     from stablelm_jax.parallel import distributed  # starts jax: after its flags
     from stablelm_jax.training.run import run_training
@@ -70,13 +72,6 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
             sys.stderr.flush()
             os._exit(1)
         return 1
-
-
-def _set_compiler_flags(config) -> None:
-    """XLA reads its flags once, when its backend starts."""
-    if config.training.deterministic:
-        given = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
 
 
 def _list_branches(arguments: list[str]) -> int:
