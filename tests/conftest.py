@@ -8,6 +8,7 @@ import re
 import signal
 import tempfile
 from collections import Counter
+from importlib.metadata import version
 
 # Before jax is imported; child processes inherit these. Whoever has a chip may set JAX_PLATFORMS.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +21,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests spend most of their time compiling small programs: LLVM may leave those as they are. What is
 # computed, and XLA's own passes, stay the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# Of the two ways in which XLA's CPU compiler makes code of a fusion, the older one takes a third of
+# the time. jaxlib 0.10 still has both, and newer ones end a process that names a flag they lack.
+_flags, _flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
+if version("jaxlib").startswith("0.10.") and _flag not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} {_flag}".strip()
 
 # A run that a test starts again compiles nothing anew, in this process or in a child.
 _compiled = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")

@@ -21,8 +21,9 @@ from stablelm_jax.data.manifest import (
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.drilling import resolved
-from stablelm_jax.training import loop
+from stablelm_jax.training import loop, step
 from stablelm_jax.training.run import run_training
+from stablelm_jax.training.setup import Run
 
 VOCAB = 120
 SOURCES = ("fibonacci", "squares")
@@ -119,13 +120,37 @@ def write_config(config, folder: Path) -> str:
     return f"{resolved.__file__}:{path}"
 
 
+# Fields that say nothing about the train step. Any other, and any new one, tells programs apart.
+_OF_THE_LOOP = (
+    *("branch.", "checkpoint.", "evaluation.", "samples.", "writers.", "name"),
+    *("training.num_steps", "training.log_every", "training.hang_seconds"),
+)
+_compiled: dict[tuple, object] = {}
+_compile = Run.compile_step
+
+
+def compiled_once(run: Run):
+    """`Run.compile_step`, but equal runs of this process share one program.
+
+    A test that alters what is compiled calls `run_training` itself, but for `step.judged`.
+    """
+    fields = config_lib.flatten(run.config)
+    kept = repr([(key, value) for key, value in fields if not key.startswith(_OF_THE_LOOP)])
+    key = (kept, run.mesh, len(run.sources), step.judged)
+    if key not in _compiled:
+        _compiled[key] = _compile(run)
+    return _compiled[key]
+
+
 def train(config, workdir: Path, picture: bool = False):
     """Trains in this process; returns the exit code and the metrics lines.
 
     `picture`: also draws loss.png, which takes as long as the rest of so small a run.
     """
-    patched = contextlib.nullcontext() if picture else mock.patch.object(loop, "draw_losses")
-    with patched:
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(Run, "compile_step", compiled_once))
+        if not picture:
+            patched.enter_context(mock.patch.object(loop, "draw_losses"))
         code = run_training(config, config_lib.set_by(config, {}), str(workdir))
     return code, metrics(workdir)
 
