@@ -136,8 +136,13 @@ def measured(name: str, folder: Path) -> tuple[str, str, str, str]:
     if process.returncode:
         raise SystemExit("\n".join(lines))
     said = next((line for line in lines if line.startswith("checked by")), lines[-1])
-    size = sum(path.stat().st_size for path in (folder / written).rglob("*")) if written else 0
+    size = sum(path.stat().st_size for path in paths(folder / written)) if written else 0
     return f"{seconds:.1f}", f"{peak / 1e9:.2f}", f"{size / 1e9:.2f}" if size else "", said
+
+
+def paths(written: Path) -> list[Path]:
+    """A file, or what is in a folder."""
+    return [written] if written.is_file() else list(written.rglob("*"))
 
 
 def anonymous_bytes(pid: int) -> int:

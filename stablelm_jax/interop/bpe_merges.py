@@ -30,15 +30,19 @@ def merges(ranks: Mapping[bytes, int]) -> list[Pair]:
 
 def _last_pair(ranks: Mapping[bytes, int], token: bytes) -> Pair:
     parts = [token[i : i + 1] for i in range(len(token))]
+    joined = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
-        first = min(range(len(joined)), key=joined.__getitem__)
-        if joined[first] >= ranks[token]:
+        lowest = min(joined)
+        if lowest >= ranks[token]:
             raise ValueError(
                 f"the ranks never join {token!r} (rank {ranks[token]}), only up to {parts}: "
                 "they are no byte-pair encoding that other engines could run"
             )
+        first = joined.index(lowest)
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        del joined[first]
+        for i in range(max(first - 1, 0), min(first + 1, len(joined))):
+            joined[i] = ranks.get(parts[i] + parts[i + 1], math.inf)
     left, right = parts
     return left, right
 

@@ -73,7 +73,11 @@ class LlamaCpp:
     """llama.cpp's own server, in this process, on one GGUF file; keys and values in float32."""
 
     def __init__(self, path: Path, num_tokens: int):
-        """Loads the file; `num_tokens`: the longest text."""
+        """Loads the file; `num_tokens`: the longest text.
+
+        Raises:
+          Mismatch: llama.cpp cannot.
+        """
         import xllamacpp
 
         given = xllamacpp.CommonParams()
@@ -85,7 +89,10 @@ class LlamaCpp:
         given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         given.warmup = given.fit_params = False
         given.verbosity = -1
-        self._server = xllamacpp.Server(given)
+        try:
+            self._server = xllamacpp.Server(given)
+        except RuntimeError as error:
+            raise Mismatch(f"llama.cpp does not load {path.name}: {error}") from error
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, with no token put before or after it."""

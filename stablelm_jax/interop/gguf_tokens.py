@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from stablelm_jax.data.tokenizer import PATTERN
+from stablelm_jax.data.tokenizer import END_OF_DOCUMENT, PATTERN
 
 # What every tokenizer.json must have here, or leave out, to mean the same in llama.cpp.
 _PLAIN = {
@@ -93,7 +93,9 @@ def _type(row: int, texts: Mapping[int, str], added: Mapping[int, Any]) -> Token
         return TokenType.UNUSED
     if row not in added:
         return TokenType.NORMAL
-    return TokenType.CONTROL if added[row]["special"] else TokenType.USER_DEFINED
+    # The end of a document is special to us whatever the file says: no text may forge it.
+    special = added[row]["special"] or added[row]["content"] in END_OF_DOCUMENT
+    return TokenType.CONTROL if special else TokenType.USER_DEFINED
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

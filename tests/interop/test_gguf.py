@@ -26,7 +26,10 @@ from stablelm_jax.model.parameters import nest
 # Largest error of a value, as a share of the largest of its block: half a step of the type, and the
 # float16 of the step. The 16 steps of q4_0 reach the largest value on one side of zero only.
 STEP = 2**-11
+TINY = 2**-25  # half the smallest step of a float16
 ERRORS = {"f32": 0, "f16": STEP, "bf16": 2**-8, "q8_0": 1 / 254 + STEP, "q4_0": 1 / 8 + STEP}
+# Rows of 80 values are two and a half blocks of the types with blocks.
+MODEL = dataclasses.replace(KINDS["1.6b"], feed_forward_width=80)
 TEXT = "the path of the others, in 1889: ça y est\n\n  done"
 
 
@@ -51,9 +54,9 @@ def f32_file(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer_file):
     folder = tmp_path_factory.mktemp("checkpoint")
-    params = random_params(KINDS["1.6b"])
     chat = {"end_ids": [258], "chat_template": "{{ messages }}"}
-    return write_checkpoint(folder / "global_step7", KINDS["1.6b"], params, tokenizer_file, **chat)
+    params = random_params(MODEL)
+    return write_checkpoint(folder / "global_step7", MODEL, params, tokenizer_file, **chat)
 
 
 def run(*arguments):
@@ -79,30 +82,34 @@ def test_values_are_off_by_no_more_than_the_step_of_the_type(
 ):
     out = tmp_path / "model.gguf"
     assert run("to-gguf", checkpoint, out, "--type", file_type, "--no-verify") == 0
-    exact, rounded = (read_tensors(path) for path in (f32_file, out))
-    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(out).tensors}
-    for name, values in exact.items():
-        matrix = values.ndim > 1
-        head = name == "output.weight"
-        meant = FILE_TYPES[file_type].head if head else FILE_TYPES[file_type].matrices
-        assert kinds[name] == (meant if matrix else gguf.GGMLQuantizationType.F32), name
-        share = ERRORS["q8_0" if head and file_type == "q4_0" else file_type] if matrix else 0
-        largest = np.abs(values.reshape(-1, 32)).max(-1, keepdims=True)
-        off = np.abs(values - rounded[name]).reshape(-1, 32)
-        assert (off <= share * largest).all(), name
+    rounded = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    for tensor in gguf.GGUFReader(f32_file).tensors:
+        found = rounded[tensor.name]
+        assert found.tensor_type.name.lower() == meant_type(tensor, file_type), tensor.name
+        block, _ = gguf.GGML_QUANT_SIZES[found.tensor_type]
+        largest = np.abs(tensor.data).reshape(-1, block).max(-1, keepdims=True)
+        off = np.abs(tensor.data - dequantized(found)).reshape(-1, block)
+        share = ERRORS[found.tensor_type.name.lower()]
+        assert (off <= share * largest + TINY).all(), tensor.name
+
+
+def meant_type(tensor, file_type):
+    if tensor.data.ndim < 2:
+        return "f32"
+    if file_type in ("q8_0", "q4_0") and tensor.name.endswith("ffn_down.weight"):
+        return "f16"
+    return "q8_0" if (tensor.name, file_type) == ("output.weight", "q4_0") else file_type
+
+
+def dequantized(tensor):
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 
 
 def test_rows_that_are_no_whole_number_of_blocks_are_float16_and_it_is_said(
-    tmp_path, tokenizer_file, capsys
+    checkpoint, tmp_path, capsys
 ):
-    model = dataclasses.replace(KINDS["1.6b"], feed_forward_width=80)
-    source = write_checkpoint(
-        tmp_path / "global_step1", model, random_params(model), tokenizer_file
-    )
-    assert run("to-gguf", source, tmp_path / "m.gguf", "--type=q8_0", "--no-verify") == 0
+    assert run("to-gguf", checkpoint, tmp_path / "m.gguf", "--type=q8_0", "--no-verify") == 0
     assert "3 tensors, such as blk.0.ffn_down.weight" in capsys.readouterr().err
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
 
 
 # --- what others make of it ---
@@ -149,7 +156,7 @@ def test_the_vocabulary_is_that_of_the_checkpoint_padding_and_ends_included(chec
     field = {key.rpartition(".")[2]: found.contents() for key, found in reader.fields.items()}
     spec = json.loads((checkpoint / "tokenizer.json").read_text())
     tokens, types = field["tokens"], field["token_type"]
-    assert len(tokens) == len(types) == KINDS["1.6b"].vocab_size == len(set(tokens))
+    assert len(tokens) == len(types) == MODEL.vocab_size == len(set(tokens))
     assert tokens[:257] == list(spec["model"]["vocab"])[:257]
     assert set(types[:257]) == {TokenType.NORMAL}
     assert tokens[257:260] == ["<|endoftext|>", "<|im_end|>", "[PAD259]"]
@@ -191,6 +198,14 @@ def other_split():
 def test_what_llama_cpp_cannot_split_or_join_alike_is_refused(tokenizer, why):
     with pytest.raises(ValueError, match=why):
         vocabulary(tokenizer.to_str().encode(), 384)
+
+
+def test_the_end_of_a_document_is_special_whatever_the_file_says(tokenizer_file):
+    spec = json.loads(tokenizer_file.read_bytes())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    types = vocabulary(json.dumps(spec).encode(), 384).types
+    assert types[257:259] == [TokenType.CONTROL, TokenType.USER_DEFINED]
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer_file):
@@ -237,10 +252,13 @@ def without_specials(text):
 # --- the verb ---
 
 
-@pytest.mark.parametrize("file_type", ["f32", "q8_0"])
-def test_a_file_is_checked_before_it_is_there(checkpoint, tmp_path, capsys, file_type):
+def test_the_verb_offers_every_type():
+    assert convert.GGUF_TYPES == tuple(FILE_TYPES)
+
+
+def test_a_file_is_checked_before_it_is_there(checkpoint, tmp_path, capsys):
     out = tmp_path / "model.gguf"
-    assert run("to-gguf", checkpoint, out, "--type", file_type) == 0
+    assert run("to-gguf", checkpoint, out, "--type", "q8_0") == 0
     said = capsys.readouterr()
     assert f"checked by {gguf_peer.peer()}" in said.err.replace("\n", " ")
     assert f"llama-cli -m {out}" in said.out
@@ -275,6 +293,14 @@ def add_another_base(writer, base):
     writer.add_float32("stablelm.rope.freq_base", base / 100)
 
 
+def test_a_file_that_llama_cpp_does_not_load_is_a_mismatch(tmp_path, f32_file):
+    pytest.importorskip("xllamacpp")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(f32_file.read_bytes()[:-1000])
+    with pytest.raises(verify.Mismatch, match="does not load cut.gguf"):
+        gguf_peer.LlamaCpp(cut, 16)
+
+
 def test_a_file_that_is_there_is_kept_unless_forced(checkpoint, tmp_path, capsys):
     out = tmp_path / "model.gguf"
     out.write_text("mine")
@@ -282,14 +308,6 @@ def test_a_file_that_is_there_is_kept_unless_forced(checkpoint, tmp_path, capsys
     assert out.read_text() == "mine" and "--force" in capsys.readouterr().err
     assert run("to-gguf", checkpoint, out, "--no-verify", "--force") == 0
     assert out.read_bytes()[:4] == b"GGUF"
-
-
-def read_tensors(path):
-    """{name: float32 values, rows first}."""
-    return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
 
 
 def leaf_of(tree, name):
