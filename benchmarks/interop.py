@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax.checkpoint.checksum import flatten
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.weights import write_weights
 from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.data.train_tokenizer import train
 from stablelm_jax.interop import from_hf, gguf_export, gguf_peer, hf_peer, to_hf
-from stablelm_jax.interop.checkpoint import OwnCheckpoint
 from stablelm_jax.interop.verify import compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
@@ -80,7 +80,7 @@ def main() -> None:
 
 def write_random(
     folder: Path, model: ModelConfig, tokenizer: Path, rng: np.random.Generator, scale: float
-) -> OwnCheckpoint:
+) -> SavedModel:
     """A checkpoint of random weights, biases and norms."""
     flat = {
         row.name: jnp.asarray(rng.normal(row.init_std == "ones", scale, row.shape), jnp.float32)
@@ -96,10 +96,10 @@ def write_random(
     path.parent.mkdir()
     write_weights(path, nest(flat), run)
     (path / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    return OwnCheckpoint.open(path)
+    return SavedModel.open(path)
 
 
-def rows(own: OwnCheckpoint, folder: Path) -> Iterator[tuple[str, ...]]:
+def rows(own: SavedModel, folder: Path) -> Iterator[tuple[str, ...]]:
     """What stands in the table for each program."""
     flat = dict(own.leaves())
     params, ids = nest(flat), prompt_ids(own.tokenizer)

@@ -58,6 +58,6 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
     """{name: float32} of a checkpoint's parameters."""
-    from stablelm_jax.interop.checkpoint import OwnCheckpoint
+    from stablelm_jax.checkpoint.saved_model import SavedModel
 
-    return dict(OwnCheckpoint.open(path).leaves())
+    return dict(SavedModel.open(path).leaves())

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stablelm_jax import __version__
-from stablelm_jax.interop.checkpoint import OwnCheckpoint
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.model.parameters import count_parameters
 
 
-def model_card(checkpoint: OwnCheckpoint, dtype: str, revision: str) -> str:
+def model_card(checkpoint: SavedModel, dtype: str, revision: str) -> str:
     """README.md of a Hugging Face directory: front matter, use, provenance."""
     run = checkpoint.run
     title = f"{run.get('config', {}).get('name') or 'StableLM'} {revision}"
@@ -36,7 +36,7 @@ tags:
 """
 
 
-def _model(checkpoint: OwnCheckpoint, dtype: str) -> str:
+def _model(checkpoint: SavedModel, dtype: str) -> str:
     model = checkpoint.model
     heads = f"{model.num_heads} heads"
     if model.num_kv_heads != model.num_heads:
@@ -49,7 +49,7 @@ def _model(checkpoint: OwnCheckpoint, dtype: str) -> str:
     )
 
 
-def _use(checkpoint: OwnCheckpoint, revision: str) -> str:
+def _use(checkpoint: SavedModel, revision: str) -> str:
     chat = (
         ""
         if checkpoint.chat_template is None
@@ -101,11 +101,11 @@ def _data(run: Mapping[str, Any]) -> str:
     return _table("## Data", ("source", "tokens seen", "share"), rows)
 
 
-def _origin(checkpoint: OwnCheckpoint) -> str:
+def _origin(checkpoint: SavedModel) -> str:
     return _table("## Origin", ("", ""), list(_origin_rows(checkpoint)))
 
 
-def _origin_rows(checkpoint: OwnCheckpoint) -> Iterator[tuple[str, str]]:
+def _origin_rows(checkpoint: SavedModel) -> Iterator[tuple[str, str]]:
     run = checkpoint.run
     yield "checkpoint", f"`{checkpoint.name}`"
     if "imported" in run:

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablelm_jax.checkpoint.names import branch_name, branch_step
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.weights import load_weights, write_weights
 from stablelm_jax.interop import from_hf as reading
 from stablelm_jax.interop import gguf_export, gguf_peer
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.aside import aside
-from stablelm_jax.interop.checkpoint import OwnCheckpoint
 from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
 from stablelm_jax.interop.hf_peer import peer, peer_logits
 from stablelm_jax.interop.verify import LIMITS, check, compare, our_logits, prompt_ids
@@ -91,7 +91,7 @@ def to_hf(
       ValueError: the checkpoint cannot be read, or what was written computes something else;
         nothing is left.
     """
-    own = OwnCheckpoint.open(checkpoint, tokenizer)
+    own = SavedModel.open(checkpoint, tokenizer)
     size = count_parameters(own.model)
     console.print(
         f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {dtype}", soft_wrap=True
@@ -113,7 +113,7 @@ def to_hf(
     return f"{out} is whole: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it"
 
 
-def _verified_export(own: OwnCheckpoint, target: Path, dtype: str) -> str:
+def _verified_export(own: SavedModel, target: Path, dtype: str) -> str:
     ids = prompt_ids(own.tokenizer)
     difference = compare(own_logits(own, ids), peer_logits(target, ids))
     return check(difference, LIMITS[dtype], peer())
@@ -138,7 +138,7 @@ def to_gguf(
       ValueError: the checkpoint cannot be read, llama.cpp could not run its tokenizer, or what was
         written computes something else; nothing is left.
     """
-    own = OwnCheckpoint.open(checkpoint, tokenizer)
+    own = SavedModel.open(checkpoint, tokenizer)
     size = count_parameters(own.model)
     console.print(
         f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {file_type}", soft_wrap=True
@@ -161,7 +161,7 @@ def to_gguf(
     return f"{out} is whole: llama-cli -m {out} runs it"
 
 
-def _verified_gguf(own: OwnCheckpoint, target: Path, file_type: str) -> str:
+def _verified_gguf(own: SavedModel, target: Path, file_type: str) -> str:
     ids = prompt_ids(own.tokenizer)[: own.max_positions - 1]  # one more is made
     positions = gguf_peer.compared_positions(len(ids), own.model.vocab_size)
     ours_PV = gguf_peer.log_probabilities(own_logits(own, ids), positions)
@@ -170,10 +170,9 @@ def _verified_gguf(own: OwnCheckpoint, target: Path, file_type: str) -> str:
     return check(compare(ours_PV, theirs_PV), limit, gguf_peer.peer())
 
 
-def own_logits(own: OwnCheckpoint, ids: list[int]):
+def own_logits(own: SavedModel, ids: list[int]):
     """Our logits [T, V] of a checkpoint, in float32."""
-    _, model, params = load_weights(own.path, model_mesh(own.model))
-    return our_logits(model, params, ids)
+    return our_logits(own.model, own.load(model_mesh(own.model)), ids)
 
 
 def model_mesh(model: ModelConfig) -> Mesh:

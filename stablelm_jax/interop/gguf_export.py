@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quantization
 
-from stablelm_jax.interop.checkpoint import OwnCheckpoint
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop.gguf_tensors import FILE_TYPES, Stored, stored_tensors
 from stablelm_jax.interop.gguf_tokens import add_vocabulary, vocabulary
 from stablelm_jax.interop.tokenizer_files import tokenizer_json
@@ -30,7 +30,7 @@ _ERRORS = {
 
 
 def write_file(
-    checkpoint: OwnCheckpoint,
+    checkpoint: SavedModel,
     path: Path,
     *,
     file_type: str,
@@ -62,7 +62,7 @@ def write_file(
         writer.close()
 
 
-def _add_metadata(writer: gguf.GGUFWriter, checkpoint: OwnCheckpoint, file_type: str) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: str) -> None:
     model = checkpoint.model
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{_origin(checkpoint)} {checkpoint.name}")
@@ -82,14 +82,14 @@ def _add_metadata(writer: gguf.GGUFWriter, checkpoint: OwnCheckpoint, file_type:
     writer.add_parallel_residual(model.parallel_residual)
 
 
-def _origin(checkpoint: OwnCheckpoint) -> str:
+def _origin(checkpoint: SavedModel) -> str:
     """Name of the run, or of the directory that was imported."""
     if "config" in checkpoint.run:
         return checkpoint.run["config"]["name"]
     return checkpoint.run["imported"]["from"]
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: OwnCheckpoint) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: SavedModel) -> None:
     tokenizer = checkpoint.tokenizer
     add_vocabulary(writer, vocabulary(tokenizer_json(tokenizer), checkpoint.model.vocab_size))
     writer.add_bos_token_id(tokenizer.eod)
@@ -100,7 +100,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: OwnCheckpoint) -> None:
 
 
 def _write_tensors(
-    writer: gguf.GGUFWriter, checkpoint: OwnCheckpoint, file_type: str, on_tensor: Callable
+    writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: str, on_tensor: Callable
 ) -> None:
     for leaf, parts in _parts(checkpoint, file_type):
         for part in parts:
@@ -109,7 +109,7 @@ def _write_tensors(
 
 
 def _parts(
-    checkpoint: OwnCheckpoint, file_type: str
+    checkpoint: SavedModel, file_type: str
 ) -> Iterator[tuple[np.ndarray | None, Iterator[Stored]]]:
     """Each of our parameters, None where the model has none, and what is stored of it."""
     present = specs_by_name(checkpoint.model)
@@ -131,7 +131,7 @@ def _stored_values(stored: Stored, values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def check_values(checkpoint: OwnCheckpoint, path: Path, file_type: str) -> None:
+def check_values(checkpoint: SavedModel, path: Path, file_type: str) -> None:
     """Reads every tensor of a file back and compares it with the checkpoint.
 
     Raises:

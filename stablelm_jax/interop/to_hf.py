@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import hf_config, names, tokenizer_files
 from stablelm_jax.interop.card import model_card
-from stablelm_jax.interop.checkpoint import OwnCheckpoint
 from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, TensorWriter
 
 MAX_FILE_BYTES = 5_000_000_000  # as the Hub's tools split
 
 
 def write_directory(
-    checkpoint: OwnCheckpoint,
+    checkpoint: SavedModel,
     folder: Path,
     *,
     dtype: str = "bfloat16",
@@ -98,7 +98,7 @@ def _rounded(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return rounded
 
 
-def check_bits(checkpoint: OwnCheckpoint, folder: Path, dtype: str) -> None:
+def check_bits(checkpoint: SavedModel, folder: Path, dtype: str) -> None:
     """Reads every tensor of a directory back and compares it with the checkpoint, bit for bit.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What conversions need to know of a checkpoint of ours, trained or imported."""
+"""A checkpoint as the verbs see it that use its weights: trained here or imported."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
 from stablelm_jax.checkpoint.names import branch_name, find_checkpoint
 from stablelm_jax.checkpoint.reading import read_leaves, read_run
 from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
+from stablelm_jax.checkpoint.weights import load_weights
 from stablelm_jax.data.tokenizer import Tokenizer
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnCheckpoint:
-    """A checkpoint, its arrays not yet read.
+class SavedModel:
+    """The model of a checkpoint, its arrays not yet read.
 
     Attributes:
-      run: its item `run`.
+      run: the checkpoint's item `run`.
     """
 
-    path: Path
+    path: epath.Path
     run: Mapping[str, Any]
     model: ModelConfig
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, path: Path, tokenizer: str | None = None) -> OwnCheckpoint:
+    def open(cls, path: str | Path, tokenizer: str | None = None) -> SavedModel:
         """Reads all but the arrays. `tokenizer`: its place, where the training's is gone.
 
         Raises:
@@ -63,6 +66,10 @@ class OwnCheckpoint:
     def end_ids(self) -> list[int]:
         """Tokens that end a text, or a turn of a chat."""
         return list(self.run.get("imported", {}).get("end_ids", ())) or [self.tokenizer.eod]
+
+    def load(self, mesh: Mesh) -> dict[str, Any]:
+        """Our parameters in float32, split over the mesh's `model` axis."""
+        return load_weights(self.path, mesh)[2]
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
         """Our parameters in float32, one at a time, each compared with its checksum."""
