@@ -2,12 +2,15 @@
 
     python benchmarks/interop.py                 # transformers, and llama.cpp where it is installed
     python benchmarks/interop.py --seed 7 --scale 0.2
+    python benchmarks/interop.py --types all     # each type that is written, not float32 alone
+    python benchmarks/interop.py --types all --checkpoint C
 
 Heads, rotary dims and switches are those of the published models, widths and depth are not. Each
-model goes out as float32 Hugging Face files and as an f32 GGUF file. `largest difference` is of a
-logit (llama.cpp: of a log probability, which is what it tells), over the fixed prompt of the
-conversions' own check; `spread` the standard deviation of the logits; `tokens equal` counts the
-greedy continuation. `bits back` says whether the Hugging Face files, read again, hold every bit.
+model goes out as Hugging Face and as GGUF files, and the other program computes the fixed prompt of
+the conversions' own check: `largest difference` is of a logit (llama.cpp: of a log probability,
+which is what it tells, at 8 to 32 positions), `of the spread` the same in standard deviations of
+the logits. In float32 `tokens equal` counts the greedy continuation, and `bits back` says whether
+the Hugging Face files, read again, hold every bit.
 """
 
 from __future__ import annotations
@@ -32,12 +35,18 @@ from stablelm_jax.checkpoint.weights import write_weights
 from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.data.train_tokenizer import train
 from stablelm_jax.interop import from_hf, gguf_export, gguf_peer, hf_peer, to_hf
-from stablelm_jax.interop.verify import compare, our_logits, prompt_ids
+from stablelm_jax.interop.gguf_tensors import FILE_TYPES
+from stablelm_jax.interop.safetensors_files import DTYPES
+from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel.mesh import make_mesh
 
 ROWS, LAYERS, NEW_TOKENS = 1024, 3, 32
+COLUMNS = (
+    *("kind", "type", "held against", "largest difference", "of the spread", "likeliest equal"),
+    *("KL", "tokens equal", "bits back"),
+)
 # Head sizes as published: 64, 160, 80. Biases in block norms too, as the files of all three have.
 KINDS = {
     "1.6B": ModelConfig(ROWS, LAYERS, 256, 4, 4, 704, block_norm_bias=True),
@@ -63,19 +72,32 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=0.1, help="standard deviation of a value")
+    parser.add_argument("--checkpoint", help="a trained model in place of the random ones")
+    parser.add_argument("--types", choices=["float32", "all"], default="float32")
     given = parser.parse_args()
-    columns = ("kind", "held against", "largest difference", "spread", "tokens equal", "bits back")
-    table = Table(*columns, title=f"seed {given.seed}, scale {given.scale}")
+    table = Table(*COLUMNS, title=given.checkpoint or f"seed {given.seed}, scale {given.scale}")
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(folder) / "tokenizer.json"
-        sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
-        train((path.read_text("utf-8") for path in sources), ROWS).save(str(tokenizer))
-        for number, (kind, model) in enumerate(KINDS.items()):
-            rng = np.random.default_rng([given.seed, number])
-            own = write_random(Path(folder) / kind, model, tokenizer, rng, given.scale)
-            for row in rows(own, Path(folder) / kind):
+        if given.checkpoint:
+            models = {"trained": SavedModel.open(given.checkpoint)}
+        else:
+            models = random_models(Path(folder), given.seed, given.scale)
+        for kind, own in models.items():
+            for row in rows(own, Path(folder) / f"{kind} out", given.types):
                 table.add_row(kind, *row)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def random_models(folder: Path, seed: int, scale: float) -> dict[str, SavedModel]:
+    """A checkpoint of each kind, with a tokenizer made for it."""
+    tokenizer = folder / "tokenizer.json"
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    train((path.read_text("utf-8") for path in sources), ROWS).save(str(tokenizer))
+    return {
+        kind: write_random(
+            folder / kind, model, tokenizer, np.random.default_rng([seed, number]), scale
+        )
+        for number, (kind, model) in enumerate(KINDS.items())
+    }
 
 
 def write_random(
@@ -99,28 +121,48 @@ def write_random(
     return SavedModel.open(path)
 
 
-def rows(own: SavedModel, folder: Path) -> Iterator[tuple[str, ...]]:
-    """What stands in the table for each program."""
-    flat = dict(own.leaves())
-    params, ids = nest(flat), prompt_ids(own.tokenizer)
+def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]:
+    """What stands in the table for each program and type."""
+    params, ids = nest(dict(own.leaves())), prompt_ids(own.tokenizer)[: own.max_positions - 1]
     ours_TV = our_logits(own.model, params, ids)
-    greedy = our_greedy(own.model, params, ids)
-    to_hf.write_directory(own, folder / "hf", dtype="float32")
-    difference = compare(ours_TV, hf_peer.peer_logits(folder / "hf", ids))
-    equal = same(greedy, transformers_greedy(folder / "hf", ids))
-    back = from_hf.load_params(from_hf.open_directory(folder / "hf"), make_mesh())
-    bits = "all" if all_bits_equal(params, back) else "NOT ALL"
-    yield hf_peer.peer(), f"{difference.largest:.1e}", f"{difference.spread:.2f}", equal, bits
-    if not gguf_peer.installed():
-        return
-    file = folder / "model.gguf"
-    gguf_export.write_file(own, file, file_type="f32")
+    greedy = our_greedy(own.model, params, ids) if types == "float32" else []
+    for dtype in DTYPES if types == "all" else ("float32",):
+        yield dtype, hf_peer.peer(), *hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
+    for file_type in FILE_TYPES if types == "all" else ("f32",):
+        file = folder / f"{file_type}.gguf"
+        gguf_export.write_file(own, file, file_type=file_type)
+        yield file_type, gguf_peer.peer(), *gguf_row(own, file, ids, ours_TV, greedy)
+
+
+def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ...]:
+    to_hf.write_directory(own, folder, dtype=dtype)
+    difference = compare(ours_TV, hf_peer.peer_logits(folder, ids))
+    if not greedy:
+        return *shown(difference), "", ""
+    back = from_hf.load_params(from_hf.open_directory(folder), make_mesh())
+    bits = "all" if all_bits_equal(nest(dict(own.leaves())), back) else "NOT ALL"
+    return *shown(difference), same(greedy, transformers_greedy(folder, ids)), bits
+
+
+def gguf_row(own, file: Path, ids, ours_TV, greedy) -> tuple[str, ...]:
+    positions = gguf_peer.compared_positions(len(ids), own.model.vocab_size)
+    ours_PV = gguf_peer.log_probabilities(ours_TV, positions)
+    theirs_PV = gguf_peer.peer_log_probabilities(file, own.tokenizer, ids, positions)
+    difference = compare(ours_PV, theirs_PV)
+    if not greedy or not gguf_peer.installed():
+        return *shown(difference), "", ""
     llama = gguf_peer.LlamaCpp(file, len(ids) + NEW_TOKENS)
-    positions = np.arange(len(ids))
-    theirs = llama.log_probabilities(ids, positions)
-    difference = compare(gguf_peer.log_probabilities(ours_TV, positions), theirs)
-    equal = same(greedy, llama.generate(ids, NEW_TOKENS))
-    yield gguf_peer.peer(), f"{difference.largest:.1e}", f"{difference.spread:.2f}", equal, ""
+    return *shown(difference), same(greedy, llama.generate(ids, NEW_TOKENS)), ""
+
+
+def shown(difference: Difference) -> tuple[str, ...]:
+    share = difference.largest / difference.spread
+    return (
+        f"{difference.largest:.1e}",
+        f"{share:.1e}",
+        f"{difference.top1:.1%}",
+        f"{difference.kl:.1e}",
+    )
 
 
 def our_greedy(model: ModelConfig, params: Any, ids: list[int]) -> list[int]:
