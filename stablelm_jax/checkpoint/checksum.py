@@ -20,9 +20,9 @@ _PART = 2**22  # elements
 
 def checksums(tree: Any) -> dict[str, int]:
     """{leaf name: uint32 checksum} of a nested dict of arrays; waits for the devices."""
-    # One program a leaf: XLA:CPU holds the products of all leaves of a program at once.
-    sums = {name: _checksum(leaf) for name, leaf in flatten(tree).items()}
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
+    # One program a leaf: XLA:CPU holds the products of all leaves of a program at once. And one
+    # after the other: of many that are under way together, its devices may wait for one another.
+    return {name: int(jax.device_get(_checksum(leaf))) for name, leaf in flatten(tree).items()}
 
 
 def host_checksum(x: np.ndarray) -> int:
