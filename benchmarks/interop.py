@@ -45,7 +45,7 @@ from stablelm_jax.parallel.mesh import make_mesh
 ROWS, LAYERS, NEW_TOKENS = 1024, 3, 32
 COLUMNS = (
     *("kind", "type", "held against", "largest difference", "of the spread", "likeliest equal"),
-    *("KL", "tokens equal", "bits back"),
+    *("KL", "bytes", "tokens equal", "bits back"),
 )
 # Head sizes as published: 64, 160, 80. Biases in block norms too, as the files of all three have.
 KINDS = {
@@ -137,31 +137,33 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
 def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ...]:
     to_hf.write_directory(own, folder, dtype=dtype)
     difference = compare(ours_TV, hf_peer.peer_logits(folder, ids))
+    told = shown(difference, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     if not greedy:
-        return *shown(difference), "", ""
+        return *told, "", ""
     back = from_hf.load_params(from_hf.open_directory(folder), make_mesh())
     bits = "all" if all_bits_equal(nest(dict(own.leaves())), back) else "NOT ALL"
-    return *shown(difference), same(greedy, transformers_greedy(folder, ids)), bits
+    return *told, same(greedy, transformers_greedy(folder, ids)), bits
 
 
 def gguf_row(own, file: Path, ids, ours_TV, greedy) -> tuple[str, ...]:
     positions = gguf_peer.compared_positions(len(ids), own.model.vocab_size)
     ours_PV = gguf_peer.log_probabilities(ours_TV, positions)
     theirs_PV = gguf_peer.peer_log_probabilities(file, own.tokenizer, ids, positions)
-    difference = compare(ours_PV, theirs_PV)
+    told = shown(compare(ours_PV, theirs_PV), file.stat().st_size)
     if not greedy or not gguf_peer.installed():
-        return *shown(difference), "", ""
+        return *told, "", ""
     llama = gguf_peer.LlamaCpp(file, len(ids) + NEW_TOKENS)
-    return *shown(difference), same(greedy, llama.generate(ids, NEW_TOKENS)), ""
+    return *told, same(greedy, llama.generate(ids, NEW_TOKENS)), ""
 
 
-def shown(difference: Difference) -> tuple[str, ...]:
+def shown(difference: Difference, size: int) -> tuple[str, ...]:
     share = difference.largest / difference.spread
     return (
         f"{difference.largest:.1e}",
         f"{share:.1e}",
         f"{difference.top1:.1%}",
         f"{difference.kl:.1e}",
+        f"{size:,}",
     )
 
 

@@ -44,16 +44,16 @@ class FileType:
 FILE_TYPES = {
     "f32": FileType(LlamaFileType.ALL_F32, Quantization.F32, Quantization.F32, Limit(1e-3, 1e-6)),
     "f16": FileType(
-        LlamaFileType.MOSTLY_F16, Quantization.F16, Quantization.F16, Limit(0.05, 1e-4)
+        LlamaFileType.MOSTLY_F16, Quantization.F16, Quantization.F16, Limit(0.06, 1e-4)
     ),
     "bf16": FileType(
-        LlamaFileType.MOSTLY_BF16, Quantization.BF16, Quantization.BF16, Limit(0.3, 5e-3)
+        LlamaFileType.MOSTLY_BF16, Quantization.BF16, Quantization.BF16, Limit(0.6, 5e-3)
     ),
     "q8_0": FileType(
-        LlamaFileType.MOSTLY_Q8_0, Quantization.Q8_0, Quantization.Q8_0, Limit(0.5, 0.02)
+        LlamaFileType.MOSTLY_Q8_0, Quantization.Q8_0, Quantization.Q8_0, Limit(1.5, 0.04)
     ),
     "q4_0": FileType(
-        LlamaFileType.MOSTLY_Q4_0, Quantization.Q4_0, Quantization.Q8_0, Limit(4.0, 0.3)
+        LlamaFileType.MOSTLY_Q4_0, Quantization.Q4_0, Quantization.Q8_0, Limit(8.0, 2.0)
     ),
 }
 

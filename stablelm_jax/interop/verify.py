@@ -66,12 +66,12 @@ class Limit:
         return f"{self.largest:g} of their spread, KL {self.kl:g}"
 
 
-# About four times what small models of random weights and trained ones showed (docs/interop.md); a
-# wrong tensor gives differences of the size of the spread itself.
+# Four times and more what random models showed, which are worse off than trained ones
+# (docs/interop.md). A wrong tensor is off by the spread itself, and its KL is far beyond.
 LIMITS = {
     "float32": Limit(1e-3, 1e-6),
-    "float16": Limit(0.02, 1e-4),
-    "bfloat16": Limit(0.15, 5e-3),
+    "float16": Limit(0.06, 1e-4),
+    "bfloat16": Limit(0.6, 5e-3),
 }
 
 
