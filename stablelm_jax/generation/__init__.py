@@ -1,1 +1,1 @@
-"""Text from a model."""
+"""Continuing text: a copy of the weights for decoding, a cache of keys and values, sampling."""

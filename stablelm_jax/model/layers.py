@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,25 @@ class Projection(nnx.Module):
         self.num_in = num_in
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
         in_shape, out_shape = kernel.shape[: self.num_in], kernel.shape[self.num_in :]
         # One matrix by one matrix: with more dims XLA:CPU copies operands of the backward products.
-        size = math.prod(in_shape)
-        y = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1))
+        y = product(x.reshape(-1, math.prod(in_shape)), kernel)
         y = y.reshape(*x.shape[: x.ndim - self.num_in], *out_shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def product(x: jax.Array, kernel: Any, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x [..., inputs] by a kernel [inputs..., outputs...], in x's dtype: [..., outputs].
+
+    Args:
+      kernel: an array, or what knows its product itself (generation's `Quantised`).
+      dtype: of the result; by default x's.
+    """
+    if not isinstance(kernel, jax.Array):
+        return kernel.product(x, dtype or x.dtype)
+    kernel = kernel.astype(x.dtype).reshape(x.shape[-1], -1)
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -20,7 +20,7 @@ from stablelm_jax.kernels.attention import attention as attention_kernel
 from stablelm_jax.kernels.residuals import SAVED_NAMES
 from stablelm_jax.model.attention import Attend, Attention
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.layers import LayerNorm, Make, Projection
+from stablelm_jax.model.layers import LayerNorm, Make, Projection, product
 from stablelm_jax.model.parameters import initial_value, specs_by_name
 from stablelm_jax.model.rotary import rotary_angles
 
@@ -124,6 +124,11 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
     return nnx.merge(_graph(config), params)
 
 
+def part(config: ModelConfig, name: str, params: Params) -> nnx.Module:
+    """One module of the model with its parameters: 'embed', 'layers' (one Block), 'final_norm'."""
+    return nnx.merge(_graph(config, name), params)
+
+
 def hidden_states(
     config: ModelConfig,
     params: Params,
@@ -159,14 +164,14 @@ def hidden_states(
         raise ValueError(f"remat is {remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
     rotary = rotary_angles(positions_BT, config.rotary_size, config.rotary_theta)
 
-    def part(name, group):
-        return nnx.merge(_graph(config, name), group if fetch is None else fetch(name, group))
+    def fetched(name, group):
+        return part(config, name, group if fetch is None else fetch(name, group))
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
         return attention_kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=attention)
 
     def layer(x_BTD, group):
-        block = part("layers", group)
+        block = fetched("layers", group)
         return block(x_BTD, rotary, attend), None
 
     if remat != "none":
@@ -174,9 +179,9 @@ def hidden_states(
         # would keep the first results instead of computing them again.
         prevent_cse = unroll >= config.num_layers
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
-    x_BTD = part("embed", params["embed"])(tokens_BT, dtype)
+    x_BTD = fetched("embed", params["embed"])(tokens_BT, dtype)
     x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=unroll)[0]
-    return part("final_norm", params["final_norm"])(x_BTD)
+    return fetched("final_norm", params["final_norm"])(x_BTD)
 
 
 def logits(
@@ -189,5 +194,10 @@ def logits(
 ) -> jax.Array:
     """Scores of the next token, float32 [B, T, V]; arguments as in `hidden_states`."""
     x_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, positions_BT, **options)
-    kernel_DV = params["head"]["kernel"].astype(x_BTD.dtype)
-    return jnp.matmul(x_BTD, kernel_DV, preferred_element_type=jnp.float32)
+    return head_logits(params, x_BTD)
+
+
+@jax.named_scope("head")
+def head_logits(params: Params, x: jax.Array) -> jax.Array:
+    """Scores of the next token, float32 [..., V], of what `hidden_states` gives, [..., D]."""
+    return product(x, params["head"]["kernel"], jnp.float32)

@@ -22,7 +22,7 @@ from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.evaluation.held_out import EvalStep, make_eval_step
-from stablelm_jax.generation.sampler import prepare_texts
+from stablelm_jax.generation.samples import prepare_texts
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
 from stablelm_jax.model.config import ModelConfig

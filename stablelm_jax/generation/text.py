@@ -1,0 +1,84 @@
+"""Text while it is written: tokens in, what can already be shown out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from stablelm_jax.data import chat
+from stablelm_jax.data.tokenizer import Tokenizer
+from stablelm_jax.generation.generator import Generator
+
+# What `decode` gives for bytes that are no UTF-8: the first part of a letter, perhaps.
+_INCOMPLETE = "\ufffd"
+
+
+def as_text(tokenizer: Tokenizer, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
+    """The text of the chunks, held back where a letter's bytes are not complete yet."""
+    ids: list[int] = []
+    shown = ""
+    for chunk in chunks:
+        ids += chunk
+        text = tokenizer.decode(ids).rstrip(_INCOMPLETE)
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(ids)[len(shown) :]
+    if rest:
+        yield rest
+
+
+class Conversation:
+    """A chat with a model; every answer reads the whole conversation again.
+
+    Args:
+      template: a key of `chat.CHAT_TEMPLATES`. system: its first message, if not empty.
+      forgotten: called with the number of messages left out when the conversation outgrew the
+        generator's max_length: the oldest, but for the system's.
+      settings: of `Generator.stream`, max_new_tokens among them.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        template: str,
+        *,
+        system: str = "",
+        forgotten: Callable[[int], None] = lambda count: None,
+        **settings,
+    ):
+        self._generator, self._tokenizer, self._template = generator, tokenizer, template
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._messages: list[chat.Message] = []
+        self._forgotten, self._settings = forgotten, settings
+        settings["stop_tokens"] = {
+            *settings.get("stop_tokens", ()),
+            *chat.stop_ids(tokenizer, template),
+        }
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer as it comes; it belongs to the conversation as far as it was read."""
+        self._messages.append({"role": "user", "content": text})
+        said = ""
+        try:
+            for piece in as_text(
+                self._tokenizer, self._generator.stream(self._ids(), **self._settings)
+            ):
+                said += piece
+                yield piece
+        finally:
+            self._messages.append({"role": "assistant", "content": said})
+
+    def _ids(self) -> list[int]:
+        most = self._generator.max_length - self._settings["max_new_tokens"]
+        left_out = 0
+        while True:
+            messages = [*self._system, *self._messages]
+            ids = chat.encode_chat(self._tokenizer, messages, self._template)
+            if len(ids) <= most or len(self._messages) == 1:
+                break
+            del self._messages[:2]
+            left_out += 2
+        if left_out:
+            self._forgotten(left_out)
+        return ids

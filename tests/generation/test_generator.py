@@ -1,0 +1,221 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stablelm_jax.generation.generator import Generator, padded_length
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.transformer import init_params, logits
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import make_mesh
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    feed_forward_width=48,
+    rotary_fraction=0.5,
+    init_std=0.5,
+)
+PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5], list(range(1, 40)), [60, 61]]
+jitted_logits = jax.jit(logits, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random in every tensor, biases and norms too."""
+    fresh = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(1))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), fresh)
+
+
+@pytest.fixture(scope="module")
+def generator(params):
+    return Generator(MODEL, params, batch_size=3, max_length=128, chunk=5)
+
+
+def next_logits(params, tokens):
+    row = np.zeros((1, 64), np.int32)  # padded behind, which no earlier logit can see
+    row[0, : len(tokens)] = tokens
+    positions = np.arange(64, dtype=np.int32)[None]
+    scores = jitted_logits(MODEL, params, row, np.ones_like(row), positions)
+    return np.asarray(scores)[0, len(tokens) - 1]
+
+
+def likeliest(params, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(next_logits(params, tokens).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def expected(params):
+    return [likeliest(params, prompt, 12) for prompt in PROMPTS]
+
+
+def test_the_cache_gives_the_tokens_of_the_whole_forward_pass(generator, expected):
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+    assert generator.generate(PROMPTS, max_new_tokens=12) == expected
+
+
+def test_a_prompt_gets_the_same_text_alone_and_beside_others(generator):
+    drawn = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    for settings in ({"max_new_tokens": 12}, drawn):
+        together = generator.generate(PROMPTS, **settings)
+        assert generator.generate(PROMPTS[:1], **settings) == together[:1]
+        assert generator.generate(PROMPTS[:4], **settings) == together[:4]
+
+
+def test_equal_prompts_are_drawn_apart_and_the_seed_decides(generator):
+    settings = {"max_new_tokens": 12, "temperature": 1.0}
+    first = generator.generate([[5, 9]] * 2, seed=1, **settings)
+    assert first[0] != first[1]
+    assert generator.generate([[5, 9]] * 2, seed=1, **settings) == first
+    assert generator.generate([[5, 9]] * 2, seed=2, **settings) != first
+
+
+def test_a_row_ends_before_its_stop_token_and_the_others_go_on(generator, expected):
+    stop = {expected[0][3], expected[1][0]}
+    found = generator.generate(PROMPTS, max_new_tokens=12, stop_tokens=stop)
+    for row, whole in zip(found, expected):
+        ends = [i for i, token in enumerate(whole) if token in stop]
+        assert row == whole[: ends[0] if ends else None]
+    assert found[1] == []
+
+
+def test_more_stop_tokens_than_a_program_has_places_for(generator, expected):
+    unused = [token for token in range(64) if token not in expected[0]]
+    stop = [*unused, expected[0][4]]
+    whole = expected[0]
+    found = generator.generate(PROMPTS[:1], max_new_tokens=12, stop_tokens=stop)
+    assert found == [whole[: whole.index(expected[0][4])]]
+
+
+def test_a_row_ends_when_the_caller_says_so_after_a_chunk(generator, expected):
+    asked = []
+
+    def stopped(index, tokens):
+        asked.append((index, len(tokens)))
+        return index == 1
+
+    found = generator.generate(PROMPTS[:3], max_new_tokens=12, stopped=stopped)
+    assert found == [expected[0], expected[1][:1], expected[2]]
+    assert [n for index, n in asked if index == 0] == [1, 6, 11, 12]
+    assert [n for index, n in asked if index == 1] == [1]
+
+
+def test_a_stream_gives_the_same_tokens_chunk_by_chunk(generator, expected):
+    chunks = list(generator.stream(PROMPTS[0], max_new_tokens=12))
+    assert [len(chunk) for chunk in chunks] == [1, 5, 5, 1]
+    assert sum(chunks, []) == expected[0]
+
+
+def test_programs_compiled_ahead_from_shapes_are_the_ones_that_run(params, expected):
+    place = jax.tree.leaves(params)[0].sharding
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
+    ahead = Generator(MODEL, shapes, batch_size=2, max_length=64, chunk=12)
+    with pytest.raises(ValueError, match="holds no weights"):
+        ahead.generate(PROMPTS[:2], max_new_tokens=12)
+    ahead.compile(PROMPTS[:2], max_new_tokens=12)
+    ahead.load(params)
+    with jax.transfer_guard("disallow"):
+        assert ahead.generate(PROMPTS[:2], max_new_tokens=12) == expected[:2]
+
+
+@pytest.mark.parametrize("data, model", [(4, 1), (1, 2), (4, 2)])
+def test_the_mesh_changes_no_token(params, expected, data, model):
+    mesh = make_mesh(data, model, jax.devices()[: data * model])
+    split = Generator(MODEL, params, mesh=mesh, batch_size=3, max_length=64, chunk=12)
+    assert split.batch_size == (4 if data == 4 else 3)
+    assert split.generate(PROMPTS, max_new_tokens=12, stop_tokens=[expected[0][3]]) == [
+        expected[0][: expected[0].index(expected[0][3])],
+        *(
+            whole[: whole.index(expected[0][3])] if expected[0][3] in whole else whole
+            for whole in expected[1:]
+        ),
+    ]
+
+
+def test_masters_that_are_split_over_data_are_gathered(params, expected):
+    from stablelm_jax.model.parameters import parameter_table
+
+    mesh = make_mesh(4, 2, jax.devices()[:8])
+    specs = sharding.master_specs(parameter_table(MODEL), mesh, zero1=True)
+    masters = jax.device_put(params, sharding.named(mesh, specs))
+    found = Generator(MODEL, masters, batch_size=4, max_length=64).generate(
+        PROMPTS[:2], max_new_tokens=12
+    )
+    assert found == expected[:2]
+
+
+def test_the_copy_is_cast_once_and_the_cache_is_of_the_compute_type(params):
+    generator = Generator(MODEL, params, dtype="bfloat16", batch_size=1, max_length=64)
+    assert {x.dtype for x in jax.tree.leaves(generator._weights)} == {jnp.dtype("bfloat16")}
+    first = generator._first(32, 64, ())
+    batch = generator._programs.abstract_prompts(1, 32)
+    settings = generator._programs.abstract_settings(8)[:2]
+    state, _ = jax.eval_shape(first, generator._abstract, batch, *settings)
+    assert {x.dtype for x in jax.tree.leaves(state.cache)} == {jnp.dtype("bfloat16")}
+
+
+def test_the_twelve_billion_model_s_form_too():
+    model = dataclasses.replace(MODEL, qk_norm=True, parallel_residual=True, qkv_bias=False)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(2))
+    found = Generator(model, params, batch_size=1, max_length=64).generate(
+        [PROMPTS[0]], max_new_tokens=4
+    )
+    tokens = list(PROMPTS[0])
+    row = np.zeros((1, 8), np.int32)
+    for _ in range(4):
+        row[0, : len(tokens)] = tokens
+        positions = np.arange(8, dtype=np.int32)[None]
+        scores = jitted_logits(model, params, row, np.ones_like(row), positions)
+        tokens.append(int(np.asarray(scores)[0, len(tokens) - 1].argmax()))
+    assert found == [tokens[3:]]
+
+
+def test_lengths_are_padded_to_few_sizes_and_never_by_more_than_a_fourth_of_a_long_one():
+    sizes = [padded_length(n) for n in range(1, 5000)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.25 * n for n, size in enumerate(sizes, 1) if n > 512)
+    assert len(set(sizes)) == 20
+    assert not [size for size in sizes if size > 128 and size % 128]
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ([[]], {}, "a prompt is empty"),
+        ([], {}, "a prompt is empty"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1] * 100], {"max_new_tokens": 29}, "100 tokens and 29 new ones are more than 128"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(generator, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompts, **{"max_new_tokens": 6, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"weights": "int3"}, "weights 'int3' are unknown"),
+        ({"mesh": (1, 4)}, "2 key heads cannot be split over 4"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(params, settings, message):
+    if "mesh" in settings:
+        settings = {"mesh": make_mesh(*settings["mesh"], jax.devices()[:4])}
+    with pytest.raises(ValueError, match=message):
+        Generator(MODEL, params, **{"batch_size": 1, "max_length": 8, **settings})
