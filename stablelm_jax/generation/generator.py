@@ -70,7 +70,7 @@ class Generator:
         parts = sharding.batch_parts(mesh)
         self.batch_size = -(-batch_size // parts) * parts
         self.max_length = max_length
-        self._programs = Programs(model, mesh, dtype, chunk)
+        self._programs = Programs(model, mesh, dtype, chunk, grouped=weights == "int4")
         self._copy, places = decode_weights(model, mesh, dtype, weights)
         self._abstract = _abstract(jax.eval_shape(self._copy, params), places)
         self._kept: dict[tuple, Any] = {}  # programs

@@ -25,6 +25,10 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
 
+# XLA for GPUs makes one product of those that share x. Of whole numbers in groups it would first
+# write all of them to memory in x's dtype; one by one they are converted as they are read.
+_PRODUCTS_APART = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 # Stands for no token in what the programs give.
 NOTHING = -1
 
@@ -70,12 +74,14 @@ class Programs:
 
     Attributes:
       dtype: of matrix products, activations and cache. chunk: N.
+      grouped: the weights are quantised in groups of inputs.
     """
 
     model: ModelConfig
     mesh: Mesh
     dtype: Any
     chunk: int
+    grouped: bool = False
 
     def first_token(self, slots: int, stages: tuple[str, ...]) -> Callable:
         """f(weights, prompts, numbers, stop_ids) -> State, [B] first tokens (NOTHING: stopped)."""
@@ -140,7 +146,13 @@ class Programs:
             check_vma=False,
         )
         places = self.state_places(), self.whole_place()
-        return jax.jit(inner, out_shardings=places, donate_argnums=donate)
+        on_gpu = self.mesh.devices.flat[0].platform in ("gpu", "cuda")
+        return jax.jit(
+            inner,
+            out_shardings=places,
+            donate_argnums=donate,
+            compiler_options=_PRODUCTS_APART if on_gpu and self.grouped else None,
+        )
 
 
 def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, dtype):

@@ -121,7 +121,8 @@ def truncated(logits_BV: jax.Array, top_k: jax.Array | int, top_p: jax.Array | f
     rank_V = jnp.arange(sorted_BV.shape[-1])
     sorted_BV = jnp.where(rank_V < jnp.maximum(top_k, 1), sorted_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    is_kept_BV = (before_BV < top_p) & (sorted_BV > -jnp.inf)
+    # Summed from the unlikely end, where float32 still sees the smallest of them.
+    from_here_BV = jax.lax.cumsum(probability_BV, axis=1, reverse=True)
+    is_kept_BV = (from_here_BV > 1 - top_p) | (rank_V == 0)
     least_B1 = jnp.min(jnp.where(is_kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
