@@ -87,10 +87,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, int]:
     """(model, params, tokenizer, tokens of a row in training) of the checkpoint."""
     import jax
 
+    from stablelm_jax.checkpoint.reading import read_run
     from stablelm_jax.checkpoint.weights import load_weights
     from stablelm_jax.data.tokenizer import load_tokenizer
+    from stablelm_jax.generation.weights import check_split
     from stablelm_jax.parallel.mesh import make_mesh
 
+    check_split(read_run(arguments.checkpoint)["model_config"]["num_kv_heads"], arguments.model)
     devices = jax.devices()[: arguments.model]
     run, model, params = load_weights(arguments.checkpoint, make_mesh(1, arguments.model, devices))
     data = run["config"]["data"]

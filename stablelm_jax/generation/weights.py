@@ -31,11 +31,7 @@ def decode_weights(
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"weights {method!r} are unknown: choose one of {', '.join(METHODS)}")
-    if model.num_kv_heads % mesh.shape["model"]:
-        raise ValueError(
-            f"{model.num_kv_heads} key heads cannot be split over {mesh.shape['model']} devices: "
-            "use a tensor parallelism that divides them"
-        )
+    check_split(model.num_kv_heads, mesh.shape["model"])
     table = parameter_table(model)
     by_layer = [row for row in table if row.stacked]
     others = [row for row in table if not row.stacked]
@@ -55,6 +51,15 @@ def decode_weights(
     place = functools.partial(_place, mesh=mesh, method=method)
     places = tree(place, others) | {"layers": [tree(place, by_layer)] * model.num_layers}
     return jax.jit(copy, out_shardings=places), places
+
+
+def check_split(num_kv_heads: int, devices: int) -> None:
+    """Raises ValueError where so many devices cannot each have whole key heads."""
+    if num_kv_heads % devices:
+        raise ValueError(
+            f"{num_kv_heads} key heads cannot be split over {devices} devices: "
+            "let as many share the model as divide them"
+        )
 
 
 def _held(row: ParameterSpec, x: jax.Array, mesh: Mesh, dtype: jnp.dtype, method: str | None):

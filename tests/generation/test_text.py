@@ -1,0 +1,82 @@
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.generation.text import Conversation, as_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A token for each byte, and the special tokens of the templates."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    path = tmp_path_factory.mktemp("bytes") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return load_tokenizer(path)
+
+
+class Parrot:
+    """In place of a Generator: answers every prompt with the same tokens."""
+
+    def __init__(self, tokens, max_length=1000):
+        self.tokens, self.max_length = tokens, max_length
+        self.prompts = []
+
+    def stream(self, prompt, **settings):
+        self.prompts.append(list(prompt))
+        self.settings = settings
+        for token in self.tokens:
+            yield [token]
+
+
+def test_a_letter_is_shown_when_its_last_byte_has_come(tokenizer):
+    ids = tokenizer.encode("aß日!")
+    assert len(ids) == 7
+    assert list(as_text(tokenizer, [[i] for i in ids])) == ["a", "ß", "日", "!"]
+    assert list(as_text(tokenizer, [ids[:2], [], ids[2:5], ids[5:]])) == ["a", "ß", "日!"]
+
+
+def test_bytes_that_never_become_a_letter_are_shown_at_the_end(tokenizer):
+    ids = tokenizer.encode("a日")[:-1]
+    assert "".join(as_text(tokenizer, [ids])) == "a\ufffd"
+
+
+def test_an_answer_is_part_of_what_the_next_one_reads(tokenizer):
+    parrot = Parrot(tokenizer.encode("yes"))
+    chat = Conversation(
+        parrot, tokenizer, "chatml", system="Be brief.", max_new_tokens=8, stop_tokens=[7]
+    )
+    assert "".join(chat.answer("really?")) == "yes"
+    list(chat.answer("sure?"))
+    assert tokenizer.decode(parrot.prompts[1]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nreally?<|im_end|>\n"
+        "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    (end,) = tokenizer.encode("<|im_end|>", specials=True)
+    assert {7, end, tokenizer.eod} == set(parrot.settings["stop_tokens"])
+
+
+def test_an_answer_that_is_broken_off_stays_as_far_as_it_was_read(tokenizer):
+    parrot = Parrot(tokenizer.encode("yes"))
+    chat = Conversation(parrot, tokenizer, "zephyr", max_new_tokens=8)
+    pieces = chat.answer("a")
+    assert next(pieces) == "y"
+    pieces.close()
+    list(chat.answer("b"))
+    assert "<|assistant|>\ny<|endoftext|>\n<|user|>\nb" in tokenizer.decode(parrot.prompts[1])
+
+
+def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(tokenizer):
+    parrot, told = Parrot(tokenizer.encode("yes"), max_length=120), []
+    chat = Conversation(
+        parrot, tokenizer, "zephyr", system="S", max_new_tokens=20, forgotten=told.append
+    )
+    for text in ("one", "two", "three"):
+        list(chat.answer(text))
+    last = tokenizer.decode(parrot.prompts[-1])
+    assert len(parrot.prompts[-1]) <= 100 and told
+    assert last.startswith("<|system|>\nS") and "one" not in last and "three" in last

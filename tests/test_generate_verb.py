@@ -1,0 +1,87 @@
+"""`generate` from the command line, with a small random model in place of a checkpoint.
+
+tests/test_readme.py and launch/smoke.sh run it on checkpoints.
+"""
+
+import io
+
+import jax
+import pytest
+from tiny import VOCAB, write_tokenizer
+
+from stablelm_jax import generate
+from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.transformer import init_params
+
+MODEL = ModelConfig(
+    vocab_size=-(-VOCAB // 128) * 128,
+    num_layers=1,
+    width=32,
+    num_heads=2,
+    num_kv_heads=2,
+    feed_forward_width=32,
+    rotary_fraction=0.5,
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
+    monkeypatch.setattr(generate, "_load", lambda arguments: (MODEL, params, tokenizer, 64))
+    flags = ["--checkpoint", "global_step4", "--max-new-tokens", "5"]
+    return lambda *more: generate.main([*flags, *more])
+
+
+def test_a_prompt_is_printed_with_its_text_as_it_comes_and_the_speed_apart(run, capsys):
+    assert run("--prompt", "w1 w3", "--temperature", "0") == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("w1 w3") and first.out.endswith("\n")
+    assert "2 tokens read, 4 written in" in first.err and "tokens/s" in first.err
+    both = ["--prompt", "w1 w3", "--prompt", "w2 w4 w6"]
+    assert run(*both, "--temperature", "0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].startswith("w2 w4 w6")
+
+
+def test_a_prompt_may_come_from_standard_input(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w5 w7"))
+    assert run("--prompt", "-", "--weights", "int8", "--temperature", "0") == 0
+    assert capsys.readouterr().out.startswith("w5 w7")
+
+
+def test_a_conversation_ends_with_ctrl_d(run, capsys, monkeypatch):
+    asked = iter(["w1 w2", " "])
+
+    def read(prompt):
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert run("--chat", "zephyr", "--context", "32", "--temperature", "0") == 0
+    assert capsys.readouterr().out.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "w1", "--context", "5"], "are more than 5"),
+        (["--prompt", "w1", "--chat", "chatml"], "has no special token <|im_end|>"),
+        (["--prompt", "w1", "--stop-token", "<|im_end|>"], "has no special token <|im_end|>"),
+        (["--prompt", "w1", "--top-p", "0"], "top_p is 0.0"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_1(run, capsys, flags, message):
+    assert run(*flags) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("generate: ") and error.count("\n") == 1
+
+
+def test_neither_prompt_nor_chat_is_exit_code_2(run, capsys):
+    with pytest.raises(SystemExit) as left:
+        run()
+    assert left.value.code == 2
+    assert "give a --prompt, or --chat" in capsys.readouterr().err
