@@ -88,6 +88,12 @@ class Generator:
         """Lets go of the copy; the programs stay."""
         self._weights = None
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights that every new token reads on all devices: all but the embedding."""
+        read = {name: group for name, group in self._abstract.items() if name != "embed"}
+        return sum(x.size * _bits(x.dtype) // 8 for x in jax.tree.leaves(read))
+
     def compile(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **sampling: Any
     ) -> None:
@@ -224,6 +230,10 @@ def _abstract(shapes: Any, places: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
+
+
+def _bits(dtype: Any) -> int:
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def _mesh_of(params: Any) -> Mesh:

@@ -53,6 +53,19 @@ def decode_weights(
     return jax.jit(copy, out_shardings=places), places
 
 
+def rounded(model: ModelConfig, params: Any, method: str) -> Any:
+    """The float32 parameters that the copy with `method` stands for on one device, as `params`."""
+
+    def leaf(row):
+        x = functools.reduce(operator.getitem, row.name.split("/"), params)
+        if not _is_matrix(row):
+            return x
+        round_one = lambda x: quantised(x, method, _num_in(row)).matrix()  # noqa: E731
+        return jax.lax.map(round_one, x) if row.stacked else round_one(x)
+
+    return nest({row.name: leaf(row) for row in parameter_table(model)})
+
+
 def check_split(num_kv_heads: int, devices: int) -> None:
     """Raises ValueError where so many devices cannot each have whole key heads."""
     if num_kv_heads % devices:

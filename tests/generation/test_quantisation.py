@@ -5,7 +5,9 @@ from jax.sharding import PartitionSpec
 
 from stablelm_jax.generation.generator import Generator
 from stablelm_jax.generation.quantisation import MOST_ROWS, quantised, quantised_spec
+from stablelm_jax.generation.weights import rounded
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.parallel.mesh import make_mesh
 
@@ -49,19 +51,29 @@ def test_the_product_is_that_of_the_matrix_for_few_rows_and_many(kernel, method,
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["int8", "int4"])
-def test_a_generator_writes_what_the_rounded_matrices_write(method):
+@pytest.mark.parametrize("method, devices", [("int8", 2), ("int4", 1)])
+def test_a_generator_writes_what_the_rounded_matrices_write(method, devices):
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    settings = {"max_new_tokens": 8}
-    mesh = make_mesh(1, 2, jax.devices()[:2])
-    small = Generator(MODEL, params, mesh=mesh, batch_size=1, max_length=64, weights=method)
+    mesh = make_mesh(1, devices, jax.devices()[:devices])
+    sizes = {"batch_size": 1, "max_length": 64}
+    small = Generator(MODEL, params, mesh=mesh, weights=method, **sizes)
+    expected = Generator(MODEL, rounded(MODEL, params, method), **sizes)
     prompt = [[3, 1, 4, 1, 5]]
-    rounded = Generator(MODEL, _rounded(params, method), batch_size=1, max_length=64)
-    exact = Generator(MODEL, params, batch_size=1, max_length=64)
-    found = small.generate(prompt, **settings)
-    assert found == rounded.generate(prompt, **settings)
-    if method == "int4":
-        assert found != exact.generate(prompt, **settings)
+    found = small.generate(prompt, max_new_tokens=8)
+    assert found == expected.generate(prompt, max_new_tokens=8)
+
+
+def test_the_copy_is_as_small_as_its_numbers():
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
+    sizes = {"batch_size": 1, "max_length": 64, "dtype": "bfloat16"}
+    whole, int8, int4 = (
+        Generator(MODEL, params, weights=method, **sizes).read_bytes
+        for method in (None, "int8", "int4")
+    )
+    matrices = sum(row.count for row in parameter_table(MODEL) if row.name.endswith("/kernel"))
+    rest = whole - 2 * matrices
+    assert matrices + rest < int8 < 1.1 * matrices + rest
+    assert matrices / 2 + rest < int4 < 0.6 * matrices + rest
 
 
 def test_no_group_lies_across_two_devices():
@@ -74,19 +86,3 @@ def test_no_group_lies_across_two_devices():
         PartitionSpec("model", None, None),
     )
     assert quantised_spec(down, "int8")[0] == PartitionSpec(None, "model", None)
-
-
-def _rounded(params, method):
-    def leaf(path, x):
-        name = "/".join(entry.key for entry in path)
-        if not name.endswith("/kernel"):
-            return x
-        if name == "head/kernel":
-            return quantised(x, method).matrix()
-        num_in = 2 if "/out/" in name else 1
-        # as two devices hold them: groups of half the inputs, where those are split
-        parts = 2 if "/out/" in name or "/down/" in name else 1
-        layers = [quantised(layer, method, num_in, parts).matrix() for layer in x]
-        return np.stack(layers)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -1,0 +1,221 @@
+"""Reading and writing text: tokens a second of ours and of transformers, beside the memory's bound.
+
+    python benchmarks/generate.py                                   # the 1.6B, bfloat16, one GPU
+    python benchmarks/generate.py --batch 1 --weights int8 int4 --peer none
+    python benchmarks/generate.py --model 150m --batch 1 8 --context 128 --new 64  # for a CPU
+    python benchmarks/generate.py --checkpoint runs/demo/checkpoints/global_step1200 --context 256
+
+Random prompts of --context tokens are continued by --new tokens, the likeliest each time. The bound
+is the time in which memory gives what a step reads at least: all weights but the embedding table,
+and the keys and values of the tokens so far (of half the new ones, on average). It is told for the
+data sheet's bandwidth, where chips.json has the device, and for that of a copy in this run: a large
+array plus one, bytes read and written. Ours and the peer have the same weights and type; the best
+of --repeats is printed. transformers has its static cache and what it compiles for that on a GPU, on
+a CPU its dynamic cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from stablelm_jax.generation.generator import Generator
+from stablelm_jax.model.config import STABLELM_2_1_6B, STABLELM_2_12B, ModelConfig
+from stablelm_jax.model.parameters import count_parameters
+from stablelm_jax.model.transformer import init_params
+from stablelm_jax.planning.targets import chips
+
+MODELS = {
+    "1.6b": STABLELM_2_1_6B,
+    "12b": STABLELM_2_12B,
+    # the model of configs/recipe_150m.py
+    "150m": dataclasses.replace(
+        STABLELM_2_1_6B,
+        num_layers=16,
+        width=512,
+        num_heads=8,
+        num_kv_heads=8,
+        feed_forward_width=1408,
+    ),
+}
+
+# f(prompts, new tokens) -> the new tokens, and a time stamp after each look at them
+Write = Callable[[np.ndarray, int], tuple[list[list[int]], list[float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of one contestant with one batch: seconds, and bytes that a step reads at least."""
+
+    prompt_seconds: float
+    step_seconds: float
+    step_bytes: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="1.6b", help="with random weights")
+    parser.add_argument("--checkpoint", metavar="global_step<N>", help="instead of --model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens written after it")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as generate's")
+    parser.add_argument("--weights", nargs="+", default=[], choices=["int8", "int4"], help="also")
+    parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    on_cpu = jax.default_backend() == "cpu"
+    arguments.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
+    model, params = _model(arguments)
+    peer = None
+    if arguments.peer != "none" and importlib.util.find_spec("transformers"):
+        peer = _transformers(model, jax.device_get(params), arguments.dtype)
+    bandwidths = dict(_bandwidths())
+    console = Console(width=150)
+    for batch in arguments.batch:
+        console.print(_table(arguments, model, params, peer, batch, bandwidths))
+
+
+def _model(arguments: argparse.Namespace) -> tuple[ModelConfig, Any]:
+    if not arguments.checkpoint:
+        model = MODELS[arguments.model]
+        return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    from stablelm_jax.checkpoint.weights import load_weights
+    from stablelm_jax.parallel.mesh import make_mesh
+
+    return load_weights(arguments.checkpoint, make_mesh(1, 1, jax.devices()[:1]))[1:]
+
+
+def _table(arguments, model, params, peer, batch: int, bandwidths: dict[str, float]) -> Table:
+    prompts = np.random.default_rng(0).integers(
+        0, min(100_257, model.vocab_size), (batch, arguments.context), np.int32
+    )
+    size = f"{count_parameters(model) / 1e6:,.0f} M parameters, {arguments.dtype}"
+    lengths = f"{arguments.context} + {arguments.new} tokens"
+    table = Table(title=f"{size}, batch {batch}, {lengths}, {jax.devices()[0].device_kind}")
+    for column in ("who", "prompt tokens/s", "new tokens/s", "ms a step", "GB a step"):
+        table.add_column(column, justify="right")
+    for name, bandwidth in bandwidths.items():
+        table.add_column(f"of the bound at {bandwidth / 1e9:,.0f} GB/s ({name})", justify="right")
+    for who, (write, weight_bytes) in _contestants(arguments, model, params, peer, batch):
+        tokens, speed = _measure(
+            write, prompts, arguments, _step_bytes(arguments, model, batch, weight_bytes)
+        )
+        table.add_row(who, *_cells(speed, batch, arguments.context, bandwidths))
+        if who == "ours":
+            ours = tokens
+        elif who == "transformers":
+            table.caption = f"{_equal(ours, tokens)} of the new tokens are the same until they part"
+    return table
+
+
+def _contestants(arguments, model, params, peer, batch) -> Iterator[tuple[str, tuple[Write, int]]]:
+    for weights in (None, *arguments.weights):
+        generator = Generator(
+            model,
+            params,
+            dtype=arguments.dtype,
+            batch_size=batch,
+            max_length=arguments.context + arguments.new,
+            weights=weights,
+            chunk=arguments.new,
+        )
+        write = functools.partial(_ours, generator)
+        yield f"ours, {weights}" if weights else "ours", (write, generator.read_bytes)
+        if weights is None:
+            whole = generator.read_bytes
+    if peer:
+        yield "transformers", (peer, whole)
+
+
+def _ours(
+    generator: Generator, prompts: np.ndarray, new: int
+) -> tuple[list[list[int]], list[float]]:
+    stamps = []
+    stopped = lambda index, tokens: stamps.append(time.perf_counter())  # noqa: E731
+    found = generator.generate(prompts.tolist(), max_new_tokens=new, stopped=stopped)
+    return found, [*stamps, time.perf_counter()]
+
+
+def _transformers(model: ModelConfig, params: Any, dtype: str) -> Write:
+    from transformers_peer import make_writer
+
+    return make_writer(model, params, dtype)
+
+
+def _measure(write: Write, prompts, arguments, step_bytes) -> tuple[list[list[int]], Speed]:
+    write(prompts, arguments.new)  # compiles
+    prompt_seconds, step_seconds = [], []
+    for _ in range(arguments.repeats):
+        began = time.perf_counter()
+        tokens, stamps = write(prompts, arguments.new)
+        prompt_seconds.append(stamps[0] - began)
+        step_seconds.append((stamps[-1] - stamps[0]) / (arguments.new - 1))
+    return tokens, Speed(min(prompt_seconds), min(step_seconds), step_bytes)
+
+
+def _step_bytes(arguments, model: ModelConfig, batch: int, weight_bytes: int) -> float:
+    tokens = batch * (arguments.context + arguments.new / 2)
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size
+    return weight_bytes + tokens * token_bytes * jnp.dtype(arguments.dtype).itemsize
+
+
+def _cells(speed: Speed, batch: int, context: int, bandwidths: dict[str, float]) -> list[str]:
+    shares = [
+        speed.step_bytes / bandwidth / speed.step_seconds for bandwidth in bandwidths.values()
+    ]
+    return [
+        f"{batch * context / speed.prompt_seconds:,.0f}",
+        f"{batch / speed.step_seconds:,.1f}",
+        f"{1e3 * speed.step_seconds:.3f}",
+        f"{speed.step_bytes / 1e9:.3f}",
+        *(f"{share:.1%}" for share in shares),
+    ]
+
+
+def _bandwidths() -> Iterator[tuple[str, float]]:
+    """Bytes a second, by where the number comes from."""
+    kind = jax.devices()[0].device_kind
+    for facts in chips().values():
+        if facts["name"] == kind:
+            yield "data sheet", 1e9 * facts["bandwidth_gb_s"]
+            break
+    yield "copy", _copy_bandwidth()
+
+
+def _copy_bandwidth() -> float:
+    x = jnp.zeros((1 if jax.default_backend() == "cpu" else 8) << 26, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(add(x))
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        times.append(time.perf_counter() - began)
+    return 2 * x.nbytes / min(times)
+
+
+def _equal(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """How much of the texts agrees from the start on."""
+    until = [
+        next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+        for a, b in zip(ours, theirs)
+    ]
+    return f"{sum(until) / sum(map(len, ours)):.0%}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer shares the GPU
+    main()
