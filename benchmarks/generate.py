@@ -9,9 +9,10 @@ Random prompts of --context tokens are continued by --new tokens, the likeliest 
 is the time in which memory gives what a step reads at least: all weights but the embedding table,
 and the keys and values of the tokens so far (of half the new ones, on average). It is told for the
 data sheet's bandwidth, where chips.json has the device, and for that of a copy in this run: a large
-array plus one, bytes read and written. Ours and the peer have the same weights and type; the best
-of --repeats is printed. transformers has its static cache and what it compiles for that on a GPU, on
-a CPU its dynamic cache.
+array plus one, bytes read and written.
+
+Ours and the peer have the same weights and type; the best of --repeats is printed. On a GPU
+transformers has its static cache and what it compiles for that, on a CPU its dynamic cache.
 """
 
 from __future__ import annotations

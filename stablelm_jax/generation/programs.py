@@ -1,7 +1,9 @@
 """The two compiled programs of generation: reading the prompts, and writing many tokens.
 
-The second is one `while_loop`: no token goes through the host. Rows are split over the mesh's
-batch axes, heads and vocabulary over `model`.
+The second is one `while_loop`: no token goes through the host. On a GPU it turns a fixed number of
+times, because XLA reads the condition of any other loop on the host before each turn; elsewhere it
+ends with the last row. Rows are split over the batch axes of the mesh, heads and vocabulary over
+its axis `model`.
 
 B rows, T tokens of the longest prompt, N tokens of a chunk, V vocabulary, S slots.
 """
@@ -21,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stablelm_jax.generation.cache import LayerCache, visible_slots
 from stablelm_jax.generation.forward import read_prompts, read_token
 from stablelm_jax.generation.sampling import Sampling, choose
+from stablelm_jax.kernels.device import traced_device
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
@@ -91,7 +94,8 @@ class Programs:
     def next_tokens(self, stages: tuple[str, ...]) -> Callable:
         """f(weights, state, numbers, stop_ids, limit) -> State, [B, N] tokens.
 
-        At most `limit` tokens a row, N at most. The state's buffers are reused.
+        `limit` tokens a row, N at most, are meant: those behind are of no use. The state's buffers
+        are reused.
         """
         step = partial(_next_tokens, self.model, self.chunk, stages=stages, dtype=self.dtype)
         return self._jitted(step, (self.state_spec(), None, None, None), donate=(1,))
@@ -177,10 +181,11 @@ def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, d
 
 def _next_tokens(model, chunk, weights, state, numbers, stop_ids, limit, *, stages, dtype):
     slots = state.cache[0][0].shape[2]
+    is_counted = traced_device().platform in ("gpu", "cuda")
 
     def go_on(carry):
         index, is_running, *_ = carry
-        return is_running & (index < limit)
+        return index < chunk if is_counted else is_running & (index < limit)
 
     def step(carry):
         index, _, state, tokens_BN = carry

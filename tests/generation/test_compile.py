@@ -53,6 +53,7 @@ def test_on_an_h200_a_token_copies_neither_cache_nor_weights(weights):
         assert memory.temp_size_in_bytes < 0.05 * cache
     text = program.as_text()
     assert not copies_of_the_cache_in_the_loop(text, MODEL.num_kv_heads)
+    assert '"known_trip_count":{"n":"32"}' in text  # else the host would be asked at every token
     # matrices of bfloat16 that a step would write: none
     width, wide = MODEL.width, MODEL.feed_forward_width
     assert not re.search(rf"= bf16\[(1,)?{width},{wide}\]\S* fusion\(", text)

@@ -1,8 +1,11 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stablelm_jax.generation import forward, programs
 from stablelm_jax.generation.generator import Generator, padded_length
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
@@ -112,6 +115,19 @@ def test_a_stream_gives_the_same_tokens_chunk_by_chunk(generator, expected):
     chunks = list(generator.stream(PROMPTS[0], max_new_tokens=12))
     assert [len(chunk) for chunk in chunks] == [1, 5, 5, 1]
     assert sum(chunks, []) == expected[0]
+
+
+def test_what_differs_on_a_gpu_gives_the_same_tokens(params, expected, monkeypatch):
+    """More rows than there are, and a loop that turns a fixed number of times."""
+    gpu = types.SimpleNamespace(platform="gpu")
+    for module in (forward, programs):
+        monkeypatch.setattr(module, "traced_device", lambda: gpu)
+    generator = Generator(MODEL, params, batch_size=2, max_length=64, chunk=5)
+    stop = {expected[1][7]}
+    whole = expected[0]
+    ends = whole.index(expected[1][7]) if expected[1][7] in whole else None
+    found = generator.generate(PROMPTS[:2], max_new_tokens=12, stop_tokens=stop)
+    assert found == [whole[:ends], expected[1][: expected[1].index(expected[1][7])]]
 
 
 def test_programs_compiled_ahead_from_shapes_are_the_ones_that_run(params, expected):
