@@ -85,6 +85,8 @@ def read_token(
         pairs = zip(cache[len(written)], (k_B1KH, v_B1KH))
         written.append(tuple(cache_lib.written(old, new[:rows], slot) for old, new in pairs))
         o_B1NH = cache_lib.attend(q_B1NH[:rows], *written[-1], visible_BS)
+        if rows == 1:  # a copy of the row is read as it is needed, zeros would be written first
+            return jnp.broadcast_to(o_B1NH, (1 + more, *o_B1NH.shape[1:]))
         return jnp.pad(o_B1NH, ((0, more), (0, 0), (0, 0), (0, 0)))
 
     x_B1D = part(model, "embed", weights["embed"])(token_B[:, None], dtype)

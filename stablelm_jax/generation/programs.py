@@ -212,10 +212,10 @@ def _next_tokens(model, chunk, weights, state, numbers, stop_ids, limit, *, stag
             slot=state.slot + 1,
         )
         tokens_BN = tokens_BN.at[:, index].set(jnp.where(active_B, token_B, NOTHING))
-        return index + 1, _any(active_B), state, tokens_BN
+        return index + 1, is_counted or _any(active_B), state, tokens_BN
 
     tokens_BN = jnp.full((state.token_B.shape[0], chunk), NOTHING, jnp.int32)
-    begin = jnp.int32(0), _any(state.active_B), state, tokens_BN
+    begin = jnp.int32(0), is_counted or _any(state.active_B), state, tokens_BN
     _, _, state, tokens_BN = jax.lax.while_loop(go_on, step, begin)
     return state, tokens_BN
 

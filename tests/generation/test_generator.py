@@ -126,8 +126,10 @@ def test_what_differs_on_a_gpu_gives_the_same_tokens(params, expected, monkeypat
     stop = {expected[1][7]}
     whole = expected[0]
     ends = whole.index(expected[1][7]) if expected[1][7] in whole else None
-    found = generator.generate(PROMPTS[:2], max_new_tokens=12, stop_tokens=stop)
-    assert found == [whole[:ends], expected[1][: expected[1].index(expected[1][7])]]
+    both = generator.generate(PROMPTS[:2], max_new_tokens=12, stop_tokens=stop)
+    assert both == [whole[:ends], expected[1][: expected[1].index(expected[1][7])]]
+    alone = Generator(MODEL, params, batch_size=1, max_length=64, chunk=8)
+    assert alone.generate(PROMPTS[:1], max_new_tokens=12) == expected[:1]
 
 
 def test_programs_compiled_ahead_from_shapes_are_the_ones_that_run(params, expected):
