@@ -16,7 +16,7 @@ def run(*command):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "checkpoint", "cross_entropy", "train_step", "tpu_bundles"]
+    "name", ["attention", "checkpoint", "cross_entropy", "generate", "train_step", "tpu_bundles"]
 )
 def test_those_of_kernels_and_steps_need_neither_grain_nor_ml_collections(name):
     missing = "import sys; sys.modules['grain'] = sys.modules['ml_collections'] = None; "

@@ -19,6 +19,7 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
 
+# f(index of a prompt, its new tokens so far) -> whether it ends here
 Stopped = Callable[[int, list[int]], bool]
 
 # Places for stop tokens in a program; more of them compile it for the next multiple.
@@ -122,7 +123,7 @@ class Generator:
         *,
         max_new_tokens: int,
         stop_tokens: Collection[int] = (),
-        stopped: Callable[[int, list[int]], bool] | None = None,
+        stopped: Stopped | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token that ended them.
@@ -130,8 +131,7 @@ class Generator:
         Args:
           prompts: token ids; more than `batch_size` of them are run in groups of alike length. What
             a prompt gets does not depend on the others.
-          stopped: f(index of a prompt, its new tokens so far), asked after every chunk; whether it
-            ends here.
+          stopped: asked after every chunk.
           sampling: arguments of `Sampling`; the likeliest token each time by default.
 
         Raises:

@@ -58,6 +58,7 @@ class State:
     slot: jax.Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """A batch of prompts: tokens_BT padded behind, length_B of each, row_B their numbers."""
@@ -66,9 +67,6 @@ class Prompts:
     length_B: Any
     row_B: Any
     active_B: Any
-
-
-jax.tree_util.register_dataclass(Prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,22 +164,14 @@ def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, d
     token_B = choose(stages, numbers, logits_BV, seen_BV, prompts.row_B, length_B)
     active_B = prompts.active_B & ~jnp.isin(token_B, stop_ids)
     start = jnp.int32(tokens_BT.shape[1])
-    state = State(
-        cache,
-        _with(seen_BV, token_B),
-        token_B,
-        length_B,
-        prompts.row_B,
-        active_B,
-        start,
-        start,
-    )
+    seen_BV = _with(seen_BV, token_B)
+    state = State(cache, seen_BV, token_B, length_B, prompts.row_B, active_B, start, start)
     return state, jnp.where(active_B, token_B, NOTHING)
 
 
 def _next_tokens(model, chunk, weights, state, numbers, stop_ids, limit, *, stages, dtype):
-    slots = state.cache[0][0].shape[2]
     is_counted = traced_device().platform in ("gpu", "cuda")
+    one_more = partial(_one_more, model, weights, numbers, stop_ids, stages, dtype)
 
     def go_on(carry):
         index, is_running, *_ = carry
@@ -189,35 +179,33 @@ def _next_tokens(model, chunk, weights, state, numbers, stop_ids, limit, *, stag
 
     def step(carry):
         index, _, state, tokens_BN = carry
-        position_B = state.length_B + (state.slot - state.start)
-        visible_BS = visible_slots(state.length_B, state.start, state.slot, slots)
-        logits_BV, cache = read_token(
-            model,
-            weights,
-            state.cache,
-            state.token_B,
-            position_B,
-            state.slot,
-            visible_BS,
-            dtype=dtype,
-        )
-        token_B = choose(stages, numbers, logits_BV, state.seen_BV, state.row_B, position_B + 1)
-        active_B = state.active_B & ~jnp.isin(token_B, stop_ids)
-        state = dataclasses.replace(
-            state,
-            cache=cache,
-            seen_BV=_with(state.seen_BV, token_B),
-            token_B=token_B,
-            active_B=active_B,
-            slot=state.slot + 1,
-        )
-        tokens_BN = tokens_BN.at[:, index].set(jnp.where(active_B, token_B, NOTHING))
-        return index + 1, is_counted or _any(active_B), state, tokens_BN
+        state = one_more(state)
+        newest_B = jnp.where(state.active_B, state.token_B, NOTHING)
+        is_running = is_counted or _any(state.active_B)
+        return index + 1, is_running, state, tokens_BN.at[:, index].set(newest_B)
 
     tokens_BN = jnp.full((state.token_B.shape[0], chunk), NOTHING, jnp.int32)
     begin = jnp.int32(0), is_counted or _any(state.active_B), state, tokens_BN
     _, _, state, tokens_BN = jax.lax.while_loop(go_on, step, begin)
     return state, tokens_BN
+
+
+def _one_more(model, weights, numbers, stop_ids, stages, dtype, state: State) -> State:
+    """The state with one more token in each row."""
+    slots = state.cache[0][0].shape[2]
+    position_B = state.length_B + (state.slot - state.start)
+    visible_BS = visible_slots(state.length_B, state.start, state.slot, slots)
+    new = state.token_B, position_B, state.slot, visible_BS
+    logits_BV, cache = read_token(model, weights, state.cache, *new, dtype=dtype)
+    token_B = choose(stages, numbers, logits_BV, state.seen_BV, state.row_B, position_B + 1)
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        seen_BV=_with(state.seen_BV, token_B),
+        token_B=token_B,
+        active_B=state.active_B & ~jnp.isin(token_B, stop_ids),
+        slot=state.slot + 1,
+    )
 
 
 def _any(active_B: jax.Array) -> jax.Array:
