@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stablelm generate", description=__doc__)
     parser.add_argument(
-        "--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL"
+        "--checkpoint",
+        required=True,
+        help="global_step<N> or the run it is the newest of; or a URL",
     )
     parser.add_argument(
         "--prompt", action="append", help="may be repeated; - reads it from standard input"
@@ -50,66 +52,55 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32"
     )
     parser.add_argument("--weights", choices=["int8", "int4"], help="default: as --dtype")
-    parser.add_argument("--context", type=int, help="default: tokens of a row in training")
+    parser.add_argument("--context", type=int, help="default: what the model was trained with")
     parser.add_argument("--model", type=int, default=1, help="devices that share the model")
     return parser
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    model, params, tokenizer, context = _load(arguments)
-    from stablelm_jax.data import chat
+    saved, params = _load(arguments)
     from stablelm_jax.generation.generator import Generator
 
     prompts = [sys.stdin.read() if text == "-" else text for text in arguments.prompt or []]
-    streamed = len(prompts) < 2
+    is_streamed = len(prompts) < 2
     generator = Generator(
-        model,
+        saved.model,
         params,
         dtype=arguments.dtype,
         batch_size=max(1, len(prompts)),
-        max_length=arguments.context or context,
+        max_length=arguments.context or saved.max_positions,
         weights=arguments.weights,
-        chunk=8 if streamed else 32,
+        chunk=8 if is_streamed else 32,
     )
     del params  # the generator has its own copy
-    settings = _settings(arguments, tokenizer)
+    settings = _settings(arguments, saved)
     if not prompts:
-        return _converse(generator, tokenizer, arguments, settings)
-    if arguments.chat:
-        settings["stop_tokens"] += chat.stop_ids(tokenizer, arguments.chat)
-    ids = [_encoded(tokenizer, text, arguments) for text in prompts]
+        return _converse(generator, saved.tokenizer, arguments, settings)
+    ids = [_encoded(saved.tokenizer, text, arguments) for text in prompts]
     opening = [""] * len(prompts) if arguments.chat else prompts
-    write = _write_stream if streamed else _write_batch
-    write(generator, tokenizer, ids, opening, settings)
+    write = _write_stream if is_streamed else _write_batch
+    write(generator, saved.tokenizer, ids, opening, settings)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, int]:
-    """(model, params, tokenizer, tokens of a row in training) of the checkpoint."""
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The `SavedModel` and its parameters."""
     import jax
 
-    from stablelm_jax.checkpoint.reading import read_run
-    from stablelm_jax.checkpoint.weights import load_weights
-    from stablelm_jax.data.tokenizer import load_tokenizer
+    from stablelm_jax.checkpoint.saved_model import SavedModel
     from stablelm_jax.generation.weights import check_split
     from stablelm_jax.parallel.mesh import make_mesh
 
-    check_split(read_run(arguments.checkpoint)["model_config"]["num_kv_heads"], arguments.model)
-    devices = jax.devices()[: arguments.model]
-    run, model, params = load_weights(arguments.checkpoint, make_mesh(1, arguments.model, devices))
-    data = run["config"]["data"]
-    tokenizer = load_tokenizer(arguments.tokenizer or data["tokenizer"])
-    if tokenizer.sha256 != run["tokenizer_sha256"]:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} is not the one that {arguments.checkpoint} was trained "
-            "with; name that one with --tokenizer"
-        )
-    return model, params, tokenizer, data["sequence_length"]
+    saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
+    check_split(saved.model.num_kv_heads, arguments.model)
+    return saved, saved.load(make_mesh(1, arguments.model, jax.devices()[: arguments.model]))
 
 
-def _settings(arguments: argparse.Namespace, tokenizer) -> dict[str, Any]:
-    from stablelm_jax.data.chat import special_id
+def _settings(arguments: argparse.Namespace, saved) -> dict[str, Any]:
+    from stablelm_jax.data import chat
 
-    stops = [special_id(tokenizer, special) for special in arguments.stop_token]
+    stops = [chat.special_id(saved.tokenizer, special) for special in arguments.stop_token]
+    if arguments.chat:
+        stops += chat.stop_ids(saved.tokenizer, arguments.chat)
     return {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
@@ -117,7 +108,7 @@ def _settings(arguments: argparse.Namespace, tokenizer) -> dict[str, Any]:
         "top_k": arguments.top_k,
         "repetition_penalty": arguments.repetition_penalty,
         "seed": arguments.seed,
-        "stop_tokens": [tokenizer.eod, *stops],
+        "stop_tokens": sorted({*saved.end_ids, *stops}),
     }
 
 

@@ -4,6 +4,7 @@ tests/test_readme.py and launch/smoke.sh run it on checkpoints.
 """
 
 import io
+import types
 
 import jax
 import pytest
@@ -29,7 +30,10 @@ MODEL = ModelConfig(
 def run(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    monkeypatch.setattr(generate, "_load", lambda arguments: (MODEL, params, tokenizer, 64))
+    saved = types.SimpleNamespace(
+        model=MODEL, tokenizer=tokenizer, max_positions=64, end_ids=[tokenizer.eod]
+    )
+    monkeypatch.setattr(generate, "_load", lambda arguments: (saved, params))
     flags = ["--checkpoint", "global_step4", "--max-new-tokens", "5"]
     return lambda *more: generate.main([*flags, *more])
 
