@@ -27,6 +27,7 @@ SHORTER = {
         "--config.samples.max_new_tokens=2",
     ],
     "stablelm_jax.generate": ["--max-new-tokens=2"],
+    "stablelm_jax.convert": ["--no-verify"],  # tests/interop looks at what is in these files
 }
 
 
@@ -34,13 +35,18 @@ def shell_blocks():
     return re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
 
-def own_text_commands():
-    (block,) = [block for block in shell_blocks() if "stablelm_jax.prepare" in block]
+def commands_of(verb):
+    (block,) = [block for block in shell_blocks() if f"stablelm_jax.{verb}" in block]
     return [shlex.split(line) for line in block.strip().splitlines()]
 
 
+def own_text_commands():
+    return commands_of("prepare")
+
+
 def test_every_shell_block_is_run_by_a_test_or_is_one_of_the_two_scripts():
-    others = [b.strip() for b in shell_blocks() if "stablelm_jax.prepare" not in b]
+    run = ("stablelm_jax.prepare", "stablelm_jax.convert")
+    others = [b.strip() for b in shell_blocks() if not any(verb in b for verb in run)]
     assert others == ["bash launch/smoke.sh", "bash launch/test.sh --all"]
 
 
@@ -49,7 +55,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "launch/test.sh" in script and "--all" in script
 
 
-def test_three_commands_train_on_ones_own_text(tmp_path):
+def test_three_commands_train_on_ones_own_text_and_four_take_it_elsewhere(tmp_path):
     texts = tmp_path / "my_texts"
     texts.mkdir()
     for number in range(40):
@@ -59,7 +65,7 @@ def test_three_commands_train_on_ones_own_text(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     commands = own_text_commands()
     assert [c[2].split(".")[1] for c in commands] == ["prepare", "train", "generate"]
-    for command in commands:
+    for command in commands + commands_of("convert"):
         command = [sys.executable, *command[1:], *SHORTER.get(command[2], [])]
         command = [part.replace("global_step300", "global_step2") for part in command]
         done = subprocess.run(
@@ -67,7 +73,8 @@ def test_three_commands_train_on_ones_own_text(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("The")
-    assert (tmp_path / "runs/mine/loss.png").exists()
+    for written in ("runs/mine/loss.png", "exported/model.safetensors", "mine.gguf"):
+        assert (tmp_path / written).exists()
 
 
 def test_the_checkpoint_it_generates_from_is_the_last_step_of_that_config():
