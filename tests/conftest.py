@@ -55,6 +55,8 @@ EXTRA_OF = {
     "megatron": "parity",
     "libtpu": "aot",
     "jax_cuda13_plugin": "aot",
+    "accelerate": "parity",
+    "lm_eval": "eval",
     "resiliparse": "demo",
     "gcsfs": "gcs",
     "s3fs": "s3",

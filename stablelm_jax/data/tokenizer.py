@@ -77,6 +77,7 @@ class Tokenizer(abc.ABC):
         largest_id: of all tokens.
         eod: id of the token that ends a document.
         sha256: identifies the mapping from text to ids.
+        special_ids: of the tokens that stand for no text.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Tokenizer(abc.ABC):
     largest_id: int
     eod: int
     sha256: str
+    special_ids: frozenset[int]
 
     @abc.abstractmethod
     def encode_document(self, text: str) -> np.ndarray:
@@ -124,6 +126,7 @@ class Arcade100k(Tokenizer):
         self.largest_id = FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1
         self.vocab_size = _padded_rows(self.largest_id + 1)
         self.eod = self.specials["<|endoftext|>"]
+        self.special_ids = frozenset(self.specials.values())
         self.sha256 = _arcade_sha256(rank_file)
         self.ranks = _parse_ranks(rank_file)
         self._encoding = self._engine(_GROUPED_PATTERN)
@@ -191,6 +194,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.largest_id = max(self._known)
         self.vocab_size = _padded_rows(self.largest_id + 1)
         self.eod = self._ordinary.token_to_id(end)
+        added = self._ordinary.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
     def __reduce__(self):
         # Pickled by itself the engine forgets `encode_special_tokens`, and text could forge an eod.

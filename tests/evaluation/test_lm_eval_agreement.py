@@ -1,0 +1,128 @@
+"""A checkpoint through our class and its export through lm-eval's own: the same answers.
+
+The model is random, its tokens are words: what is compared is how text becomes requests and how
+these are answered. benchmarks/lm_eval_agreement.py does it with a trained one and real tasks.
+"""
+
+import jax
+import numpy as np
+import pytest
+from small_models import random_params, write_checkpoint
+from task_files import write_task
+
+from stablelm_jax import convert
+from stablelm_jax.checkpoint.saved_model import SavedModel
+from stablelm_jax.data.train_tokenizer import train as train_tokenizer
+from stablelm_jax.evaluation.progress import Asking, Left
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.parallel.mesh import make_mesh
+
+for library in ("torch", "transformers", "accelerate", "lm_eval"):
+    pytest.importorskip(library)
+Instance = pytest.importorskip("lm_eval.api.instance").Instance
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+CheckpointLM = pytest.importorskip("stablelm_jax.evaluation.lm_eval_model").CheckpointLM
+lm_of_checkpoint = pytest.importorskip("stablelm_jax.evaluation.of_checkpoint").lm_of_checkpoint
+load_tasks = pytest.importorskip("stablelm_jax.evaluation.suite").load_tasks
+run_tasks = pytest.importorskip("stablelm_jax.evaluation.task_scores").run_tasks
+
+pytestmark = pytest.mark.parity
+MODEL = ModelConfig(
+    vocab_size=320, num_layers=2, width=32, num_heads=4, num_kv_heads=4, feed_forward_width=64
+)
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. Question: What jumps? Answer: the fox",
+    "Pack my box with five dozen liquor jugs, and then, 12 345 more\n\nof them; they're heavy.",
+    "Frère Jacques, dormez-vous? Straße, mañana, coração.",
+)
+LENGTH = 48  # tokens that the model reads
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model with a byte-level tokenizer, written as a checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    train_tokenizer(TEXTS * 3, 320).save(str(folder / "tokenizer.json"))
+    params = random_params(MODEL, seed=3)
+    path = folder / "checkpoints" / "global_step7"
+    tokenizer = folder / "tokenizer.json"
+    return write_checkpoint(path, MODEL, params, tokenizer, max_positions=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint, tmp_path_factory):
+    export = tmp_path_factory.mktemp("export") / "hf"
+    arguments = ["to-hf", str(checkpoint), str(export), "--dtype", "float32", "--no-verify"]
+    assert convert.main(arguments) == 0
+    return HFLM(str(export), device="cpu", dtype="float32", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    mesh = make_mesh(1, 1, jax.devices()[:1])  # other meshes: test_scoring.py
+    saved = SavedModel.open(checkpoint)
+    return lm_of_checkpoint(saved, mesh, dtype="float32", batch_tokens=2 * LENGTH)
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+def test_log_likelihoods_are_those_of_lm_evals_own_class(ours, theirs):
+    asked = requests(
+        "loglikelihood",
+        ("The quick brown", " fox"),
+        ("The quick brown ", "fox jumps"),  # the space is moved
+        ("", "Pack my box"),
+        ("Question: What jumps?\nAnswer:", " A"),
+        ("Question: What jumps?\nAnswer:", " B"),
+        ("Stop here<|endoftext|>", "Straße"),
+        (TEXTS[1] * 3, " they're heavy."),  # longer than the model reads
+        (TEXTS[2], TEXTS[0]),
+    )
+    found, expected = ours.loglikelihood(asked), theirs.loglikelihood(asked)
+    np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], atol=1e-4)
+    assert [f[1] for f in found] == [e[1] for e in expected]
+    assert ours.cut == 2
+
+
+def test_rolling_log_likelihoods_are_those_of_lm_evals_own_class(ours, theirs):
+    texts = [(text,) for text in (*TEXTS, "".join(TEXTS) * 2)]
+    found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_texts_are_those_of_lm_evals_own_class(ours, theirs):
+    settings = {"until": ["e", "\n\n"], "do_sample": False, "max_gen_toks": 12}
+    asked = requests(
+        "generate_until",
+        ("Pack", settings),
+        (TEXTS[1] * 2, settings),  # its beginning is cut
+        ("Frère", settings),
+    )
+    copies = requests("generate_until", *[instance.args for instance in asked])
+    before = ours.cut
+    found = ours.generate_until(asked)
+    assert found == theirs.generate_until(copies)
+    assert any(found) and ours.cut == before + 1
+
+
+def test_a_task_file_gives_the_same_scores_through_both(ours, theirs, tmp_path):
+    path = write_task(tmp_path, "pick_a_word", items=6)
+    for model in (ours, theirs):
+        (asked,) = load_tasks([str(path)])
+        scores = run_tasks(model, [asked])
+        if model is ours:
+            found = scores
+    assert [(s.key, s.items, s.shots) for s in found][0] == ("pick_a_word/acc", 6, 2)
+    assert [s.value for s in found] == [s.value for s in scores]
+    assert 0 <= found[0].value <= 1 and found[0].stderr is not None
+
+
+def test_an_evaluation_is_left_when_somebody_asks(ours, tmp_path):
+    (asked,) = load_tasks([str(write_task(tmp_path, "never_done", items=2))])
+    model = CheckpointLM(ours._scorer, ours._params, ours._text, progress=Asking(lambda: True))
+    with pytest.raises(Left):
+        run_tasks(model, [asked])
