@@ -1,18 +1,33 @@
-"""`evaluate --checkpoint C`: held-out loss and bits per byte of each source; JSON on stdout."""
+"""`evaluate --checkpoint C [--tasks a,b]`: held-out text of each source, or lm-eval's tasks.
+
+JSON goes to stdout or --output, tables to stderr. With --tasks only tasks are run, unless --config
+or --data says where held-out text lies.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stablelm_jax.checkpoint.saved_model import SavedModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     arguments = _parser().parse_args(argv)
     try:
-        print(json.dumps(_evaluate(arguments), indent=1, allow_nan=False))
+        text = json.dumps(_evaluate(arguments), indent=1, allow_nan=False)
+        if arguments.output:
+            arguments.output.write_text(text + "\n", encoding="utf-8")
+        else:
+            print(text)
     except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
@@ -20,47 +35,156 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="stablelm evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="stablelm evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL"
     )
-    parser.add_argument("--config", help="config file; default: the one in the checkpoint")
+    parser.add_argument("--output", type=Path, help="file for the JSON; default: stdout")
     parser.add_argument(
-        "--data", help="folder or URL of the prepared sources; default: the config's"
+        "--model", type=_count, default=1, help="devices that share each row (tensor parallel)"
     )
-    parser.add_argument("--max-rows", type=int, help="held-out rows a source; default: all")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=_count, default=16_384, help="of a batch on each device"
+    )
+    parser.add_argument("--tokenizer", help="default: the one the model was trained with")
+    _held_out_flags(parser.add_argument_group("held-out text"))
+    _task_flags(parser.add_argument_group("tasks"))
     return parser
 
 
-def _evaluate(arguments: argparse.Namespace) -> dict[str, float | str | None]:
+def _held_out_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--config", help="config file; default: the one in the checkpoint")
+    group.add_argument(
+        "--data", help="folder or URL of the prepared sources; default: the config's"
+    )
+    group.add_argument("--max-rows", type=_count, help="held-out rows a source; default: all")
+
+
+def _task_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tasks",
+        help="names with commas between; of lm-eval, or stablelm2_quick, stablelm2_leaderboard, "
+        "stablelm2_multilingual, stablelm2_lambada_deepl",
+    )
+    group.add_argument("--task-data", help="folder made by stablelm_jax.evaluation.offline_data")
+    group.add_argument("--limit", type=_count, help="items of each task; default: all")
+    group.add_argument("--num-fewshot", type=int, help="examples; default: each task's own number")
+    group.add_argument("--max-length", type=_count, help="tokens; default: those of the training")
+    group.add_argument(
+        "--compare", default="stablelm-2-1_6b", help="published model to show; default: %(default)s"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from stablelm_jax.checkpoint.saved_model import SavedModel
+
+    saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
+    found = {"checkpoint": str(saved.path), "step": saved.run["step"]}
+    if arguments.tasks:
+        found |= _tasks(arguments, saved)
+    if not arguments.tasks or arguments.config or arguments.data:
+        found |= _held_out(arguments, saved)
+    return found
+
+
+def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
     from rich.console import Console
 
-    from stablelm_jax import config as config_lib
-    from stablelm_jax.checkpoint.reading import read_run
-    from stablelm_jax.checkpoint.weights import load_weights
     from stablelm_jax.evaluation.held_out import evaluate_held_out
     from stablelm_jax.training.console import show_evaluation
     from stablelm_jax.training.origin import Origin
     from stablelm_jax.training.setup import prepare_run
 
-    saved = read_run(arguments.checkpoint)
+    config = _config(arguments, saved)
+    run = prepare_run(config, Origin.of_checkpoint(saved.run))
+    if saved.model != run.model:
+        raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
+    line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
+    show_evaluation(Console(stderr=True), run, saved.run["step"], line)
+    return line
+
+
+def _config(arguments: argparse.Namespace, saved: SavedModel) -> Any:
+    """That of the training, but for what depends on the machine: rows and devices."""
+    import jax
+
+    from stablelm_jax import config as config_lib
+
     if arguments.config:
         config = config_lib.load(arguments.config)
+    elif "config" in saved.run:
+        config = config_lib.from_dict(saved.run["config"])
     else:
-        config = config_lib.from_dict(saved["config"])
+        raise ValueError(
+            f"{saved.path} was imported and names no held-out text: give --config (with "
+            "data.weights of the sources), or --tasks"
+        )
     if arguments.data:
         config.data.root = arguments.data
+    if arguments.tokenizer:
+        config.data.tokenizer = arguments.tokenizer
+    if arguments.dtype:
+        config.training.dtype = arguments.dtype
+    config.branch.parent = ""
+    config.parallel.update(data=-1, model=arguments.model, replica=1, fsdp=False)
+    config.training.accumulation = 1
+    parts = max(1, jax.device_count() // arguments.model)
+    rows = max(1, arguments.batch_tokens // config.data.sequence_length)
+    config.data.batch_size = rows * parts
     config.evaluation.max_rows = arguments.max_rows or 2**31 - 1
-    origin = None if arguments.config else Origin.of_checkpoint(saved)
-    run = prepare_run(config, origin)
-    saved, model, params = load_weights(arguments.checkpoint, run.mesh)
-    if model != run.model:
-        raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
-    line = evaluate_held_out(
-        run.eval_step, params, run.held_out(), run.held_out_tokens_per_byte(), run.mesh
-    )
-    show_evaluation(Console(stderr=True), run, saved["step"], line)
-    return {"checkpoint": arguments.checkpoint, "step": saved["step"], **line}
+    return config
+
+
+def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("tasks need lm-eval: pip install 'stablelm_jax[eval]'")
+    from rich.console import Console
+
+    from stablelm_jax.evaluation.of_checkpoint import lm_of_checkpoint
+    from stablelm_jax.evaluation.progress import Bar
+    from stablelm_jax.evaluation.published import published_models
+    from stablelm_jax.evaluation.suite import load_tasks
+    from stablelm_jax.evaluation.task_scores import run_tasks
+    from stablelm_jax.evaluation.task_table import scores_to_json, table_of_scores
+    from stablelm_jax.parallel.mesh import make_mesh
+
+    if arguments.compare not in published_models():
+        raise ValueError(
+            f"--compare {arguments.compare}: nothing published is known here; choose one of "
+            f"{', '.join(published_models())}"
+        )
+    console = Console(stderr=True)
+    asked = load_tasks(arguments.tasks.split(","), arguments.task_data)
+    with Bar(console) as bar:
+        model = lm_of_checkpoint(
+            saved,
+            make_mesh(model=arguments.model),
+            dtype=arguments.dtype,
+            max_length=arguments.max_length,
+            batch_tokens=arguments.batch_tokens,
+            progress=bar,
+        )
+        with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the JSON
+            scores = run_tasks(
+                model, asked, limit=arguments.limit, num_fewshot=arguments.num_fewshot
+            )
+    console.print(table_of_scores(scores, arguments.compare))
+    if model.cut:
+        console.print(f"{model.cut} inputs lost their beginning: {model.max_length} tokens fit")
+    return scores_to_json(scores, arguments.compare) | {"inputs_cut": model.cut}
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ _RANGES = {
     "checkpoint.keep_every": (1, math.inf),
     "evaluation.every": (0, math.inf),
     "evaluation.max_rows": (1, math.inf),
+    "evaluation.tasks_every": (0, math.inf),
+    "evaluation.tasks_limit": (0, math.inf),
     "samples.every": (0, math.inf),
     "samples.max_new_tokens": (1, math.inf),
     "samples.temperature": (0, math.inf),

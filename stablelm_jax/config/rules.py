@@ -283,6 +283,7 @@ def _check_periods(config: ConfigDict) -> None:
             f"steps are saved every config.checkpoint.every={every}",
             "use a multiple of that",
         )
+    _check_tasks(config)
     prompts = config.samples.prompts
     if not all(isinstance(prompt, str) and prompt for prompt in prompts):
         refuse(config, "samples.prompts", "an empty prompt or one that is no text", "give texts")
@@ -293,6 +294,15 @@ def _check_periods(config: ConfigDict) -> None:
             "leaves no token to choose",
             "use a number above 0, or samples.temperature=0 for the likeliest token",
         )
+
+
+def _check_tasks(config: ConfigDict) -> None:
+    tasks = config.evaluation.tasks
+    if not all(isinstance(task, str) and task for task in tasks):
+        refuse(config, "evaluation.tasks", "an empty name or one that is no text", "give names")
+    if config.evaluation.tasks_every and not tasks:
+        why = "there is no task to evaluate on"
+        refuse(config, "evaluation.tasks_every", why, "name some in config.evaluation.tasks")
 
 
 def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:

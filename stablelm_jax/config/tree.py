@@ -144,6 +144,10 @@ def _evaluation_fields() -> dict[str, Any]:
     return {
         "every": 1000,  # steps; 0: never
         "max_rows": 256,  # held-out rows a source
+        "tasks": (),  # of lm-eval, or our groups in evaluation/tasks/; needs the extra `eval`
+        "tasks_every": 0,  # steps between two evaluations on them; 0: never
+        "tasks_limit": 500,  # items of each task, its first ones; 0: all
+        "task_data": "",  # a folder that evaluation/offline_data.py made; '': the Hugging Face Hub
     }
 
 

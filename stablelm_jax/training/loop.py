@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,10 +20,10 @@ from rich.console import Console
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.names import branch_name
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
-from stablelm_jax.evaluation.held_out import evaluate_held_out
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.training import console as show
 from stablelm_jax.training.compilation_cache import CompilationCache
+from stablelm_jax.training.evaluations import PATIENCE, TASKS, Evaluations
 from stablelm_jax.training.events import Events
 from stablelm_jax.training.faults import Faults, Stopped, rewound
 from stablelm_jax.training.meter import Meter
@@ -74,7 +74,10 @@ class Trainer:
         self.run, self.state, self.position = start.run, start.state, start.position
         self.saver = Saver(self.config.checkpoint, self.store, self.events)
         self.losses = LossSums(list(self.run.sources), self.position.loss_sums)
-        self.evaluated_steps = self._cut_back() if distributed.is_first() else set()
+        self.evaluated = {"held_out": set(), "tasks": set()}
+        if distributed.is_first():
+            self.evaluated = self._cut_back()
+        self.evaluations = Evaluations(self.run, self.events, console, self._left)
         self.writers = Writers(self.config, folder)
         self.agreement = distributed.Agreement()
         self.watchdog = Watchdog(self.config.training.hang_seconds, self._hung)
@@ -102,6 +105,7 @@ class Trainer:
             with self.stop.phase("compiling", leave=True):
                 self.programs = compile_programs(self.run, self.console, self.cache)
                 self.faults.compile()
+                self.evaluations.prepare()
             batches = self.run.batches(self.position.rows_consumed)
             with self.stop.phase("stepping"), contextlib.closing(batches):
                 return self._train(batches)
@@ -203,7 +207,7 @@ class Trainer:
             path = self.folder.checkpoints / branch_name(saved[-1])
             self.stop.safe = f"checkpoint {path} is whole"
 
-    def _cut_back(self) -> set[int]:
+    def _cut_back(self) -> dict[str, set[int]]:
         """Drops the metrics past the checkpoint; returns the steps that were evaluated."""
         kept, broken = self.folder.metrics.cut_back(self.position.step)
         if broken:
@@ -212,35 +216,37 @@ class Trainer:
                 f"{self.folder.metrics.path}: {broken} broken line(s) removed",
                 lines=broken,
             )
-        return {line["step"] for line in kept if "eval/loss" in line}
+        held_out = {line["step"] for line in kept if "eval/loss" in line}
+        tasks = {line["step"] for line in kept if any(key.startswith(TASKS) for key in line)}
+        return {"held_out": held_out, "tasks": tasks}
 
     def _due(self, every: int) -> bool:
         step = self.position.step
         return every > 0 and (step % every == 0 or step == self.last_step)
 
     def _evaluate(self) -> bool:
-        """Held-out loss, if due; False where a signal was heard meanwhile and it was left."""
+        """What is due; False where a signal was heard meanwhile and it was left."""
+        settings, step, params = self.config.evaluation, self.position.step, self.state.params
+        eval_step = self.programs.eval_step
+        return self._judge(
+            "held_out", settings.every, lambda: self.evaluations.held_out(eval_step, params, step)
+        ) and self._judge(
+            "tasks", settings.tasks_every, lambda: self.evaluations.tasks(params, step)
+        )
+
+    def _judge(self, what: str, every: int, evaluate: Callable[[], Any]) -> bool:
+        """One of the two, if due and not done before; whether to go on."""
         step = self.position.step
-        if not self._due(self.config.evaluation.every):
+        if not self._due(every) or distributed.agreed(step in self.evaluated[what]):
             return True
-        if distributed.agreed(step in self.evaluated_steps):
-            return True
-        with self.stop.phase("evaluating"):
-            means = evaluate_held_out(
-                self.programs.eval_step,
-                self.state.params,
-                self.run.held_out(),
-                self.run.held_out_tokens_per_byte(),
-                self.run.mesh,
-                self._left,
-            )
-        if means is None:
-            return False
-        self._write({"step": step, "time": time.time(), **means})
-        self.evaluated_steps.add(step)
-        show.show_evaluation(self.console, self.run, step, means)
-        self._draw()
-        return True
+        bound = PATIENCE if what == "tasks" else 0.0
+        with self.stop.phase("evaluating"), self.watchdog.patient(bound):
+            found = evaluate()
+        if found:
+            self._write({"step": step, "time": time.time(), **found})
+            self._draw()
+        self.evaluated[what].add(step)
+        return found is not None
 
     def _left(self) -> bool:
         """Between two batches of an evaluation: whether to leave it for a signal."""

@@ -21,7 +21,7 @@ from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_s
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from stablelm_jax.evaluation.held_out import EvalStep, make_eval_step
+from stablelm_jax.evaluation.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.generation.samples import prepare_texts
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
@@ -102,24 +102,27 @@ class Run:
             prefetch=self.config.data.prefetch_batches,
         )
 
-    def held_out(self) -> dict[str, Iterator[dict[str, np.ndarray]]]:
-        """This process's share of each source's held-out batches."""
-        return {
-            name: held_out_batches(
-                self.sources,
-                name,
-                self.spec,
-                max_rows=self.config.evaluation.max_rows,
-                process_index=self.share[0],
-                process_count=self.share[1],
-            )
-            for name in self.sources
-        }
+    def held_out(self) -> dict[str, HeldOut]:
+        """The held-out text of each source."""
+        return {name: self._held_out(name) for name in self.sources}
 
-    def held_out_tokens_per_byte(self) -> dict[str, float]:
-        """Tokens (end-of-text counted) a UTF-8 byte of each source's held-out text."""
-        held_out = {name: manifest.held_out for name, manifest in self.manifests.items()}
-        return {name: part.tokens / part.text_bytes for name, part in held_out.items()}
+    def _held_out(self, name: str) -> HeldOut:
+        manifest = self.manifests[name]
+        languages, part = manifest.languages, manifest.held_out
+        language = languages[0] if len(languages) == 1 else None
+        return HeldOut(self._held_out_batches(name), part.tokens / part.text_bytes, language)
+
+    def _held_out_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
+        """Opens the shards when the first batch is asked for, so that all errors are met there."""
+        index, count = self.share
+        yield from held_out_batches(
+            self.sources,
+            name,
+            self.spec,
+            max_rows=self.config.evaluation.max_rows,
+            process_index=index,
+            process_count=count,
+        )
 
     def check_attention(self) -> str:
         """Says which attention runs here and why; a kernel is first tried out on this device.
@@ -291,7 +294,8 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
       ValueError: the data is not as the config says.
     """
     values = dict(config_lib.flatten(config))
-    for key in ("data.root", "data.cache", "data.cache_gb", "data.tokenizer"):
+    places = ("data.root", "data.cache", "data.cache_gb", "data.tokenizer", "evaluation.task_data")
+    for key in places:
         del values[key]
     tokenizer = load_tokenizer(config.data.tokenizer)
     names = {name for name, weight in _all_weights(config) if weight}

@@ -1,0 +1,53 @@
+"""`evaluate`: held-out text on whatever devices are there, tasks, JSON, errors that help."""
+
+import json
+
+import pytest
+from task_files import write_task
+from tiny import SOURCES, tiny_config, train
+
+from stablelm_jax import evaluate
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """(checkpoint, its last metrics line with held-out losses)."""
+    workdir = tmp_path_factory.mktemp("run")
+    few = {"training.num_steps": 4, "samples.every": 0, "evaluation.max_rows": 10_000}
+    _, lines = train(tiny_config(data, **few), workdir)
+    return workdir / "checkpoints/global_step4", lines[-1]
+
+
+def evaluated(capsys, *arguments):
+    code = evaluate.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out) if out else None
+
+
+def test_rows_and_devices_of_another_size_give_the_losses_of_the_training(trained, capsys):
+    checkpoint, line = trained
+    flags = ("--checkpoint", checkpoint, "--model", 2, "--batch-tokens", 96)
+    found = evaluated(capsys, *flags)
+    expected = {key: value for key, value in line.items() if key.startswith("eval/")}
+    assert {f"eval/perplexity/{source}" for source in SOURCES} < set(expected)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_tasks_are_run_alone_and_written_with_versions(trained, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    task, output = write_task(tmp_path, "one_of_three", items=5), tmp_path / "scores.json"
+    flags = ("--tasks", task, "--limit", 3, "--num-fewshot", 1, "--output", output)
+    assert evaluated(capsys, "--checkpoint", trained[0].parent, *flags) is None
+    found = json.loads(output.read_text())
+    score = found["tasks"][0]
+    assert (score["task"], score["metric"], score["items"]) == ("one_of_three", "acc", 3)
+    assert score["shots"] == 1 and "lm_eval" in found["versions"]
+    assert "eval/loss" not in found and found["step"] == 4
+
+
+def test_a_published_model_that_is_not_known_is_refused(trained, capsys):
+    pytest.importorskip("lm_eval")
+    flags = ["--checkpoint", str(trained[0]), "--tasks", "piqa", "--compare", "gpt-9"]
+    assert evaluate.main(flags) == 1
+    assert "choose one of stablelm-2-1_6b" in capsys.readouterr().err
