@@ -3,7 +3,8 @@
     python benchmarks/lm_eval_agreement.py --checkpoint C --export DIR --task-data D --limit 500
 
 `DIR` is what `convert to-hf C DIR --dtype float32` wrote. Both run in float32 on the CPU. Prints a
-line for each task and metric, and the largest difference of two log-likelihoods.
+line for each task and metric, with the largest difference of two log-likelihoods, or the number of
+texts that are equal.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def compare(arguments: argparse.Namespace, task: str) -> None:
         scores = run_tasks(model, load_tasks([task], arguments.task_data), limit=limit)
         found[name] = scores, answers, time.monotonic() - began
     (our_scores, our_answers, our_time), (scores, answers, their_time) = found.values()
-    apart = max((abs(a[0] - b[0]) for a, b in zip(our_answers, answers)), default=0.0)
+    compared = difference(our_answers, answers)
     for ours_, theirs_ in zip(our_scores, scores):
         if ours_.task == task:
             line = {
@@ -54,10 +55,18 @@ def compare(arguments: argparse.Namespace, task: str) -> None:
                 "ours": ours_.value,
                 "theirs": theirs_.value,
                 "requests": len(our_answers),
-                "log_likelihoods_apart": apart,
+                **compared,
                 "seconds": [round(our_time, 1), round(their_time, 1)],
             }
             print(json.dumps(line), flush=True)
+
+
+def difference(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
+    """Of log-likelihoods the largest, of texts how many are equal."""
+    pairs = list(zip(ours, theirs))
+    if pairs and isinstance(pairs[0][0], str):
+        return {"equal_texts": sum(a == b for a, b in pairs)}
+    return {"log_likelihoods_apart": max(abs(a[0] - b[0]) for a, b in pairs)}
 
 
 def ours(arguments: argparse.Namespace) -> Any:
@@ -75,17 +84,20 @@ def theirs(arguments: argparse.Namespace) -> Any:
     return HFLM(arguments.export, device="cpu", dtype="float32", batch_size=arguments.batch_size)
 
 
-def remembered(model: Any) -> list[tuple[float, bool]]:
-    """The list that every later answer of `model.loglikelihood` is added to."""
-    answers: list[tuple[float, bool]] = []
-    method = model.loglikelihood
+def remembered(model: Any) -> list[Any]:
+    """The list that every later answer of `model` is added to."""
+    answers: list[Any] = []
 
-    def loglikelihood(*arguments: Any, **options: Any) -> list[tuple[float, bool]]:
-        found = method(*arguments, **options)
-        answers.extend(found)
-        return found
+    def remember(method: Any) -> Any:
+        def answering(*arguments: Any, **options: Any) -> Any:
+            found = method(*arguments, **options)
+            answers.extend(found)
+            return found
 
-    model.loglikelihood = loglikelihood
+        return answering
+
+    for name in ("loglikelihood", "generate_until"):
+        setattr(model, name, remember(getattr(model, name)))
     return answers
 
 

@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=_count, default=1, help="devices that share each row (tensor parallel)"
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="default: held-out text as in training; tasks bfloat16, float32 on a CPU",
     )
     parser.add_argument(
         "--batch-tokens", type=_count, default=16_384, help="of a batch on each device"
