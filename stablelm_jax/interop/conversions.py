@@ -52,7 +52,7 @@ def from_hf(
     for switch in directory.dropped:
         console.print(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
     mesh = model_mesh(model)
-    with aside(out, force=force) as target:
+    with aside(out, force=force, source=source) as target:
         with _progress(console, "reading", 4 * count_parameters(model)) as advance:
             params = reading.load_params(directory, mesh, advance)
         with console.status("writing"):
@@ -96,7 +96,7 @@ def to_hf(
     console.print(
         f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {dtype}", soft_wrap=True
     )
-    with aside(out, force=force) as target:
+    with aside(out, force=force, source=Path(own.path)) as target:
         with _progress(console, "writing", 4 * size) as advance:
             writing.write_directory(
                 own,
@@ -138,6 +138,8 @@ def to_gguf(
       ValueError: the checkpoint cannot be read, llama.cpp could not run its tokenizer, or what was
         written computes something else; nothing is left.
     """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
     size = count_parameters(own.model)
     console.print(
@@ -150,7 +152,7 @@ def to_gguf(
             f"{file_type} blocks: stored as f16",
             soft_wrap=True,
         )
-    with aside(out, force=force) as target:
+    with aside(out, force=force, source=Path(own.path)) as target:
         with _progress(console, "writing", 4 * size) as advance:
             gguf_export.write_file(own, target, file_type=file_type, on_tensor=advance)
         if verify:

@@ -1,6 +1,7 @@
 """From a checkpoint to Hugging Face and back: the bits, and what transformers computes."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -142,6 +143,29 @@ def test_an_export_that_stands_is_refused_and_replaced_by_force(small, tmp_path,
     assert "--force" in capsys.readouterr().err and (out / "mine").read_text() == "keep"
     assert run("to-hf", checkpoint, out, "--no-verify", "--force") == 0
     assert not (out / "mine").exists() and (out / "config.json").exists()
+
+
+def test_no_force_replaces_a_run_by_its_own_export(small, tmp_path, capsys):
+    checkpoint, _ = small
+    run_folder = tmp_path / "run"
+    copy = run_folder / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    for direction, out in (("to-hf", run_folder), ("to-hf", copy), ("to-gguf", run_folder)):
+        assert run(direction, run_folder, out, "--no-verify", "--force") == 1
+        assert f"{out}" in capsys.readouterr().err.splitlines()[-1]
+    assert read_checkpoint(copy) and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_force_replaces_a_file_or_a_link_and_not_what_that_leads_to(small, tmp_path, kind):
+    checkpoint, _ = small
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    kept.mkdir()
+    (kept / "mine").write_text("keep")
+    out.write_text("old") if kind == "file" else out.symlink_to(kept)
+    assert run("to-hf", checkpoint, out, "--no-verify", "--force") == 0
+    assert (out / "config.json").exists() and not out.is_symlink()
+    assert (kept / "mine").exists()
 
 
 def test_a_conversion_that_computes_something_else_fails_and_leaves_nothing(
