@@ -135,7 +135,12 @@ def _is_arcade(file: Path) -> bool:
     known = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
     arcade = load_tokenizer(ARCADE100K)
     same = all(known.get(token) == number for token, number in _arcade_vocabulary().items())
-    return same and all(engine.encode(text) == arcade.encode(text) for text in _PROBES)
+    has_more = max(known.values()) > arcade.largest_id  # tokens that ours would spell out
+    return (
+        same
+        and not has_more
+        and all(engine.encode(text) == arcade.encode(text) for text in _PROBES)
+    )
 
 
 @functools.cache

@@ -90,3 +90,13 @@ def test_it_is_recognised_when_it_comes_back_and_another_one_is_not(folder, tmp_
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     other = tokenizer_files.read_tokenizer(tmp_path)
     assert other.name != ARCADE100K and len(other.encode("123")) == 1
+
+
+def test_one_with_more_tokens_is_kept_as_it_is(folder, tmp_path):
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    more = {**spec["added_tokens"][0], "id": 100_289, "content": "<|tool|>"}
+    spec["added_tokens"].append(more)
+    spec["model"]["vocab"]["<|tool|>"] = 100_289
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    other = tokenizer_files.read_tokenizer(tmp_path)
+    assert other.name != ARCADE100K and other.encode("<|tool|>", specials=True) == [100_289]
