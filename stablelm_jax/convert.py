@@ -10,16 +10,20 @@ from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+_INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
+    """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse), 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         print(_convert(arguments))
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was written", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 
@@ -31,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument(
         "out", type=Path, metavar="OUT", help="a checkpoint global_step<N>, or a folder for one"
     )
-    from_hf.add_argument("--step", type=int, help="N, where OUT does not say it; default 0")
+    from_hf.add_argument("--step", type=_step, help="N, where OUT does not say it; default 0")
     to_hf = directions.add_parser("to-hf", help="a checkpoint for transformers")
     _takes_checkpoint(to_hf, "OUT")
     to_hf.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
@@ -58,6 +62,12 @@ def _takes_checkpoint(parser: argparse.ArgumentParser, out: str) -> None:
         "checkpoint", metavar="CKPT", help="a folder global_step<N>, or that of its run: its newest"
     )
     parser.add_argument("out", type=Path, metavar=out)
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no step, a number from 0 on")
+    return int(text)
 
 
 def _size(text: str) -> int:

@@ -72,7 +72,7 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         tokenizer=own,
         max_positions=hf_config.max_positions(values),
         dropped=dropped,
-        end_ids=_end_ids(values, _read_json(path / "generation_config.json")),
+        end_ids=_end_ids(values, _read_json(path / "generation_config.json"), model.vocab_size),
         chat_template=_chat_template(path),
     )
 
@@ -183,9 +183,15 @@ def _text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _end_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+def _end_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
+) -> tuple[int, ...]:
     found = generation.get("eos_token_id", config.get("eos_token_id"))
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    for number in ids:
+        if not (isinstance(number, int) and 0 <= number < vocab_size):
+            raise ValueError(f"eos_token_id is {number!r}, no token of {vocab_size} rows")
+    return ids
 
 
 def _chat_template(path: Path) -> str | None:
@@ -204,9 +210,12 @@ def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
             raise ValueError(f"{path.parent}: is no directory of a model: it holds no {path.name}")
         return {}
     try:
-        return json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no object; it is not a model's, or damaged: fetch it again")
+    return values
 
 
 def run_item(directory: Directory, step: int) -> dict[str, Any]:

@@ -49,14 +49,14 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
     Raises:
       ValueError: another architecture, or something that our model does not compute.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError("config.json holds no object; it is not a model's")
     if values.get("model_type") not in _MODEL_TYPES:
         raise ValueError(
             f"config.json: model_type is {values.get('model_type')!r}, but only StableLM models "
             f"({', '.join(_MODEL_TYPES)}) can be read"
         )
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: rope_parameters is {rope!r}; it should be an object")
     values = {**values, **{key: value for key, value in rope.items() if value is not None}}
     _check_fixed(values)
     fields = {ours: _value(values, *theirs) for ours, theirs in _FIELDS.items()}

@@ -137,6 +137,7 @@ def test_another_architecture_is_named(directory, capsys):
         ({"rope_parameters": {"rope_type": "yarn", **FLAT}}, "rope_type is 'yarn'"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3"),
         ({"vocab_size": 512}, "misshapen"),
+        ({"rope_parameters": "plain"}, "rope_parameters is 'plain'"),
     ],
 )
 def test_a_config_that_we_do_not_compute_is_refused(directory, capsys, values, said):
@@ -187,6 +188,36 @@ def test_a_damaged_index_is_named(directory, capsys, content):
     (directory / INDEX).write_text(content)
     (line,) = refused(directory, capsys)
     assert INDEX in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_that_is_no_object_is_named(directory, capsys, name):
+    (directory / name).write_text("[]")
+    (line,) = refused(directory, capsys)
+    assert name in line and "no object" in line
+
+
+@pytest.mark.parametrize("end", [9999, "</s>", [0, -1]])
+def test_an_end_of_text_that_is_no_token_is_named(directory, capsys, end):
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    (line,) = refused(directory, capsys)
+    assert "eos_token_id is" in line and "384 rows" in line
+
+
+def test_a_negative_step_is_no_step(directory, capsys):
+    with pytest.raises(SystemExit) as left:
+        convert.main(["from-hf", str(directory), str(directory / "in"), "--step=-1"])
+    assert left.value.code == 2 and "'-1' is no step" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(from_hf, "write_tokenizer", interrupted)  # once all else is written
+    assert convert.main(["from-hf", str(directory), str(tmp_path / "in")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("convert: interrupted")
+    assert not (tmp_path / "in").exists() or not list((tmp_path / "in").iterdir())
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(directory, capsys):
