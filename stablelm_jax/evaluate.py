@@ -77,7 +77,11 @@ def _task_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--task-data", help="folder made by stablelm_jax.evaluation.offline_data")
     group.add_argument("--limit", type=_count, help="items of each task; default: all")
-    group.add_argument("--num-fewshot", type=int, help="examples; default: each task's own number")
+    group.add_argument(
+        "--num-fewshot",
+        type=int,
+        help="examples, where a task is not fixed to none; default: each task's own number",
+    )
     group.add_argument("--max-length", type=_count, help="tokens; default: those of the training")
     group.add_argument(
         "--compare", default="stablelm-2-1_6b", help="published model to show; default: %(default)s"

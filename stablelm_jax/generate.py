@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.prompt and not arguments.chat:
         parser.error("give a --prompt, or --chat for a conversation")
+    if arguments.system and not arguments.chat:
+        parser.error("--system belongs to a chat: give --chat too")
     try:
         _generate(arguments)
     except (ValueError, OSError) as error:
@@ -52,9 +54,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32"
     )
     parser.add_argument("--weights", choices=["int8", "int4"], help="default: as --dtype")
-    parser.add_argument("--context", type=int, help="default: what the model was trained with")
-    parser.add_argument("--model", type=int, default=1, help="devices that share the model")
+    parser.add_argument("--context", type=_count, help="default: what the model was trained with")
+    parser.add_argument("--model", type=_count, default=1, help="devices that share the model")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -108,7 +116,7 @@ def _settings(arguments: argparse.Namespace, saved) -> dict[str, Any]:
         "top_k": arguments.top_k,
         "repetition_penalty": arguments.repetition_penalty,
         "seed": arguments.seed,
-        "stop_tokens": sorted({*saved.end_ids, *stops}),
+        "stop_tokens": sorted({saved.tokenizer.eod, *saved.end_ids, *stops}),
     }
 
 

@@ -84,8 +84,17 @@ def test_what_cannot_be_is_one_line_and_exit_code_1(run, capsys, flags, message)
     assert message in error and error.startswith("generate: ") and error.count("\n") == 1
 
 
-def test_neither_prompt_nor_chat_is_exit_code_2(run, capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "give a --prompt, or --chat"),
+        (["--prompt", "w1", "--system", "Be brief."], "give --chat too"),
+        (["--prompt", "w1", "--model", "0"], "'0' is no number from 1 on"),
+        (["--prompt", "w1", "--context", "0"], "'0' is no number from 1 on"),
+    ],
+)
+def test_flags_that_mean_nothing_are_exit_code_2(run, capsys, flags, message):
     with pytest.raises(SystemExit) as left:
-        run()
+        run(*flags)
     assert left.value.code == 2
-    assert "give a --prompt, or --chat" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Chat templates: a conversation as the text, and the tokens, that a model is tuned on.
 
-The templates are Jinja, as Hugging Face tokenizers carry them: what is used here is the very string
-that an export holds. Special tokens come from the template alone; the same spelling in somebody's
-message is ordinary text. (Zephyr's `<|user|>` is ordinary text in the template too: Arcade100k has
-no such token.)
+The templates are Jinja, as Hugging Face tokenizers carry them; a model that was imported with one
+of its own hands that one to its exports. Special tokens come from the template alone; the same
+spelling in somebody's message is ordinary text. (Zephyr's `<|user|>` is ordinary text in the
+template too: Arcade100k has no such token.)
 """
 
 from __future__ import annotations
