@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     arguments = _parser().parse_args(argv)
     try:
-        text = json.dumps(_evaluate(arguments), indent=1, allow_nan=False)
+        text = json.dumps(_finite(_evaluate(arguments)), indent=1, allow_nan=False)
         if arguments.output:
             arguments.output.write_text(text + "\n", encoding="utf-8")
         else:
@@ -104,6 +105,15 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.tasks or arguments.config or arguments.data:
         found |= _held_out(arguments, saved)
     return found
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that JSON lacks: what one task found must not cost the others."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:

@@ -51,3 +51,12 @@ def test_a_published_model_that_is_not_known_is_refused(trained, capsys):
     flags = ["--checkpoint", str(trained[0]), "--tasks", "piqa", "--compare", "gpt-9"]
     assert evaluate.main(flags) == 1
     assert "choose one of stablelm-2-1_6b" in capsys.readouterr().err
+
+
+def test_a_number_that_json_lacks_is_null_and_costs_no_other(capsys, monkeypatch):
+    found = {"tasks": [{"value": float("nan")}, {"value": 0.5}], "eval/loss": float("inf")}
+    monkeypatch.setattr(evaluate, "_evaluate", lambda arguments: found)
+    assert evaluated(capsys, "--checkpoint", "global_step4") == {
+        "tasks": [{"value": None}, {"value": 0.5}],
+        "eval/loss": None,
+    }
