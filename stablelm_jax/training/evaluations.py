@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from stablelm_jax.evaluation.held_out import EvalStep, HeldOutError, evaluate_held_out
@@ -55,7 +56,7 @@ class Evaluations:
         began = time.monotonic()
         try:
             means = evaluate_held_out(eval_step, params, run.held_out(), run.mesh, self._left)
-        except HeldOutError as error:
+        except (HeldOutError, jax.errors.JaxRuntimeError) as error:  # the latter: too little memory
             self._failed(step, f"step {step}: {error}; the run goes on", began)
             return {}
         if means is not None:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from task_files import write_task
 from tiny import losses, tiny_config, train
@@ -70,6 +71,22 @@ def test_a_task_that_fails_half_way_is_told_and_the_run_goes_on(
     failed = events(tmp_path / "run", "evaluation_failed")
     assert [event["step"] for event in failed] == [0, 6]
     assert "RESOURCE_EXHAUSTED" in failed[0]["text"]
+
+
+def test_too_little_memory_for_held_out_text_is_told_and_the_run_goes_on(
+    data, undisturbed, tmp_path, monkeypatch
+):
+    from stablelm_jax.training import evaluations
+
+    def out_of_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(evaluations, "evaluate_held_out", out_of_memory)
+    settings = FEW | {"evaluation.every": 6}
+    code, lines = train(tiny_config(data, **settings), tmp_path / "run")
+    assert code == 0 and end_of(tmp_path / "run", lines) == undisturbed
+    failed = events(tmp_path / "run", "evaluation_failed")
+    assert [event["step"] for event in failed] == [0, 6]
 
 
 def test_held_out_text_that_cannot_be_read_is_told_and_the_run_goes_on(
