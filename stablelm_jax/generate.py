@@ -79,6 +79,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         max_length=arguments.context or saved.max_positions,
         weights=arguments.weights,
         chunk=8 if is_streamed else 32,
+        num_valid_ids=saved.num_valid_ids,
     )
     del params  # the generator has its own copy
     settings = _settings(arguments, saved)

@@ -31,7 +31,11 @@ def run(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     saved = types.SimpleNamespace(
-        model=MODEL, tokenizer=tokenizer, max_positions=64, end_ids=[tokenizer.eod]
+        model=MODEL,
+        tokenizer=tokenizer,
+        max_positions=64,
+        end_ids=[tokenizer.eod],
+        num_valid_ids=None,
     )
     monkeypatch.setattr(generate, "_load", lambda arguments: (saved, params))
     flags = ["--checkpoint", "global_step4", "--max-new-tokens", "5"]

@@ -67,6 +67,11 @@ class SavedModel:
         """Tokens that end a text, or a turn of a chat."""
         return list(self.run.get("imported", {}).get("end_ids", ())) or [self.tokenizer.eod]
 
+    @property
+    def num_valid_ids(self) -> int | None:
+        """Rows of the vocabulary that it was trained to predict; None: all, padding too."""
+        return self.run.get("config", {}).get("training", {}).get("num_valid_ids")
+
     def load(self, mesh: Mesh) -> dict[str, Any]:
         """Our parameters in float32, split over the mesh's `model` axis."""
         return load_weights(self.path, mesh)[2]

@@ -46,6 +46,7 @@ class GenerateLate:
                 dtype=self._scorer.dtype,
                 batch_size=self._rows,
                 max_length=self._scorer.max_length,
+                num_valid_ids=self._scorer.num_valid_ids,
             )
         elif not self._holds_them:
             self._generator.load(self._params)

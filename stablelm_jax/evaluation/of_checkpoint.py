@@ -39,7 +39,7 @@ def lm_of_checkpoint(
         mesh,
         max_length=max_length or saved.max_positions,
         dtype=dtype or (jnp.float32 if on_cpu else jnp.bfloat16),
-        num_valid_ids=saved.run.get("config", {}).get("training", {}).get("num_valid_ids"),
+        num_valid_ids=saved.num_valid_ids,
         batch_tokens=batch_tokens,
     )
     params = scorer.compute_copy(saved.load(mesh))

@@ -74,6 +74,7 @@ class Scorer:
         self.mesh, self.max_length, self.dtype = mesh, max_length, jnp.dtype(dtype)
         self._batch_tokens, self._parts = batch_tokens, sharding.batch_parts(mesh)
         self._places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
+        self.num_valid_ids = num_valid_ids
         options = {"attention": attention, "num_valid_ids": num_valid_ids}
         self._score = _make_score(model, mesh, self.dtype, **options)
 

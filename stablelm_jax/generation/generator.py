@@ -41,6 +41,7 @@ class Generator:
       max_length: tokens of a prompt and its continuation at most.
       weights: 'int8' or 'int4' holds the matrices of the copy so.
       chunk: tokens between two looks of the host at what was written.
+      num_valid_ids: as the model was trained with it; None: padding rows may be chosen too.
 
     Raises:
       ValueError: sizes below 1, unknown weights, or heads that the mesh's `model` does not divide.
@@ -57,6 +58,7 @@ class Generator:
         max_length: int,
         weights: str | None = None,
         chunk: int = 32,
+        num_valid_ids: int | None = None,
     ):
         for name, size in (
             ("batch_size", batch_size),
@@ -71,7 +73,8 @@ class Generator:
         parts = sharding.batch_parts(mesh)
         self.batch_size = -(-batch_size // parts) * parts
         self.max_length = max_length
-        self._programs = Programs(model, mesh, dtype, chunk, grouped=weights == "int4")
+        grouped = weights == "int4"
+        self._programs = Programs(model, mesh, dtype, chunk, grouped, num_valid_ids)
         self._copy, places = decode_weights(model, mesh, dtype, weights)
         self._abstract = _abstract(jax.eval_shape(self._copy, params), places)
         self._kept: dict[tuple, Any] = {}  # programs

@@ -76,6 +76,7 @@ class Programs:
     Attributes:
       dtype: of matrix products, activations and cache. chunk: N.
       grouped: the weights are quantised in groups of inputs.
+      num_valid_ids: rows of the vocabulary that may be chosen; None: all, padding too.
     """
 
     model: ModelConfig
@@ -83,10 +84,12 @@ class Programs:
     dtype: Any
     chunk: int
     grouped: bool = False
+    num_valid_ids: int | None = None
 
     def first_token(self, slots: int, stages: tuple[str, ...]) -> Callable:
         """f(weights, prompts, numbers, stop_ids) -> State, [B] first tokens (NOTHING: stopped)."""
         step = partial(_first_token, self.model, slots=slots, stages=stages, dtype=self.dtype)
+        step = partial(step, num_valid=self.num_valid_ids)
         return self._jitted(step, (self._rows(), None, None), donate=())
 
     def next_tokens(self, stages: tuple[str, ...]) -> Callable:
@@ -96,6 +99,7 @@ class Programs:
         are reused.
         """
         step = partial(_next_tokens, self.model, self.chunk, stages=stages, dtype=self.dtype)
+        step = partial(step, num_valid=self.num_valid_ids)
         return self._jitted(step, (self.state_spec(), None, None, None), donate=(1,))
 
     def state_spec(self) -> State:
@@ -157,10 +161,11 @@ class Programs:
         )
 
 
-def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, dtype):
+def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, dtype, num_valid):
     tokens_BT, length_B = prompts.tokens_BT, prompts.length_B
     logits_BV, cache = read_prompts(model, weights, tokens_BT, length_B, slots=slots, dtype=dtype)
     seen_BV = _seen(tokens_BT, length_B, model.vocab_size) if "penalty" in stages else None
+    logits_BV = _of_valid(logits_BV, num_valid)
     token_B = choose(stages, numbers, logits_BV, seen_BV, prompts.row_B, length_B)
     active_B = prompts.active_B & ~jnp.isin(token_B, stop_ids)
     start = jnp.int32(tokens_BT.shape[1])
@@ -169,9 +174,11 @@ def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, d
     return state, jnp.where(active_B, token_B, NOTHING)
 
 
-def _next_tokens(model, chunk, weights, state, numbers, stop_ids, limit, *, stages, dtype):
+def _next_tokens(
+    model, chunk, weights, state, numbers, stop_ids, limit, *, stages, dtype, num_valid
+):
     is_counted = traced_device().platform in ("gpu", "cuda")
-    one_more = partial(_one_more, model, weights, numbers, stop_ids, stages, dtype)
+    one_more = partial(_one_more, model, weights, numbers, stop_ids, stages, dtype, num_valid)
 
     def go_on(carry):
         index, is_running, *_ = carry
@@ -190,13 +197,14 @@ def _next_tokens(model, chunk, weights, state, numbers, stop_ids, limit, *, stag
     return state, tokens_BN
 
 
-def _one_more(model, weights, numbers, stop_ids, stages, dtype, state: State) -> State:
+def _one_more(model, weights, numbers, stop_ids, stages, dtype, num_valid, state: State) -> State:
     """The state with one more token in each row."""
     slots = state.cache[0][0].shape[2]
     position_B = state.length_B + (state.slot - state.start)
     visible_BS = visible_slots(state.length_B, state.start, state.slot, slots)
     new = state.token_B, position_B, state.slot, visible_BS
     logits_BV, cache = read_token(model, weights, state.cache, *new, dtype=dtype)
+    logits_BV = _of_valid(logits_BV, num_valid)
     token_B = choose(stages, numbers, logits_BV, state.seen_BV, state.row_B, position_B + 1)
     return dataclasses.replace(
         state,
@@ -206,6 +214,13 @@ def _one_more(model, weights, numbers, stop_ids, stages, dtype, state: State) ->
         active_B=state.active_B & ~jnp.isin(token_B, stop_ids),
         slot=state.slot + 1,
     )
+
+
+def _of_valid(logits_BV, num_valid: int | None):
+    """The logits with -inf for rows of the vocabulary that were never trained."""
+    if num_valid is None:
+        return logits_BV
+    return jnp.where(jnp.arange(logits_BV.shape[1]) < num_valid, logits_BV, -jnp.inf)
 
 
 def _any(active_B: jax.Array) -> jax.Array:

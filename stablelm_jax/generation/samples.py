@@ -18,6 +18,7 @@ def prepare_texts(
     *,
     max_new_tokens: int,
     dtype: Any,
+    num_valid_ids: int | None = None,
     **sampling: Any,
 ) -> Callable[[Any], dict[str, str]]:
     """f(params) -> {prompt: continuation}, compiled now.
@@ -25,7 +26,7 @@ def prepare_texts(
     Args:
       params: `ShapeDtypeStruct`s with their shardings, of parameters that f will be given. The copy
         for decoding lives while f runs.
-      sampling: arguments of `Sampling`.
+      num_valid_ids: of `Generator`. sampling: arguments of `Sampling`.
 
     Raises:
       ValueError: an empty prompt, or settings out of range.
@@ -38,6 +39,7 @@ def prepare_texts(
         batch_size=len(prompts),
         max_length=max(map(len, ids)) + max_new_tokens,
         chunk=max_new_tokens,
+        num_valid_ids=num_valid_ids,
     )
     generator.compile(ids, max_new_tokens=max_new_tokens, **sampling)
 

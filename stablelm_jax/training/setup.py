@@ -160,6 +160,7 @@ class Run:
             top_p=settings.top_p,
             seed=self.config.seed,
             dtype=self.dtype,
+            num_valid_ids=self.config.training.num_valid_ids,
         )
 
     def compile_step(self) -> Any:

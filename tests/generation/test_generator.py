@@ -210,3 +210,12 @@ def test_sizes_that_cannot_be_are_refused(params, settings, message):
         settings = {"mesh": make_mesh(*settings["mesh"], jax.devices()[:4])}
     with pytest.raises(ValueError, match=message):
         Generator(MODEL, params, **{"batch_size": 1, "max_length": 8, **settings})
+
+
+def test_rows_of_the_vocabulary_that_stand_for_nothing_are_never_chosen(params):
+    def tokens(num_valid_ids):
+        sizes = {"batch_size": 1, "max_length": 64, "chunk": 12}
+        generator = Generator(MODEL, params, num_valid_ids=num_valid_ids, **sizes)
+        return generator.generate([[1, 2, 3]], max_new_tokens=24, temperature=1.0)[0]
+
+    assert max(tokens(None)) >= 20 > max(tokens(20))
