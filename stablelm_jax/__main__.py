@@ -17,7 +17,7 @@ VERBS = {
     "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
     "inspect_data": "the documents that a step was made of",
-    "evaluate": "held-out loss and bits per byte of a checkpoint",
+    "evaluate": "held-out loss of a checkpoint, or the benchmarks of lm-eval",
     "generate": "text from a checkpoint",
     "convert": "checkpoints from and to Hugging Face and GGUF, each checked as it is written",
     "drill": "kill and stop a run in every phase; is its end the undisturbed one, bit for bit?",

@@ -1,1 +1,1 @@
-"""What a model is worth: loss and bits per byte on held-out text."""
+"""What a model is worth: loss on held-out text, scores of benchmarks."""

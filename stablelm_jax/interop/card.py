@@ -46,6 +46,18 @@ def _model(checkpoint: SavedModel, dtype: str) -> str:
         f"A StableLM with {count_parameters(model):,} parameters: {model.num_layers} layers of "
         f"width {model.width}, {heads}, {residual} residual, {model.vocab_size:,} rows of "
         f"vocabulary, {checkpoint.max_positions:,} tokens of context. Weights in {dtype}.\n"
+        + _padding(checkpoint.run)
+    )
+
+
+def _padding(run: Mapping[str, Any]) -> str:
+    """What other programs do not know by themselves."""
+    valid = run.get("config", {}).get("training", {}).get("num_valid_ids")
+    if not valid:
+        return ""
+    return (
+        f"\nIts training left ids from {valid:,} on, which stand for nothing, out of the softmax: "
+        "keep them from being generated (`suppress_tokens`).\n"
     )
 
 

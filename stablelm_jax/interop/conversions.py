@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -70,7 +71,7 @@ def _verified_import(directory, target: Path, mesh) -> str:
     ours_TV = our_logits(model, params, ids)
     del params
     difference = compare(ours_TV, peer_logits(directory.path, ids))
-    return check(difference, LIMITS["float32"], peer())
+    return f"checked by {check(difference, LIMITS['float32'], peer())}"
 
 
 def to_hf(
@@ -115,8 +116,23 @@ def to_hf(
 
 def _verified_export(own: SavedModel, target: Path, dtype: str) -> str:
     ids = prompt_ids(own.tokenizer)
-    difference = compare(own_logits(own, ids), peer_logits(target, ids))
-    return check(difference, LIMITS[dtype], peer())
+    params = own.load(model_mesh(own.model))
+    trained_TV = our_logits(own.model, params, ids)
+    rounded_TV = our_logits(own.model, _rounded(params, dtype), ids)
+    theirs_TV = peer_logits(target, ids)
+    told = f"checked by {check(compare(rounded_TV, theirs_TV), LIMITS['float32'], peer())}"
+    cost = check(compare(trained_TV, theirs_TV), LIMITS[dtype], f"what {dtype} costs")
+    return told if dtype == "float32" else f"{told}\n{cost}"
+
+
+def _rounded(params: Any, dtype: str) -> Any:
+    """The values that the type can hold, in float32; `params` is taken apart, to spare memory."""
+    return {
+        name: _rounded(params.pop(name), dtype)
+        if isinstance(params[name], dict)
+        else params.pop(name).astype(dtype).astype("float32")
+        for name in list(params)
+    }
 
 
 def to_gguf(
@@ -169,7 +185,7 @@ def _verified_gguf(own: SavedModel, target: Path, file_type: str) -> str:
     ours_PV = gguf_peer.log_probabilities(own_logits(own, ids), positions)
     theirs_PV = gguf_peer.peer_log_probabilities(target, own.tokenizer, ids, positions)
     limit = FILE_TYPES[file_type].limit
-    return check(compare(ours_PV, theirs_PV), limit, gguf_peer.peer())
+    return f"checked by {check(compare(ours_PV, theirs_PV), limit, gguf_peer.peer())}"
 
 
 def own_logits(own: SavedModel, ids: list[int]):
@@ -186,6 +202,10 @@ def model_mesh(model: ModelConfig) -> Mesh:
 
 def _branch_path(out: Path, step: int | None) -> Path:
     named = branch_step(out.name)
+    if named is None and (out / "checkpoints").is_dir():
+        raise ValueError(
+            f"{out} is the folder of a run, with checkpoints of its own; choose another"
+        )
     if named is None:
         return out / branch_name(step or 0)
     if step not in (None, named):

@@ -66,8 +66,8 @@ class Limit:
         return f"{self.largest:g} of their spread, KL {self.kl:g}"
 
 
-# Four times and more what random models showed, which are worse off than trained ones
-# (docs/interop.md). A wrong tensor is off by the spread itself, and its KL is far beyond.
+# float32's is for the same values in two programs; the others for what a type costs: four times and
+# more what random models showed, which are worse off than trained ones (docs/interop.md).
 LIMITS = {
     "float32": Limit(1e-3, 1e-6),
     "float16": Limit(0.06, 1e-4),
@@ -119,7 +119,7 @@ def check(difference: Difference, limit: Limit, who: str) -> str:
     told = f"{who}: {difference}; the limit is {limit}"
     if difference.largest > limit.largest * difference.spread or difference.kl > limit.kl:
         raise Mismatch(f"{told}. What was written is wrong and was removed")
-    return f"checked by {told}"
+    return told
 
 
 def log_softmax(x_TV: np.ndarray) -> np.ndarray:

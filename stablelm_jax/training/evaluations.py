@@ -108,6 +108,7 @@ class Tasks:
             run.mesh,
             max_length=length,
             dtype=run.dtype,
+            attention=config.training.attention,
             num_valid_ids=config.training.num_valid_ids,
             batch_tokens=batch_tokens,
         )

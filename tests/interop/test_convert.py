@@ -179,7 +179,7 @@ def test_a_conversion_that_computes_something_else_fails_and_leaves_nothing(
         return wrong(model, params, ids)
 
     monkeypatch.setattr("stablelm_jax.interop.conversions.our_logits", a_bit_off)
-    assert run("to-hf", checkpoint, tmp_path / "out", "--dtype", "float32") == 1
+    assert run("to-hf", checkpoint, tmp_path / "out") == 1
     assert "is wrong and was removed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
