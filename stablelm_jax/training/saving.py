@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Callable
@@ -134,5 +135,5 @@ class Saver:
 
 def _cause(error: Exception) -> str:
     """What the system said, out of pages of tensorstore's; else the beginning and end of these."""
-    found = re.search(r"([^:]+) \[os_error_code", str(error))
-    return found[1].strip() if found else described(error)
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else described(error)
