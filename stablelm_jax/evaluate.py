@@ -24,13 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     arguments = _parser().parse_args(argv)
     try:
-        text = json.dumps(_finite(_evaluate(arguments)), indent=1, allow_nan=False)
+        found = _evaluate(arguments)
+        text = json.dumps(_finite(found), indent=1, allow_nan=False)
         if arguments.output:
             arguments.output.write_text(text + "\n", encoding="utf-8")
         else:
             print(text)
     except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    if failed := found.get("failed"):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        print(f"evaluate: {len(failed)} tasks have no scores: {reasons}", file=sys.stderr)
         return 1
     return 0
 
@@ -169,6 +174,7 @@ def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
         raise ValueError("tasks need lm-eval: pip install 'stablelm_jax[eval]'")
     from rich.console import Console
 
+    from stablelm_jax.data.remote import described
     from stablelm_jax.evaluation.of_checkpoint import lm_of_checkpoint
     from stablelm_jax.evaluation.progress import Bar
     from stablelm_jax.evaluation.published import published_models
@@ -182,7 +188,7 @@ def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
             f"--compare {arguments.compare}: nothing published is known here; choose one of "
             f"{', '.join(published_models())}"
         )
-    console = Console(stderr=True)
+    console, failed = Console(stderr=True), {}
     asked = load_tasks(arguments.tasks.split(","), arguments.task_data)
     with Bar(console) as bar:
         model = lm_of_checkpoint(
@@ -195,12 +201,17 @@ def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
         )
         with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the JSON
             scores = run_tasks(
-                model, asked, limit=arguments.limit, num_fewshot=arguments.num_fewshot
+                model,
+                asked,
+                limit=arguments.limit,
+                num_fewshot=arguments.num_fewshot,
+                failed=lambda name, error: failed.update({name: described(error)}),
             )
     console.print(table_of_scores(scores, arguments.compare))
     if model.cut:
         console.print(f"{model.cut} inputs lost their beginning: {model.max_length} tokens fit")
-    return scores_to_json(scores, arguments.compare) | {"inputs_cut": model.cut}
+    found = scores_to_json(scores, arguments.compare) | {"inputs_cut": model.cut}
+    return found | ({"failed": failed} if failed else {})
 
 
 if __name__ == "__main__":

@@ -188,9 +188,13 @@ def _converse(generator, tokenizer, arguments, settings) -> None:
 
 def _answer(conversation, text: str) -> None:
     with contextlib.closing(conversation.answer(text)) as pieces:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             for piece in pieces:
                 print(piece, end="", flush=True)
+        except KeyboardInterrupt:  # the answer ends, the conversation goes on
+            pass
+        except ValueError as error:  # a message longer than the context
+            print(f"generate: {error}", file=sys.stderr)
 
 
 class _Clock:

@@ -59,6 +59,23 @@ def test_a_prompt_may_come_from_standard_input(run, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("w5 w7")
 
 
+def test_a_message_longer_than_the_context_is_one_line_and_the_conversation_goes_on(
+    run, capsys, monkeypatch
+):
+    asked = iter([" ".join(["w1"] * 50), "w1 w2"])
+
+    def read(prompt):
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert run("--chat", "zephyr", "--context", "32", "--temperature", "0") == 0
+    out, err = capsys.readouterr()
+    assert "more than 32" in err and len(out.strip()) > 0
+
+
 def test_a_conversation_ends_with_ctrl_d(run, capsys, monkeypatch):
     asked = iter(["w1 w2", " "])
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from stablelm_jax.evaluation.progress import Left
 from stablelm_jax.evaluation.suite import Asked, quiet
 
 SEED = 1234  # of the examples that are drawn for few-shot prompts, as in lm-eval
@@ -63,6 +64,7 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     bootstraps: int = BOOTSTRAPS,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> list[TaskScore]:
     """Every number of every task.
 
@@ -72,11 +74,24 @@ def run_tasks(
         none stay so.
       bootstraps: samples for standard errors without a formula, which lm-eval says on stdout; 0:
         no standard errors at all.
+      failed: told of a task that ends with an error, whose scores are then missing; by default the
+        error ends all of it.
+
+    Raises:
+      Left: as the model's progress says.
     """
     scores = []
     for one in asked:
-        found = _run(model, one, limit, num_fewshot, bootstraps)
-        scores += _scores(one, found)
+        try:
+            found = _run(model, one, limit, num_fewshot, bootstraps)
+        except Left:
+            raise
+        except Exception as error:  # of a task's own code, a data set, the device
+            if failed is None:
+                raise
+            failed(one.name, error)
+        else:
+            scores += _scores(one, found)
     return scores
 
 

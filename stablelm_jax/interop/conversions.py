@@ -47,14 +47,12 @@ def from_hf(
     out = _branch_path(out, step)
     directory = reading.open_directory(source, tokenizer)
     model = directory.model
-    console.print(
-        f"{source}: {count_parameters(model):,} parameters, {_shape(model)}", soft_wrap=True
-    )
+    size = _tell(console, source, model)
     for switch in directory.dropped:
         console.print(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
     mesh = model_mesh(model)
     with aside(out, force=force, source=source) as target:
-        with _progress(console, "reading", 4 * count_parameters(model)) as advance:
+        with _progress(console, "reading", 4 * size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with console.status("writing"):
             write_weights(target, params, reading.run_item(directory, branch_step(out.name)))
@@ -93,10 +91,7 @@ def to_hf(
         nothing is left.
     """
     own = SavedModel.open(checkpoint, tokenizer)
-    size = count_parameters(own.model)
-    console.print(
-        f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {dtype}", soft_wrap=True
-    )
+    size = _tell(console, own.path, own.model, f", to {dtype}")
     with aside(out, force=force, source=Path(own.path)) as target:
         with _progress(console, "writing", 4 * size) as advance:
             writing.write_directory(
@@ -117,12 +112,15 @@ def to_hf(
 def _verified_export(own: SavedModel, target: Path, dtype: str) -> str:
     ids = prompt_ids(own.tokenizer)
     params = own.load(model_mesh(own.model))
-    trained_TV = our_logits(own.model, params, ids)
-    rounded_TV = our_logits(own.model, _rounded(params, dtype), ids)
+    trained_TV = stored_TV = our_logits(own.model, params, ids)
+    if dtype != "float32":
+        stored_TV = our_logits(own.model, _rounded(params, dtype), ids)
+    del params
     theirs_TV = peer_logits(target, ids)
-    told = f"checked by {check(compare(rounded_TV, theirs_TV), LIMITS['float32'], peer())}"
-    cost = check(compare(trained_TV, theirs_TV), LIMITS[dtype], f"what {dtype} costs")
-    return told if dtype == "float32" else f"{told}\n{cost}"
+    told = f"checked by {check(compare(stored_TV, theirs_TV), LIMITS['float32'], peer())}"
+    if dtype == "float32":
+        return told
+    return f"{told}\n{check(compare(trained_TV, theirs_TV), LIMITS[dtype], f'{dtype} costs')}"
 
 
 def _rounded(params: Any, dtype: str) -> Any:
@@ -157,10 +155,7 @@ def to_gguf(
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
-    size = count_parameters(own.model)
-    console.print(
-        f"{own.path}: {size:,} parameters, {_shape(own.model)}, to {file_type}", soft_wrap=True
-    )
+    size = _tell(console, own.path, own.model, f", to {file_type}")
     finer = [stored.name for stored in stored_tensors(own.model, file_type) if stored.fell_back]
     if finer:
         console.print(
@@ -213,8 +208,12 @@ def _branch_path(out: Path, step: int | None) -> Path:
     return out
 
 
-def _shape(model) -> str:
-    return f"{model.num_layers} layers of width {model.width}, {model.vocab_size:,} rows"
+def _tell(console: Console, path: Any, model: ModelConfig, what: str = "") -> int:
+    """Says what is converted; returns its number of parameters."""
+    size = count_parameters(model)
+    shape = f"{model.num_layers} layers of width {model.width}, {model.vocab_size:,} rows"
+    console.print(f"{path}: {size:,} parameters, {shape}{what}", soft_wrap=True)
+    return size
 
 
 @contextlib.contextmanager

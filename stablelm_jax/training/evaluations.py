@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from stablelm_jax.data.remote import described
 from stablelm_jax.evaluation.held_out import EvalStep, HeldOutError, evaluate_held_out
 from stablelm_jax.evaluation.progress import Asking, Left
 from stablelm_jax.parallel import distributed, sharding
@@ -68,8 +69,13 @@ class Evaluations:
         if self._tasks is None:
             return {}
         began = time.monotonic()
+
+        def failed(name: str, error: Exception) -> None:
+            text = f"step {step}: task {name} failed ({described(error)}); the run goes on"
+            self._failed(step, text, began)
+
         try:
-            return self._tasks.run(params, step, self._left, self._console)
+            return self._tasks.run(params, step, self._left, self._console, failed)
         except Left:
             return None
         except Exception as error:  # of any library, or too little memory: the run can do without
@@ -115,9 +121,14 @@ class Tasks:
         self._generate = GenerateLate(run.model, self._scorer, batch_tokens)
 
     def run(
-        self, params: Any, step: int, left: Callable[[], bool], console: Console
+        self,
+        params: Any,
+        step: int,
+        left: Callable[[], bool],
+        console: Console,
+        failed: Callable[[str, Exception], None],
     ) -> dict[str, float]:
-        """Every score of every task; raises `Left` where it was left."""
+        """Every score of every task that ends well; raises `Left` where it was left."""
         from stablelm_jax.evaluation.lm_eval_model import CheckpointLM
         from stablelm_jax.evaluation.task_scores import run_tasks
         from stablelm_jax.evaluation.task_table import table_of_scores
@@ -127,7 +138,7 @@ class Tasks:
         try:
             progress = Asking(left)
             model = CheckpointLM(self._scorer, weights, self._text, self._generate, progress)
-            scores = run_tasks(model, self._asked, limit=self._limit, bootstraps=0)
+            scores = run_tasks(model, self._asked, limit=self._limit, bootstraps=0, failed=failed)
         finally:
             self._generate.unload()
         console.print(table_of_scores(scores, _COMPARED, f"tasks after step {step:,}"))

@@ -8,6 +8,18 @@ from tiny import SOURCES, tiny_config, train
 
 from stablelm_jax import evaluate
 
+ASKS_FOR_TOO_MUCH = """
+task: bad
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["x"], max_gen_toks: 5000}}
+metric_list: [{{metric: exact_match}}]
+"""
+
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
@@ -44,6 +56,20 @@ def test_tasks_are_run_alone_and_written_with_versions(trained, tmp_path, capsys
     assert (score["task"], score["metric"], score["items"]) == ("one_of_three", "acc", 3)
     assert score["shots"] == 1 and "lm_eval" in found["versions"]
     assert "eval/loss" not in found and found["step"] == 4
+
+
+def test_a_task_that_fails_costs_no_other_its_scores(trained, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    good = write_task(tmp_path, "good", items=3)
+    bad = write_task(tmp_path, "bad", items=3)
+    bad.write_text(ASKS_FOR_TOO_MUCH.format(data=bad.with_suffix(".jsonl")))
+    flags = ["--checkpoint", str(trained[0]), "--tasks", f"{bad},{good}"]
+    assert evaluate.main(flags) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert {score["task"] for score in found["tasks"]} == {"good"}
+    assert list(found["failed"]) == [str(bad)] and "5000" in found["failed"][str(bad)]
+    assert err.strip().splitlines()[-1].startswith("evaluate: 1 tasks have no scores: ")
 
 
 def test_a_published_model_that_is_not_known_is_refused(trained, capsys):
