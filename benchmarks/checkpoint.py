@@ -45,7 +45,7 @@ from rich.table import Table
 from train_step import ADAMW, MODEL
 
 from stablelm_jax.checkpoint.checksum import checksums, flatten
-from stablelm_jax.checkpoint.names import branch_name
+from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import read_arrays, read_run
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
 from stablelm_jax.model.config import ModelConfig
@@ -226,7 +226,7 @@ SAVERS = {
 
 
 def _read_ours(folder: Path, arrays: Arrays) -> Arrays:
-    path = folder / branch_name(STEP)
+    path = folder / checkpoint_name(STEP)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays
     )

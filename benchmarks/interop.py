@@ -32,8 +32,6 @@ from rich.table import Table
 from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.weights import write_weights
-from stablelm_jax.data.tokenizer import load_tokenizer
-from stablelm_jax.data.train_tokenizer import train
 from stablelm_jax.interop import from_hf, gguf_export, gguf_peer, hf_peer, to_hf
 from stablelm_jax.interop.gguf_tensors import FILE_TYPES
 from stablelm_jax.interop.safetensors_files import DTYPES
@@ -41,6 +39,8 @@ from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.tokenizer.tokenizer import load_tokenizer
+from stablelm_jax.tokenizer.train_tokenizer import train
 
 ROWS, LAYERS, NEW_TOKENS = 1024, 3, 32
 COLUMNS = (

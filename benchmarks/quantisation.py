@@ -19,10 +19,10 @@ from rich.table import Table
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.weights import load_weights
-from stablelm_jax.evaluation.held_out import evaluate_held_out
 from stablelm_jax.generation.quantisation import METHODS
 from stablelm_jax.generation.weights import rounded
-from stablelm_jax.training.origin import Origin
+from stablelm_jax.training.data_position import DataPosition
+from stablelm_jax.training.held_out import evaluate_held_out
 from stablelm_jax.training.setup import Run, prepare_run
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     config.data.root = arguments.data or config.data.root
     config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
     config.evaluation.max_rows = arguments.max_rows
-    run = prepare_run(config, Origin.of_checkpoint(saved))
+    run = prepare_run(config, DataPosition.of_checkpoint(saved))
     _, _, params = load_weights(arguments.checkpoint, run.mesh)
     Console(width=120).print(_table(arguments, run, dict(_lines(run, params))))
 

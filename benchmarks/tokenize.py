@@ -94,7 +94,7 @@ def contestants() -> dict[str, Callable[[list[str]], list]]:
     """Name -> function from a list of texts to their ids."""
     import tiktoken
 
-    from stablelm_jax.data import tokenizer as module
+    from stablelm_jax.tokenizer import tokenizer as module
 
     ours = module.load_tokenizer(module.ARCADE100K)
     ranks = module._parse_ranks(module.find_ranks())
@@ -132,7 +132,7 @@ def race(kilobytes: int, text: str, total: int) -> dict:
 
 def _check_same_ids(batch: list[str], results: dict[str, list]) -> None:
     """Every 50th document; bare tiktoken knows no NFC, so only those that are NFC already."""
-    from stablelm_jax.data.long_text import normalise
+    from stablelm_jax.tokenizer.long_text import normalise
 
     for i in range(0, len(batch), 50):
         same = list(results["tiktoken"][i]) == list(results["ours"][i])

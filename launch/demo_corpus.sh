@@ -60,15 +60,15 @@ for language in "${languages[@]}"; do
     fetch_help "$code"
     text="$downloads/libreoffice_help_$language.jsonl"
     # Left out: the names of menus on a Mac (each page has both), lists of links, names of icons.
-    [[ -f $text ]] || (cd "$root" && "$python" -m stablelm_jax.data.html_text \
+    [[ -f $text ]] || (cd "$root" && "$python" -m stablelm_jax.preparation.html_text \
         --input "$downloads/libreoffice-help-$code/usr/share/libreoffice/help" --output "$text" \
         --skip .MAC --skip .relatedtopics --skip .howtoget --skip .noteicon)
     texts+=("$text")
 done
-(cd "$root" && "$python" -m stablelm_jax.data.smoke_corpus --output "$downloads")
+(cd "$root" && "$python" -m stablelm_jax.preparation.smoke_corpus --output "$downloads")
 
 say 'Training a tokenizer of 8,192 tokens on them'
-(cd "$root" && "$python" -m stablelm_jax.data.train_tokenizer --rows 8192 --output "$tokenizer" \
+(cd "$root" && "$python" -m stablelm_jax.tokenizer.train_tokenizer --rows 8192 --output "$tokenizer" \
     --input "${texts[@]}")
 for language in "${languages[@]}"; do
     prepare "libreoffice_help_$language" "$downloads/libreoffice_help_$language.jsonl" MPL-2.0 \

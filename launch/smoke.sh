@@ -57,10 +57,10 @@ fi
 cd "$root"
 
 say 'Collecting text that is on this machine already: the standard library, package descriptions'
-"$python" -m stablelm_jax.data.smoke_corpus --output "$workdir/corpus"
+"$python" -m stablelm_jax.preparation.smoke_corpus --output "$workdir/corpus"
 tokenizer="$workdir/corpus/tokenizer.json"
 say 'Training a small tokenizer on it'
-"$python" -m stablelm_jax.data.train_tokenizer --output "$tokenizer" \
+"$python" -m stablelm_jax.tokenizer.train_tokenizer --output "$tokenizer" \
     --input "$workdir/corpus/stdlib_code.jsonl" "$workdir/corpus/package_docs.jsonl"
 for source in stdlib_code package_docs; do
     say "Preparing $source: documents into tokens"

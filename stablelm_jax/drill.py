@@ -94,7 +94,7 @@ def _check(given: Any) -> None:
 def conclude(console: Any, folder: Path, results: Any, asked: dict[str, int]) -> int:
     """Prints the table, writes `folder`/drill.json; returns the exit code."""
     from stablelm_jax.drilling import report
-    from stablelm_jax.training.run_folder import write_json
+    from stablelm_jax.storage.files import write_json
 
     console.print(report.table(results))
     path = folder / "drill.json"

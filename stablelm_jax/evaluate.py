@@ -124,13 +124,13 @@ def _finite(value: Any) -> Any:
 def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
     from rich.console import Console
 
-    from stablelm_jax.evaluation.held_out import evaluate_held_out
-    from stablelm_jax.training.console import show_evaluation
-    from stablelm_jax.training.origin import Origin
+    from stablelm_jax.run.console import show_evaluation
+    from stablelm_jax.training.data_position import DataPosition
+    from stablelm_jax.training.held_out import evaluate_held_out
     from stablelm_jax.training.setup import prepare_run
 
     config = _config(arguments, saved)
-    run = prepare_run(config, Origin.of_checkpoint(saved.run))
+    run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
     if saved.model != run.model:
         raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
     line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
@@ -174,7 +174,6 @@ def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
         raise ValueError("tasks need lm-eval: pip install 'stablelm_jax[eval]'")
     from rich.console import Console
 
-    from stablelm_jax.data.remote import described
     from stablelm_jax.evaluation.of_checkpoint import lm_of_checkpoint
     from stablelm_jax.evaluation.progress import Bar
     from stablelm_jax.evaluation.published import published_models
@@ -182,6 +181,7 @@ def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
     from stablelm_jax.evaluation.task_scores import run_tasks
     from stablelm_jax.evaluation.task_table import scores_to_json, table_of_scores
     from stablelm_jax.parallel.mesh import make_mesh
+    from stablelm_jax.storage.remote import described
 
     if arguments.compare not in published_models():
         raise ValueError(

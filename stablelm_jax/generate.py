@@ -105,7 +105,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _settings(arguments: argparse.Namespace, saved) -> dict[str, Any]:
-    from stablelm_jax.data import chat
+    from stablelm_jax.generation import chat
 
     stops = [chat.special_id(saved.tokenizer, special) for special in arguments.stop_token]
     if arguments.chat:
@@ -122,7 +122,7 @@ def _settings(arguments: argparse.Namespace, saved) -> dict[str, Any]:
 
 
 def _encoded(tokenizer, text: str, arguments: argparse.Namespace) -> list[int]:
-    from stablelm_jax.data.chat import encode_chat
+    from stablelm_jax.generation.chat import encode_chat
 
     if not arguments.chat:
         return tokenizer.encode(text)

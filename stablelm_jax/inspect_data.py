@@ -35,13 +35,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _inspect(argv: Sequence[str]) -> int:
     config = config_lib.config_from_flags()
     from stablelm_jax.data.inspection import places
-    from stablelm_jax.data.tokenizer import load_tokenizer
-    from stablelm_jax.training.origin import Origin
+    from stablelm_jax.tokenizer.tokenizer import load_tokenizer
+    from stablelm_jax.training.data_position import DataPosition
     from stablelm_jax.training.setup import open_data
 
     given = flags.FLAGS
     try:
-        origin = Origin.of_workdir(given.workdir) if given.workdir else Origin.of_config(config)
+        origin = (
+            DataPosition.of_workdir(given.workdir)
+            if given.workdir
+            else DataPosition.of_config(config)
+        )
         tokenizer = load_tokenizer(config.data.tokenizer)
         mixture = origin.mixture(config)
         sources = open_data(config, tokenizer, mixture.sources)

@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stablelm_jax.data import manifest, parts, units
-from stablelm_jax.data.assemble import MAX_HELD_OUT_FRACTION, HeldOut
-from stablelm_jax.data.executors import EXECUTORS, Executor, TasksFailed
+from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.data.preparation import SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation import parts, units
+from stablelm_jax.preparation.assemble import MAX_HELD_OUT_FRACTION, HeldOut
+from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed
+from stablelm_jax.preparation.preparation import SHARD_TOKENS, Job, Preparation
 
 _POLL_SECONDS = 0.5
 # Where there is no terminal to draw a bar on, a line now and then.

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.training.compiler_flags import make_deterministic
-from stablelm_jax.training.signals import StopRequest
+from stablelm_jax.run.compiler_flags import make_deterministic
+from stablelm_jax.run.signals import StopRequest
 
 _LIST = "--list-branches"
 
@@ -52,7 +52,7 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     from stablelm_jax.parallel import distributed  # starts jax: after its flags
     from stablelm_jax.training.run import run_training
     from stablelm_jax.training.setup import fingerprints
-    from stablelm_jax.training.start import Wishes
+    from stablelm_jax.training.start import ResumeOptions
 
     given, processes = flags.FLAGS, None
     try:
@@ -61,7 +61,7 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         )
         if processes is not None:
             distributed.start(processes, fingerprints(config))
-        wishes = Wishes(given.strict, given["accept-config-change"].value)
+        wishes = ResumeOptions(given.strict, given["accept-config-change"].value)
         return run_training(config, set_by, given.workdir, wishes, stop)
     except config_lib.ConfigError:
         raise
@@ -76,7 +76,7 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
 def _list_branches(arguments: list[str]) -> int:
     """Needs no config, which the other flags ask for."""
-    from stablelm_jax.training.branches import show_branches
+    from stablelm_jax.reporting.branches import show_branches
 
     parser = argparse.ArgumentParser(prog="train", allow_abbrev=False)
     parser.add_argument(_LIST, metavar="DIR", required=True, help="a folder of run folders")

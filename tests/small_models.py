@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelm_jax.checkpoint.weights import write_weights
-from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
+from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 SMALL = dict(vocab_size=384, num_layers=3, width=64, num_heads=4, feed_forward_width=96)
 # As published, but for the sizes: biases in block norms belong to the 3B alone.

@@ -11,9 +11,9 @@ import pytest
 from tiny import VOCAB, write_tokenizer
 
 from stablelm_jax import generate
-from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.transformer import init_params
+from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 MODEL = ModelConfig(
     vocab_size=-(-VOCAB // 128) * 128,

@@ -19,8 +19,8 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.shards import ShardWriter
-from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.drilling import resolved
+from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training import loop, step
 from stablelm_jax.training.run import run_training
 from stablelm_jax.training.setup import Run

@@ -7,17 +7,17 @@ import re
 import orbax.checkpoint as ocp
 from etils import epath
 
-from stablelm_jax.data import remote
+from stablelm_jax.storage import remote
 
 _NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 
-def branch_name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     """`global_step<step>`."""
     return f"global_step{step}"
 
 
-def branch_step(name: str) -> int | None:
+def checkpoint_step(name: str) -> int | None:
     """The step of a branch name, or None if it is not one."""
     match = _NAME.fullmatch(name)
     return int(match.group(1)) if match else None
@@ -43,7 +43,7 @@ def checkpoint_path(path: epath.PathLike) -> epath.Path:
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in a folder `checkpoints/`, ascending; [] without it."""
-    found = ((branch_step(path.name), path) for path in entries(folder))
+    found = ((checkpoint_step(path.name), path) for path in entries(folder))
     return sorted(
         step for step, path in found if step is not None and ocp.path.step.is_path_finalized(path)
     )
@@ -56,14 +56,14 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
       ValueError: there is none.
     """
     path = checkpoint_path(path)
-    if branch_step(path.name) is not None:
+    if checkpoint_step(path.name) is not None:
         return path
     for folder in (path, path / "checkpoints"):
         if steps := finished_steps(folder):
-            return folder / branch_name(steps[-1])
+            return folder / checkpoint_name(steps[-1])
     raise ValueError(
         f"{path} is not a checkpoint and holds none; give the path of a folder named "
-        f"{branch_name(1000)!r} or the like, as found under WORKDIR/checkpoints/"
+        f"{checkpoint_name(1000)!r} or the like, as found under WORKDIR/checkpoints/"
     )
 
 

@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
-from stablelm_jax.checkpoint.names import branch_name, branch_step, checkpoint_path
-from stablelm_jax.data.remote import retried
+from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, checkpoint_step
 from stablelm_jax.model.parameters import nest
+from stablelm_jax.storage.remote import retried
 
 FORMAT_VERSION = 2  # 1 had no seal, and one set of weights for the whole run
 _ELSE = "use another checkpoint"
@@ -56,7 +56,7 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"{path} is damaged: run/metadata does not match its own checksum; {_ELSE}"
         )
-    if run.get("step", branch_step(path.name)) != branch_step(path.name):
+    if run.get("step", checkpoint_step(path.name)) != checkpoint_step(path.name):
         raise CheckpointError(f"{path} holds step {run['step']}: give it back its own name")
     return run
 
@@ -153,10 +153,10 @@ def state_hash(recorded: Mapping[str, int]) -> str:
 
 def _finished(path: epath.PathLike) -> epath.Path:
     path = checkpoint_path(path)
-    if branch_step(path.name) is None or not retried(f"looking for {path}", path.exists):
+    if checkpoint_step(path.name) is None or not retried(f"looking for {path}", path.exists):
         raise CheckpointError(
-            f"{path} is not a checkpoint; give the path of a folder named {branch_name(1000)!r} "
-            "or the like, as found under WORKDIR/checkpoints/"
+            f"{path} is not a checkpoint; give the path of a folder named {checkpoint_name(1000)!r}"
+            " or the like, as found under WORKDIR/checkpoints/"
         )
     if not ocp.path.step.is_path_finalized(path):
         raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")

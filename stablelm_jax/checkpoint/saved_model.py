@@ -11,13 +11,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from stablelm_jax.checkpoint.names import branch_name, find_checkpoint
+from stablelm_jax.checkpoint.names import checkpoint_name, find_checkpoint
 from stablelm_jax.checkpoint.reading import read_leaves, read_run
 from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
 from stablelm_jax.checkpoint.weights import load_weights
-from stablelm_jax.data.tokenizer import Tokenizer
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SavedModel:
     @property
     def name(self) -> str:
         """global_step<N>."""
-        return branch_name(self.run["step"])
+        return checkpoint_name(self.run["step"])
 
     @property
     def max_positions(self) -> int:

@@ -22,14 +22,14 @@ from etils import epath
 
 from stablelm_jax.checkpoint.checksum import checksums
 from stablelm_jax.checkpoint.names import (
-    branch_name,
-    branch_step,
+    checkpoint_name,
     checkpoint_path,
+    checkpoint_step,
     entries,
     finished_steps,
 )
 from stablelm_jax.checkpoint.reading import FORMAT_VERSION, sealed
-from stablelm_jax.data.remote import is_url
+from stablelm_jax.storage.remote import is_url
 
 _TEMPORARY = ocp.path.step.TMP_DIR_SUFFIX
 _COMMIT_MARK = "commit_success.txt"  # what makes a folder behind a URL a checkpoint
@@ -90,7 +90,7 @@ class CheckpointStore:
         interrupted = []
         for path in entries(self.folder):
             name = path.name.split(".")[0]
-            if branch_step(name) is None:
+            if checkpoint_step(name) is None:
                 continue
             half_written = _TEMPORARY in path.name or not (
                 path.name != name or ocp.path.step.is_path_finalized(path)
@@ -116,7 +116,7 @@ class CheckpointStore:
     def set_aside(self, step: int, ending: str = ".damaged") -> str:
         """Gives a checkpoint another name, which it is no longer found by; returns it."""
         self.wait()
-        path = self.folder / branch_name(step)
+        path = self.folder / checkpoint_name(step)
         target = self.folder / f"{path.name}{ending}"
         number = 1
         while target.exists():
@@ -143,7 +143,7 @@ class CheckpointStore:
         self._saving, self._began = step, time.monotonic()
         try:
             self._writer.save(
-                self.folder / branch_name(step),
+                self.folder / checkpoint_name(step),
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave(checkpoint.params),
                     optimizer=ocp.args.PyTreeSave(checkpoint.optimizer),
@@ -187,8 +187,8 @@ class CheckpointStore:
         """Forgets the save under way, which has failed here or on another host."""
         step, self._saving = self._saving, None
         if self._first and step is not None:
-            whole = self.folder / branch_name(step)
-            for path in self.folder.glob(f"{branch_name(step)}{_TEMPORARY}*"):
+            whole = self.folder / checkpoint_name(step)
+            for path in self.folder.glob(f"{checkpoint_name(step)}{_TEMPORARY}*"):
                 _remove_half_written(path)
             if is_url(whole) and whole.exists() and not ocp.path.step.is_path_finalized(whole):
                 whole.rmtree()  # there half a checkpoint has the name of a whole one
@@ -200,9 +200,9 @@ class CheckpointStore:
             self._steps.discard(step)
             if self._first:
                 try:
-                    _delete(self.folder / branch_name(step))
+                    _delete(self.folder / checkpoint_name(step))
                 except OSError as error:  # the new one is whole all the same
-                    logging.error("%s was not deleted: %s", branch_name(step), error)
+                    logging.error("%s was not deleted: %s", checkpoint_name(step), error)
 
     def close(self) -> None:
         """Waits and releases the threads; a failed save was raised before, or is raised now."""

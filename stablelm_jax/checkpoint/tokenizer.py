@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from stablelm_jax.checkpoint.names import checkpoint_path
-from stablelm_jax.data.tokenizer import ARCADE100K, Tokenizer, load_tokenizer
+from stablelm_jax.tokenizer.tokenizer import ARCADE100K, Tokenizer, load_tokenizer
 
 FILE = "tokenizer.json"  # beside the items of a checkpoint that was imported, or in a run's folder
 

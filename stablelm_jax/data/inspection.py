@@ -13,7 +13,7 @@ from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.rows import TokenStream, row_count, shuffled, source_seed, token_stream
 from stablelm_jax.data.shards import Shard
-from stablelm_jax.data.tokenizer import Tokenizer
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

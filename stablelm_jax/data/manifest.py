@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from stablelm_jax.data import shards
-from stablelm_jax.data.remote import RemotePath, as_path
 from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
 from stablelm_jax.data.shards import Shard, ShardInfo
+from stablelm_jax.storage.remote import RemotePath, as_path
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm_jax.data.remote import RemotePath
 from stablelm_jax.data.shards import ShardError, ShardInfo, TokenFile, file_sha256
+from stablelm_jax.storage.remote import RemotePath
 
 
 class ShardCache:

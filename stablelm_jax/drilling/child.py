@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm_jax.drilling.plan import KILL, ONCE, TWICE, Fault
-from stablelm_jax.training import signals
+from stablelm_jax.run import signals
 
 _POLL = 0.0005  # seconds; finalising takes milliseconds
 _HALF_WRITTEN = "*.orbax-checkpoint-tmp*"

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stablelm_jax.checkpoint.names import branch_name, finished_steps
+from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
 from stablelm_jax.checkpoint.reading import CheckpointError, read_run
-from stablelm_jax.training.metrics import MetricsFile
+from stablelm_jax.run.metrics import MetricsFile
 
 # Of a line of metrics; what else stands there is time and what follows from it.
 _KEYS = ("step", "loss", "learning_rate", "grad_norm", "param_norm", "updates_skipped")
@@ -57,7 +57,7 @@ def _unequal(where: str, expected: dict[str, Any], found: dict[str, Any]) -> Ite
 
 
 def _of_checkpoints(undisturbed: Path, disturbed: Path) -> Iterator[str]:
-    last = branch_name(finished_steps(undisturbed)[-1])
+    last = checkpoint_name(finished_steps(undisturbed)[-1])
     try:
         expected, found = (read_run(folder / last) for folder in (undisturbed, disturbed))
     except CheckpointError as error:

@@ -30,7 +30,7 @@ from stablelm_jax.drilling.plan import (
 )
 from stablelm_jax.drilling.starts import Ended, Setup, run_start
 from stablelm_jax.drilling.verdict import newest_step, problem
-from stablelm_jax.training.run_folder import write_json
+from stablelm_jax.storage.files import write_json
 from stablelm_jax.training.setup import fingerprints
 
 _TRIES = 4  # of a fault that came too late for its phase, or not at all

@@ -21,7 +21,7 @@ from typing import Any
 
 from stablelm_jax.drilling import resolved
 from stablelm_jax.drilling.plan import KILL, LEAVING, Fault
-from stablelm_jax.training.signals import EXIT_STOPPED
+from stablelm_jax.run.signals import EXIT_STOPPED
 
 CHILD = "stablelm_jax.drilling.child"
 _POLL = 0.005  # seconds

@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from stablelm_jax.checkpoint.names import branch_name, finished_steps
+from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
 from stablelm_jax.drilling.plan import KILL, LEAVING, Fault
 from stablelm_jax.drilling.starts import Ended
-from stablelm_jax.training.metrics import MetricsFile
-from stablelm_jax.training.signals import EXIT_STOPPED
+from stablelm_jax.run.metrics import MetricsFile
+from stablelm_jax.run.signals import EXIT_STOPPED
 
 
 def newest_step(workdir: Path) -> int | None:
@@ -61,7 +61,7 @@ def _wrong_checkpoint(ended: Ended, workdir: Path, before: int | None) -> str | 
                       default=0)  # fmt: skip
         if reached > newest:
             return f"step {reached} was reached, but only step {newest} was saved"
-    return damage(workdir / "checkpoints" / branch_name(newest))
+    return damage(workdir / "checkpoints" / checkpoint_name(newest))
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -19,9 +19,9 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from stablelm_jax.data.tokenizer import Tokenizer
 from stablelm_jax.evaluation.progress import Progress, Silent
 from stablelm_jax.evaluation.scoring import Scorer
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as in lm-eval's own class
 _AT_A_TIME = 64  # prompts that are continued before somebody may ask to leave

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stablelm_jax.data.tokenizer import Tokenizer
 from stablelm_jax.generation.generator import Generator
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 
 def prepare_texts(

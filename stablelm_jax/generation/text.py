@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from stablelm_jax.data import chat
-from stablelm_jax.data.tokenizer import Tokenizer
+from stablelm_jax.generation import chat
 from stablelm_jax.generation.generator import Generator
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 # What `decode` gives for bytes that are no UTF-8: the first part of a letter, perhaps.
 _INCOMPLETE = "\ufffd"

@@ -114,7 +114,7 @@ def _data(run: Mapping[str, Any]) -> str:
 
 
 def _origin(checkpoint: SavedModel) -> str:
-    return _table("## Origin", ("", ""), list(_origin_rows(checkpoint)))
+    return _table("## DataPosition", ("", ""), list(_origin_rows(checkpoint)))
 
 
 def _origin_rows(checkpoint: SavedModel) -> Iterator[tuple[str, str]]:

@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stablelm_jax.checkpoint.names import branch_name, branch_step
+from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.weights import load_weights, write_weights
 from stablelm_jax.interop import from_hf as reading
 from stablelm_jax.interop import gguf_export, gguf_peer
 from stablelm_jax.interop import to_hf as writing
-from stablelm_jax.interop.aside import aside
 from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
 from stablelm_jax.interop.hf_peer import peer, peer_logits
 from stablelm_jax.interop.verify import LIMITS, check, compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.storage.files import new_result
 
 
 def from_hf(
@@ -51,11 +51,11 @@ def from_hf(
     for switch in directory.dropped:
         console.print(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
     mesh = model_mesh(model)
-    with aside(out, force=force, source=source) as target:
+    with new_result(out, force=force, source=source) as target:
         with _progress(console, "reading", 4 * size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with console.status("writing"):
-            write_weights(target, params, reading.run_item(directory, branch_step(out.name)))
+            write_weights(target, params, reading.run_item(directory, checkpoint_step(out.name)))
             reading.write_tokenizer(directory.tokenizer, target)
         del params
         if verify:
@@ -92,7 +92,7 @@ def to_hf(
     """
     own = SavedModel.open(checkpoint, tokenizer)
     size = _tell(console, own.path, own.model, f", to {dtype}")
-    with aside(out, force=force, source=Path(own.path)) as target:
+    with new_result(out, force=force, source=Path(own.path)) as target:
         with _progress(console, "writing", 4 * size) as advance:
             writing.write_directory(
                 own,
@@ -163,7 +163,7 @@ def to_gguf(
             f"{file_type} blocks: stored as f16",
             soft_wrap=True,
         )
-    with aside(out, force=force, source=Path(own.path)) as target:
+    with new_result(out, force=force, source=Path(own.path)) as target:
         with _progress(console, "writing", 4 * size) as advance:
             gguf_export.write_file(own, target, file_type=file_type, on_tensor=advance)
         if verify:
@@ -196,13 +196,13 @@ def model_mesh(model: ModelConfig) -> Mesh:
 
 
 def _branch_path(out: Path, step: int | None) -> Path:
-    named = branch_step(out.name)
+    named = checkpoint_step(out.name)
     if named is None and (out / "checkpoints").is_dir():
         raise ValueError(
             f"{out} is the folder of a run, with checkpoints of its own; choose another"
         )
     if named is None:
-        return out / branch_name(step or 0)
+        return out / checkpoint_name(step or 0)
     if step not in (None, named):
         raise ValueError(f"{out} names step {named}, --step says {step}; leave one out")
     return out

@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stablelm_jax.checkpoint.tokenizer import FILE as TOKENIZER_FILE
-from stablelm_jax.data.tokenizer import ARCADE100K, HuggingFaceTokenizer, Tokenizer
 from stablelm_jax.interop import hf_config, names, tokenizer_files
 from stablelm_jax.interop.safetensors_files import TensorFiles
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
+from stablelm_jax.tokenizer.tokenizer import ARCADE100K, HuggingFaceTokenizer, Tokenizer
 
 # Buffers that old versions stored; they follow from the config.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")

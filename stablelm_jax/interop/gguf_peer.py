@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from stablelm_jax.data.tokenizer import Tokenizer
 from stablelm_jax.interop.gguf_reader import read_file
 from stablelm_jax.interop.verify import PROMPT, Mismatch, log_softmax, our_logits
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 # llama.cpp hands its probabilities over as JSON, two seconds for 100,352 of them.
 _PROBABILITIES = 1_000_000

@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from stablelm_jax.data.tokenizer import END_OF_DOCUMENT, PATTERN
+from stablelm_jax.tokenizer.tokenizer import END_OF_DOCUMENT, PATTERN
 
 # What every tokenizer.json must have here, or leave out, to mean the same in llama.cpp.
 _PLAIN = {
@@ -102,7 +102,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     if model.get("type") != "BPE":
         raise ValueError(
             f"the tokenizer is of type {model.get('type')!r}; GGUF export writes byte-level BPE "
-            "only, the kind of Arcade100k and of stablelm_jax.data.train_tokenizer"
+            "only, the kind of Arcade100k and of stablelm_jax.tokenizer.train_tokenizer"
         )
     for key, allowed in _PLAIN.items():
         if model.get(key, allowed[0]) not in allowed:

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stablelm_jax.data.tokenizer import (
+from stablelm_jax.interop.bpe_merges import merges, spelled
+from stablelm_jax.tokenizer.tokenizer import (
     ARCADE100K,
     PATTERN,
     RANKS_SHA256,
@@ -17,7 +18,6 @@ from stablelm_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from stablelm_jax.interop.bpe_merges import merges, spelled
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

@@ -15,7 +15,6 @@ from rich.table import Table
 from stablelm_jax import config as config_lib
 from stablelm_jax import configs_folder
 from stablelm_jax.data.manifest import ManifestMissing, read_manifest
-from stablelm_jax.data.remote import as_path
 from stablelm_jax.model.flops import flops_per_token, train_flops_per_token
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
@@ -23,6 +22,7 @@ from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
 from stablelm_jax.planning.cost import cost_of
 from stablelm_jax.planning.targets import Target, parse_target
+from stablelm_jax.storage.remote import as_path
 
 _GIB = 2**30
 _FLOAT32_BYTES = 4

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from stablelm_jax.data.remote import described
-from stablelm_jax.evaluation.held_out import EvalStep, HeldOutError, evaluate_held_out
 from stablelm_jax.evaluation.progress import Asking, Left
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.training import console as show
-from stablelm_jax.training.events import Events
+from stablelm_jax.run import console as show
+from stablelm_jax.run.events import Events
+from stablelm_jax.storage.remote import described
+from stablelm_jax.training.held_out import EvalStep, HeldOutError, evaluate_held_out
 from stablelm_jax.training.setup import Run
 
 # While tasks run, this long without an answer is no hang: their data may come over the network.

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from stablelm_jax.checkpoint.names import branch_name
+from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
-from stablelm_jax.training.events import Events
-from stablelm_jax.training.metrics import LossSums, Skipped
+from stablelm_jax.run.events import Events
+from stablelm_jax.run.metrics import LossSums, Skipped
 from stablelm_jax.training.resume import to_checkpoint
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.state import TrainState
@@ -88,9 +88,9 @@ class Faults:
         first = step - count + 1
         return (
             f"{count} updates in a row were left out, steps {first} to {step}; the checkpoint "
-            f"{branch_name(first - 1)} is from before them. Look at what the first of them read: "
-            f"{inspection_command(first)}\nThen run the same command again, or start a branch of "
-            "that checkpoint with a lower learning rate or other data"
+            f"{checkpoint_name(first - 1)} is from before them. Look at what the first of them "
+            f"read: {inspection_command(first)}\nThen run the same command again, or start a "
+            "branch of that checkpoint with a lower learning rate or other data"
         )
 
     def compare_replicas(self, state: TrainState, step: int) -> None:

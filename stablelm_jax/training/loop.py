@@ -18,28 +18,28 @@ import jax
 from rich.console import Console
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.checkpoint.names import branch_name
+from stablelm_jax.checkpoint.names import checkpoint_name
+from stablelm_jax.checkpoint.saving import SaveFailed, Saver
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.training import console as show
-from stablelm_jax.training.compilation_cache import CompilationCache
+from stablelm_jax.reporting.picture import draw_losses
+from stablelm_jax.run import console as show
+from stablelm_jax.run.compilation_cache import CompilationCache
+from stablelm_jax.run.events import Events
+from stablelm_jax.run.folder import RunFolder, git_commit
+from stablelm_jax.run.metrics import LossSums
+from stablelm_jax.run.profile import Profiler
+from stablelm_jax.run.shard_watch import ShardWatch
+from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest, announce
+from stablelm_jax.run.watchdog import Watchdog, write_stacks
+from stablelm_jax.run.writers import Writers
 from stablelm_jax.training.evaluations import PATIENCE, TASKS, Evaluations
-from stablelm_jax.training.events import Events
 from stablelm_jax.training.faults import Faults, Stopped, rewound
 from stablelm_jax.training.meter import Meter
-from stablelm_jax.training.metrics import LossSums
-from stablelm_jax.training.picture import draw_losses
-from stablelm_jax.training.profile import Profiler
 from stablelm_jax.training.programs import compile_programs
 from stablelm_jax.training.resume import guard_to_json, to_checkpoint
-from stablelm_jax.training.run_folder import RunFolder, git_commit
-from stablelm_jax.training.saving import SaveFailed, Saver
 from stablelm_jax.training.setup import Run
-from stablelm_jax.training.shard_watch import ShardWatch
-from stablelm_jax.training.signals import EXIT_STOPPED, StopRequest, announce
-from stablelm_jax.training.start import Start, Wishes
-from stablelm_jax.training.watchdog import Watchdog, write_stacks
-from stablelm_jax.training.writers import Writers
+from stablelm_jax.training.start import ResumeOptions, Start
 
 HANG_PAUSE = 5.0  # seconds in which the other processes write their stacks
 
@@ -53,7 +53,7 @@ class Trainer:
         folder: RunFolder,
         console: Console,
         cache: CompilationCache,
-        wishes: Wishes,
+        wishes: ResumeOptions,
         stop: StopRequest,
     ):
         self.folder, self.console, self.cache, self.stop = folder, console, cache, stop
@@ -164,7 +164,7 @@ class Trainer:
                 self.writers.close()
                 return EXIT_STOPPED
             self._close()
-            path = self.folder.checkpoints / branch_name(step)
+            path = self.folder.checkpoints / checkpoint_name(step)
             self.console.print(f"finished step {self.last_step:,}; checkpoint {path}")
             return 0
 
@@ -204,7 +204,7 @@ class Trainer:
         """For a signal that comes while there is nothing to save."""
         saved = self.store.steps()
         if saved:
-            path = self.folder.checkpoints / branch_name(saved[-1])
+            path = self.folder.checkpoints / checkpoint_name(saved[-1])
             self.stop.safe = f"checkpoint {path} is whole"
 
     def _cut_back(self) -> dict[str, set[int]]:
@@ -265,7 +265,9 @@ class Trainer:
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())
         if distributed.is_first():
             with self._disk_may_be_full("samples"):
-                self.folder.write_sample(branch_name(self.position.step), f"{note}\n\n{whole}\n")
+                self.folder.write_sample(
+                    checkpoint_name(self.position.step), f"{note}\n\n{whole}\n"
+                )
 
     def _save(self, due: bool) -> None:
         """`due`: by time; by steps it may be as well."""
@@ -370,7 +372,7 @@ class Trainer:
 
     def _tell_stopped(self) -> None:
         saved = self.store.steps()
-        whole = self.folder.checkpoints / branch_name(saved[-1]) if saved else "none"
+        whole = self.folder.checkpoints / checkpoint_name(saved[-1]) if saved else "none"
         heard = self.stop.name is not None
         who = self.stop.name or "a signal on another host"
         seconds = self.stop.seconds_since() if heard else None
@@ -389,7 +391,7 @@ class Trainer:
         # Even where the console or the disk is what hangs.
         threading.Timer(4 * HANG_PAUSE, os._exit, (EXIT_STOPPED,)).start()
         step, index = self.position.step, jax.process_index()
-        path = self.folder.path / "hang" / f"{branch_name(step)}-process{index}.txt"
+        path = self.folder.path / "hang" / f"{checkpoint_name(step)}-process{index}.txt"
         text = f"HUNG in {self.stop.phase_name} at step {step} on process {index}: {why}"
         write_stacks(path, text)
         self.folder.bring(path)

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from stablelm_jax.evaluation.held_out import EvalStep
 from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.parallel import distributed
-from stablelm_jax.training.compilation_cache import CompilationCache
+from stablelm_jax.run.compilation_cache import CompilationCache
+from stablelm_jax.training.held_out import EvalStep
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.step import StepFunction
 

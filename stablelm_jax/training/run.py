@@ -10,20 +10,20 @@ from rich.console import Console
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.parallel import distributed
-from stablelm_jax.training import console as show
-from stablelm_jax.training import notices
-from stablelm_jax.training.compilation_cache import CompilationCache
+from stablelm_jax.run import console as show
+from stablelm_jax.run import notices
+from stablelm_jax.run.compilation_cache import CompilationCache
+from stablelm_jax.run.folder import RunFolder
+from stablelm_jax.run.signals import StopRequest
 from stablelm_jax.training.loop import Trainer
-from stablelm_jax.training.run_folder import RunFolder
-from stablelm_jax.training.signals import StopRequest
-from stablelm_jax.training.start import Wishes, prepare_start
+from stablelm_jax.training.start import ResumeOptions, prepare_start
 
 
 def run_training(
     config: ConfigDict,
     set_by: dict[str, str],
     workdir: str,
-    wishes: Wishes | None = None,
+    wishes: ResumeOptions | None = None,
     stop: StopRequest | None = None,
 ) -> int:
     """Trains `config` in the folder `workdir`; returns the exit code.
@@ -50,7 +50,7 @@ def run_training(
         stack.enter_context(_claimed(folder))
         show.show_decisions(console, run)
         console.print(f"run folder: {folder}", soft_wrap=True)
-        trainer = Trainer(run, folder, console, cache, wishes or Wishes(), stop)
+        trainer = Trainer(run, folder, console, cache, wishes or ResumeOptions(), stop)
         if distributed.is_first():
             folder.write_config(config_lib.to_dict(config), set_by)
             folder.write_tokenizer(run.tokenizer)

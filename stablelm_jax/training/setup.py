@@ -20,8 +20,6 @@ from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shard_cache import ShardCache
-from stablelm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from stablelm_jax.evaluation.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.generation.samples import prepare_texts
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
@@ -30,7 +28,9 @@ from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.training.origin import Origin
+from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from stablelm_jax.training.data_position import DataPosition
+from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.training.state import TrainState, abstract_state
 from stablelm_jax.training.step import make_train_step
 
@@ -44,7 +44,7 @@ class Run:
     mesh: Mesh
     tokenizer: Tokenizer
     sources: Mapping[str, Source]
-    origin: Origin
+    origin: DataPosition
     mixture: Mixture
     spec: BatchSpec
     optimizer: optax.GradientTransformation
@@ -230,7 +230,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     }
 
 
-def prepare_run(config: ConfigDict, origin: Origin | None = None) -> Run:
+def prepare_run(config: ConfigDict, origin: DataPosition | None = None) -> Run:
     """Checks the config against devices and data; touches no accelerator memory.
 
     `origin`: of a run that has begun; by default that of one which has not.
@@ -243,7 +243,7 @@ def prepare_run(config: ConfigDict, origin: Origin | None = None) -> Run:
     model = config_lib.model_config(config)
     mesh = make_mesh(**sizes)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    origin = Origin.of_config(config) if origin is None else origin
+    origin = DataPosition.of_config(config) if origin is None else origin
     mixture = origin.mixture(config)
     sources = open_data(config, tokenizer, mixture.sources)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)

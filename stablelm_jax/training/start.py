@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from stablelm_jax.checkpoint.names import branch_name
+from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import (
     CheckpointError,
     DamagedCheckpoint,
@@ -20,8 +20,8 @@ from stablelm_jax.checkpoint.reading import (
 )
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.training.events import Events
-from stablelm_jax.training.origin import NoCheckpoint, Origin, check_parent
+from stablelm_jax.run.events import Events
+from stablelm_jax.training.data_position import DataPosition, NoCheckpoint, check_parent
 from stablelm_jax.training.resume import (
     Position,
     ResumeError,
@@ -41,7 +41,7 @@ _MOVES_ORIGIN = ("data.weights", "data.stages", "data.batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
+class ResumeOptions:
     """How a run is to be resumed.
 
     Attributes:
@@ -61,9 +61,9 @@ def prepare_start(config: ConfigDict, workdir: str) -> Run:
     """
     check_parent(config)
     try:
-        origin = Origin.of_workdir(workdir)
+        origin = DataPosition.of_workdir(workdir)
     except NoCheckpoint:
-        origin = Origin.of_config(config)
+        origin = DataPosition.of_config(config)
     return prepare_run(config, origin)
 
 
@@ -76,7 +76,7 @@ class Start:
       resumed: whether from a checkpoint of its own.
     """
 
-    def __init__(self, run: Run, store: CheckpointStore, wishes: Wishes, events: Events):
+    def __init__(self, run: Run, store: CheckpointStore, wishes: ResumeOptions, events: Events):
         """Raises ResumeError, CheckpointError or ValueError; nothing of the run is changed then.
 
         Damaged checkpoints newer than the one that was taken are set aside under another name.
@@ -113,7 +113,7 @@ class Start:
         self, step: int, damaged: dict[int, CheckpointError]
     ) -> tuple[TrainState, Position] | None:
         """From the checkpoint of a step; None where it is damaged, and then noted."""
-        path = self._store.folder / branch_name(step)
+        path = self._store.folder / checkpoint_name(step)
         error, found = None, None
         try:
             found = self._restored(path)
@@ -137,7 +137,7 @@ class Start:
             self._events.tell(
                 "damaged_checkpoint",
                 f"{error}; it is now called {aside}, and the run goes on from the newest whole one",
-                checkpoint=str(self._store.folder / branch_name(step)),
+                checkpoint=str(self._store.folder / checkpoint_name(step)),
             )
 
     def _restored(self, path: Any) -> tuple[TrainState, Position]:
@@ -145,7 +145,7 @@ class Start:
         config = self.run.config
         changes = config_changes(saved, config)
         check_changes(changes, self._wishes.accept_config_change, path)
-        origin = Origin.of_checkpoint(saved)
+        origin = DataPosition.of_checkpoint(saved)
         if any(key.startswith(_MOVES_ORIGIN) for key in changes) and not _goes_on(
             config, origin, saved
         ):
@@ -154,7 +154,7 @@ class Start:
             self.run = prepare_run(config, origin)
         check_same_run(saved, self.run.identity())
         state, position = restore(self.run, path, saved)
-        if origin != Origin.of_checkpoint(saved):
+        if origin != DataPosition.of_checkpoint(saved):
             state, position = _without_row(state, position)
         if changes:
             position.config_changes.append({"step": position.step, "changes": changes})
@@ -191,7 +191,7 @@ class Start:
         return state, dataclasses.replace(position, train_seconds=0.0, config_changes=[])
 
 
-def _goes_on(config: ConfigDict, origin: Origin, saved: Mapping[str, Any]) -> bool:
+def _goes_on(config: ConfigDict, origin: DataPosition, saved: Mapping[str, Any]) -> bool:
     """Whether rows are counted as before and only weights of later steps are new."""
     rows, batch_size = saved["rows_consumed"], saved["config"]["data"]["batch_size"]
     spans = [list(span) for span in origin.mixture(config).spans()]

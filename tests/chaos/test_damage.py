@@ -13,7 +13,7 @@ from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
 from stablelm_jax.training.run import run_training
-from stablelm_jax.training.start import Wishes
+from stablelm_jax.training.start import ResumeOptions
 
 
 def state(seed=0):
@@ -192,7 +192,7 @@ def test_with_strict_a_damaged_newest_checkpoint_is_an_error_and_stays(run, tmp_
     metadata = tmp_path / "run/checkpoints/global_step12/run/metadata"
     metadata.write_text(metadata.read_text().replace('"step": 12', '"step": 13'))
     with pytest.raises(CheckpointError, match="global_step12 is damaged.*--strict"):
-        run_training(config, {}, str(tmp_path / "run"), Wishes(strict=True))
+        run_training(config, {}, str(tmp_path / "run"), ResumeOptions(strict=True))
     assert (tmp_path / "run/checkpoints/global_step12").exists()
 
 

@@ -1,12 +1,12 @@
 import pytest
 
-from stablelm_jax.checkpoint.names import branch_name, branch_step
+from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 
 
 @pytest.mark.parametrize("step", [0, 7, 420_000])
 def test_a_name_and_its_step_belong_together(step):
-    assert branch_name(step) == f"global_step{step}"
-    assert branch_step(branch_name(step)) == step
+    assert checkpoint_name(step) == f"global_step{step}"
+    assert checkpoint_step(checkpoint_name(step)) == step
 
 
 @pytest.mark.parametrize(
@@ -14,4 +14,4 @@ def test_a_name_and_its_step_belong_together(step):
     ["global_step", "global_step_7", "global_step07", "step7", "global_step7.orbax-checkpoint-tmp"],
 )
 def test_other_names_are_no_branches(name):
-    assert branch_step(name) is None
+    assert checkpoint_step(name) is None

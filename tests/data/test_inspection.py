@@ -8,7 +8,7 @@ from tiny import tiny_config, write_config
 
 from stablelm_jax.data.inspection import places
 from stablelm_jax.data.shards import Shard
-from stablelm_jax.data.tokenizer import load_tokenizer
+from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training.setup import prepare_run
 
 

@@ -1,8 +1,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from stablelm_jax.data.tokenizer import load_tokenizer
 from stablelm_jax.generation.text import Conversation, as_text
+from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

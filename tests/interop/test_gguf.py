@@ -15,13 +15,13 @@ from small_models import KINDS, random_params, write_checkpoint
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from stablelm_jax import convert
-from stablelm_jax.data.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer
-from stablelm_jax.data.train_tokenizer import train
 from stablelm_jax.interop import gguf_export, gguf_peer, gguf_reader, tokenizer_files, verify
 from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
 from stablelm_jax.interop.gguf_tokens import vocabulary
 from stablelm_jax.interop.names import with_norm_biases
 from stablelm_jax.model.parameters import nest
+from stablelm_jax.tokenizer.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer
+from stablelm_jax.tokenizer.train_tokenizer import train
 
 # Largest error of a value, as a share of the largest of its block: half a step of the type, and the
 # float16 of the step. The 16 steps of q4_0 reach the largest value on one side of zero only.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from stablelm_jax.data.tokenizer import ARCADE100K, SPECIAL_TOKENS, load_tokenizer
 from stablelm_jax.interop import tokenizer_files
+from stablelm_jax.tokenizer.tokenizer import ARCADE100K, SPECIAL_TOKENS, load_tokenizer
 
 LANGUAGES = (
     "Größenwahnsinnige Übermütigkeit überfällt 1234 Äpfel; L'été dernier, où étiez-vous ? "

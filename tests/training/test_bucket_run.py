@@ -17,7 +17,7 @@ import pytest
 from tiny import losses, metrics, tiny_config, write_config, write_data
 
 from stablelm_jax import evaluate, generate
-from stablelm_jax.training.spool import spool_folder
+from stablelm_jax.run.mirror import mirror_folder
 
 STEPS = 40
 ROOT, WORKDIR = "gs://training/some/data", "gs://training/runs/tiny"
@@ -156,4 +156,4 @@ def test_a_finished_run_started_again_has_nothing_to_do(run, gcs, config_file):
     before = stored_metrics(gcs)
     finish(start(config_file, WORKDIR, run[0] / "host-3", f"--config.data.root={ROOT}"))
     assert stored_metrics(gcs) == before
-    assert spool_folder(WORKDIR).name in os.listdir(run[0] / "host-3" / "stablelm_jax" / "runs")
+    assert mirror_folder(WORKDIR).name in os.listdir(run[0] / "host-3" / "stablelm_jax" / "runs")

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from tiny import bare_config, events, losses, metrics, train, write_config, write_data
 
+from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.training import loop, saving, step
+from stablelm_jax.run.watchdog import Watchdog, write_stacks
+from stablelm_jax.training import loop, step
 from stablelm_jax.training.faults import inspection_command
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.step import judged
-from stablelm_jax.training.watchdog import Watchdog, write_stacks
 
 
 @pytest.fixture(scope="module")

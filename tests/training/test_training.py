@@ -10,8 +10,8 @@ from stablelm_jax import convert
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
 from stablelm_jax.kernels.check import WrongKernel
+from stablelm_jax.run.folder import git_commit
 from stablelm_jax.training.run import run_training
-from stablelm_jax.training.run_folder import git_commit
 from stablelm_jax.training.setup import Run
 
 

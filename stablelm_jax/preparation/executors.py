@@ -1,0 +1,195 @@
+"""Where the tasks of `prepare` run: processes of this machine, a SLURM array, a Ray cluster.
+
+The executors are datatrove's. Ours around them: all return only when every task is done, or raise
+`TasksFailed`; a worker that dies is noticed (datatrove's local executor would wait for it for
+ever); workers do not outlive the process that started them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+EXECUTORS = ("local", "slurm", "ray")
+
+# A job of an array runs several tasks one after the other, or starting Python would be most of it.
+_ARRAY_ROUNDS = 4
+_SLURM_POLL_SECONDS = 5.0
+# Jobs leave the queue a moment before or after their last file is seen on a shared disk.
+_SLURM_GRACE_SECONDS = 60.0
+# All that a worker imports: its tasks, and what `prepare`, the main module, brings along.
+_PRELOADED = ["stablelm_jax.preparation.preparation", "rich.progress", "rich.table"]
+
+
+class TasksFailed(RuntimeError):
+    """Not all tasks were done; the message says what is known and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Executor:
+    """Which executor, with how many tasks at a time, and what SLURM wants to know.
+
+    slurm_options: further options of sbatch, name to value.
+    """
+
+    kind: str = "local"
+    workers: int = 1
+    slurm_partition: str = ""
+    slurm_time: str = "24:00:00"
+    slurm_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def run(self, pipeline: Sequence[PipelineStep], tasks: int, logs: pathlib.Path) -> None:
+        """Runs `pipeline` for the ranks 0..tasks-1, but for those that `logs` knows as done.
+
+        Raises:
+          TasksFailed: some task was not done.
+        """
+        start = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[self.kind]
+        start(self, list(pipeline), tasks, logs)
+
+
+def _run_local(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
+    _LocalExecutor(pipeline, tasks, min(options.workers, tasks), str(logs)).run()
+
+
+class _LocalExecutor(LocalPipelineExecutor):
+    """datatrove's, on a pool that breaks when a worker dies."""
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if not ranks:
+            return
+        output = pathlib.Path(self.logging_dir.path) / "workers.log"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Workers fork from a server that has imported what they need: a second pool starts at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(self.workers, context, _start_worker, (str(output),))
+        try:
+            futures = [pool.submit(self._run_for_rank, rank, 1) for rank in ranks]
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool:
+            raise TasksFailed(
+                "a worker was killed (by the kernel, if memory ran out): run the same command again"
+                " to go on from here, with fewer --workers if it was memory"
+            ) from None
+        except BaseException as error:
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()
+            if not isinstance(error, Exception):
+                raise
+            raise TasksFailed(
+                f"{type(error).__name__}: {error} (details: {output.parent / 'logs'}); run the same"
+                " command again to go on from here"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(output: str) -> None:
+    """In each worker: its messages go to a file, and it ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_slurm(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
+    executor = _SlurmExecutor(
+        pipeline,
+        tasks=tasks,
+        time=options.slurm_time,
+        partition=options.slurm_partition,
+        workers=options.workers,
+        job_name="stablelm_prepare",
+        qos="",
+        env_command=_environment(),
+        sbatch_args=dict(options.slurm_options),
+        logging_dir=str(logs),
+        tasks_per_job=math.ceil(tasks / (options.workers * _ARRAY_ROUNDS)),
+        with_srun=False,
+    )
+    note = logs / "slurm_job"
+    job = note.read_text() if note.exists() else ""
+    if not (job and _is_queued(job)):  # else an earlier call was stopped, its jobs were not
+        try:
+            executor.run()
+        except subprocess.CalledProcessError as error:
+            code = error.returncode
+            raise TasksFailed(f"sbatch failed with exit code {code}, see above") from None
+        job = executor.job_id
+        note.write_text(str(job))
+    _wait_for_slurm(executor, str(job), logs)
+
+
+class _SlurmExecutor(SlurmPipelineExecutor):
+    """datatrove's, without the job that adds up its statistics: the manifest holds ours."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+
+def _wait_for_slurm(executor: SlurmPipelineExecutor, job: str, logs: pathlib.Path) -> None:
+    left_at = None
+    while missing := executor.get_incomplete_ranks():
+        time.sleep(_SLURM_POLL_SECONDS)
+        if _is_queued(job):
+            left_at = None
+            continue
+        left_at = left_at or time.monotonic()
+        if time.monotonic() - left_at > _SLURM_GRACE_SECONDS:
+            raise TasksFailed(
+                f"SLURM job {job} left the queue with {len(missing)} of {executor.world_size} tasks"
+                f" not done (see {logs / 'slurm_logs'}); run the same command again to go on"
+            )
+
+
+def _environment() -> str:
+    """Shell line that gives a job this Python and this package."""
+    root = pathlib.Path(__file__).parents[2]
+    folder = pathlib.Path(sys.executable).parent
+    return f'export PATH="{folder}:$PATH" PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"'
+
+
+def _is_queued(job: str) -> bool:
+    command = ["squeue", "-h", "-j", job]
+    queue = subprocess.run(command, capture_output=True, text=True, check=False)
+    return queue.returncode == 0 and bool(queue.stdout.strip())
+
+
+def _run_ray(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    executor = RayPipelineExecutor(
+        pipeline, tasks=tasks, workers=options.workers, logging_dir=str(logs)
+    )
+    executor.run()
+    if missing := executor.get_incomplete_ranks():
+        raise TasksFailed(
+            f"{len(missing)} of {tasks} Ray tasks were not done; see {logs / 'logs'}, then run the"
+            " same command again to go on"
+        )

@@ -1,0 +1,93 @@
+"""Pages of HTML into documents that `prepare` reads: one JSON line a page.
+
+    python -m stablelm_jax.preparation.html_text --input DIR --output FILE.jsonl
+        [--skip SELECTOR ...]
+
+Needs resiliparse (extra `demo`). Headers, footers, sidebars and navigation are left out always,
+what matches a SELECTOR (CSS) as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+NAVIGATION = ("header", "footer", "aside", "nav")
+
+
+def page_text(page: bytes, skip: Sequence[str] = ()) -> str:
+    """The text of one page, paragraphs apart, without what matches the selectors of `skip`."""
+    from resiliparse.extract.html2text import extract_plain_text
+
+    left_out = [*NAVIGATION, *skip]
+    text = extract_plain_text(
+        _decoded(page), alt_texts=False, comments=False, skip_elements=left_out
+    )
+    return text.strip()
+
+
+def _decoded(page: bytes) -> str:
+    """UTF-8 wherever it is that: a detector takes short pages with many accents for Latin-1."""
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    try:
+        return page.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return bytes_to_str(page, detect_encoding(page))
+
+
+def write_documents(folder: Path, output: Path, skip: Sequence[str] = ()) -> tuple[int, int]:
+    """Writes the pages below `folder` in the order of their paths; returns (pages, without text).
+
+    Raises:
+      ValueError: no page below `folder`.
+    """
+    pages = without_text = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(output.name + ".partial")
+    with open(aside, "wb") as file:
+        for path in _pages(folder):
+            pages += 1
+            text = page_text(path.read_bytes(), skip)
+            if text:
+                name = path.relative_to(folder).as_posix()
+                file.write(orjson.dumps({"id": name, "text": text}) + b"\n")
+            else:
+                without_text += 1
+    if not pages:
+        aside.unlink()
+        raise ValueError(f"{folder} holds no .html file; give the folder of the pages")
+    os.replace(aside, output)
+    return pages, without_text
+
+
+def _pages(folder: Path) -> Iterator[Path]:
+    yield from sorted(p for p in folder.rglob("*") if p.suffix in (".html", ".htm"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, required=True, help="folder of pages")
+    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--skip", action="append", default=[], help="CSS selector to leave out")
+    arguments = parser.parse_args(argv)
+    try:
+        pages, without_text = write_documents(arguments.input, arguments.output, arguments.skip)
+    except (ValueError, OSError) as error:
+        print(f"html_text: {error}", file=sys.stderr)
+        return 1
+    except ImportError:
+        print("html_text: needs resiliparse; pip install resiliparse", file=sys.stderr)
+        return 1
+    print(f"{arguments.output}: {pages - without_text} pages, {without_text} without text left out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Real text that every Python holds: `python -m stablelm_jax.preparation.smoke_corpus --output DIR`
+
+Writes two sources' documents as jsonl, one document a line with its `text` and its `id`:
+
+    stdlib_code.jsonl    the sources of the standard library, a document a file
+    package_docs.jsonl   the long descriptions of the installed packages, a document a package
+
+The standard library's own tests are left out: many distributions of Python leave them out too, so
+the corpus is nearly the same everywhere, and they are tables of odd input more than code to learn
+from. A file that is there already is kept, so that preparing it again finds nothing changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+
+# site-packages is not the standard library; the others hold its tests.
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+def stdlib_code() -> Iterator[tuple[str, str]]:
+    """(path within the standard library, source text) of its modules, sorted by path."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _LEFT_OUT.isdisjoint(relative.parts):
+            try:
+                with tokenize.open(path) as file:  # follows the encoding that the source declares
+                    text = file.read()
+            except (SyntaxError, UnicodeDecodeError):
+                continue  # a source that Python itself would not take
+            if text.strip():
+                yield relative.as_posix(), text
+
+
+def package_docs() -> Iterator[tuple[str, str]]:
+    """(name and version, long description) of the installed packages, sorted by name."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        metadata = distribution.metadata
+        # In old metadata the description is a header, in newer the body.
+        text = metadata.get_payload() or metadata.get("Description", "")
+        name = metadata.get("Name")
+        if name and isinstance(text, str) and text.strip():
+            # The first one found is the one that Python imports.
+            found.setdefault(name.lower(), (f"{name} {distribution.version}", text.strip() + "\n"))
+    return iter(found[name] for name in sorted(found))
+
+
+SOURCES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+    "stdlib_code": stdlib_code,
+    "package_docs": package_docs,
+}
+
+
+def write(directory: pathlib.Path) -> list[str]:
+    """Writes what is missing in `directory`; returns a line on each file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, documents in SOURCES.items():
+        path = directory / f"{name}.jsonl"
+        lines.append(f"{path}: kept" if path.exists() else _write(path, documents()))
+    return lines
+
+
+def _write(path: pathlib.Path, documents: Iterable[tuple[str, str]]) -> str:
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with open(partial, "w", encoding="utf-8") as file:
+        for name, text in documents:
+            file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(partial, path)
+    return f"{path}: {count:,} documents, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
+    for line in write(parser.parse_args(arguments).output):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""`prepare` with units and parts of a few kilobytes, slowed down where files get their names.
+
+Run by the tests of `prepare` in its place. Workers import the main module of the process that
+starts them, so what is set here holds in all of them.
+
+Environment:
+  PIECES_DELAY: seconds of sleep before and after each rename (default 0).
+  PIECES_KILL_WORKER: a file; the first worker that finishes a part after it is made kills itself.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from stablelm_jax import prepare
+from stablelm_jax.preparation import parts, pipeline, units
+
+units._MIN_UNIT_BYTES = 40_000
+units._UNITS_PER_SOURCE = 10**9
+pipeline.PART_BYTES = 15_000
+pipeline._BUNCH_CHARACTERS = 4_000
+
+_DELAY = float(os.environ.get("PIECES_DELAY", "0"))
+_KILL = os.environ.get("PIECES_KILL_WORKER")
+
+
+def slowly(move):
+    def moved(*arguments, **options):
+        time.sleep(_DELAY)
+        move(*arguments, **options)
+        time.sleep(_DELAY)
+
+    return moved
+
+
+def deadly(close):
+    def closed(*arguments, **options):
+        if os.path.exists(_KILL):
+            pathlib.Path(_KILL).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        close(*arguments, **options)
+
+    return closed
+
+
+if _DELAY:
+    os.rename, os.replace = slowly(os.rename), slowly(os.replace)
+if _KILL:
+    parts.PartWriter.close = deadly(parts.PartWriter.close)
+
+if __name__ == "__main__":
+    sys.exit(prepare.main())

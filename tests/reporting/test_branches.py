@@ -1,0 +1,208 @@
+"""Step branches, later weights and changed configs: what goes on exactly, what is refused."""
+
+import io
+import shutil
+
+import pytest
+from rich.console import Console
+from small_models import random_params, write_checkpoint
+from tiny import bare_config, events, losses, metrics, train
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint.reading import read_run, state_hash
+from stablelm_jax.config import ConfigError
+from stablelm_jax.reporting.branches import draw, find_runs, show_branches
+from stablelm_jax.training.run import run_training
+from stablelm_jax.training.start import ResumeOptions
+
+
+@pytest.fixture(scope="module")
+def parent(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("parent")
+    return workdir, *train(bare_config(data), workdir)
+
+
+def checkpoint(workdir, step):
+    return workdir / f"checkpoints/global_step{step}"
+
+
+def branch(data, parent, workdir, step=8, **overrides):
+    path = str(checkpoint(parent[0], step))
+    return train(bare_config(data, **{"branch.parent": path, **overrides}), workdir)
+
+
+def test_a_branch_that_changes_nothing_is_its_parent_bit_for_bit(data, parent, tmp_path):
+    _, lines = branch(data, parent, tmp_path)
+    after = {step: loss for step, loss in losses(parent[2]).items() if step > 8}
+    assert losses(lines) == after
+    last, original = (read_run(checkpoint(folder, 12)) for folder in (tmp_path, parent[0]))
+    assert last["checksums"] == original["checksums"]
+    assert last["tokens"] == original["tokens"]
+    assert last["row_order"] == original["row_order"]
+
+
+def test_a_branch_records_its_parent_with_step_and_hash(data, parent, tmp_path):
+    branch(data, parent, tmp_path)
+    saved = read_run(checkpoint(parent[0], 8))
+    expected = state_hash(saved["checksums"])
+    for step in (8, 12):
+        origin = read_run(checkpoint(tmp_path, step))["origin"]
+        assert (origin["parent_step"], origin["parent_hash"]) == (8, expected)
+        assert origin["parent"] == str(checkpoint(parent[0], 8))
+    assert events(tmp_path, "branch")[0]["hash"] == expected
+
+
+def test_weights_alone_are_no_parent_but_a_bad_config(data, tmp_path):
+    model = config_lib.model_config(bare_config(data))
+    path = tmp_path / "global_step5"
+    imported = write_checkpoint(path, model, random_params(model), data / "tokenizer.json")
+    with pytest.raises(ConfigError, match="weights alone, imported from a test"):
+        train(bare_config(data, **{"branch.parent": str(imported)}), tmp_path / "run")
+
+
+def test_a_branch_goes_on_without_its_parent_once_it_has_begun(data, parent, tmp_path):
+    copy = tmp_path / "parent"
+    shutil.copytree(parent[0], copy)
+    where = str(checkpoint(copy, 8))
+    ten = {"branch.parent": where, "training.num_steps": 10}
+    train(bare_config(data, **ten), tmp_path / "branch")
+    shutil.rmtree(copy)
+    _, lines = train(bare_config(data, **{"branch.parent": where}), tmp_path / "branch")
+    after = {step: loss for step, loss in losses(parent[2]).items() if step > 8}
+    assert losses(lines) == after
+
+
+def test_a_cooldown_begins_at_its_parents_learning_rate_and_ends_at_zero(data, parent, tmp_path):
+    cooldown = {
+        "schedule.cooldown_start": 10,
+        "schedule.cooldown_steps": 4,
+        "training.num_steps": 14,
+    }
+    _, lines = branch(data, parent, tmp_path, step=12, **cooldown)
+    rate = {line["step"]: line["learning_rate"] for line in lines}
+    assert rate[13] == pytest.approx(rate[14] * 2)  # updates 12 and 13 of the cooldown 10..14
+    before = {line["step"]: line["learning_rate"] for line in parent[2]}
+    assert 0 < rate[13] < before[12]
+
+
+def test_a_branch_with_other_weights_goes_on_in_each_source_where_it_was(data, parent, tmp_path):
+    _, lines = branch(data, parent, tmp_path, **{"data.stages": "6:fibonacci=1,squares=1"})
+    tokens = {line["step"]: line["tokens/squares"] for line in lines}
+    # 8 rows a step: 2 of squares at first, 4 from the branch's step 8 on
+    assert tokens[9] == 32 * (8 * 2 + 4) and tokens[12] == 32 * (8 * 2 + 4 * 4)
+    stages = read_run(checkpoint(tmp_path, 12))["row_order"]["stages"]
+    assert stages == [[0, {"fibonacci": 3, "squares": 1}], [64, {"fibonacci": 1, "squares": 1}]]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [({"seed": 7}, "row_order"), ({"model.num_layers": 3}, "num_layers")],
+)
+def test_a_parent_of_another_model_or_order_is_refused(data, parent, tmp_path, override, named):
+    with pytest.raises(ValueError, match=named):
+        branch(data, parent, tmp_path / "new", **override)
+
+
+def test_a_parent_that_is_no_checkpoint_is_refused_before_anything_is_made(data, tmp_path):
+    with pytest.raises(ConfigError, match="is no checkpoint; write WORKDIR/checkpoints/"):
+        train(bare_config(data, **{"branch.parent": str(tmp_path)}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_parent_is_refused(data, parent, tmp_path):
+    copy = tmp_path / "global_step8"
+    shutil.copytree(checkpoint(parent[0], 8), copy)
+    flip(next(path for path in (copy / "params").rglob("d/*") if path.stat().st_size > 20_000))
+    with pytest.raises(ValueError, match="global_step8"):
+        train(bare_config(data, **{"branch.parent": str(copy)}), tmp_path / "new")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def test_the_tree_shows_branches_under_the_checkpoint_they_came_from(data, parent, tmp_path):
+    shutil.copytree(parent[0], tmp_path / "main")
+    here = (tmp_path / "main", *parent[1:])
+    cooldown = {"schedule.cooldown_start": 10, "schedule.cooldown_steps": 4}
+    branch(data, here, tmp_path / "cooldown", step=12, **cooldown, **{"training.num_steps": 14})
+    branch(data, here, tmp_path / "constant", step=12, **{"training.num_steps": 14})
+    console = Console(width=200, file=io.StringIO())
+    console.print(draw(list(find_runs(tmp_path)), "runs"))
+    lines = [line for line in console.file.getvalue().splitlines() if line.strip()]
+    depth = {line.split("── ")[1].split(" ")[0]: line.index("── ") for line in lines[1:]}
+    order = [line.split("── ")[1].split(" ")[0] for line in lines[1:]]
+    runs = [str(tmp_path / name) for name in ("constant", "cooldown", "main")]
+    assert order.index(runs[2]) == 0 and depth[runs[0]] == depth[runs[1]]  # siblings
+    at = order.index(runs[1]) + 1
+    assert order[order.index(runs[0]) - 1] == "global_step12"
+    assert depth[str(tmp_path / "cooldown")] > depth["global_step8"] > depth[str(tmp_path / "main")]
+    assert "learning rate from 10 to 14 linear to 0" in lines[at]
+    show_branches(str(tmp_path), str(tmp_path / "branches.png"))
+    assert (tmp_path / "branches.png").stat().st_size > 10_000
+
+
+def test_a_folder_without_runs_has_no_tree(tmp_path):
+    with pytest.raises(ValueError, match="no run with a checkpoint"):
+        show_branches(str(tmp_path))
+
+
+def test_weights_of_a_later_stage_take_over_at_their_step(data, tmp_path):
+    stages = {"data.stages": "4: squares=1; 8: fibonacci=1,squares=3"}
+    _, lines = train(bare_config(data, **stages), tmp_path / "whole")
+    tokens = {line["step"]: line["tokens/squares"] // 32 for line in lines}
+    assert [tokens[step] for step in (4, 5, 8, 9, 12)] == [8, 16, 40, 46, 64]
+    for steps in (3, 6, 10, 12):
+        train(bare_config(data, **stages, **{"training.num_steps": steps}), tmp_path / "parted")
+    assert losses(metrics(tmp_path / "parted")) == losses(lines)
+
+
+def resumed(data, workdir, wishes=None, **overrides):
+    changed = bare_config(data, **overrides)
+    code = run_training(changed, {}, str(workdir), wishes)
+    return code, metrics(workdir)
+
+
+@pytest.fixture
+def half(data, tmp_path):
+    train(bare_config(data, **{"training.num_steps": 8}), tmp_path)
+    return tmp_path
+
+
+def test_a_changed_config_is_refused_with_the_difference(data, half):
+    with pytest.raises(ValueError, match="config.optimizer.b2 was 0.95, now 0.9;.*--accept-config"):
+        resumed(data, half, **{"optimizer.b2": 0.9})
+    with pytest.raises(ValueError, match="config.data.stages was '', now '9:squares"):
+        resumed(data, half, **{"data.stages": "9:squares=1"})
+
+
+def test_harmless_changes_pass(data, parent, half):
+    harmless = {
+        "checkpoint.every": 5,
+        "name": "other",
+        "training.log_every": 2,
+        "data.batch_size": 8,
+    }
+    _, lines = resumed(data, half, **harmless)
+    assert lines[-1]["grad_norm"] == parent[2][-1]["grad_norm"]
+    assert not events(half, "config_changed")
+
+
+def test_an_accepted_change_is_recorded_in_events_and_checkpoints(data, half):
+    wishes = ResumeOptions(accept_config_change=True)
+    _, lines = resumed(data, half, wishes, **{"optimizer.b2": 0.9, "data.batch_size": 16})
+    changes = {"optimizer.b2": [0.95, 0.9], "data.batch_size": [8, 16]}
+    assert read_run(checkpoint(half, 12))["config_changes"] == [{"step": 8, "changes": changes}]
+    assert events(half, "config_changed")[0]["optimizer.b2"] == [0.95, 0.9]
+    assert lines[-1]["tokens_seen"] == 32 * (8 * 8 + 4 * 16)
+    # and the next start takes it as it is
+    assert resumed(data, half, **{"optimizer.b2": 0.9, "data.batch_size": 16})[0] == 0
+
+
+def test_a_stage_that_comes_late_enough_may_be_added_to_a_run(data, half):
+    wishes = ResumeOptions(accept_config_change=True)
+    _, lines = resumed(data, half, wishes, **{"data.stages": "10:squares=1"})
+    tokens = {line["step"]: line["tokens/squares"] // 32 for line in lines}
+    assert [tokens[step] for step in (8, 10, 11, 12)] == [16, 20, 28, 36]
