@@ -41,14 +41,15 @@ from inputs import fields, positions_of, random_segments
 from rich.console import Console
 from rich.table import Table
 
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.compiler_flags import make_deterministic
-from stablelm_jax.run.metrics import peak_flops
 from stablelm_jax.training.state import abstract_state, init_state
 from stablelm_jax.training.step import make_train_step
 
@@ -82,7 +83,7 @@ Step = Callable[[Mapping[str, np.ndarray]], float]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained: `options` are those of `make_gradient_function`.
+    """What is trained, and how it is computed.
 
     `mean_document`: tokens of a document, ours alone; None: each row is one.
     `deterministic`: of a process of its own, where XLA has not read its flags yet.
@@ -91,12 +92,13 @@ class Case:
     model: ModelConfig
     rows: int
     length: int
-    dtype: str = "float32"
-    options: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"remat": "none", "attention": "auto"}
-    )
+    compute: Compute = Compute()
     mean_document: float | None = None
     deterministic: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        return jnp.dtype(self.compute.dtype).name
 
     def batch(self, seed: int) -> dict[str, np.ndarray]:
         """Random tokens: contract 1's arrays."""
@@ -174,7 +176,7 @@ def _race(case: Case, arguments: argparse.Namespace) -> dict[str, list[float]]:
     if arguments.peer == "transformers":
         competitors["transformers"] = _transformers(case)
     warm_losses = {who: _warm(step, case) for who, step in competitors.items()}
-    if why := _differ(warm_losses, case.dtype):
+    if why := _differ(warm_losses, case.dtype_name):
         raise SystemExit(why)
     with _traced(arguments.profile):
         return _timed(competitors, [case.batch(seed) for seed in range(1, arguments.steps + 1)])
@@ -201,7 +203,7 @@ def _one_by_one(arguments: argparse.Namespace) -> Table:
             results[who] = str(error)
             console.print(f"{who}: {error}", markup=False)
     found = {who: r.loss for who, r in results.items() if isinstance(r, Result)}
-    if why := _differ(found, case.dtype):
+    if why := _differ(found, case.dtype_name):
         console.print(f"[red]{why}[/red]")
     return _table(case, results)
 
@@ -233,7 +235,7 @@ def _table(case: Case, results: Mapping[str, Result | str]) -> Table:
     device = jax.devices()[0]
     documents = f", documents of {case.mean_document:g} tokens" if case.mean_document else ""
     table = Table(
-        title=f"{count_parameters(case.model) / 1e6:,.0f} M parameters, {case.dtype}, "
+        title=f"{count_parameters(case.model) / 1e6:,.0f} M parameters, {case.dtype_name}, "
         f"{case.rows} x {case.length} tokens a step{documents}, {device.device_kind}"
     )
     for column in ("who", "seconds (median)", "min", "tokens/s", "MFU, full attention"):
@@ -267,6 +269,7 @@ def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
     from stablelm_jax import config as config_lib  # these need ml_collections
     from stablelm_jax.planning.layout import layout_of
     from stablelm_jax.planning.targets import parse_target
+    from stablelm_jax.training.setup import compute_of
 
     config = config_lib.load(Path(arguments.config))
     for key, value in changes.items():
@@ -280,14 +283,7 @@ def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
         model=config_lib.model_config(config),
         rows=arguments.rows or layout_of(config, num_devices).rows,
         length=config.data.sequence_length,
-        dtype=training.dtype,
-        options={
-            "remat": training.remat,
-            "attention": training.attention,
-            "cross_entropy": training.cross_entropy,
-            "num_valid_ids": training.num_valid_ids,
-            "unroll": training.unroll,
-        },
+        compute=compute_of(config),
         mean_document=arguments.mean_document,
         deterministic=training.deterministic,
     )
@@ -337,8 +333,7 @@ def _ours(case: Case) -> tuple[Step, int | None]:
         num_sources=1,
         zero1=True,
         accumulation=1,
-        dtype=jnp.dtype(case.dtype),
-        **case.options,
+        compute=case.compute,
     )
     first = sharding.put_batch(case.batch(seed=0), mesh)
     compiled = step_function.lower(state, first).compile()

@@ -124,8 +124,8 @@ def _finite(value: Any) -> Any:
 def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
     from rich.console import Console
 
-    from stablelm_jax.run.console import show_evaluation
-    from stablelm_jax.training.data_position import DataPosition
+    from stablelm_jax.data.position import DataPosition
+    from stablelm_jax.training.decisions import show_evaluation
     from stablelm_jax.training.held_out import evaluate_held_out
     from stablelm_jax.training.setup import prepare_run
 

@@ -36,24 +36,20 @@ def _inspect(argv: Sequence[str]) -> int:
     config = config_lib.config_from_flags()
     from stablelm_jax.data.inspection import places
     from stablelm_jax.tokenizer.tokenizer import load_tokenizer
-    from stablelm_jax.training.data_position import DataPosition
-    from stablelm_jax.training.setup import open_data
+    from stablelm_jax.training.begin import position_of
+    from stablelm_jax.training.setup import mixture_of, open_data
 
     given = flags.FLAGS
     try:
-        origin = (
-            DataPosition.of_workdir(given.workdir)
-            if given.workdir
-            else DataPosition.of_config(config)
-        )
+        position = position_of(config, given.workdir)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        mixture = origin.mixture(config)
+        mixture = mixture_of(config, position)
         sources = open_data(config, tokenizer, mixture.sources)
         if given.source and given.source not in mixture.sources:
             raise ValueError(
                 f"--source {given.source}: the mixture has {', '.join(mixture.sources)}"
             )
-        first = origin.first_row(given.step - 1, config.data.batch_size)
+        first = position.first_row(given.step - 1, config.data.batch_size)
         found = places(
             sources,
             mixture,

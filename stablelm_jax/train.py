@@ -50,9 +50,9 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         make_deterministic()
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
     from stablelm_jax.parallel import distributed  # starts jax: after its flags
+    from stablelm_jax.training.begin import ResumeOptions
     from stablelm_jax.training.run import run_training
     from stablelm_jax.training.setup import fingerprints
-    from stablelm_jax.training.start import ResumeOptions
 
     given, processes = flags.FLAGS, None
     try:
@@ -61,8 +61,8 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         )
         if processes is not None:
             distributed.start(processes, fingerprints(config))
-        wishes = ResumeOptions(given.strict, given["accept-config-change"].value)
-        return run_training(config, set_by, given.workdir, wishes, stop)
+        options = ResumeOptions(given.strict, given["accept-config-change"].value)
+        return run_training(config, set_by, given.workdir, options, stop)
     except config_lib.ConfigError:
         raise
     except (ValueError, OSError) as error:

@@ -20,8 +20,9 @@ from stablelm_jax.data.manifest import (
 )
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.drilling import resolved
+from stablelm_jax.reporting import picture as pictures
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
-from stablelm_jax.training import loop, step
+from stablelm_jax.training import programs, update_guard
 from stablelm_jax.training.run import run_training
 from stablelm_jax.training.setup import Run
 
@@ -126,17 +127,18 @@ _OF_THE_LOOP = (
     *("training.num_steps", "training.log_every", "training.hang_seconds"),
 )
 _compiled: dict[tuple, object] = {}
-_compile = Run.compile_step
+_compile = programs.compile_step
 
 
 def compiled_once(run: Run):
-    """`Run.compile_step`, but equal runs of this process share one program.
+    """`programs.compile_step`, but equal runs of this process share one program.
 
-    A test that alters what is compiled calls `run_training` itself, but for `step.judged`.
+    A test that alters what is compiled calls `run_training` itself; `update_guard.is_spike` may
+    be replaced.
     """
     fields = config_lib.flatten(run.config)
     kept = repr([(key, value) for key, value in fields if not key.startswith(_OF_THE_LOOP)])
-    key = (kept, run.mesh, len(run.sources), step.judged)
+    key = (kept, run.mesh, len(run.sources), update_guard.is_spike)
     if key not in _compiled:
         _compiled[key] = _compile(run)
     return _compiled[key]
@@ -148,9 +150,9 @@ def train(config, workdir: Path, picture: bool = False):
     `picture`: also draws loss.png, which takes as long as the rest of so small a run.
     """
     with contextlib.ExitStack() as patched:
-        patched.enter_context(mock.patch.object(Run, "compile_step", compiled_once))
+        patched.enter_context(mock.patch.object(programs, "compile_step", compiled_once))
         if not picture:
-            patched.enter_context(mock.patch.object(loop, "draw_losses"))
+            patched.enter_context(mock.patch.object(pictures, "draw_losses"))
         code = run_training(config, config_lib.set_by(config, {}), str(workdir))
     return code, metrics(workdir)
 

@@ -16,6 +16,7 @@ from stablelm_jax.config.access import (
     to_dict,
     to_text,
 )
+from stablelm_jax.config.changes import config_changes, rounding_changes, show_changes
 from stablelm_jax.config.derived import (
     format_stages,
     mixture_stages,
@@ -39,6 +40,7 @@ from stablelm_jax.config.tree import default_config
 
 __all__ = [
     "ConfigError",
+    "config_changes",
     "config_from_flags",
     "default_config",
     "define_flags",
@@ -54,9 +56,11 @@ __all__ = [
     "parse_flags",
     "parse_weights",
     "profiled_steps",
+    "rounding_changes",
     "run",
     "set_by",
     "set_value",
+    "show_changes",
     "to_dict",
     "to_text",
     "tokens_per_step",

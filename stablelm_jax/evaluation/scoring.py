@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import hidden_states
@@ -215,8 +216,7 @@ def _make_score(model: ModelConfig, mesh: Mesh, dtype: Any, *, attention, num_va
             tokens_BT,
             jnp.ones_like(tokens_BT),
             positions_BT,
-            dtype=dtype,
-            attention=attention,
+            Compute(dtype=dtype, attention=attention),
         )
         x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
         kernel_DV = params["head"]["kernel"].astype(dtype)

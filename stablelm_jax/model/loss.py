@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelm_jax.kernels.cross_entropy import cross_entropy as cross_entropy_kernel
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.transformer import Fetch, hidden_states
 
@@ -23,45 +24,27 @@ def batch_loss(
     batch: Batch,
     scale: jax.Array | float = 1.0,
     *,
-    dtype,
-    remat: str,
-    attention: str,
-    cross_entropy: str = "auto",
-    num_valid_ids: int | None = None,
-    unroll: int = 1,
+    compute: Compute,
     fetch: Fetch | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """scale * sum(nll), and nll: each target's negative log likelihood in nats, 0 where masked.
 
     Both are float32, nll [B, T]. The gradient comes from the first alone.
 
-    Args:
-      cross_entropy: name of an implementation in kernels/cross_entropy.py.
-      num_valid_ids: rows of the vocabulary that may be predicted; None: all, padding too.
-      The others are those of `hidden_states`; `fetch` is asked for the group 'head' too.
+    `fetch` is that of `hidden_states`, and is asked for the group 'head' too.
     """
-    x_BTD = hidden_states(
-        model,
-        params,
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        dtype=dtype,
-        remat=remat,
-        attention=attention,
-        unroll=unroll,
-        fetch=fetch,
-    )
+    inputs_BT = batch["tokens"], batch["segment_ids"], batch["positions"]
+    x_BTD = hidden_states(model, params, *inputs_BT, compute, fetch)
     head = params["head"] if fetch is None else fetch("head", params["head"])
-    kernel_DV = head["kernel"].astype(dtype)
+    kernel_DV = head["kernel"].astype(compute.dtype)
     mask_BT = batch["loss_mask"]
     loss, nll_BT = cross_entropy_kernel(
         x_BTD,
         kernel_DV,
         batch["targets"],
         scale * mask_BT,
-        implementation=cross_entropy,
-        num_valid=num_valid_ids,
+        implementation=compute.cross_entropy,
+        num_valid=compute.num_valid_ids,
     )
     return loss, nll_BT * mask_BT
 

@@ -19,6 +19,7 @@ from flax import nnx
 from stablelm_jax.kernels.attention import attention as attention_kernel
 from stablelm_jax.kernels.residuals import SAVED_NAMES
 from stablelm_jax.model.attention import Attend, Attention
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection, product
 from stablelm_jax.model.parameters import initial_value, specs_by_name
@@ -135,52 +136,45 @@ def hidden_states(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
-    *,
-    dtype: jnp.dtype = jnp.float32,
-    remat: str = "none",
-    attention: str = "auto",
-    unroll: int = 1,
+    compute: Compute = Compute(),
     fetch: Fetch | None = None,
 ) -> jax.Array:
-    """What the head reads: x_BTD in `dtype`, after the final norm.
+    """What the head reads: x_BTD in `compute.dtype`, after the final norm.
 
     Args:
       tokens_BT: int32 ids below config.vocab_size (an id outside reads as its nearest valid row).
       segment_ids_BT: int32; a token attends to earlier tokens of the same id only.
       positions_BT: int32 position of each token in its document.
-      dtype: of matrix products and activations. Norm statistics, softmax and rotary are float32.
-      remat: what backward computes again: 'none', 'dots' (all but matrix products and attention),
-        'attention' (all but attention: one more width a token and layer is kept), 'full'.
-      attention: name of an implementation in kernels/attention.py.
-      unroll: layers compiled one after the other in each turn of the loop over layers.
       fetch: makes the parameters of a group whole where it is used: 'embed', 'layers' (of one
         layer, without the axis of layers), 'final_norm'. But for remat 'none', backward fetches
         again.
 
     Raises:
-      ValueError: for an unknown `remat` or `attention`.
+      ValueError: for an unknown `compute.remat` or `compute.attention`.
     """
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat is {remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+    if compute.remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {compute.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
     rotary = rotary_angles(positions_BT, config.rotary_size, config.rotary_theta)
 
     def fetched(name, group):
         return part(config, name, group if fetch is None else fetch(name, group))
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
-        return attention_kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=attention)
+        inputs = q_BTNH, k_BTKH, v_BTKH, segment_ids_BT
+        return attention_kernel(*inputs, implementation=compute.attention)
 
     def layer(x_BTD, group):
         block = fetched("layers", group)
         return block(x_BTD, rotary, attend), None
 
-    if remat != "none":
+    if compute.remat != "none":
         # Unrolled to the end there is no loop between the first time and the second, and compilers
         # would keep the first results instead of computing them again.
-        prevent_cse = unroll >= config.num_layers
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
-    x_BTD = fetched("embed", params["embed"])(tokens_BT, dtype)
-    x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=unroll)[0]
+        prevent_cse = compute.unroll >= config.num_layers
+        policy = REMAT_POLICIES[compute.remat]
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
+    x_BTD = fetched("embed", params["embed"])(tokens_BT, compute.dtype)
+    x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=compute.unroll)[0]
     return fetched("final_norm", params["final_norm"])(x_BTD)
 
 
@@ -190,10 +184,10 @@ def logits(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
-    **options,
+    compute: Compute = Compute(),
 ) -> jax.Array:
     """Scores of the next token, float32 [B, T, V]; arguments as in `hidden_states`."""
-    x_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, positions_BT, **options)
+    x_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, positions_BT, compute)
     return head_logits(params, x_BTD)
 
 

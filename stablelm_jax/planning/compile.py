@@ -13,7 +13,7 @@ from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.parallel.sharding import batch_parts
 from stablelm_jax.planning.program import Collective, collectives
 from stablelm_jax.planning.targets import Target
-from stablelm_jax.training.setup import attention_for, lower_step
+from stablelm_jax.training.programs import attention_for, lower_step
 
 
 class DoesNotFit(ValueError):

@@ -14,9 +14,9 @@ from rich.tree import Tree
 
 from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
 from stablelm_jax.checkpoint.reading import CheckpointError, read_run, state_hash
+from stablelm_jax.data.position import DataPosition
 from stablelm_jax.reporting.picture import draw_branches
 from stablelm_jax.run.metrics import MetricsFile
-from stablelm_jax.training.data_position import DataPosition
 
 _NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
 

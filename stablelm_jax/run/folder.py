@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -69,7 +70,13 @@ class RunFolder:
 
     def create(self) -> None:
         """Makes the folders."""
+        self._is_new = not self.path.exists()
         self.samples.mkdir(parents=True, exist_ok=True)
+
+    def remove_if_unused(self) -> None:
+        """A start that failed before it wrote anything leaves no folder behind."""
+        if self._is_new and all(p.is_dir() or p.name == ".lock" for p in self.path.rglob("*")):
+            shutil.rmtree(self.path)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:

@@ -1,138 +1,18 @@
-"""Metrics: what is summed between two lines, the line itself, and the file of lines."""
+"""`metrics.jsonl`: the file of a run's metrics lines."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from stablelm_jax.training.held_out import mean_losses
-
-# Dense bfloat16 TFLOP/s of one chip, from the makers' data sheets, by a part of jax's device_kind.
-PEAK_TFLOPS: Mapping[str, float] = {
-    "A100": 312.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-}
+from stablelm_jax.storage.files import write_text
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of a chip in bfloat16; None where unknown (CPU among them)."""
-    for part, tflops in PEAK_TFLOPS.items():
-        if part in device.device_kind:
-            return tflops * 1e12
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """An update that was left out.
-
-    Attributes:
-      step: of the metrics: the update that would have led to it.
-      why: the step's "skipped".
-      sources: {name: mean loss, or None where not finite} of the sources in its batch.
-      grad_norm: of its gradient.
-      in_a_row: how many were left out without one between them, this one included.
-    """
-
-    step: int
-    why: int
-    sources: dict[str, float | None]
-    grad_norm: float
-    in_a_row: int
-
-
-class LossSums:
-    """Loss and tokens by source since the last metrics line, of the updates that were applied.
-
-    Steps add device arrays, which are fetched only when a line is due; the sums are kept in
-    float64, whose text in a checkpoint is exact, so that a resumed run prints the same mean.
-
-    Attributes:
-      in_a_row: how many of the last updates were left out.
-      before_row: `state()` before the first of these, or None.
-    """
-
-    def __init__(self, sources: Sequence[str], saved: Mapping[str, Any] | None = None):
-        self._sources = list(sources)
-        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        saved = saved or {}
-        self._nll, self._tokens = (
-            np.array([saved.get(key, {}).get(name, 0.0) for name in sources], np.float64)
-            for key in ("nll", "tokens")
-        )
-        self.in_a_row: int = saved.get("in_a_row", 0)
-        self.before_row: dict[str, Any] | None = saved.get("before_row")
-        self._skipped: list[Skipped] = []
-
-    def add(self, step: int, step_metrics: Mapping[str, jax.Array]) -> None:
-        """Adds one step's "nll" and "tokens", float32 [S]; does not wait for the device."""
-        kept = ("nll", "tokens", "skipped", "grad_norm")
-        self._pending.append((step, {key: step_metrics[key] for key in kept}))
-
-    def _fetch(self) -> None:
-        for step, found in jax.device_get(self._pending):
-            if found["skipped"]:
-                self._skip(step, found)
-                continue
-            self.in_a_row, self.before_row = 0, None
-            self._nll += found["nll"]
-            self._tokens += found["tokens"]
-        self._pending.clear()
-
-    def _skip(self, step: int, found: Mapping[str, Any]) -> None:
-        if not self.in_a_row:
-            self.before_row = self._state()
-        self.in_a_row += 1
-        means = {
-            name: _finite(float(nll) / float(tokens))
-            for name, nll, tokens in zip(self._sources, found["nll"], found["tokens"])
-            if tokens
-        }
-        norm = float(found["grad_norm"])
-        self._skipped.append(Skipped(step, int(found["skipped"]), means, norm, self.in_a_row))
-
-    def take_skipped(self) -> list[Skipped]:
-        """The updates left out since the last call; waits for the devices."""
-        self._fetch()
-        taken, self._skipped = self._skipped, []
-        return taken
-
-    def state(self) -> dict[str, Any]:
-        """The sums as JSON values, for the checkpoint."""
-        self._fetch()
-        row = {"in_a_row": self.in_a_row, "before_row": self.before_row}
-        return self._state() | row if self.in_a_row else self._state()
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "nll": dict(zip(self._sources, self._nll.tolist())),
-            "tokens": dict(zip(self._sources, self._tokens.tolist())),
-        }
-
-    def take(self) -> dict[str, float | None]:
-        """{"loss": mean, "loss/<source>": mean of each source seen}; starts again from zero."""
-        self._fetch()
-        means = mean_losses("loss", self._sources, self._nll, self._tokens)
-        self._nll[:] = 0.0
-        self._tokens[:] = 0.0
-        return means
-
-
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN: a value that is not finite is written as null."""
     return float(value) if math.isfinite(value) else None
 
@@ -169,9 +49,7 @@ class MetricsFile:
         """
         lines, broken = self._read()
         kept = [line for line in lines if line["step"] <= step]
-        aside = self.path.with_suffix(".partial")
-        aside.write_text("".join(map(_as_line, kept)), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_text(self.path, "".join(map(_as_line, kept)))
         return kept, broken
 
     def flush_to_disk(self) -> None:
@@ -186,7 +64,7 @@ class MetricsFile:
         Raises:
           OSError: the disk takes nothing more. The line is written with the next one.
         """
-        clean = {k: _finite(v) if isinstance(v, float) else v for k, v in line.items()}
+        clean = {k: finite(v) if isinstance(v, float) else v for k, v in line.items()}
         self._unwritten.append(_as_line(clean))
         if len(self._unwritten) > 1:  # the last time left half a line, or none
             self.cut_back(2**62)

@@ -23,19 +23,24 @@ class Watchdog:
     """Between `start` and `stop`, `hung` is called once when nothing moves for `limit()` seconds.
 
     `hung` gets a sentence; it runs in the watchdog's thread.
+
+    Attributes:
+      step_number: the last step that was dispatched.
     """
 
     def __init__(self, least_seconds: float, hung: Callable[[str], None]):
         """`least_seconds`: the limit is never below this; 0 switches the watchdog off."""
         self._least, self._hung, self._bound = least_seconds, hung, 0.0
+        self.step_number = 0
         self._steps: collections.deque[Any] = collections.deque()
         self._seconds: collections.deque[float] = collections.deque(maxlen=101)
         self._moved_at = time.monotonic()
         self._ended = threading.Event()
         self._poll = min(1.0, least_seconds / 10)
 
-    def start(self) -> None:
+    def start(self, step_number: int) -> None:
         """From now on something must move."""
+        self.step_number = step_number
         self._moved_at = time.monotonic()
         if self._least > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -48,8 +53,9 @@ class Watchdog:
         """Something other than a step came forward, as a batch of an evaluation."""
         self._moved_at = time.monotonic()
 
-    def step(self, result: Any) -> None:
+    def step(self, step_number: int, result: Any) -> None:
         """A step was dispatched; `result` is an array of it that nobody donates."""
+        self.step_number = step_number
         self._steps.append(result)
 
     @contextlib.contextmanager

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from stablelm_jax.evaluation.progress import Asking, Left
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.run import console as show
 from stablelm_jax.run.events import Events
 from stablelm_jax.storage.remote import described
+from stablelm_jax.training.decisions import show_evaluation
 from stablelm_jax.training.held_out import EvalStep, HeldOutError, evaluate_held_out
 from stablelm_jax.training.setup import Run
 
@@ -61,7 +61,7 @@ class Evaluations:
             self._failed(step, f"step {step}: {error}; the run goes on", began)
             return {}
         if means is not None:
-            show.show_evaluation(self._console, run, step, means)
+            show_evaluation(self._console, run, step, means)
         return means
 
     def tasks(self, params: Any, step: int) -> Mapping[str, float] | None:
@@ -113,7 +113,7 @@ class Tasks:
             run.model,
             run.mesh,
             max_length=length,
-            dtype=run.dtype,
+            dtype=run.compute.dtype,
             attention=config.training.attention,
             num_valid_ids=config.training.num_valid_ids,
             batch_tokens=batch_tokens,

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
 from stablelm_jax.run.events import Events
-from stablelm_jax.run.metrics import LossSums, Skipped
-from stablelm_jax.training.resume import to_checkpoint
+from stablelm_jax.training.ending import Stopped
+from stablelm_jax.training.metrics import LossSums, Skipped
 from stablelm_jax.training.setup import Run
-from stablelm_jax.training.state import TrainState
-from stablelm_jax.training.step import HELD, SPIKE
-
-
-class Stopped(Exception):
-    """The run should not go on by itself. The text says why, and what to do.
-
-    Attributes:
-      step: updates done before it went wrong.
-      before: `LossSums.state()` of then, or None where the present state is not to be saved.
-    """
-
-    def __init__(self, text: str, step: int, before: dict[str, Any] | None):
-        super().__init__(text)
-        self.step, self.before = step, before
+from stablelm_jax.training.state import TrainState, stored_arrays
+from stablelm_jax.training.update_guard import HELD, SPIKE
 
 
 class Faults:
@@ -49,7 +33,7 @@ class Faults:
     def compile(self) -> None:
         """Makes ready what the run will need."""
         if self._every:
-            abstract = _arrays(self._run.abstract)
+            abstract = stored_arrays(self._run.abstract)
             self._compare = make_replica_check(abstract, self._run.mesh).lower(abstract).compile()
 
     def check(self, losses: LossSums, step: int) -> None:
@@ -101,8 +85,8 @@ class Faults:
         """
         if self._compare is None or step % self._every:
             return
-        sums = jax.device_get(self._compare(_arrays(state)))
-        odd = diverged(sums, _arrays(self._run.abstract), self._run.mesh)
+        sums = jax.device_get(self._compare(stored_arrays(state)))
+        odd = diverged(sums, stored_arrays(self._run.abstract), self._run.mesh)
         if odd:
             devices = sorted({number for numbers in odd.values() for number in numbers})
             before = "before this start" if self._equal_at is None else f"at step {self._equal_at}"
@@ -118,25 +102,6 @@ class Faults:
         self._equal_at = step
 
 
-def rewound(state: TrainState, steps: int) -> TrainState:
-    """`state` so many steps back, of updates left out: they changed nothing but counters."""
-
-    def less(counter: jax.Array) -> jax.Array:
-        value = np.int32(int(jax.device_get(counter)) - steps)
-        return jax.device_put(value, counter.sharding)
-
-    zeros = {
-        name: jax.device_put(np.float32(0), state.guard[name].sharding)
-        for name in ("in_a_row", "held")
-    }
-    return dataclasses.replace(
-        state,
-        step=less(state.step),
-        updates_skipped=less(state.updates_skipped),
-        guard=state.guard | zeros,
-    )
-
-
 def inspection_command(step: int, arguments: Sequence[str] | None = None) -> str:
     """What shows the documents of a step of this run; `arguments`: of this process."""
     given, kept = list(sys.argv[1:] if arguments is None else arguments), []
@@ -147,8 +112,3 @@ def inspection_command(step: int, arguments: Sequence[str] | None = None) -> str
             if "=" not in argument and given and not given[0].startswith("-"):
                 kept.append(given.pop(0))
     return shlex.join(["python", "-m", "stablelm_jax.inspect_data", *kept, f"--step={step}"])
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    found = to_checkpoint(state, {})
-    return {"params": found.params, "optimizer": found.optimizer}

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import Batch, batch_loss, source_sums
 from stablelm_jax.model.transformer import Fetch
@@ -32,10 +33,9 @@ def make_gradient_function(
     *,
     num_sources: int,
     accumulation: int,
-    dtype: Any,
+    compute: Compute,
     fsdp: bool = False,
     float32_reduce: bool = True,
-    **forward: Any,
 ) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
     """Returns f(params, batch) -> (gradients, sums).
 
@@ -43,28 +43,25 @@ def make_gradient_function(
       gradient_specs: spec of each gradient; a leaf split over `data` is reduce-scattered.
       accumulation: microbatches that each device runs one after another.
       fsdp: `params` are the master weights as `gradient_specs` splits them; each layer is gathered
-        in `dtype` where it is used, and its gradient scattered there, once a microbatch. Without
-        it `params` are whole in `dtype`, and gradients are reduced once, after the last microbatch.
-      float32_reduce: replicas are summed in float32, as the recipe says; else in `dtype`.
-      forward: the other arguments of `batch_loss`: remat, attention, cross_entropy, num_valid_ids,
-        unroll.
+        in `compute.dtype` where it is used, and its gradient scattered there, once a microbatch.
+        Without it `params` are whole in that type, and gradients are reduced once, after the last
+        microbatch.
+      float32_reduce: replicas are summed in float32, as the recipe says; else in `compute.dtype`.
 
     The gradients are float32, of the mean loss over the counted tokens of the whole batch.
     `sums`: "nll" and "tokens", float32 [S], over the whole batch, by source.
     """
     specs = jax.tree.map(_Spec, gradient_specs, is_leaf=_is_spec)
     split_specs = jax.tree.map(lambda spec: spec.along("data"), specs)
-    reduce_dtype = jnp.float32 if float32_reduce else dtype
-    fetch = _make_fetch(specs, dtype, reduce_dtype) if fsdp else None
+    reduce_dtype = jnp.float32 if float32_reduce else compute.dtype
+    fetch = _make_fetch(specs, compute.dtype, reduce_dtype) if fsdp else None
 
     def local_gradient(params, batch):
         tokens = sum_over(jnp.sum(batch["loss_mask"]))
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
-            mean, nll_BT = batch_loss(
-                model, params, rows, 1 / tokens, dtype=dtype, fetch=fetch, **forward
-            )
+            mean, nll_BT = batch_loss(model, params, rows, 1 / tokens, compute=compute, fetch=fetch)
             return mean, source_sums(nll_BT, rows, num_sources)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)

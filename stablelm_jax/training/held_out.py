@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import batch_loss, source_sums
 from stablelm_jax.model.parameters import parameter_table
@@ -40,16 +41,14 @@ class HeldOut:
 
 
 def make_eval_step(
-    model: ModelConfig, mesh: Mesh, *, num_sources: int, dtype: Any, **forward: Any
+    model: ModelConfig, mesh: Mesh, *, num_sources: int, compute: Compute
 ) -> EvalStep:
-    """Jitted f(params, batch) -> {"nll", "tokens"}: float32 [S] sums over the whole batch.
-
-    `forward`: arguments of `batch_loss`: attention, cross_entropy, num_valid_ids.
-    """
+    """Jitted f(params, batch) -> {"nll", "tokens"}: float32 [S] sums over the whole batch."""
+    compute = compute.forward_only()
     places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
 
     def local_sums(params, batch):
-        _, nll_BT = batch_loss(model, params, batch, dtype=dtype, remat="none", **forward)
+        _, nll_BT = batch_loss(model, params, batch, compute=compute)
         return sum_over(source_sums(nll_BT, batch, num_sources))
 
     def eval_step(params, batch):
@@ -60,7 +59,7 @@ def make_eval_step(
             out_specs=PartitionSpec(),
             axis_names=set(BATCH_AXES),
             check_vma=False,
-        )(sharding.gathered(params, dtype, places), batch)
+        )(sharding.gathered(params, compute.dtype, places), batch)
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 

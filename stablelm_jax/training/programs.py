@@ -7,14 +7,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.console import Console
 
-from stablelm_jax.kernels.check import WrongKernel
-from stablelm_jax.parallel import distributed
+from stablelm_jax import config as config_lib
+from stablelm_jax.kernels.attention import choose
+from stablelm_jax.kernels.check import WrongKernel, check_attention
+from stablelm_jax.optimizer.adamw import make_optimizer
+from stablelm_jax.optimizer.schedule import make_schedule
+from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.compilation_cache import CompilationCache
 from stablelm_jax.training.held_out import EvalStep
-from stablelm_jax.training.setup import Run
-from stablelm_jax.training.step import StepFunction
+from stablelm_jax.training.setup import Run, compute_of
+from stablelm_jax.training.state import abstract_state
+from stablelm_jax.training.step import StepFunction, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +31,8 @@ class Programs:
     """What the loop calls.
 
     Attributes:
-      step: of training.
-      eval_step: of held-out text; None where the run does not evaluate.
+      step: one update.
+      eval_step: sums over one batch of held-out text; None where the run does not evaluate.
       samples: f(params) -> {prompt: continuation}; None where the run takes none.
     """
 
@@ -41,23 +50,111 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
     console.print(_checked_attention(run), markup=False, soft_wrap=True)
     began = time.monotonic()
     with console.status("compiling the train step"):
-        step = run.compile_step()
+        step = compile_step(run)
     seconds = time.monotonic() - began
     console.print(f"the train step was ready after {seconds:.1f} s; {cache}")
-    return Programs(
-        step=step,
-        eval_step=run.compile_eval() if run.config.evaluation.every else None,
-        samples=run.prepare_samples() if run.config.samples.every else None,
+    eval_step = None
+    if run.config.evaluation.every:
+        batch = abstract_batch(run.config, run.mesh)
+        eval_step = run.eval_step.lower(run.abstract.params, batch).compile()
+    samples = _prepare_samples(run) if run.config.samples.every else None
+    return Programs(step, eval_step, samples)
+
+
+def compile_step(run: Run) -> StepFunction:
+    """The train step, compiled ahead for this run's shapes."""
+    return lower_step(run.config, run.mesh, len(run.sources)).compile()
+
+
+def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.Lowered:
+    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled."""
+    model, parallel, training = config_lib.model_config(config), config.parallel, config.training
+    schedule = make_schedule(config.schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model)
+    abstract = abstract_state(model, optimizer, mesh, parallel.zero1)
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        mesh,
+        abstract,
+        compute=compute_of(config),
+        num_sources=num_sources,
+        zero1=parallel.zero1,
+        fsdp=parallel.fsdp,
+        float32_reduce=parallel.float32_reduce,
+        accumulation=training.accumulation,
+        guard={**config.guard, "stop_after": training.stop_after_skipped},
     )
+    return step.lower(abstract, abstract_batch(config, mesh))
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch (data/batches.py) with their shardings."""
+    rows, length = config.data.batch_size, config.data.sequence_length
+    place = sharding.batch_sharding(mesh)
+    by_token = {"loss_mask": jnp.float32} | dict.fromkeys(
+        ("tokens", "targets", "segment_ids", "positions"), jnp.int32
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
+        for name, dtype in by_token.items()
+    }
+    return batch | {"source_ids": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)}
+
+
+def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:
+    """The attention that `config` runs on a kind of device, and why, for a person."""
+    if config.training.attention != "auto":
+        return config.training.attention, "as the config says"
+    sizes, dtype = config_lib.model_config(config), jnp.dtype(config.training.dtype)
+    q, k = (
+        jax.ShapeDtypeStruct((1, config.data.sequence_length, heads, sizes.head_size), dtype)
+        for heads in (sizes.num_heads, sizes.num_kv_heads)
+    )
+    return choose(device, q, k)
+
+
+def try_attention(run: Run) -> str:
+    """Says which attention runs here and why; a kernel is first tried out on this device.
+
+    Raises:
+      WrongKernel: its results are not right.
+    """
+    device, sizes = jax.local_devices()[0], run.model
+    name, why = attention_for(run.config, device)
+    if device.platform == "cpu":
+        return f"attention: {name} ({why})"
+    heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_size
+    error = check_attention(name, *heads, run.compute.dtype)
+    return f"attention: {name} ({why}); tried out here, it errs {error:.2f} times the plain form"
 
 
 def _checked_attention(run: Run) -> str:
     """Which attention runs; an error on every host where it is wrong, or fails, on one."""
     text, error = "", None
     try:
-        text = run.check_attention()
+        text = try_attention(run)
     except Exception as caught:  # whatever it is, the others would wait for this host
         error = caught
     if distributed.anywhere(error is not None):
         raise error or WrongKernel("attention is wrong on another host; see its output")
     return text
+
+
+def _prepare_samples(run: Run) -> Callable[[Any], dict[str, str]]:
+    from stablelm_jax.generation.samples import prepare_texts  # only runs that sample need it
+
+    settings = run.config.samples
+    return prepare_texts(
+        run.model,
+        run.abstract.params,
+        run.tokenizer,
+        settings.prompts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=run.config.seed,
+        dtype=run.compute.dtype,
+        num_valid_ids=run.compute.num_valid_ids,
+    )

@@ -1,74 +1,56 @@
-"""One start of a run: the folder claimed, the trainer built, trained."""
+"""One start of a run from beginning to end: services, beginning, programs, loop."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.parallel import distributed
-from stablelm_jax.run import console as show
-from stablelm_jax.run import notices
-from stablelm_jax.run.compilation_cache import CompilationCache
-from stablelm_jax.run.folder import RunFolder
+from stablelm_jax.run.services import start_services
+from stablelm_jax.run.shard_watch import ShardWatch
 from stablelm_jax.run.signals import StopRequest
+from stablelm_jax.training.begin import ResumeOptions, begin
 from stablelm_jax.training.loop import Trainer
-from stablelm_jax.training.start import ResumeOptions, prepare_start
 
 
 def run_training(
     config: ConfigDict,
     set_by: dict[str, str],
     workdir: str,
-    wishes: ResumeOptions | None = None,
+    options: ResumeOptions = ResumeOptions(),
     stop: StopRequest | None = None,
 ) -> int:
     """Trains `config` in the folder `workdir`; returns the exit code.
 
     Args:
       set_by: where each config value was set, for the run folder.
-      wishes: how to resume.
       stop: entered already; by default the run listens to signals itself.
 
     Raises:
       ValueError: config, data or checkpoint do not fit; nothing is lost.
     """
+    config_lib.validate(config)
     with contextlib.ExitStack() as stack:
-        if stop is None:
-            stop = stack.enter_context(StopRequest())
-        stop.listen()  # jax takes SIGTERM for itself where several processes meet
-        notices.watch(stop.hear)
-        console = Console(quiet=not distributed.is_first())
-        cache = CompilationCache(workdir)
-        folder = RunFolder(workdir)
-        run = prepare_start(config, workdir)
-        # From here on there is something to bring to its end, but for the phases that say not.
-        stack.enter_context(stop.phase(stop.phase_name))
-        stack.enter_context(_claimed(folder))
-        show.show_decisions(console, run)
-        console.print(f"run folder: {folder}", soft_wrap=True)
-        trainer = Trainer(run, folder, console, cache, wishes or ResumeOptions(), stop)
+        stop = stop or stack.enter_context(StopRequest())
+        services = stack.enter_context(start_services(config, workdir, stop))
+        with stop.phase("restoring", leave=True):
+            beginning = begin(config, services, options)
+            shards = ShardWatch(
+                services.folder.path / "shards.json",
+                beginning.run.sources,
+                services.events.print,
+                enabled=config.data.check_shards,
+            )
+            shards.start()
+        trainer = Trainer(beginning, services, shards)
+        if not beginning.resumed and config.checkpoint.save_initial:
+            trainer.save_first()
         if distributed.is_first():
-            folder.write_config(config_lib.to_dict(config), set_by)
-            folder.write_tokenizer(run.tokenizer)
-            folder.add_environment()
+            services.folder.write_config(config_lib.to_dict(config), set_by)
+            services.folder.write_tokenizer(beginning.run.tokenizer)
+            services.folder.add_environment()
+        with stop.phase("compiling", leave=True):
+            trainer.compile()
         return trainer.train()
-
-
-@contextlib.contextmanager
-def _claimed(folder: RunFolder) -> Iterator[None]:
-    """The folder, made and held by process 0; nobody goes on without it."""
-    with contextlib.ExitStack() as stack:
-        error = None
-        if distributed.is_first():
-            try:
-                folder.create()
-                stack.enter_context(folder.claimed())
-            except (ValueError, OSError) as caught:
-                error = caught
-        if distributed.agreed(error is not None):
-            raise error or ValueError("process 0 could not take the run folder; see its output")
-        yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,17 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.position import DataPosition
 from stablelm_jax.data.shard_cache import ShardCache
-from stablelm_jax.generation.samples import prepare_texts
-from stablelm_jax.kernels.attention import choose
-from stablelm_jax.kernels.check import check_attention
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from stablelm_jax.training.data_position import DataPosition
 from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.training.state import TrainState, abstract_state
-from stablelm_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +42,19 @@ class Run:
     mesh: Mesh
     tokenizer: Tokenizer
     sources: Mapping[str, Source]
-    origin: DataPosition
+    data_position: DataPosition
     mixture: Mixture
     spec: BatchSpec
     optimizer: optax.GradientTransformation
+    compute: Compute
     abstract: TrainState
-    eval_step: EvalStep
 
-    @property
-    def dtype(self) -> Any:
-        """The compute type."""
-        return jnp.dtype(self.config.training.dtype)
+    @functools.cached_property
+    def eval_step(self) -> EvalStep:
+        """Sums over one batch of held-out text; compiled when first called."""
+        return make_eval_step(
+            self.model, self.mesh, num_sources=len(self.sources), compute=self.compute
+        )
 
     @property
     def manifests(self) -> dict[str, SourceManifest]:
@@ -83,7 +83,7 @@ class Run:
 
     def last_row(self) -> int:
         """The row after the last one that the run consumes."""
-        return self.origin.first_row(self.config.training.num_steps, self.spec.batch_size)
+        return self.data_position.first_row(self.config.training.num_steps, self.spec.batch_size)
 
     def tokens_by_source(self, rows: int) -> dict[str, int]:
         """The ledger: tokens each source has given in the first `rows` rows of the mixture."""
@@ -124,116 +124,11 @@ class Run:
             process_count=count,
         )
 
-    def check_attention(self) -> str:
-        """Says which attention runs here and why; a kernel is first tried out on this device.
 
-        Raises:
-          WrongKernel: its results are not right.
-        """
-        device = jax.local_devices()[0]
-        name, why = attention_for(self.config, device)
-        if device.platform == "cpu":
-            return f"attention: {name} ({why})"
-        sizes = self.model
-        error = check_attention(
-            name, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, self.dtype
-        )
-        return (
-            f"attention: {name} ({why}); tried out here, it errs {error:.2f} times the plain form"
-        )
-
-    def compile_eval(self) -> EvalStep:
-        """The evaluation's step, compiled ahead."""
-        batch = abstract_batch(self.config, self.mesh)
-        return self.eval_step.lower(self.abstract.params, batch).compile()
-
-    def prepare_samples(self) -> Callable[[Any], dict[str, str]]:
-        """f(params) -> {prompt: continuation} of the group `samples`, compiled ahead."""
-        settings = self.config.samples
-        return prepare_texts(
-            self.model,
-            self.abstract.params,
-            self.tokenizer,
-            settings.prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=self.config.seed,
-            dtype=self.dtype,
-            num_valid_ids=self.config.training.num_valid_ids,
-        )
-
-    def compile_step(self) -> Any:
-        """The train step, compiled ahead for this run's shapes."""
-        return lower_step(self.config, self.mesh, len(self.sources)).compile()
-
-
-def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.Lowered:
-    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled."""
-    model, parallel, training = (
-        config_lib.model_config(config),
-        config.parallel,
-        config.training,
-    )
-    schedule = make_schedule(config.schedule)
-    optimizer = make_optimizer(config.optimizer, schedule, model)
-    abstract = abstract_state(model, optimizer, mesh, parallel.zero1)
-    step = make_train_step(
-        model,
-        optimizer,
-        schedule,
-        mesh,
-        abstract,
-        num_sources=num_sources,
-        zero1=parallel.zero1,
-        fsdp=parallel.fsdp,
-        float32_reduce=parallel.float32_reduce,
-        unroll=training.unroll,
-        accumulation=training.accumulation,
-        dtype=jnp.dtype(training.dtype),
-        remat=training.remat,
-        attention=training.attention,
-        cross_entropy=training.cross_entropy,
-        num_valid_ids=training.num_valid_ids,
-        guard={**config.guard, "stop_after": training.stop_after_skipped},
-    )
-    return step.lower(abstract, abstract_batch(config, mesh))
-
-
-def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:
-    """The attention that `config` runs on a kind of device, and why, for a person."""
-    if config.training.attention != "auto":
-        return config.training.attention, "as the config says"
-    sizes, dtype = config_lib.model_config(config), jnp.dtype(config.training.dtype)
-    q, k = (
-        jax.ShapeDtypeStruct((1, config.data.sequence_length, heads, sizes.head_size), dtype)
-        for heads in (sizes.num_heads, sizes.num_kv_heads)
-    )
-    return choose(device, q, k)
-
-
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Contract 1's arrays with their shardings."""
-    rows, length = config.data.batch_size, config.data.sequence_length
-    place = sharding.batch_sharding(mesh)
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    return {
-        "tokens": array(jnp.int32, rows, length),
-        "targets": array(jnp.int32, rows, length),
-        "segment_ids": array(jnp.int32, rows, length),
-        "positions": array(jnp.int32, rows, length),
-        "loss_mask": array(jnp.float32, rows, length),
-        "source_ids": array(jnp.int32, rows),
-    }
-
-
-def prepare_run(config: ConfigDict, origin: DataPosition | None = None) -> Run:
+def prepare_run(config: ConfigDict, data_position: DataPosition = DataPosition()) -> Run:
     """Checks the config against devices and data; touches no accelerator memory.
 
-    `origin`: of a run that has begun; by default that of one which has not.
+    `data_position`: of a run that has begun, or of a branch.
 
     Raises:
       ValueError: with what is wrong, where, and what to do.
@@ -243,36 +138,46 @@ def prepare_run(config: ConfigDict, origin: DataPosition | None = None) -> Run:
     model = config_lib.model_config(config)
     mesh = make_mesh(**sizes)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    origin = DataPosition.of_config(config) if origin is None else origin
-    mixture = origin.mixture(config)
-    sources = open_data(config, tokenizer, mixture.sources)
+    mixture = mixture_of(config, data_position)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     return Run(
         config=config,
         model=model,
         mesh=mesh,
         tokenizer=tokenizer,
-        sources=sources,
-        origin=origin,
+        sources=open_data(config, tokenizer, mixture.sources),
+        data_position=data_position,
         mixture=mixture,
-        spec=batch_spec(config, tokenizer),
-        optimizer=optimizer,
-        abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
-        eval_step=make_eval_step(
-            model,
-            mesh,
-            num_sources=len(sources),
-            dtype=jnp.dtype(config.training.dtype),
-            attention=config.training.attention,
-            cross_entropy=config.training.cross_entropy,
-            num_valid_ids=config.training.num_valid_ids,
+        spec=BatchSpec(
+            sequence_length=config.data.sequence_length,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            eod=tokenizer.eod,
+            loss_on_first_token=config.data.loss_on_first_token,
         ),
+        optimizer=optimizer,
+        compute=compute_of(config),
+        abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
     )
 
 
-def _all_weights(config: ConfigDict) -> Iterator[tuple[str, float]]:
-    for _, weights in [(0, config_lib.mixture_weights(config)), *config_lib.mixture_stages(config)]:
-        yield from weights.items()
+def mixture_of(config: ConfigDict, data_position: DataPosition) -> Mixture:
+    """The mixture of a whole run of `config`."""
+    weights, stages = config_lib.mixture_weights(config), config_lib.mixture_stages(config)
+    return data_position.mixture(weights, stages, config.data.batch_size)
+
+
+def compute_of(config: ConfigDict) -> Compute:
+    """How the forward passes of a run are computed."""
+    training = config.training
+    return Compute(
+        dtype=jnp.dtype(training.dtype),
+        remat=training.remat,
+        attention=training.attention,
+        cross_entropy=training.cross_entropy,
+        num_valid_ids=training.num_valid_ids,
+        unroll=training.unroll,
+    )
 
 
 def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, Source]:
@@ -299,8 +204,7 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
     for key in places:
         del values[key]
     tokenizer = load_tokenizer(config.data.tokenizer)
-    names = {name for name, weight in _all_weights(config) if weight}
-    sources = open_data(config, tokenizer, names)
+    sources = open_data(config, tokenizer, mixture_of(config, DataPosition()).sources)
     manifests = {name: source.manifest for name, source in sources.items()}
     return {
         "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),
@@ -316,14 +220,3 @@ def code_hash() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def batch_spec(config: ConfigDict, tokenizer: Tokenizer) -> BatchSpec:
-    """Shape and order of the batches."""
-    return BatchSpec(
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        eod=tokenizer.eod,
-        loss_on_first_token=config.data.loss_on_first_token,
-    )

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from stablelm_jax.checkpoint.store import Checkpoint
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.parallel import sharding
+from stablelm_jax.training.update_guard import new_guard
 
 
 @jax.tree_util.register_dataclass
@@ -23,10 +25,10 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates attempted so far; also the index of the next batch.
-      updates_skipped: int32 scalar, updates left out (see step.py).
+      updates_skipped: int32 scalar, updates that the update guard left out.
       params: float32 master weights under the names of the parameter table.
       opt_state: optax state; its moments have the shapes and shardings of `params`.
-      guard: running statistics of the loss, as `new_guard` makes them.
+      guard: state of the update guard, as `new_guard` makes it.
     """
 
     step: jax.Array
@@ -34,16 +36,6 @@ class TrainState:
     params: Any
     opt_state: Any
     guard: Any
-
-
-def new_guard() -> dict[str, jax.Array]:
-    """Nothing seen yet; float32 scalars.
-
-    "mean" and "variance" of the loss and of how many steps, "count"; "in_a_row", updates left out
-    without one between them; "held", 1 once the run is to stop.
-    """
-    names = ("mean", "variance", "count", "in_a_row", "held")
-    return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
 def abstract_state(
@@ -96,3 +88,32 @@ def _new_state(model: ModelConfig, optimizer: optax.GradientTransformation, key:
         opt_state=optimizer.init(params),
         guard=new_guard(),
     )
+
+
+def to_checkpoint(state: TrainState, run: dict[str, Any]) -> Checkpoint:
+    """Plain trees: Adam's `mu` and `nu` are stored as `m` and `v` under the parameters' names."""
+    get = optax.tree_utils.tree_get
+    optimizer = {
+        "m": get(state.opt_state, "mu"),
+        "v": get(state.opt_state, "nu"),
+        "count": get(state.opt_state, "count"),
+        "updates_skipped": state.updates_skipped,
+    }
+    return Checkpoint(params=state.params, optimizer=optimizer, run=run)
+
+
+def stored_arrays(state: TrainState) -> dict[str, Any]:
+    """The items `params` and `optimizer` of a checkpoint of `state`, which may be abstract."""
+    found = to_checkpoint(state, {})
+    return {"params": found.params, "optimizer": found.optimizer}
+
+
+def from_arrays(
+    abstract: TrainState, arrays: dict[str, Any], step: jax.Array, guard: dict[str, jax.Array]
+) -> TrainState:
+    """The state whose `stored_arrays` these are."""
+    saved = arrays["optimizer"]
+    opt_state = optax.tree_utils.tree_set(
+        abstract.opt_state, mu=saved["m"], nu=saved["v"], count=saved["count"]
+    )
+    return TrainState(step, saved["updates_skipped"], arrays["params"], opt_state, guard)

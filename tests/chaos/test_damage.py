@@ -12,8 +12,8 @@ from tiny import bare_config, events, losses, train
 from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
-from stablelm_jax.training.start import ResumeOptions
 
 
 def state(seed=0):

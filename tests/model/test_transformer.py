@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from seeds import new_rng
 
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import batch_loss
 from stablelm_jax.model.parameters import nest, parameter_table
@@ -14,6 +16,7 @@ from stablelm_jax.model.transformer import Transformer, bind, hidden_states, ini
 SMALL = ModelConfig(
     vocab_size=320, num_layers=3, width=64, num_heads=4, num_kv_heads=4, feed_forward_width=96
 )
+BFLOAT16 = Compute(dtype=jnp.bfloat16)
 KINDS = {
     "1.6b": SMALL,
     "12b": dataclasses.replace(
@@ -30,7 +33,7 @@ KINDS = {
 
 def random_params(config):
     """Every tensor random, those that start at zero or one too."""
-    rng = np.random.default_rng()
+    rng = new_rng()
     return nest(
         {
             row.name: jnp.asarray(rng.normal(row.init_std == "ones", 0.1, row.shape), jnp.float32)
@@ -49,7 +52,7 @@ def packed(lengths):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_row_gives_each_document_the_logits_it_has_alone(kind):
     config, params, lengths = KINDS[kind], random_params(KINDS[kind]), (1, 7, 30, 2, 24)
-    tokens = np.random.default_rng().integers(0, 320, (1, sum(lengths)), np.int32)
+    tokens = new_rng().integers(0, 320, (1, sum(lengths)), np.int32)
     jitted = jax.jit(logits, static_argnums=0)
     together = jitted(config, params, tokens, *packed(lengths))
     for start, length in zip(np.cumsum((0, *lengths)), lengths):
@@ -59,7 +62,7 @@ def test_a_packed_row_gives_each_document_the_logits_it_has_alone(kind):
 
 def test_a_later_token_never_changes_an_earlier_logit():
     params, segments_positions = random_params(SMALL), packed((20,))
-    tokens = np.random.default_rng().integers(0, 320, (1, 20), np.int32)
+    tokens = new_rng().integers(0, 320, (1, 20), np.int32)
     before = logits(SMALL, params, tokens, *segments_positions)
     tokens[0, 12] = (tokens[0, 12] + 1) % 320
     after = logits(SMALL, params, tokens, *segments_positions)
@@ -70,7 +73,7 @@ def test_a_later_token_never_changes_an_earlier_logit():
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_what_is_computed_again_changes_neither_loss_nor_gradient(remat):
     params = random_params(SMALL)
-    tokens = np.random.default_rng().integers(0, 320, (2, 24), np.int32)
+    tokens = new_rng().integers(0, 320, (2, 24), np.int32)
     segments, positions = packed((10, 14))
     batch = {
         "tokens": tokens,
@@ -81,9 +84,8 @@ def test_what_is_computed_again_changes_neither_loss_nor_gradient(remat):
     }
 
     def loss(params, remat):
-        return batch_loss(
-            SMALL, params, batch, 1 / 48, dtype=jnp.float32, remat=remat, attention="chunked"
-        )[0]
+        compute = Compute(remat=remat, attention="chunked")
+        return batch_loss(SMALL, params, batch, 1 / 48, compute=compute)[0]
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain, plain_gradient = gradient(params, "none")
@@ -104,10 +106,8 @@ def test_each_kind_of_remat_computes_again_what_it_says():
 
     def flops(remat):
         def total(params, tokens, segment_ids, positions):
-            x_BTD = hidden_states(
-                config, params, tokens, segment_ids, positions, remat=remat, attention="chunked"
-            )
-            return x_BTD.sum()
+            compute = Compute(remat=remat, attention="chunked")
+            return hidden_states(config, params, tokens, segment_ids, positions, compute).sum()
 
         compiled = jax.jit(jax.grad(total)).lower(shapes, ids, ids, ids).compile()
         return compiled.cost_analysis()["flops"]
@@ -128,7 +128,7 @@ def test_without_a_loop_what_is_computed_again_is_kept_apart_from_the_first_time
     ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
 
     def total(params, *inputs):
-        return hidden_states(SMALL, params, *inputs, remat="full", unroll=unroll).sum()
+        return hidden_states(SMALL, params, *inputs, Compute(remat="full", unroll=unroll)).sum()
 
     text = jax.jit(jax.grad(total)).lower(shapes, ids, ids, ids).as_text()
     assert ("optimization_barrier" in text) == kept_apart
@@ -136,11 +136,11 @@ def test_without_a_loop_what_is_computed_again_is_kept_apart_from_the_first_time
 
 def test_bfloat16_stays_close_to_float32():
     params, place = random_params(SMALL), packed((24,))
-    tokens = np.random.default_rng().integers(0, 320, (1, 24), np.int32)
+    tokens = new_rng().integers(0, 320, (1, 24), np.int32)
     exact = logits(SMALL, params, tokens, *place)
-    rounded = logits(SMALL, params, tokens, *place, dtype=jnp.bfloat16)
+    rounded = logits(SMALL, params, tokens, *place, BFLOAT16)
     assert rounded.dtype == jnp.float32
-    assert hidden_states(SMALL, params, tokens, *place, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    assert hidden_states(SMALL, params, tokens, *place, BFLOAT16).dtype == jnp.bfloat16
     # 8 bits of mantissa through 3 layers
     assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -149,9 +149,9 @@ def test_an_unknown_remat_or_attention_is_refused_with_the_known_ones():
     params, place = random_params(SMALL), packed((4,))
     tokens = np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match="remat is 'some'.*none, dots, attention, full"):
-        hidden_states(SMALL, params, tokens, *place, remat="some")
+        hidden_states(SMALL, params, tokens, *place, Compute(remat="some"))
     with pytest.raises(ValueError, match="'quick' is unknown.*reference, chunked"):
-        hidden_states(SMALL, params, tokens, *place, attention="quick")
+        hidden_states(SMALL, params, tokens, *place, Compute(attention="quick"))
 
 
 def test_the_model_is_one_nnx_module_with_its_layers_stacked():

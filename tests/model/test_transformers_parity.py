@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from seeds import new_rng
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
@@ -29,8 +30,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_those_of_transformers_with_random_biases_and_norms(kind):
     config = KINDS[kind]
-    params = random_params(config, np.random.default_rng())
-    tokens = np.random.default_rng().integers(0, config.vocab_size, (2, 24))
+    params = random_params(config, new_rng())
+    tokens = new_rng().integers(0, config.vocab_size, (2, 24))
     positions = np.broadcast_to(np.arange(24), tokens.shape)
     ours = np.asarray(
         logits(

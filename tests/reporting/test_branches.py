@@ -12,8 +12,8 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.config import ConfigError
 from stablelm_jax.reporting.branches import draw, find_runs, show_branches
+from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
-from stablelm_jax.training.start import ResumeOptions
 
 
 @pytest.fixture(scope="module")

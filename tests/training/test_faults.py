@@ -22,10 +22,10 @@ from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.watchdog import Watchdog, write_stacks
-from stablelm_jax.training import loop, step
+from stablelm_jax.training import loop, update_guard
 from stablelm_jax.training.faults import inspection_command
 from stablelm_jax.training.setup import Run
-from stablelm_jax.training.step import judged
+from stablelm_jax.training.update_guard import is_spike
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +131,14 @@ def test_the_guards_statistics_are_those_of_numpy_until_the_window_is_full():
     statistics = {name: jnp.float32(0) for name in ("mean", "variance", "count")}
     guard = {"kind": "skip", "sigmas": 5.0, "window": 50}
     for loss in seen:
-        spike, statistics = judged(statistics, jnp.float32(loss), guard)
+        spike, statistics = is_spike(statistics, jnp.float32(loss), guard)
         assert not spike
     np.testing.assert_allclose(statistics["mean"], seen.mean(), rtol=1e-5)
     np.testing.assert_allclose(statistics["variance"], seen.var(), rtol=1e-4)
     just_below = statistics["mean"] + 4.9 * jnp.sqrt(statistics["variance"])
     just_above = statistics["mean"] + 5.1 * jnp.sqrt(statistics["variance"])
-    assert not judged(statistics, just_below, guard)[0]
-    assert judged(statistics, just_above, guard)[0]
+    assert not is_spike(statistics, just_below, guard)[0]
+    assert is_spike(statistics, just_above, guard)[0]
 
 
 @pytest.fixture
@@ -148,11 +148,11 @@ def jumping(monkeypatch):
     def jump(*steps):
         def shifted(statistics, loss, guard):
             number = statistics["count"]  # of the steps taken in: spikes are not among them
-            return judged(
+            return is_spike(
                 statistics, jnp.where(jnp.isin(number, jnp.array(steps)), 50, loss), guard
             )
 
-        monkeypatch.setattr(step, "judged", shifted)
+        monkeypatch.setattr(update_guard, "is_spike", shifted)
 
     return jump
 
@@ -164,9 +164,9 @@ def one_jump(monkeypatch):
     def jump(number):
         def shifted(statistics, loss, guard):
             first = (statistics["count"] == number) & (statistics["in_a_row"] == 0)
-            return judged(statistics, jnp.where(first, 50, loss), guard)
+            return is_spike(statistics, jnp.where(first, 50, loss), guard)
 
-        monkeypatch.setattr(step, "judged", shifted)
+        monkeypatch.setattr(update_guard, "is_spike", shifted)
 
     return jump
 
@@ -360,7 +360,7 @@ def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp
     take = loop.Trainer._step
 
     def changing(trainer, *arguments):
-        if trainer.position.step == 5:
+        if trainer.progress.step == 5:
             shard.write_bytes(original[:100] + b"\1" + original[101:])
         return take(trainer, *arguments)
 
@@ -387,15 +387,15 @@ class Result:
 def test_the_watchdog_tells_of_a_hang_and_not_of_slow_steps():
     told = []
     watchdog = Watchdog(0.5, told.append)
-    watchdog.start()
+    watchdog.start(0)
     for _ in range(10):
         result = Result()
-        watchdog.step(result)
+        watchdog.step(1, result)
         time.sleep(0.1)
         result.ready = True
     time.sleep(0.2)
     assert not told and watchdog.limit() >= 0.5
-    watchdog.step(Result())
+    watchdog.step(1, Result())
     deadline = time.monotonic() + 30
     while not told and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -419,7 +419,7 @@ import sys, time
 from stablelm_jax.training import loop
 step = loop.Trainer._step
 def hang(trainer, *arguments):
-    if trainer.position.step == 6:
+    if trainer.progress.step == 6:
         time.sleep(3600)
     return step(trainer, *arguments)
 loop.Trainer._step = hang

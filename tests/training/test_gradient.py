@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -5,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from seeds import new_rng
 
 from stablelm_jax.kernels import cross_entropy as cross_entropy_module
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import batch_loss, sums_by_source
 from stablelm_jax.model.parameters import parameter_table
@@ -28,11 +31,11 @@ MODEL = ModelConfig(
     parallel_residual=True,
     init_std=0.05,
 )
-EXACT = dict(dtype=jnp.float32, remat="none", attention="reference", cross_entropy="reference")
+EXACT = Compute(attention="reference", cross_entropy="reference")
 
 
 def random_batch(rows=8, length=12):
-    rng = np.random.default_rng()
+    rng = new_rng()
     return {
         "tokens": rng.integers(0, 96, (rows, length), np.int32),
         "targets": rng.integers(0, 96, (rows, length), np.int32),
@@ -47,7 +50,7 @@ def random_batch(rows=8, length=12):
 def random_params():
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(np.random.default_rng().integers(2**31)), len(leaves))
+    keys = jax.random.split(jax.random.key(new_rng().integers(2**31)), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
     return jax.tree.unflatten(tree, noisy)
 
@@ -100,7 +103,7 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
         num_sources=3,
         accumulation=accumulation,
         fsdp=mode == "fsdp",
-        **EXACT | {"remat": remat, "cross_entropy": cross_entropy},
+        compute=dataclasses.replace(EXACT, remat=remat, cross_entropy=cross_entropy),
     )
     placed = jax.device_put(params, sharding.named(mesh, specs)) if mode == "fsdp" else params
     found, sums = jax.jit(gradient)(placed, sharding.put_batch(batch, mesh))
@@ -125,7 +128,7 @@ def whole_batch(params, batch):
     """What plain autodiff says, on one device in one piece."""
 
     def mean_loss(params):
-        return batch_loss(MODEL, params, batch, 1 / jnp.sum(batch["loss_mask"]), **EXACT)
+        return batch_loss(MODEL, params, batch, 1 / jnp.sum(batch["loss_mask"]), compute=EXACT)
 
     return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
@@ -145,9 +148,7 @@ def test_the_sum_over_replicas_is_one_float32_reduce_scatter_after_the_microbatc
         specs,
         num_sources=3,
         accumulation=1,
-        dtype=jnp.bfloat16,
-        remat="none",
-        attention="reference",
+        compute=Compute(dtype=jnp.bfloat16, attention="reference"),
     )
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params())
     jaxpr = str(jax.make_jaxpr(gradient)(params, random_batch()))

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from tiny import SOURCES, tiny_config, write_data
 
 from stablelm_jax.data.shards import Shard
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.transformer import init_params, logits
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.training.held_out import (
@@ -60,7 +61,7 @@ def forward(run, params, tokens):
 def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model):
     mesh: Mesh = make_mesh(data, model, jax.devices()[: data * model])
     params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(3))
-    step = make_eval_step(run.model, mesh, num_sources=2, dtype=np.float32, attention="reference")
+    step = make_eval_step(run.model, mesh, num_sources=2, compute=Compute(attention="reference"))
     line = evaluate_held_out(step, params, run.held_out(), mesh)
     for name in SOURCES:
         expected = loss_by_hand(run, params, name)

@@ -11,8 +11,8 @@ from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
 from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.run.folder import git_commit
+from stablelm_jax.training import programs
 from stablelm_jax.training.run import run_training
-from stablelm_jax.training.setup import Run
 
 
 def final_checksums(workdir, step=12):
@@ -137,7 +137,7 @@ def test_a_kernel_that_is_wrong_here_ends_the_run_before_its_first_step(
     def wrong(run):
         raise WrongKernel("attention 'pallas_gpu' is wrong on this chip")
 
-    monkeypatch.setattr(Run, "check_attention", wrong)
+    monkeypatch.setattr(programs, "try_attention", wrong)
     with pytest.raises(ValueError, match="'pallas_gpu' is wrong"):
         run_training(tiny_config(data), {}, str(tmp_path / "run"))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

@@ -1,0 +1,345 @@
+"""How a run begins: resumed from its newest whole checkpoint, as a branch, or from fresh weights.
+
+Which of the three is decided once, in `begin`. The item `run` of the checkpoint is read once; it
+says where the run stands in its data, and so what the run is prepared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint.names import (
+    checkpoint_name,
+    checkpoint_path,
+    checkpoint_step,
+    finished_steps,
+)
+from stablelm_jax.checkpoint.reading import (
+    CheckpointError,
+    DamagedCheckpoint,
+    read_arrays,
+    read_run,
+    state_hash,
+)
+from stablelm_jax.data.position import DataPosition
+from stablelm_jax.parallel import distributed, sharding
+from stablelm_jax.run.folder import git_commit
+from stablelm_jax.run.services import Services
+from stablelm_jax.training.decisions import show_decisions
+from stablelm_jax.training.setup import Run, mixture_of, prepare_run
+from stablelm_jax.training.state import TrainState, from_arrays, init_state, stored_arrays
+from stablelm_jax.training.update_guard import IN_A_ROW, guard_to_json, new_guard
+
+_COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
+
+
+class ResumeError(ValueError):
+    """The checkpoint belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeOptions:
+    """How a run is to be resumed.
+
+    Attributes:
+      strict: a damaged newest checkpoint is an error; else the newest whole one is taken.
+      accept_config_change: a config that differs in more than harmless fields is accepted.
+    """
+
+    strict: bool = False
+    accept_config_change: bool = False
+
+
+@dataclasses.dataclass
+class Progress:
+    """The part of a run's state that lives on the host.
+
+    Attributes:
+      step: updates done, which is also the N of the checkpoint taken now.
+      rows_consumed: rows of the mixture used so far; with the data hash the whole data state.
+      train_seconds: time spent in steps, over all starts of the run.
+      loss_sums: `LossSums.state()` at the last save, or None.
+      config_changes: what was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
+    """
+
+    step: int = 0
+    rows_consumed: int = 0
+    train_seconds: float = 0.0
+    loss_sums: dict[str, Any] | None = None
+    config_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What the loop starts with; `resumed`: from a checkpoint of the run's own."""
+
+    run: Run
+    state: TrainState
+    progress: Progress
+    resumed: bool = False
+
+
+def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beginning:
+    """Finds what the run in this folder goes on with.
+
+    Damaged checkpoints newer than the one that was taken are set aside under another name.
+
+    Raises:
+      ValueError: config, data and checkpoint do not fit; nothing of the run is changed then.
+    """
+    store, events = services.store, services.events
+    _check_parent(config)
+    for name in store.unfinished:
+        events.tell("unfinished_checkpoint", f"{name} was never finished; removed", name=name)
+    store.agree(distributed.agreed_numbers(store.steps()))
+    damaged: dict[int, CheckpointError] = {}
+    for step in reversed(store.steps()):
+        path = store.folder / checkpoint_name(step)
+        beginning, error = None, None
+        try:
+            beginning = _resumed(config, path, services, options)
+        except DamagedCheckpoint as caught:
+            error = caught
+        if not distributed.anywhere(error is not None):
+            events.print(f"resuming from {path}")
+            break
+        damaged[step] = error or DamagedCheckpoint(f"{path} is damaged on another host")
+        if options.strict:
+            raise CheckpointError(
+                f"{damaged[step]} (--strict: without it the run goes on from the newest whole one)"
+            )
+    else:
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {store.folder} can be read: "
+                f"{'; '.join(map(str, damaged.values()))}. Give one of them back, "
+                "or move them all away to begin anew"
+            )
+        beginning = (_branch if config.branch.parent else _fresh)(config, services)
+    _set_aside(damaged, services)
+    if beginning.progress.step > config.training.num_steps:
+        raise ResumeError(
+            f"config.training.num_steps={config.training.num_steps}, but {store.folder} has step "
+            f"{beginning.progress.step} already: give more steps, or another --workdir"
+        )
+    return beginning
+
+
+def _check_parent(config: ConfigDict) -> None:
+    parent = config.branch.parent
+    if parent and checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is None:
+        raise config_lib.ConfigError(
+            f"config.branch.parent={parent!r}: is no checkpoint; write "
+            "WORKDIR/checkpoints/global_stepN of the run to start from"
+        )
+
+
+def _set_aside(damaged: Mapping[int, CheckpointError], services: Services) -> None:
+    """Only now that another one could be read: before, it might be the disk, or this host."""
+    for step, error in damaged.items():
+        aside = services.store.set_aside(step)
+        services.events.tell(
+            "damaged_checkpoint",
+            f"{error}; it is now called {aside}, and the run goes on from the newest whole one",
+            checkpoint=str(services.store.folder / checkpoint_name(step)),
+        )
+
+
+def _fresh(config: ConfigDict, services: Services) -> Beginning:
+    run = prepare_run(config)
+    show_decisions(services.console, run)
+    services.events.print("starting from fresh weights")
+    state = init_state(run.model, run.optimizer, run.abstract, config.seed)
+    return Beginning(run, state, Progress())
+
+
+def _branch(config: ConfigDict, services: Services) -> Beginning:
+    """State and place in the data of `branch.parent`; time and config changes begin anew."""
+    parent = config.branch.parent
+    saved = read_run(parent)
+    run = prepare_run(config, _branch_position(parent, saved))
+    check_same_run(saved, run.identity())
+    show_decisions(services.console, run)
+    state, progress = _restore(run, parent, saved)
+    services.events.tell(
+        "branch",
+        f"a branch of {parent}, from step {progress.step}",
+        parent=parent,
+        step=progress.step,
+        hash=run.data_position.parent_hash,
+    )
+    state, progress = _without_row(state, progress)
+    progress = dataclasses.replace(progress, train_seconds=0.0, config_changes=[])
+    return Beginning(run, state, progress)
+
+
+def _branch_position(parent: str, saved: Mapping[str, Any]) -> DataPosition:
+    if "rows_consumed" not in saved:
+        raise config_lib.ConfigError(
+            f"config.branch.parent={parent!r}: holds weights alone, imported from "
+            f"{saved['imported']['from']}: no moments and no place in the data to go on from"
+        )
+    return DataPosition().moved(
+        saved, parent=parent, parent_step=saved["step"], parent_hash=state_hash(saved["checksums"])
+    )
+
+
+def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
+    """The data position of the run in `workdir`, by its newest readable checkpoint.
+
+    Without a folder: that of a run of `config` that has not begun.
+
+    Raises:
+      CheckpointError: the folder, or the parent of a branch, has no checkpoint that can be read.
+    """
+    if not workdir:
+        parent = config.branch.parent
+        return _branch_position(parent, read_run(parent)) if parent else DataPosition()
+    folder = checkpoint_path(workdir) / "checkpoints"
+    for step in reversed(finished_steps(folder)):
+        try:
+            return DataPosition.of_checkpoint(read_run(folder / checkpoint_name(step)))
+        except DamagedCheckpoint:
+            continue  # whoever restores it says so
+    raise CheckpointError(f"{workdir}: holds no checkpoint that can be read")
+
+
+def _resumed(
+    config: ConfigDict, path: Any, services: Services, options: ResumeOptions
+) -> Beginning:
+    """Raises DamagedCheckpoint, or another ValueError where config, data and run do not fit."""
+    saved = read_run(path)
+    changes = config_lib.config_changes(saved["config"], config)
+    if changes and not options.accept_config_change:
+        raise ResumeError(
+            f"the config is not the one that {path} was trained with: "
+            f"{config_lib.show_changes(changes)}; give the old values back, or add "
+            "--accept-config-change (it is recorded), or start a branch in another --workdir with "
+            f"--config.branch.parent={path}"
+        )
+    position = was = DataPosition.of_checkpoint(saved)
+    if any(key.startswith(_COUNTS_ROWS_ANEW) for key in changes):
+        if not _same_rows_so_far(config, was, saved):
+            position = was.moved(saved)
+    run = prepare_run(config, position)
+    check_same_run(saved, run.identity())
+    show_decisions(services.console, run)
+    state, progress = _restore(run, path, saved)
+    if position != was:
+        state, progress = _without_row(state, progress)
+    if changes:
+        progress.config_changes.append({"step": progress.step, "changes": changes})
+        text = f"config changed at step {progress.step}: {config_lib.show_changes(changes)}"
+        services.events.tell("config_changed", text, **changes)
+    rounding = config_lib.rounding_changes(saved["config"], config)
+    if rounding:
+        services.events.print(
+            f"{', '.join(rounding)} changed: losses go on to rounding, not bit for bit"
+        )
+    return Beginning(run, state, progress, resumed=True)
+
+
+def _same_rows_so_far(config: ConfigDict, position: DataPosition, saved: Mapping[str, Any]) -> bool:
+    """Whether rows are counted as before and only weights of later steps are new."""
+    rows = saved["rows_consumed"]
+    spans = [list(span) for span in mixture_of(config, position).spans()]
+    return config.data.batch_size == saved["config"]["data"]["batch_size"] and _given(
+        spans, rows
+    ) == _given(saved["row_order"]["stages"], rows)
+
+
+def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState, Progress]:
+    """State and progress of the checkpoint at `path`, placed on this run's mesh.
+
+    Raises:
+      DamagedCheckpoint: its arrays are not what `saved`, its item `run`, says.
+    """
+    arrays = read_arrays(path, stored_arrays(run.abstract), saved)
+    guard = {name: jnp.float32(saved.get("guard", {}).get(name, 0.0)) for name in new_guard()}
+    step, guard = jax.device_put((jnp.int32(saved["step"]), guard), sharding.replicated(run.mesh))
+    keys = ("step", "rows_consumed", "train_seconds", "loss_sums")
+    progress = Progress(**{key: saved[key] for key in keys})
+    progress.config_changes = list(saved.get("config_changes", []))
+    return from_arrays(run.abstract, arrays, step, guard), progress
+
+
+def _without_row(state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+    """Forgets updates left out in a row, which would lead back before a run's own first step."""
+    row = ("in_a_row", "before_row")  # keys of `LossSums.state()`
+    sums = {k: v for k, v in (progress.loss_sums or {}).items() if k not in row}
+    zeros = {name: jnp.zeros_like(state.guard[name]) for name in IN_A_ROW}
+    guard = jax.device_put(state.guard | zeros, jax.tree.leaves(state.guard)[0].sharding)
+    return (
+        dataclasses.replace(state, guard=guard),
+        dataclasses.replace(progress, loss_sums=sums or None),
+    )
+
+
+def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) -> dict[str, Any]:
+    """A checkpoint's item `run`: enough to go on, and to use the weights without the run."""
+    return run.identity() | {
+        "step": progress.step,
+        "rows_consumed": progress.rows_consumed,
+        "tokens": run.tokens_by_source(progress.rows_consumed),
+        "train_seconds": progress.train_seconds,
+        "loss_sums": loss_sums,
+        "guard": guard_to_json(state.guard),
+        "origin": run.data_position.to_json(),
+        "config_changes": progress.config_changes,
+        "config": config_lib.to_dict(run.config),
+        "git_commit": git_commit(),
+    }
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose model, data or row order is not this run's.
+
+    Args:
+      saved, current: the item `run` of the checkpoint, and what this run would write.
+
+    Raises:
+      ResumeError: naming each difference.
+    """
+    differences = [
+        f"{key} was {saved.get(key)!r}, now {current[key]!r}"
+        for key in ("model_config", "tokenizer_sha256")
+        if saved.get(key) != current[key]
+    ]
+    now = current["source_hashes"]  # a source that comes later, in a new stage, is no change
+    differences += [
+        f"data_hash of source {name!r} was {was[:12]}, now {now.get(name, 'missing')[:12]}"
+        for name, was in saved["source_hashes"].items()
+        if now.get(name) != was
+    ]
+    differences += _changed_order(saved, current)
+    if differences:
+        raise ResumeError(
+            f"the checkpoint belongs to another run: {'; '.join(differences)}; give back the "
+            "settings and the data it started with, or another --workdir to start anew"
+        )
+
+
+def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """In the rows consumed so far; which weights come later is a field like others."""
+    was, now = dict(saved["row_order"]), dict(current["row_order"])
+    rows = saved["rows_consumed"]
+    before, after = (_given(order.pop("stages"), rows) for order in (was, now))
+    differences = [f"row_order was {was}, now {now}"] if was != now else []
+    if before != after:
+        differences.append(
+            f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; "
+            "new weights begin at a later step: config.data.stages)"
+        )
+    return differences
+
+
+def _given(stages: Any, rows: int) -> list[Any]:
+    """The stages that began before row `rows`."""
+    return [[row, counts] for row, counts in stages if row < rows]

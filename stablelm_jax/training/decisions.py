@@ -1,0 +1,132 @@
+"""What a person sees of a run: the decisions at its start, evaluations, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from stablelm_jax.model.flops import train_flops_per_token
+from stablelm_jax.model.parameters import count_parameters, format_parameter_table, parameter_table
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import mesh_text
+from stablelm_jax.storage.remote import is_url
+from stablelm_jax.training.setup import Run
+
+_YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
+
+
+def show_decisions(console: Console, run: Run) -> None:
+    """The parameter table, and what was decided for model, devices, data and schedule."""
+    text = format_parameter_table(parameter_table(run.model))
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    table = Table("decision", "value", title=f"run {run.config.name}", title_justify="left")
+    for name, value in _decisions(run).items():
+        table.add_row(name, escape(str(value)))
+    console.print(table)
+    console.print(_source_table(run))
+
+
+def _decisions(run: Run) -> dict[str, Any]:
+    config, spec = run.config, run.spec
+    parts = sharding.batch_parts(run.mesh)
+    length = spec.sequence_length
+    full = train_flops_per_token(run.model, length, causal=False)
+    causal = train_flops_per_token(run.model, length, causal=True)
+    return {
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": mesh_text(run.mesh.shape),
+        "rows": f"{spec.batch_size} of {length} tokens a step = "
+        f"{spec.batch_size // parts // config.training.accumulation} a device in a microbatch "
+        f"x {config.training.accumulation} microbatches x {parts}",
+        "weights and moments": f"float32, {_placement(config.parallel)}",
+        "compute": f"{config.training.dtype}, remat {config.training.remat}, "
+        f"attention {config.training.attention}",
+        "parameters": f"{sum(row.count for row in parameter_table(run.model)):,}",
+        "training FLOPs a token": f"{full / 1e9:.4g} G (full attention), "
+        f"{causal / 1e9:.4g} G (causal)",
+        "tokens of the run": f"{config.training.num_steps * spec.batch_size * length:,} "
+        f"in {config.training.num_steps:,} steps",
+        "learning rate": f"{config.schedule.kind}: peak {config.schedule.peak:g}, "
+        f"warmup {config.schedule.warmup_steps:,}, N {config.schedule.total_steps:,}",
+        "tokenizer": f"{run.tokenizer.name}, sha256 {run.tokenizer.sha256[:12]}",
+        "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}{_cached(run)}",
+    }
+
+
+def _cached(run: Run) -> str:
+    """What becomes of shards behind a URL; nothing of local ones."""
+    data = run.config.data
+    if not is_url(data.root):
+        return ""
+    splits = [split for m in run.manifests.values() for split in (m.train, m.held_out)]
+    total = sum(info.bytes for split in splits for info in split.shards)
+    return (
+        f"; of {total / 1e9:.3g} GB of shards up to {data.cache_gb:g} GB are kept whole in "
+        f"{data.cache}, the others read by range"
+    )
+
+
+def _placement(parallel: Any) -> str:
+    if parallel.fsdp:
+        return "split over data, gathered a layer at a time (FSDP)"
+    return "split over data (ZeRO-1)" if parallel.zero1 else "on every device"
+
+
+def _source_table(run: Run) -> Table:
+    given = run.tokens_by_source(run.last_row())
+    spans = run.mixture.spans()
+    periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
+    table = Table(title=f"mixture, repeating every {periods} rows", title_justify="left")
+    table.add_column("source", no_wrap=True)
+    weights = ["weight", *(f"from row {row:,}" for row, _ in spans[1:])]
+    for column in (*weights, "tokens in it", "tokens of the run", "epochs", "unigram entropy"):
+        table.add_column(column, justify="right")
+    for name, manifest in run.manifests.items():
+        table.add_row(
+            name,
+            *(f"{counts.get(name, 0)}/{sum(counts.values())}" for _, counts in spans),
+            f"{manifest.train.tokens:,}",
+            f"{given[name]:,}",
+            f"{given[name] / manifest.train.tokens:.3g}",
+            f"{manifest.unigram_entropy:.3f} nats",
+        )
+    return table
+
+
+def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
+    """Held-out loss of each source beside its unigram entropy."""
+    table = Table(title=f"held-out text after step {step:,}", title_justify="left")
+    table.add_column("source", no_wrap=True)
+    for column in ("loss (nats)", "bits a byte", "unigram entropy", "loss below it by"):
+        table.add_column(column, justify="right")
+    for name, manifest in run.manifests.items():
+        loss = line.get(f"eval/loss/{name}")
+        if loss is None:
+            table.add_row(name, "none", "", "", "")
+            continue
+        entropy = manifest.unigram_entropy
+        bits = line[f"eval/bits_per_byte/{name}"]
+        numbers = (f"{loss:.4f}", f"{bits:.4f}", f"{entropy:.3f}", f"{entropy - loss:+.3f}")
+        table.add_row(name, *numbers)
+    console.print(table)
+
+
+def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str) -> None:
+    """The continuation of each prompt, with a line on how much the model has read."""
+    body = "\n\n".join(
+        f"[bold]{escape(prompt)}[/bold]{escape(text)}" for prompt, text in texts.items()
+    )
+    console.print(Panel(body, title=f"samples after step {step:,}", subtitle=escape(note)))
+
+
+def reading_note(run: Run, rows: int) -> str:
+    """How much the model has read after so many rows, for whoever reads its samples."""
+    share = rows * run.spec.sequence_length / count_parameters(run.model)
+    note = f"{share:.2g} tokens read for each parameter"
+    return f"{note}: not yet language" if share < _YOUNG else note

@@ -1,0 +1,165 @@
+"""What a metrics line says: losses by source, norms, the token ledger, speed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from stablelm_jax.model.flops import train_flops_per_token
+from stablelm_jax.parallel.chips import peak_flops
+from stablelm_jax.run.metrics import finite
+from stablelm_jax.training.held_out import mean_losses
+from stablelm_jax.training.setup import Run
+
+_SCALARS = ("learning_rate", "grad_norm", "param_norm", "updates_skipped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """An update that was left out.
+
+    Attributes:
+      step: of the metrics: the update that would have led to it.
+      why: the step's "skipped".
+      sources: {name: mean loss, or None where not finite} of the sources in its batch.
+      grad_norm: of its gradient.
+      in_a_row: how many were left out without one between them, this one included.
+    """
+
+    step: int
+    why: int
+    sources: dict[str, float | None]
+    grad_norm: float
+    in_a_row: int
+
+
+class LossSums:
+    """Loss and tokens by source since the last metrics line, of the updates that were applied.
+
+    Steps add device arrays, which are fetched only when a line is due; the sums are kept in
+    float64, whose text in a checkpoint is exact, so that a resumed run prints the same mean.
+
+    Attributes:
+      in_a_row: how many of the last updates were left out.
+      before_row: `state()` before the first of these, or None.
+    """
+
+    def __init__(self, sources: Sequence[str], saved: Mapping[str, Any] | None = None):
+        self._sources = list(sources)
+        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        saved = saved or {}
+        self._nll, self._tokens = (
+            np.array([saved.get(key, {}).get(name, 0.0) for name in sources], np.float64)
+            for key in ("nll", "tokens")
+        )
+        self.in_a_row: int = saved.get("in_a_row", 0)
+        self.before_row: dict[str, Any] | None = saved.get("before_row")
+        self._skipped: list[Skipped] = []
+
+    def add(self, step: int, step_metrics: Mapping[str, jax.Array]) -> None:
+        """Adds one step's "nll" and "tokens", float32 [S]; does not wait for the device."""
+        kept = ("nll", "tokens", "skipped", "grad_norm")
+        self._pending.append((step, {key: step_metrics[key] for key in kept}))
+
+    def _fetch(self) -> None:
+        for step, found in jax.device_get(self._pending):
+            if found["skipped"]:
+                self._skip(step, found)
+                continue
+            self.in_a_row, self.before_row = 0, None
+            self._nll += found["nll"]
+            self._tokens += found["tokens"]
+        self._pending.clear()
+
+    def _skip(self, step: int, found: Mapping[str, Any]) -> None:
+        if not self.in_a_row:
+            self.before_row = self._state()
+        self.in_a_row += 1
+        means = {
+            name: finite(float(nll) / float(tokens))
+            for name, nll, tokens in zip(self._sources, found["nll"], found["tokens"])
+            if tokens
+        }
+        norm = float(found["grad_norm"])
+        self._skipped.append(Skipped(step, int(found["skipped"]), means, norm, self.in_a_row))
+
+    def take_skipped(self) -> list[Skipped]:
+        """The updates left out since the last call; waits for the devices."""
+        self._fetch()
+        taken, self._skipped = self._skipped, []
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """The sums as JSON values, for the checkpoint."""
+        self._fetch()
+        row = {"in_a_row": self.in_a_row, "before_row": self.before_row}
+        return self._state() | row if self.in_a_row else self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "nll": dict(zip(self._sources, self._nll.tolist())),
+            "tokens": dict(zip(self._sources, self._tokens.tolist())),
+        }
+
+    def take(self) -> dict[str, float | None]:
+        """{"loss": mean, "loss/<source>": mean of each source seen}; starts again from zero."""
+        self._fetch()
+        means = mean_losses("loss", self._sources, self._nll, self._tokens)
+        self._nll[:] = 0.0
+        self._tokens[:] = 0.0
+        return means
+
+
+class Meter:
+    """Adds up between two lines.
+
+    Attributes:
+      steps: since the last line.
+      seconds, wait_seconds: spent in them, and of these on waiting for data.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+
+    def line(self, scalars: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        """The part of a line after `rows` rows; starts again from zero.
+
+        `scalars`: those of the step's metrics, on the host.
+        """
+        ledger = self._run.tokens_by_source(rows)
+        line = {
+            **{key: scalars[key].item() for key in _SCALARS},
+            "tokens_seen": sum(ledger.values()),
+            **{f"tokens/{name}": tokens for name, tokens in ledger.items()},
+            **{
+                f"epochs/{name}": ledger[name] / manifest.train.tokens
+                for name, manifest in self._run.manifests.items()
+            },
+            **self._speed(),
+        }
+        self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+        return line
+
+    def _speed(self) -> dict[str, float | None]:
+        spec, steps = self._run.spec, self.steps
+        rate = steps * spec.batch_size * spec.sequence_length / self.seconds
+        per_device = rate / jax.device_count()
+        peak = peak_flops(jax.devices()[0])
+
+        def mfu(causal: bool) -> float | None:
+            flops = train_flops_per_token(self._run.model, spec.sequence_length, causal=causal)
+            return None if peak is None else per_device * flops / peak
+
+        return {
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": per_device,
+            "mfu": mfu(causal=False),
+            "mfu_causal": mfu(causal=True),
+            "data_wait_seconds": self.wait_seconds / steps,
+            "step_seconds": self.seconds / steps,
+        }
