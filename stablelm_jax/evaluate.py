@@ -125,7 +125,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
     from rich.console import Console
 
     from stablelm_jax.data.position import DataPosition
-    from stablelm_jax.training.decisions import show_evaluation
+    from stablelm_jax.reporting.console import show_evaluation
     from stablelm_jax.training.held_out import evaluate_held_out
     from stablelm_jax.training.setup import prepare_run
 

@@ -32,7 +32,6 @@ from stablelm_jax.data.position import DataPosition
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.folder import git_commit
 from stablelm_jax.run.services import Services
-from stablelm_jax.training.decisions import show_decisions
 from stablelm_jax.training.setup import Run, mixture_of, prepare_run
 from stablelm_jax.training.state import TrainState, from_arrays, init_state, stored_arrays
 from stablelm_jax.training.update_guard import IN_A_ROW, guard_to_json, new_guard
@@ -154,7 +153,7 @@ def _set_aside(damaged: Mapping[int, CheckpointError], services: Services) -> No
 
 def _fresh(config: ConfigDict, services: Services) -> Beginning:
     run = prepare_run(config)
-    show_decisions(services.console, run)
+    _show(services, run)
     services.events.print("starting from fresh weights")
     state = init_state(run.model, run.optimizer, run.abstract, config.seed)
     return Beginning(run, state, Progress())
@@ -166,7 +165,7 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     saved = read_run(parent)
     run = prepare_run(config, _branch_position(parent, saved))
     check_same_run(saved, run.identity())
-    show_decisions(services.console, run)
+    _show(services, run)
     state, progress = _restore(run, parent, saved)
     services.events.tell(
         "branch",
@@ -178,6 +177,12 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     state, progress = _without_row(state, progress)
     progress = dataclasses.replace(progress, train_seconds=0.0, config_changes=[])
     return Beginning(run, state, progress)
+
+
+def _show(services: Services, run: Run) -> None:
+    from stablelm_jax.reporting.console import show_decisions  # the core never needs the shell
+
+    show_decisions(services.console, run)
 
 
 def _branch_position(parent: str, saved: Mapping[str, Any]) -> DataPosition:
@@ -230,7 +235,7 @@ def _resumed(
             position = was.moved(saved)
     run = prepare_run(config, position)
     check_same_run(saved, run.identity())
-    show_decisions(services.console, run)
+    _show(services, run)
     state, progress = _restore(run, path, saved)
     if position != was:
         state, progress = _without_row(state, progress)

@@ -13,7 +13,6 @@ from stablelm_jax.evaluation.progress import Asking, Left
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.events import Events
 from stablelm_jax.storage.remote import described
-from stablelm_jax.training.decisions import show_evaluation
 from stablelm_jax.training.held_out import EvalStep, HeldOutError, evaluate_held_out
 from stablelm_jax.training.setup import Run
 
@@ -61,6 +60,8 @@ class Evaluations:
             self._failed(step, f"step {step}: {error}; the run goes on", began)
             return {}
         if means is not None:
+            from stablelm_jax.reporting.console import show_evaluation
+
             show_evaluation(self._console, run, step, means)
         return means
 

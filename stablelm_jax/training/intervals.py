@@ -10,7 +10,6 @@ from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.services import Services
 from stablelm_jax.training.begin import Progress
-from stablelm_jax.training.decisions import reading_note, show_sample
 from stablelm_jax.training.evaluations import PATIENCE, TASKS, Evaluations
 from stablelm_jax.training.programs import Programs
 from stablelm_jax.training.setup import Run
@@ -82,6 +81,8 @@ class Intervals:
         with services.stop.phase("sampling"):
             texts = self._programs.samples(params)
         services.watchdog.moved()
+        from stablelm_jax.reporting.console import reading_note, show_sample
+
         note = reading_note(self._run, progress.rows_consumed)
         show_sample(services.console, step, texts, note)
         whole = "\n\n".join(f"[{prompt}]{text}" for prompt, text in texts.items())

@@ -27,12 +27,12 @@ def show_decisions(console: Console, run: Run) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     table = Table("decision", "value", title=f"run {run.config.name}", title_justify="left")
     for name, value in _decisions(run).items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, escape(value))
     console.print(table)
     console.print(_source_table(run))
 
 
-def _decisions(run: Run) -> dict[str, Any]:
+def _decisions(run: Run) -> dict[str, str]:
     config, spec = run.config, run.spec
     parts = sharding.batch_parts(run.mesh)
     length = spec.sequence_length
