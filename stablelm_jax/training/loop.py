@@ -287,7 +287,7 @@ class Trainer:
         if distributed.is_first():
             with self._disk_may_be_full("metrics"):
                 self.folder.metrics.flush_to_disk()
-            self.folder.uploads.upload()
+            self.folder.upload()
 
     def _checkpoint(self) -> Checkpoint:
         self.shards.look()
@@ -394,7 +394,7 @@ class Trainer:
         path = self.folder.path / "hang" / f"{checkpoint_name(step)}-process{index}.txt"
         text = f"HUNG in {self.stop.phase_name} at step {step} on process {index}: {why}"
         write_stacks(path, text)
-        self.folder.bring(path)
+        self.folder.upload_file(path)
         self.events.tell("hang", f"{text}; see {path}", style="bold red", step=step)
         if index == 0:
             time.sleep(HANG_PAUSE)  # jax ends the others as soon as process 0 is gone

@@ -52,9 +52,7 @@ def run_training(
         console.print(f"run folder: {folder}", soft_wrap=True)
         trainer = Trainer(run, folder, console, cache, wishes or ResumeOptions(), stop)
         if distributed.is_first():
-            folder.write_config(config_lib.to_dict(config), set_by)
-            folder.write_tokenizer(run.tokenizer)
-            folder.add_environment()
+            folder.describe(config_lib.to_dict(config), set_by, run.tokenizer)
         return trainer.train()
 
 
@@ -65,7 +63,6 @@ def _claimed(folder: RunFolder) -> Iterator[None]:
         error = None
         if distributed.is_first():
             try:
-                folder.create()
                 stack.enter_context(folder.claimed())
             except (ValueError, OSError) as caught:
                 error = caught
