@@ -21,6 +21,7 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.saving import SaveFailed, Saver
 from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.data.fingerprints import FileFingerprints
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.reporting.picture import draw_losses
 from stablelm_jax.run import console as show
@@ -29,7 +30,6 @@ from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder, git_commit
 from stablelm_jax.run.metrics import LossSums
 from stablelm_jax.run.profile import Profiler
-from stablelm_jax.run.shard_watch import ShardWatch
 from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest, announce
 from stablelm_jax.run.watchdog import Watchdog, write_stacks
 from stablelm_jax.run.writers import Writers
@@ -64,13 +64,12 @@ class Trainer:
         self._say_what_is_safe()
         with stop.phase("restoring", leave=True):
             start = Start(run, self.store, wishes, self.events)
-            self.shards = ShardWatch(
+            self.shards = FileFingerprints(
                 folder.path / "shards.json",
-                start.run.sources,
+                start.run.sources if self.config.data.check_shards else {},
                 self.events.print,
-                enabled=self.config.data.check_shards,
             )
-            self.shards.start()
+            self.shards.check()
         self.run, self.state, self.position = start.run, start.state, start.position
         self.saver = Saver(self.config.checkpoint, self.store, self.events)
         self.losses = LossSums(list(self.run.sources), self.position.loss_sums)
@@ -290,7 +289,7 @@ class Trainer:
             self.folder.upload()
 
     def _checkpoint(self) -> Checkpoint:
-        self.shards.look()
+        self.shards.check()
         return to_checkpoint(self.state, self._run_item())
 
     def _run_item(self) -> dict[str, Any]:
