@@ -101,9 +101,9 @@ class RunFolder:
             self._mirror.upload()
 
     def upload_file(self, path: Path) -> None:
-        """Uploads one file of `path` at once, from any process; tries once and never raises."""
-        if self._mirror:
-            with contextlib.suppress(Exception):  # the network may be what hangs
+        """Uploads one file below `path`, from any process; tries once and never raises."""
+        with contextlib.suppress(Exception):  # the network may be what hangs
+            if self._mirror:
                 self._mirror.upload_file(path)
 
     def describe(
