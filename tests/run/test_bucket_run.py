@@ -77,7 +77,7 @@ def run(gcs, config_file, folder):
         fs.pipe_file(f"{ROOT}/{file.relative_to(folder / 'data')}", file.read_bytes())
     for file in (folder / "data").rglob("manifest.json"):
         fs.pipe_file(f"{ROOT}/{file.relative_to(folder / 'data')}", file.read_bytes())
-    finish(start(config_file, folder / "local", folder / "host-0"))
+    local = start(config_file, folder / "local", folder / "host-0")
     flag = f"--config.data.root={ROOT}"
     process = start(config_file, WORKDIR, folder / "host-1", flag)
     for _ in range(6000):
@@ -92,6 +92,7 @@ def run(gcs, config_file, folder):
     gcs.fail("uploadType=media&name=runs/tiny/checkpoints/global_step40", 2)
     gcs.fail("uploadType=multipart", 1)  # of gcsfs; those above are of tensorstore
     out = finish(start(config_file, WORKDIR, folder / "host-2", flag))
+    finish(local)
     return folder, out, killed_at
 
 

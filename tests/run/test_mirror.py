@@ -32,7 +32,7 @@ def store():
 
 @pytest.fixture
 def url(store):
-    """Of a run that has a checkpoint: another start goes on with it."""
+    """The URL of a run that has a checkpoint: another start goes on with it."""
     url = f"memory://runs/{next(NAMES)}"
     store.pipe_file(f"{url}/checkpoints/global_step0/commit_success.txt", b"")
     return url
