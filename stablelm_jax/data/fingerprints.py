@@ -28,7 +28,7 @@ class FileFingerprints:
     """
 
     def __init__(self, path: Path, sources: Mapping[str, Source], tell: Callable[[str], None]):
-        """`path`: the file `shards.json`; `tell` gets a line for each shard that has to be read whole."""
+        """`path`: the file `shards.json`; `tell` gets a line for each shard that is read whole."""
         self._path, self._tell, self._seen = path, tell, {}
         self._shards = [
             (name, bin_path(source.directory / info.file), info)
