@@ -16,6 +16,7 @@ VERBS = {
     "prepare": "documents into token shards, a held-out split and a manifest",
     "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
+    "runs": "the tree of runs and their branches below a folder, their curves in one picture",
     "inspect_data": "the documents that a step was made of",
     "evaluate": "held-out loss of a checkpoint, or the benchmarks of lm-eval",
     "generate": "text from a checkpoint",

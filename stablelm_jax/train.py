@@ -1,14 +1,11 @@
 """`train --config F --workdir D`: pretrains; goes on by itself where D holds a checkpoint.
 
-`train --list-branches DIR [--picture FILE.png]` draws the tree of the runs below DIR instead.
-
 Exit codes: 0 the run reached its last step; 75 stopped by a signal with a whole checkpoint, run
 the same command again; 1 error; 2 bad config or arguments.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -19,14 +16,9 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.run.compiler_flags import make_deterministic
 from stablelm_jax.run.signals import StopRequest
 
-_LIST = "--list-branches"
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
-    arguments = list(sys.argv if argv is None else argv)
-    if any(argument.partition("=")[0] == _LIST for argument in arguments):
-        sys.exit(_list_branches(arguments[1:]))
     with StopRequest(last=True) as stop:  # from here on: importing takes seconds
         config_lib.define_flags(argv)
         flags.DEFINE_string("workdir", None, "The run's folder or gs:// URL.", required=True)
@@ -34,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags.DEFINE_bool(
             "accept-config-change", False, "Resume with another config, and record it."
         )
-        flags.DEFINE_string("list-branches", None, "Draw the tree of the runs below a folder.")
-        flags.DEFINE_string("picture", None, "With --list-branches: their curves, as a PNG.")
         several = "Several processes (found by itself under SLURM and on Cloud TPUs): "
         flags.DEFINE_string("coordinator", None, several + "HOST:PORT of process 0.")
         flags.DEFINE_integer("num_processes", None, several + "how many.")
@@ -72,22 +62,6 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
             sys.stderr.flush()
             os._exit(1)
         return 1
-
-
-def _list_branches(arguments: list[str]) -> int:
-    """Needs no config, which the other flags ask for."""
-    from stablelm_jax.reporting.branches import show_branches
-
-    parser = argparse.ArgumentParser(prog="train", allow_abbrev=False)
-    parser.add_argument(_LIST, metavar="DIR", required=True, help="a folder of run folders")
-    parser.add_argument("--picture", metavar="FILE.png", help="gets the curves of all of them")
-    given = parser.parse_args(arguments)
-    try:
-        show_branches(given.list_branches, given.picture)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def rounding_changes(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
 
 def show_changes(found: Mapping[str, Any]) -> str:
     """What `config_changes` found, in one line."""
-    return "; ".join(f"config.{key}: {was!r} -> {now!r}" for key, (was, now) in found.items())
+    return "; ".join(f"config.{key} was {was!r}, now {now!r}" for key, (was, now) in found.items())
 
 
 def _differing(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[Any]]:

@@ -1,104 +1,84 @@
-"""Stamps: whether a shard was changed under a run.
+"""Whether a shard was changed under a run: asked when it starts and before each of its saves.
 
-A run records size and modification time of its shards, which costs one `stat` a file, and looks
-again whenever it starts. A shard whose stamp moved is read whole and held against its manifest: a
-copy or a `touch` leaves the bytes alone and passes, anything else is refused before it is trained
-on. What changes bytes and leaves both size and time, as a failing disk may, is not seen here. Nor
-is another manifest: the data's hash is that of another run then.
+The fingerprint of a file is its size and modification time, which costs one `stat`. A file whose
+fingerprint moved is read whole and compared with its manifest: a copy or a `touch` leaves the bytes
+alone and passes, anything else is refused before it is trained on. Bytes that change under the same
+size and time, as on a failing disk, are not seen here. Nor are shards behind a URL: those are
+compared with their sha256 when they are fetched.
 """
 
 from __future__ import annotations
 
-import os
-import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from stablelm_jax.data.manifest import ManifestError, Source, open_shard
-from stablelm_jax.data.shards import ShardError, ShardInfo, bin_path, file_sha256, idx_path
+from stablelm_jax.data.shards import ShardError, bin_path, file_sha256, idx_path
+from stablelm_jax.parallel import distributed
+from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
 
-Stamps = dict[str, list[int]]
 
+class FileFingerprints:
+    """The shards of a run as they were seen last: {"<source>/<file>": [bytes, mtime in ns]}.
 
-def take(sources: Mapping[str, Source]) -> Stamps:
-    """{"<source>/<file>": [bytes, mtime in ns]} of every local shard, train and held-out.
-
-    Both files of a shard are in it. Sources behind a URL are not: a shard of theirs is compared
-    with its sha256 when it is fetched. Goes into JSON and comes back as it was.
-
-    Raises:
-      ShardError: a file is missing or out of reach; the message names it.
+    Process 0 keeps them in the run folder's `shards.json` for the next start. Other hosts may have
+    copies of the data of their own, which they compare while they run.
     """
-    return {key: _stamp(path) for key, path, _ in _files(sources)}
 
+    def __init__(self, path: Path, sources: Mapping[str, Source], tell: Callable[[str], None]):
+        """`path`: the file `shards.json`; `tell` gets a line for each shard that is read whole."""
+        self._path, self._tell, self._seen = path, tell, {}
+        self._shards = [
+            (name, bin_path(source.directory / info.file), info)
+            for name, source in sources.items()
+            if not isinstance(source.directory, RemotePath)
+            for info in (*source.manifest.train.shards, *source.manifest.held_out.shards)
+        ]
+        if distributed.is_first() and path.exists():
+            try:
+                self._seen = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                tell(f"{path} is broken: the shards are taken as they are now")
 
-def check(
-    sources: Mapping[str, Source],
-    recorded: Mapping[str, list[int]],
-    progress: Callable[[str], None],
-) -> Stamps:
-    """Holds the shards against the stamps `recorded` by this run; returns the stamps of now.
+    def check(self) -> None:
+        """Compares both files of every shard, train and held-out, with what was seen last.
 
-    What has no stamp in `recorded`, such as a source of a later stage of the mixture, passes.
+        A file that was never seen passes, as one of a source that joins in a later stage.
 
-    Args:
-      sources: of the run, with their manifests as read.
-      recorded: what `take` or `check` returned before.
-      progress: gets a line for each file that has to be read whole.
-
-    Raises:
-      ShardError: files that are missing, or have not the bytes they had; all are named.
-    """
-    stamps = take(sources)  # before anything is read: what changes from here on shows next time
-    wrong = []
-    for key, path, info in _files(sources):
-        if recorded.get(key, stamps[key]) != stamps[key]:
-            progress(
-                f"{path}: size or time changed since this run recorded it;"
-                f" reading {stamps[key][0] / 1e6:,.1f} MB to see whether its bytes did"
+        Raises:
+          ShardError: on every process; names the files that are missing or have other bytes.
+        """
+        seen, wrong = dict(self._seen), []
+        for name, path, info in self._shards:
+            try:
+                # Before the shard is read: what changes from here on shows the next time.
+                now = {f"{name}/{file.name}": _of(file) for file in (path, idx_path(path))}
+                if any(seen.get(key, value) != value for key, value in now.items()):
+                    self._tell(
+                        f"{path}: size or time changed since this run recorded it;"
+                        f" reading {info.bytes / 1e6:,.1f} MB to see whether its bytes did"
+                    )
+                    open_shard(path, info).check()
+                    if file_sha256(path) != info.sha256:
+                        raise ShardError(f"{path} has not the sha256 of the manifest")
+                seen |= now
+            except (ShardError, ManifestError) as error:
+                wrong.append(str(error))
+            except OSError as error:
+                wrong.append(f"{error.filename or path}: {error.strerror or error}")
+        if distributed.anywhere(bool(wrong)):
+            raise ShardError(
+                "shards were changed since this run began: "
+                f"{'; '.join(wrong) or 'on another host, see its output'}. Restore them as they"
+                " were, or prepare the documents as another source and start another run with it"
             )
-            wrong += _differences(path, info)
-    if wrong:
-        raise ShardError(
-            f"shards were changed since this run began: {'; '.join(wrong)}. Restore them as they"
-            " were, or prepare the documents as another source and start another run with it"
-        )
-    return stamps
+        if seen != self._seen and distributed.is_first():
+            write_json(self._path, seen)
+        self._seen = seen
 
 
-def _files(sources: Mapping[str, Source]) -> Iterator[tuple[str, pathlib.Path, ShardInfo]]:
-    """Key, path and shard of each local file; `.bin` and `.idx` share a shard."""
-    for name, source in sources.items():
-        if isinstance(source.directory, RemotePath):
-            continue
-        for info in source.manifest.train.shards + source.manifest.held_out.shards:
-            path = source.directory / info.file
-            for file in (bin_path(path), idx_path(path)):
-                yield f"{name}/{file.name}", file, info
-
-
-def _stamp(path: pathlib.Path) -> list[int]:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise ShardError(f"{path}: missing; restore it or prepare the source again") from None
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
+def _of(file: Path) -> list[int]:
+    status = file.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-def _differences(path: pathlib.Path, info: ShardInfo) -> list[str]:
-    """What of a file's contents is not as the manifest has it, naming the file; often nothing."""
-    try:
-        if path == idx_path(path):
-            # The manifest has no sha256 of it; a run needs of it what is compared here.
-            open_shard(bin_path(path), info).check()
-        elif path.stat().st_size != info.bytes:
-            return [f"{path} has {path.stat().st_size} bytes where the manifest says {info.bytes}"]
-        elif file_sha256(path) != info.sha256:
-            return [f"{path} has not the sha256 of the manifest"]
-    except (ShardError, ManifestError) as error:
-        return [str(error)]
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return []

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 # How long a host may come later than another; machines of a large job do not boot alike.
 MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS", "60"))
 DEFAULT_PORT = 8476
-_METADATA_URL = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+METADATA_HOST = "metadata.google.internal"
 _METADATA_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _LONGEST_MESSAGE = 1 << 20
@@ -125,8 +125,14 @@ def _from_tpu(environment: Mapping[str, str]) -> Processes | None:
     return Processes(f"{hosts[0]}:{DEFAULT_PORT}", len(hosts), index, "the TPU's metadata")
 
 
+def metadata_request(path: str, host: str = METADATA_HOST) -> urllib.request.Request:
+    """Asks the metadata server of Google's machines about this one."""
+    url = f"http://{host}/computeMetadata/v1/instance/{path}"
+    return urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+
+
 def _metadata(name: str) -> str | None:
-    request = urllib.request.Request(_METADATA_URL + name, headers={"Metadata-Flavor": "Google"})
+    request = metadata_request(f"attributes/{name}")
     try:
         with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode()

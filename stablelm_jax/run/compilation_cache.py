@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -10,12 +11,11 @@ import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 
-_HIT = "/jax/compilation_cache/cache_hits"
-_MISS = "/jax/compilation_cache/cache_misses"
+_EVENTS = "/jax/compilation_cache/"
 
 
 class CompilationCache:
-    """jax's persistent cache, on unless the user has set one up; counts what it gave.
+    """jax's persistent cache, unless the user has set one up already; counts what it gave.
 
     Runs whose folders lie side by side share it. Attributes: folder, hits, misses.
     """
@@ -24,7 +24,7 @@ class CompilationCache:
         self.hits = self.misses = 0
         self.folder = jax.config.jax_compilation_cache_dir
         if not self.folder:
-            parent = checkpoint_path(workdir).parent  # jax, too, writes to gs://
+            parent = checkpoint_path(workdir).parent  # jax writes to gs:// too
             self.folder = str(parent / ".compilation_cache" / _machine())
             jax.config.update("jax_compilation_cache_dir", self.folder)
             # What compiles within a second is not worth a file on a disk that many hosts share.
@@ -32,8 +32,8 @@ class CompilationCache:
         jax.monitoring.register_event_listener(self._count)
 
     def _count(self, event: str, **_: object) -> None:
-        self.hits += event == _HIT
-        self.misses += event == _MISS
+        self.hits += event == f"{_EVENTS}cache_hits"
+        self.misses += event == f"{_EVENTS}cache_misses"
 
     def __str__(self) -> str:
         return f"{self.hits} programs from {self.folder}, {self.misses} compiled"
@@ -41,15 +41,10 @@ class CompilationCache:
 
 def _machine() -> str:
     """The kind of device; a program for one CPU may hold instructions that another lacks."""
-    kind = jax.devices()[0].device_kind.replace(" ", "_")
     if jax.default_backend() != "cpu":
-        return kind
-    return f"cpu_{hashlib.sha256(_cpu().encode()).hexdigest()[:8]}"
-
-
-def _cpu() -> str:
-    try:
+        return jax.devices()[0].device_kind.replace(" ", "_")
+    cpu = ""
+    with contextlib.suppress(OSError):  # only Linux has this file
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return ""
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+        cpu = "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
+    return f"cpu_{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"

@@ -13,19 +13,19 @@ from rich.console import Console
 
 
 class Events:
-    """Says events aloud and keeps them, one JSON object a line: `time`, `event`, more fields."""
+    """Prints events and keeps them, one JSON object a line: `time`, `event`, more fields."""
 
     def __init__(self, console: Console, path: Path | None):
-        """`path`: of the file; None on processes that write no files."""
+        """`path`: the file; None on processes that write no files."""
         self._console, self._path = console, path
 
-    def print(self, text: str) -> None:
-        """Says it, and no more."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def print(self, text: str, style: str | None = None) -> None:
+        """Prints a text and keeps nothing."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
     def tell(self, event: str, text: str, *, style: str = "bold yellow", **fields: Any) -> None:
-        """Says it in colour and writes it down. A full disk does not end the run."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+        """Prints a text in colour and keeps it. A full disk does not end the run."""
+        self.print(text, style)
         if self._path is None:  # not process 0, whose console is quiet
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
             return
@@ -34,4 +34,4 @@ class Events:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, default=str) + "\n")
         except OSError as error:
-            self._console.print(f"{self._path} cannot be written: {error}", style="bold red")
+            self.print(f"{self._path} cannot be written: {error}", "bold red")

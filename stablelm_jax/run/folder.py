@@ -7,6 +7,7 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   metrics.jsonl      one line every `training.log_every` steps, one for each evaluation
   events.jsonl       what else happened: signals, saves that failed, updates left out, changes
   hang/              with a hang: the stacks of every process
+  shards.json        sizes and times of the shards, to notice one that changes
   loss.png           the curves of metrics.jsonl
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
@@ -34,9 +35,9 @@ import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 from stablelm_jax.run.metrics import MetricsFile
-from stablelm_jax.run.mirror import Mirror, NoUpload, mirror_folder
+from stablelm_jax.run.mirror import LOCK, RemoteMirror
 from stablelm_jax.storage.files import write_json, write_text
-from stablelm_jax.storage.remote import filesystem, is_url
+from stablelm_jax.storage.remote import is_url
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
@@ -46,41 +47,28 @@ class RunFolder:
     """Paths and small files of one run. Only process 0 writes.
 
     Attributes:
+      where: the path or URL of the run folder.
       path: the folder of this machine that all but the checkpoints are written to.
-      checkpoints: where those go, which may be a URL.
-      uploads: brings `path` to where the run folder is, if that is elsewhere.
+      checkpoints: the folder of these, which may be a URL.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
         """Raises ValueError where no checkpoint can be written to `workdir`."""
         self.where = str(checkpoint_path(workdir))
         self.checkpoints = checkpoint_path(workdir) / "checkpoints"
-        self.path, self.uploads = Path(self.where), NoUpload()
-        if is_url(workdir):
-            self.path = mirror_folder(self.where)
-            self.uploads = Mirror(self.where, self.path)
+        self._mirror = RemoteMirror(self.where) if is_url(workdir) else None
+        self.path = self._mirror.folder if self._mirror else Path(self.where)
         self.samples = self.path / "samples"
         self.loss_picture = self.path / "loss.png"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.events = self.path / "events.jsonl"
 
     def __str__(self) -> str:
-        through = "" if self.where == str(self.path) else f", small files by way of {self.path}"
-        return f"{self.where}{through}"
-
-    def create(self) -> None:
-        """Makes the folders."""
-        self._is_new = not self.path.exists()
-        self.samples.mkdir(parents=True, exist_ok=True)
-
-    def remove_if_unused(self) -> None:
-        """A start that failed before it wrote anything leaves no folder behind."""
-        if self._is_new and all(p.is_dir() or p.name == ".lock" for p in self.path.rglob("*")):
-            shutil.rmtree(self.path)
+        return f"{self.where}, small files by way of {self.path}" if self._mirror else self.where
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Holds the folder: two trainings in one would mix their lines and checkpoints.
+        """Makes the folder and holds it: two trainings in it would mix their lines.
 
         The lock is the operating system's, so it ends with the process, however that ends. Object
         stores have none: behind a URL only the processes of one machine are kept apart.
@@ -89,53 +77,58 @@ class RunFolder:
           ValueError: another process trains in this folder.
           OSError: on leaving, if not all could be uploaded.
         """
-        with open(self.path / ".lock", "w") as file:
+        new = not self.path.exists()
+        self.samples.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
                     f"another process trains in {self.where}; wait for it, or use another --workdir"
                 ) from None
-            with self._uploaded():
+            try:
+                if self._mirror:
+                    self._mirror.fetch()
                 yield
+            except BaseException:
+                self.upload()
+                if new and all(p.is_dir() or p.name == LOCK for p in self.path.rglob("*")):
+                    shutil.rmtree(self.path)  # the start failed before anything was written
+                raise
+            if self._mirror:
+                self._mirror.finish()
 
-    @contextlib.contextmanager
-    def _uploaded(self) -> Iterator[None]:
-        self.uploads.start()
-        try:
-            yield
-        except BaseException:
-            self.uploads.stop()
-            raise
-        self.uploads.finish()
+    def upload(self) -> None:
+        """Brings what has changed to the run folder's URL, if it has one."""
+        if self._mirror:
+            self._mirror.upload()
 
-    def write_config(self, values: dict[str, Any], set_by: dict[str, str]) -> None:
-        """`config.json`: {"config": tree, "set_by": {key: default | file | command line}}."""
-        write_json(self.path / "config.json", {"config": values, "set_by": set_by})
+    def upload_file(self, path: Path) -> None:
+        """Uploads one file below `path`, from any process; tries once and never raises."""
+        with contextlib.suppress(Exception):  # the network may be what hangs
+            if self._mirror:
+                self._mirror.upload_file(path)
 
-    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Whoever moves the run has the tokenizer too; Arcade100k comes with this package."""
+    def describe(
+        self, config: dict[str, Any], set_by: dict[str, str], tokenizer: Tokenizer
+    ) -> None:
+        """Writes `config.json` and `tokenizer.json`, and adds this start to `environment.json`.
+
+        Args:
+          config: the resolved tree.
+          set_by: {key: default | file | command line}.
+          tokenizer: written where it is a file; Arcade100k comes with this package.
+        """
+        write_json(self.path / "config.json", {"config": config, "set_by": set_by})
         if isinstance(tokenizer, HuggingFaceTokenizer):
             write_text(self.path / "tokenizer.json", tokenizer.content.decode())
-
-    def add_environment(self) -> None:
-        """Appends this start to `environment.json`."""
         path = self.path / "environment.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         write_json(path, [*starts, environment()])
 
-    def bring(self, path: Path) -> None:
-        """Uploads one file of `path` at once, from any process; tries once and never raises."""
-        if self.where != str(self.path):
-            with contextlib.suppress(Exception):  # the network may be what hangs
-                fs, root = filesystem(self.where)
-                fs.put_file(str(path), f"{root}/{path.relative_to(self.path).as_posix()}")
-
-    def write_sample(self, name: str, text: str) -> Path:
-        """`samples/<name>.txt`; returns its path."""
-        path = self.samples / f"{name}.txt"
-        write_text(path, text)
-        return path
+    def write_sample(self, name: str, text: str) -> None:
+        """Writes `samples/<name>.txt`."""
+        write_text(self.samples / f"{name}.txt", text)
 
 
 def environment() -> dict[str, Any]:
@@ -157,15 +150,10 @@ def environment() -> dict[str, Any]:
 @functools.cache
 def git_commit() -> str | None:
     """The commit of the source tree this package lies in, `-dirty` if changed; None outside git."""
-    here = Path(__file__).resolve().parent
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        found = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return found.strip() or None

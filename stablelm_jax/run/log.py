@@ -60,7 +60,7 @@ class RunLog:
         if self._first:
             with self._disk_may_be_full("metrics"):
                 self._folder.metrics.flush_to_disk()
-            self._folder.uploads.upload()
+            self._folder.upload()
 
     def close(self) -> None:
         """Flushes the writers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,31 +27,32 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """The whole lines; one that a crash cut short or filled with zeros is left out."""
-        return self._read()[0]
+        return [line for line in self._parsed() if line is not None]
 
-    def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines, and how many are none."""
+    def _parsed(self) -> list[dict[str, Any] | None]:
+        """Every line of the file; None for one that is not whole."""
         if not self.path.exists():
-            return [], 0
-        lines, broken = [], 0
+            return []
+        parsed = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines(True):
-            line = _parsed(text)
-            if line is None:
-                broken += 1
-            else:
-                lines.append(line)
-        return lines, broken
+            line = None
+            if text.endswith("\n"):
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+            whole = isinstance(line, dict) and isinstance(line.get("step"), int)
+            parsed.append(line if whole else None)
+        return parsed
 
     def cut_back(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """Drops the lines past `step`, which a resumed run writes again, and broken ones.
 
         Returns:
-          What stays, and how many lines were broken.
+          The lines that stay, and how many lines were broken.
         """
-        lines, broken = self._read()
-        kept = [line for line in lines if line["step"] <= step]
+        parsed = self._parsed()
+        kept = [line for line in parsed if line is not None and line["step"] <= step]
         write_text(self.path, "".join(map(_as_line, kept)))
-        return kept, broken
+        return kept, parsed.count(None)
 
     def flush_to_disk(self) -> None:
         """Returns when a loss of power takes no line that was written."""
@@ -71,17 +73,6 @@ class MetricsFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(self._unwritten))
         self._unwritten.clear()
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    """The line, or None where it is not a whole one."""
-    if not text.endswith("\n"):
-        return None
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _as_line(line: Mapping[str, Any]) -> str:

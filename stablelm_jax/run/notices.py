@@ -7,12 +7,13 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-_HOST = "metadata.google.internal"
+from stablelm_jax.parallel.distributed import METADATA_HOST, metadata_request
+
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
-# Of the metadata server: what is asked, and the answer that announces the end.
+# What the metadata server is asked, and the answer that announces the end.
 _NOTICES = {
     "preempted": "TRUE",
     "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
@@ -21,37 +22,28 @@ _WAIT_SECONDS = 60  # the server answers when the value changes, or after this
 _PAUSE_SECONDS = 1.0  # after a server that did not wait, or gave no answer
 
 
-def metadata_host(environment: Mapping[str, str] = os.environ) -> str | None:
-    """HOST[:PORT] of the metadata server; None on a machine that is not Google's."""
-    if "GCE_METADATA_HOST" in environment:  # as Google's own libraries read it
-        return environment["GCE_METADATA_HOST"]
-    with contextlib.suppress(OSError):
-        if "Google" in _PRODUCT.read_text():
-            return _HOST
-    return None
-
-
 def watch(hear: Callable[[str], None]) -> None:
     """On Google's machines, calls `hear` with the name of a notice, from a thread; else nothing."""
-    host = metadata_host()
-    if host is None:
-        return
-    for what, announces in _NOTICES.items():
-        arguments = host, what, announces, hear
-        threading.Thread(target=_wait_for, args=arguments, name=what, daemon=True).start()
+    host = os.environ.get("GCE_METADATA_HOST")  # as Google's own libraries read it
+    with contextlib.suppress(OSError):
+        if host is None and "Google" in _PRODUCT.read_text():
+            host = METADATA_HOST
+    if host is not None:
+        for what, announces in _NOTICES.items():
+            arguments = host, what, announces, hear
+            threading.Thread(target=_wait_for, args=arguments, name=what, daemon=True).start()
 
 
 def _wait_for(host: str, what: str, announces: str, hear: Callable[[str], None]) -> None:
-    url = f"http://{host}/computeMetadata/v1/instance/{what}"
-    later = f"{url}?wait_for_change=true&timeout_sec={_WAIT_SECONDS}"
-    first, address = True, url
+    first, path = True, what
     while True:
         asked_at = time.monotonic()
         with contextlib.suppress(OSError, ValueError):  # urllib's errors are among them
-            request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+            request = metadata_request(path, host)
             with urllib.request.urlopen(request, timeout=2 * _WAIT_SECONDS) as answer:
                 announced = answer.read().decode().strip() == announces
-                address = f"{later}&last_etag={answer.headers.get('ETag', '0')}"
+                etag = answer.headers.get("ETag", "0")
+            path = f"{what}?wait_for_change=true&timeout_sec={_WAIT_SECONDS}&last_etag={etag}"
             # Maintenance is announced long before: a run that starts meanwhile is not to leave.
             if announced and not (first and what == "maintenance-event"):
                 hear(f"Google Cloud's notice {what}={announces}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 _SHOWN = 25
-# These stand around other operations, whose time would count twice.
+# These contain other operations, whose time would count twice.
 _OUTER = ("while", "call", "conditional")
 
 
@@ -32,7 +32,7 @@ class Profiler:
             self._running = True
 
     def after(self, step: int, state: Any) -> None:
-        """Called with the step reached and its state; the last of them ends the trace."""
+        """Called with the step reached and its state; the last of the steps ends the trace."""
         if self._running and step >= self._steps.stop:
             jax.block_until_ready(state)
             self.close()
@@ -58,24 +58,17 @@ def top_operations(trace: Path) -> list[tuple[str, float, int]]:
 
     The names are those of the compiled program, threads and devices added up.
     """
-    totals: dict[str, list[float]] = {}
-    data = jax.profiler.ProfileData.from_file(str(trace))
-    for name, nanoseconds in _operations(data.planes):
-        entry = totals.setdefault(name, [0.0, 0])
-        entry[0] += nanoseconds / 1e9
-        entry[1] += 1
-    rows = [(name, seconds, int(times)) for name, (seconds, times) in totals.items()]
-    return sorted(rows, key=lambda row: -row[1])
-
-
-def _operations(planes: Iterable[Any]) -> Iterable[tuple[str, float]]:
-    for plane in planes:
+    seconds: collections.Counter[str] = collections.Counter()
+    times: collections.Counter[str] = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines:
             for event in line.events:
                 # TPUs keep operations on a line of their own, the others mark each of them.
-                if line.name == "XLA Ops" or any(key == "hlo_op" for key, _ in event.stats):
-                    if not event.name.startswith(_OUTER):
-                        yield event.name, event.duration_ns
+                found = line.name == "XLA Ops" or any(key == "hlo_op" for key, _ in event.stats)
+                if found and not event.name.startswith(_OUTER):
+                    seconds[event.name] += event.duration_ns / 1e9
+                    times[event.name] += 1
+    return [(name, spent, times[name]) for name, spent in seconds.most_common()]
 
 
 def _table(rows: list[tuple[str, float, int]], steps: int) -> Table:
@@ -86,7 +79,6 @@ def _table(rows: list[tuple[str, float, int]], steps: int) -> Table:
         table.add_column(column, justify="right")
     for name, seconds, times in rows[:_SHOWN]:
         table.add_row(name[:60], f"{seconds:.4f}", f"{seconds / total:.1%}", f"{times:,}")
-    rest = sum(seconds for _, seconds, _ in rows[_SHOWN:])
-    if rest:
+    if rest := sum(seconds for _, seconds, _ in rows[_SHOWN:]):
         table.add_row(f"{len(rows) - _SHOWN} others", f"{rest:.4f}", f"{rest / total:.1%}", "")
     return table

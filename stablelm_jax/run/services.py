@@ -107,18 +107,12 @@ def _claimed(folder: RunFolder) -> Iterator[None]:
         error = None
         if distributed.is_first():
             try:
-                folder.create()
                 stack.enter_context(folder.claimed())
             except (ValueError, OSError) as caught:
                 error = caught
         if distributed.agreed(error is not None):
             raise error or ValueError("process 0 could not take the run folder; see its output")
-        try:
-            yield
-        except ValueError:
-            if distributed.is_first():
-                folder.remove_if_unused()
-            raise
+        yield
 
 
 def _open_store(config: ConfigDict, folder: RunFolder) -> CheckpointStore:
@@ -142,7 +136,7 @@ def _report_hang(why: str, step: int, stop: StopRequest, folder: RunFolder, even
     path = folder.path / "hang" / f"{checkpoint_name(step)}-process{index}.txt"
     text = f"HUNG in {stop.phase_name} at step {step} on process {index}: {why}"
     write_stacks(path, text)
-    folder.bring(path)
+    folder.upload_file(path)
     events.tell("hang", f"{text}; see {path}", style="bold red", step=step)
     if index == 0:
         time.sleep(HANG_PAUSE)  # jax ends the others as soon as process 0 is gone

@@ -1,10 +1,10 @@
-"""What asks a run to stop, and what becomes of it in each phase.
+"""What asks a run to stop, and what the request does in each phase of the run.
 
 The loop looks at `StopRequest.name` between two steps, saves and leaves with exit code 75. Python
-runs the handlers of signals between two instructions of its main thread only, and a compilation is
-one instruction of minutes: so a thread hears of signals through a pipe, and in a phase in which
-there is nothing to save it ends the process at once. This module imports neither jax nor anything
-else that takes long: it listens from the first moment of a process.
+runs signal handlers between two instructions of its main thread only, and a compilation is one
+instruction that takes minutes. So a thread hears of signals through a pipe, and ends the process at
+once in a phase that has nothing to save. This module imports neither jax nor anything else that is
+slow to import, because it listens from the first moment of a process.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
 
 EXIT_STOPPED = 75
 # Besides Ctrl-C and the usual one, the two that SLURM jobs are commonly warned with.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-# Called with the name of each phase that begins, in whatever thread: for drills.
+# Each is called with the name of a phase that begins, in whatever thread; drills add theirs.
 observers: list[Callable[[str], None]] = []
 
 
@@ -36,8 +35,9 @@ class StopRequest:
     """While entered, signals and notices set `name` instead of ending the process.
 
     Attributes:
-      name: of the first one heard, or None.
-      safe: what a process that leaves at once says of the run's state.
+      name: the first signal or notice heard, or None.
+      safe: a sentence on the run's state, for a process that leaves at once.
+      phase_name: the phase that the run is in.
     """
 
     def __init__(self, *, last: bool = False) -> None:
@@ -45,18 +45,13 @@ class StopRequest:
         self._last = last
         self.name: str | None = None
         self.safe = "nothing had begun"
+        self.phase_name, self._leave = "starting", True
         self._heard_at: float | None = None
-        self._phase, self._leave = "starting", True
         self._lock = threading.RLock()
         self._before: dict[int, object] = {}
 
-    @property
-    def phase_name(self) -> str:
-        """The phase that the run is in."""
-        return self._phase
-
     def seconds_since(self) -> float:
-        """Since the first signal or notice; 0 where there was none."""
+        """Seconds since the first signal or notice; 0 where there was none."""
         return 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
 
     def __enter__(self) -> StopRequest:
@@ -64,22 +59,17 @@ class StopRequest:
         os.set_blocking(self._writing, False)
         self.listen()
         threading.Thread(target=self._hear_signals, name="signals", daemon=True).start()
-        announce(self._phase)
+        announce(self.phase_name)
         return self
 
     def listen(self) -> None:
-        """Takes the signals; again after a library that takes them for itself has started."""
+        """Takes the signals; call it again after a library has taken them for itself."""
         signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            before = signal.signal(number, _nothing)
+        for number in SIGNALS:  # the pipe is written only for a signal with a handler in Python
+            before = signal.signal(number, lambda *_: None)
             self._before.setdefault(number, before)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._last else handler)
@@ -87,21 +77,23 @@ class StopRequest:
 
     @contextlib.contextmanager
     def phase(self, name: str, *, leave: bool = False) -> Iterator[None]:
-        """Names what the run does; `leave`: a signal then ends the process at once."""
-        before = self._phase, self._leave
+        """Names what the run does; with `leave` a signal ends the process at once."""
+        before = self.phase_name, self._leave
         with self._lock:
-            self._phase, self._leave = name, leave
+            self.phase_name, self._leave = name, leave
             if leave and self.name is not None:
                 self._leave_at_once()
         announce(name)
         try:
             yield
-        finally:  # going back is no reason to leave: what follows may be the end of the run
-            self._phase, self._leave = before
-            announce(self._phase)
+        finally:
+            # Even where a signal would end the outer phase at once, coming back to it does not: the
+            # run may have reached its end, and only what it does next can tell.
+            self.phase_name, self._leave = before
+            announce(self.phase_name)
 
     def hear(self, name: str) -> None:
-        """A signal or notice has come; from any thread."""
+        """Notes that a signal or notice has come; may be called from any thread."""
         with self._lock:
             if self.name is not None:
                 _say(f"{name}: stopping already, since {self.name}; the checkpoint comes first")
@@ -120,17 +112,13 @@ class StopRequest:
 
     def _leave_at_once(self) -> None:
         _say(
-            f"stopped by {self.name} while {self._phase}, {self.seconds_since():.1f} s after it: "
-            f"{self.safe}; run the same command again to go on"
+            f"stopped by {self.name} while {self.phase_name}, {self.seconds_since():.1f} s after "
+            f"it: {self.safe}; run the same command again to go on"
         )
         os._exit(EXIT_STOPPED)
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """A signal must have a handler in Python for the pipe to be written."""
-
-
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # whoever read our output may be gone
+    with contextlib.suppress(OSError, ValueError):  # nobody may read our output any more
         print(text, flush=True)
         sys.stderr.flush()

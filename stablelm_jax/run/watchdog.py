@@ -1,7 +1,7 @@
-"""Notices that a run hangs: writes every thread's stack to the run folder and ends the process.
+"""Notices that a run hangs: nothing has moved for many times the length of a step.
 
 Steps are dispatched ahead of the devices, so the loop's own pace says nothing. The watchdog is
-handed an array of each step and sees from its thread, without waiting, when the device has it.
+handed an array of each step, and its thread sees, without waiting, when the device has made it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FACTOR = 10.0  # times the median step
 
 
 class Watchdog:
-    """Between `start` and `stop`, `hung` is called once when nothing moves for `limit()` seconds.
+    """Between `start` and `stop`, calls `hung` once when nothing moves for `limit()` seconds.
 
     `hung` gets a sentence; it runs in the watchdog's thread.
 
@@ -46,21 +46,21 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """Looks no longer."""
+        """Ends the watch."""
         self._ended.set()
 
     def moved(self) -> None:
-        """Something other than a step came forward, as a batch of an evaluation."""
+        """Notes that something other than a step went on, as a batch of an evaluation."""
         self._moved_at = time.monotonic()
 
     def step(self, step_number: int, result: Any) -> None:
-        """A step was dispatched; `result` is an array of it that nobody donates."""
+        """Notes a dispatched step; `result` is one of its arrays, which nobody donates."""
         self.step_number = step_number
         self._steps.append(result)
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """While something runs that has a bound of its own, the limit is not below that."""
+        """Raises the limit to `seconds` while something runs that has a time limit of its own."""
         self._bound = seconds
         try:
             yield
@@ -69,7 +69,7 @@ class Watchdog:
             self._bound = 0.0
 
     def limit(self) -> float:
-        """Seconds without any move that mean a hang."""
+        """The seconds without any move that mean a hang."""
         median = statistics.median(self._seconds) if self._seconds else 0.0
         return max(FACTOR * median, self._least, self._bound)
 
@@ -80,7 +80,13 @@ class Watchdog:
             if now - looked_at > 5 * self._poll + 1:  # the whole process was halted, and goes on
                 self._moved_at += now - looked_at
             looked_at = now
-            self._take_finished(now)
+            finished = 0
+            while self._steps and self._steps[0].is_ready():
+                self._steps.popleft()
+                finished += 1
+            if finished:
+                self._seconds.extend([(now - self._moved_at) / finished] * finished)
+                self._moved_at = now
             if now - self._moved_at > self.limit():
                 self._hung(
                     f"nothing moved for {now - self._moved_at:.0f} s "
@@ -88,18 +94,9 @@ class Watchdog:
                 )
                 return
 
-    def _take_finished(self, now: float) -> None:
-        finished = 0
-        while self._steps and self._steps[0].is_ready():
-            self._steps.popleft()
-            finished += 1
-        if finished:
-            self._seconds.extend([(now - self._moved_at) / finished] * finished)
-            self._moved_at = now
-
 
 def write_stacks(path: Path, heading: str) -> None:
-    """The stack of every thread of this process."""
+    """Writes the stack of every thread of this process under a heading."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.write(heading + "\n\n")

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 
 from stablelm_jax.checkpoint.store import Checkpoint
+from stablelm_jax.data.fingerprints import FileFingerprints
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.console import ProgressLine
 from stablelm_jax.run.services import Services
-from stablelm_jax.run.shard_watch import ShardWatch
 from stablelm_jax.training.begin import Beginning, run_item
 from stablelm_jax.training.ending import Stopped, end, stop_at
 from stablelm_jax.training.faults import Faults
@@ -31,10 +31,15 @@ from stablelm_jax.training.state import to_checkpoint
 class Trainer:
     """One start of a run, from where it begins to its last step or a signal."""
 
-    def __init__(self, beginning: Beginning, services: Services, shards: ShardWatch):
-        self.run, self.services, self._shards = beginning.run, services, shards
+    def __init__(self, beginning: Beginning, services: Services):
+        """Raises ShardError where a shard has changed since the run began."""
+        self.run, self.services = beginning.run, services
         self.state, self.progress = beginning.state, beginning.progress
         self.last_step = self.run.config.training.num_steps
+        sources = self.run.sources if self.run.config.data.check_shards else {}
+        path = services.folder.path / "shards.json"
+        self._shards = FileFingerprints(path, sources, services.events.print)
+        self._shards.check()
         self.losses = LossSums(list(self.run.sources), self.progress.loss_sums)
         self.intervals = Intervals(self.run, services, self.progress.step)
         self._meter = Meter(self.run)
@@ -110,7 +115,7 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """The present state, for the saver."""
-        self._shards.look()
+        self._shards.check()
         item = run_item(self.run, self.state, self.progress, self.losses.state())
         return to_checkpoint(self.state, item)
 

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from stablelm_jax import config as config_lib
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.services import start_services
-from stablelm_jax.run.shard_watch import ShardWatch
 from stablelm_jax.run.signals import StopRequest
 from stablelm_jax.training.begin import ResumeOptions, begin
 from stablelm_jax.training.loop import Trainer
@@ -37,20 +36,13 @@ def run_training(
         services = stack.enter_context(start_services(config, workdir, stop))
         with stop.phase("restoring", leave=True):
             beginning = begin(config, services, options)
-            shards = ShardWatch(
-                services.folder.path / "shards.json",
-                beginning.run.sources,
-                services.events.print,
-                enabled=config.data.check_shards,
-            )
-            shards.start()
-        trainer = Trainer(beginning, services, shards)
+            trainer = Trainer(beginning, services)
         if not beginning.resumed and config.checkpoint.save_initial:
             trainer.save_first()
         if distributed.is_first():
-            services.folder.write_config(config_lib.to_dict(config), set_by)
-            services.folder.write_tokenizer(beginning.run.tokenizer)
-            services.folder.add_environment()
+            values, tokenizer = config_lib.to_dict(config), beginning.run.tokenizer
+            services.folder.describe(values, set_by, tokenizer)
+            services.folder.upload()
         with stop.phase("compiling", leave=True):
             trainer.compile()
         return trainer.train()

@@ -1,8 +1,7 @@
-"""Stamps: a shard changed under a run is found and named, one that was only touched passes."""
+"""File fingerprints: a shard changed under a run is named, one that was only touched passes."""
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import shutil
@@ -13,7 +12,8 @@ import pytest
 from prepared import EOD, write_source
 
 from stablelm_jax.data import fingerprints
-from stablelm_jax.data.manifest import Source, open_sources
+from stablelm_jax.data.fingerprints import FileFingerprints
+from stablelm_jax.data.manifest import open_sources
 from stablelm_jax.data.shards import ShardError
 
 NAMES = ("books", "code")
@@ -51,139 +51,162 @@ def flip(path: Path, position: int) -> None:
     later(path)
 
 
-def checked(sources, recorded) -> tuple[fingerprints.Stamps, list[str]]:
-    lines = []
-    return fingerprints.check(sources, recorded, lines.append), lines
+@pytest.fixture
+def record(tmp_path) -> Path:
+    return tmp_path / "shards.json"
 
 
-def refused(sources, recorded) -> str:
+def check(sources, record) -> list[str]:
+    """A start of a run; returns what it told."""
+    told = []
+    FileFingerprints(record, sources, told.append).check()
+    return told
+
+
+def refused(sources, record) -> str:
+    before = record.read_text()
     with pytest.raises(ShardError, match="changed since this run began") as caught:
-        checked(sources, recorded)
+        check(sources, record)
+    assert record.read_text() == before
     message = str(caught.value)
     assert "Restore" in message and "start another run" in message
     return message
 
 
-def test_stamps_are_size_and_time_of_both_files_of_every_shard(root, sources):
-    taken = fingerprints.take(sources)
+def test_fingerprints_are_size_and_time_of_both_files_of_every_shard(root, sources, record):
+    assert check(sources, record) == []
+    taken = json.loads(record.read_text())
     assert sorted(taken) == sorted(FILES)
-    for key, stamp in taken.items():
+    for key, fingerprint in taken.items():
         status = (root / key).stat()
-        assert stamp == [status.st_size, status.st_mtime_ns]
+        assert fingerprint == [status.st_size, status.st_mtime_ns]
 
 
-def test_shards_that_nobody_touched_pass_unread_after_a_way_through_json(sources, monkeypatch):
-    recorded = json.loads(json.dumps(fingerprints.take(sources)))
+def test_shards_that_nobody_touched_pass_unread(sources, record, monkeypatch):
+    check(sources, record)
 
-    def opened(*args, **kwargs):
-        raise AssertionError(f"{args[0]} was opened")
+    def read(path):
+        raise AssertionError(f"{path} was read")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", opened)
-        patch.setattr(os, "open", opened)
-        now, lines = checked(sources, recorded)
-    assert now == recorded and lines == []
+    for name in ("open_shard", "file_sha256"):
+        monkeypatch.setattr(fingerprints, name, read)
+    assert check(sources, record) == []
 
 
-def test_touched_shards_pass_and_are_recorded_anew(root, sources):
-    recorded = fingerprints.take(sources)
-    later(root / FILES[0])
-    later(root / FILES[3])
-    now, lines = checked(sources, recorded)
-    assert [line.split(":")[0] for line in lines] == [str(root / FILES[0]), str(root / FILES[3])]
-    assert now == fingerprints.take(sources) != recorded
-    assert checked(sources, now) == (now, [])
+def test_touched_shards_pass_and_are_recorded_anew(root, sources, record):
+    check(sources, record)
+    before = record.read_text()
+    later(root / "books/train-00000.bin")
+    later(root / "code/train-00001.idx")
+    told = [line.split(":")[0] for line in check(sources, record)]
+    assert told == [str(root / "books/train-00000.bin"), str(root / "code/train-00001.bin")]
+    assert record.read_text() != before
+    assert check(sources, record) == []
 
 
-def test_a_copy_of_the_data_in_another_place_passes(root, sources, tmp_path):
-    recorded = fingerprints.take(sources)
+def test_a_copy_of_the_data_in_another_place_passes(root, sources, record, tmp_path):
+    check(sources, record)
     shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
     copy = open_sources(tmp_path / "copy", NAMES)
-    now, lines = checked(copy, recorded)
-    assert len(lines) == len(FILES) and set(now) == set(recorded)
+    assert len(check(copy, record)) == len(FILES) / 2
+    assert check(copy, record) == []
+
+
+def test_a_change_between_two_checks_of_one_start_is_refused(root, sources, record):
+    watched = FileFingerprints(record, sources, print)
+    watched.check()
+    flip(root / "code/train-00001.bin", 3)
+    with pytest.raises(ShardError, match="changed since this run began"):
+        watched.check()
+
+
+def test_a_broken_record_is_told_and_written_anew(sources, record):
+    check(sources, record)
+    whole = record.read_text()
+    record.write_text(whole[:20])
+    assert "is broken" in check(sources, record)[0]
+    assert record.read_text() == whole
 
 
 @pytest.mark.parametrize("key", [key for key in FILES if key.endswith(".bin")])
-def test_one_flipped_bit_under_the_same_size_is_refused_and_named(root, sources, key):
-    recorded = fingerprints.take(sources)
+def test_one_flipped_bit_under_the_same_size_is_refused_and_named(root, sources, record, key):
+    check(sources, record)
     flip(root / key, 3)
-    message = refused(sources, recorded)
+    message = refused(sources, record)
     assert str(root / key) in message and "sha256" in message
     assert all(str(root / other) not in message for other in FILES if other != key)
 
 
-def test_every_changed_file_is_named_not_only_the_first(root, sources):
-    recorded = fingerprints.take(sources)
+def test_every_changed_file_is_named_not_only_the_first(root, sources, record):
+    check(sources, record)
     changed = ("books/train-00001.bin", "code/held_out-00000.bin")
     for key in changed:
         flip(root / key, 0)
-    message = refused(sources, recorded)
+    message = refused(sources, record)
     assert [key for key in FILES if str(root / key) in message] == list(changed)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_a_file_cut_short_is_refused_and_named(root, sources, suffix):
-    recorded = fingerprints.take(sources)
+def test_a_file_cut_short_is_refused_and_named(root, sources, record, suffix):
+    check(sources, record)
     path = root / f"code/train-00000.{suffix}"
     os.truncate(path, path.stat().st_size - 4)
-    assert str(path) in refused(sources, recorded)
+    assert str(path) in refused(sources, record)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_a_file_that_is_gone_is_refused_and_named(root, sources, suffix):
-    recorded = fingerprints.take(sources)
+def test_a_file_that_is_gone_is_refused_and_named(root, sources, record, suffix):
+    check(sources, record)
     path = root / f"books/held_out-00000.{suffix}"
     path.unlink()
-    with pytest.raises(ShardError, match="missing; restore it") as caught:
-        checked(sources, recorded)
-    assert str(path) in str(caught.value)
+    assert f"{path}: No such file" in refused(sources, record)
 
 
-def test_an_index_that_contradicts_itself_is_refused_and_named(root, sources):
-    recorded = fingerprints.take(sources)
+def test_an_index_that_contradicts_itself_is_refused_and_named(root, sources, record):
+    check(sources, record)
     path = root / "books/train-00000.idx"
     flip(path, 34)  # the length of the first document
-    assert f"{path}: sequences do not lie one after the other" in refused(sources, recorded)
+    assert f"{path}: sequences do not lie one after the other" in refused(sources, record)
 
 
-def test_shards_prepared_anew_in_the_same_place_are_refused(root, sources, tmp_path):
+def test_shards_prepared_anew_in_the_same_place_are_refused(root, sources, record, tmp_path):
     """Index and tokens fit each other, but they are not those of the manifest that was read."""
-    recorded = fingerprints.take(sources)
+    check(sources, record)
     fewer = write_source(tmp_path / "other", "books", [DOCUMENTS[1:], DOCUMENTS[:2]])
     for suffix in ("bin", "idx"):
         name = f"train-00000.{suffix}"
         shutil.copyfile(fewer.directory / name, root / "books" / name)
-    message = refused(sources, recorded)
+    message = refused(sources, record)
     assert "20 bytes where the manifest says 36" in message and "train-00001" not in message
 
 
-def test_a_source_that_was_not_recorded_passes(root, sources):
-    recorded = fingerprints.take({"books": sources["books"]})
+def test_a_source_that_was_not_recorded_passes(root, sources, record):
+    check({"books": sources["books"]}, record)
     flip(root / "code/train-00000.bin", 0)
-    now, lines = checked(sources, recorded)
-    assert sorted(now) == sorted(FILES) and lines == []
+    assert check(sources, record) == []
+    assert sorted(json.loads(record.read_text())) == sorted(FILES)
 
 
-def test_a_file_that_cannot_be_read_while_it_is_compared_is_named(root, sources, monkeypatch):
-    recorded = fingerprints.take(sources)
+def test_a_file_that_cannot_be_read_while_it_is_compared_is_named(
+    root, sources, record, monkeypatch
+):
+    check(sources, record)
     later(root / FILES[0])
 
     def fails(path):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(fingerprints, "file_sha256", fails)
-    with pytest.raises(ShardError, match="Input/output error") as caught:
-        checked(sources, recorded)
-    assert str(root / FILES[0]) in str(caught.value)
+    assert f"{root / FILES[0]}: Input/output error" in refused(sources, record)
 
 
-def test_sources_behind_a_url_have_no_stamps(root, sources):
+def test_sources_behind_a_url_have_no_fingerprints(root, sources, record):
     fs = fsspec.filesystem("memory")
     for file in (root / "code").iterdir():
-        fs.pipe_file(f"/stamps/code/{file.name}", file.read_bytes())
-    mixed: dict[str, Source] = {**sources, **open_sources("memory://stamps", ["code"])}
-    taken = fingerprints.take(mixed)
-    assert {key.split("/")[0] for key in taken} == {"books"}
-    recorded = fingerprints.take(sources)  # local when the run began, in a bucket now
-    assert checked(mixed, recorded) == (taken, [])
-    fs.rm("/stamps", recursive=True)
+        fs.pipe_file(f"/fingerprints/code/{file.name}", file.read_bytes())
+    remote = open_sources("memory://fingerprints", ["code"])
+    assert check(remote, record) == [] and not record.exists()
+    check(sources, record)  # local when the run began, in a bucket now
+    before = record.read_text()
+    assert check({**sources, **remote}, record) == [] and record.read_text() == before
+    fs.rm("/fingerprints", recursive=True)

@@ -152,4 +152,7 @@ def test_google_clouds_notices_are_heard_when_they_come(metadata, what, value):
 def test_elsewhere_nobody_is_asked(monkeypatch):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     monkeypatch.setattr(notices, "_PRODUCT", notices.Path("/nowhere"))
-    assert notices.metadata_host() is None
+    asked = []
+    monkeypatch.setattr(notices.threading, "Thread", lambda **arguments: asked.append(arguments))
+    notices.watch(asked.append)
+    assert not asked

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -21,7 +20,6 @@ from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.run.watchdog import Watchdog, write_stacks
 from stablelm_jax.training import loop, update_guard
 from stablelm_jax.training.faults import inspection_command
 from stablelm_jax.training.setup import Run
@@ -372,46 +370,6 @@ def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp
         train(bare_config(data), tmp_path / "run")
     shard.write_bytes(original)
     assert train(bare_config(data), tmp_path / "run")[0] == 0
-
-
-class Result:
-    """Of a step, ready or not."""
-
-    def __init__(self):
-        self.ready = False
-
-    def is_ready(self):
-        return self.ready
-
-
-def test_the_watchdog_tells_of_a_hang_and_not_of_slow_steps():
-    told = []
-    watchdog = Watchdog(0.5, told.append)
-    watchdog.start(0)
-    for _ in range(10):
-        result = Result()
-        watchdog.step(1, result)
-        time.sleep(0.1)
-        result.ready = True
-    time.sleep(0.2)
-    assert not told and watchdog.limit() >= 0.5
-    watchdog.step(1, Result())
-    deadline = time.monotonic() + 30
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(told) == 1 and "nothing moved for" in told[0]
-
-
-def test_the_limit_of_a_hang_grows_with_the_median_step():
-    watchdog = Watchdog(0.01, lambda text: None)
-    watchdog._seconds.extend([1.0, 2.0, 90.0])
-    assert watchdog.limit() == 20.0
-
-
-def test_stacks_name_every_thread(tmp_path):
-    write_stacks(tmp_path / "hang" / "a.txt", "HUNG")
-    text = (tmp_path / "hang" / "a.txt").read_text()
-    assert text.startswith("HUNG\n") and "test_stacks_name_every_thread" in text
 
 
 HANGING = """

@@ -17,7 +17,7 @@ import pytest
 from tiny import losses, metrics, tiny_config, write_config, write_data
 
 from stablelm_jax import evaluate, generate
-from stablelm_jax.run.mirror import mirror_folder
+from stablelm_jax.run.mirror import RemoteMirror
 
 STEPS = 40
 ROOT, WORKDIR = "gs://training/some/data", "gs://training/runs/tiny"
@@ -64,9 +64,9 @@ def finish(process):
 
 def stored_metrics(gcs) -> list[dict]:
     """The lines in the bucket."""
-    start = "training/runs/tiny/metrics/part-"
-    parts = [gcs.objects[key] for key in sorted(gcs.objects) if key.startswith(start)]
-    return [json.loads(line) for line in b"".join(parts).splitlines()]
+    return [
+        json.loads(line) for line in gcs.objects["training/runs/tiny/metrics.jsonl"].splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def run(gcs, config_file, folder):
         fs.pipe_file(f"{ROOT}/{file.relative_to(folder / 'data')}", file.read_bytes())
     for file in (folder / "data").rglob("manifest.json"):
         fs.pipe_file(f"{ROOT}/{file.relative_to(folder / 'data')}", file.read_bytes())
-    finish(start(config_file, folder / "local", folder / "host-0"))
+    local = start(config_file, folder / "local", folder / "host-0")
     flag = f"--config.data.root={ROOT}"
     process = start(config_file, WORKDIR, folder / "host-1", flag)
     for _ in range(6000):
@@ -92,6 +92,7 @@ def run(gcs, config_file, folder):
     gcs.fail("uploadType=media&name=runs/tiny/checkpoints/global_step40", 2)
     gcs.fail("uploadType=multipart", 1)  # of gcsfs; those above are of tensorstore
     out = finish(start(config_file, WORKDIR, folder / "host-2", flag))
+    finish(local)
     return folder, out, killed_at
 
 
@@ -115,8 +116,8 @@ def test_the_bucket_holds_what_a_local_run_folder_holds(run, gcs):
     there = {key.removeprefix(prefix) for key in gcs.objects if key.startswith(prefix)}
     here = {path.relative_to(folder / "local").as_posix() for path in here_files(folder / "local")}
     # shards.json is of local data; events.jsonl may tell of a save that the kill cut short
-    there_only, here_only = {"events.jsonl"}, {"metrics.jsonl", ".lock", "shards.json"}
-    named = {name for name in there if not name.startswith(("checkpoints", "metrics/"))}
+    there_only, here_only = {"events.jsonl"}, {".lock", "shards.json"}
+    named = {name for name in there if not name.startswith("checkpoints")}
     assert named - there_only == {n for n in here if not n.startswith("checkpoints")} - here_only
     steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
     assert steps == {"global_step30", "global_step40"}
@@ -156,4 +157,6 @@ def test_a_finished_run_started_again_has_nothing_to_do(run, gcs, config_file):
     before = stored_metrics(gcs)
     finish(start(config_file, WORKDIR, run[0] / "host-3", f"--config.data.root={ROOT}"))
     assert stored_metrics(gcs) == before
-    assert mirror_folder(WORKDIR).name in os.listdir(run[0] / "host-3" / "stablelm_jax" / "runs")
+    assert RemoteMirror(WORKDIR).folder.name in os.listdir(
+        run[0] / "host-3" / "stablelm_jax" / "runs"
+    )

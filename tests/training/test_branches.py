@@ -1,17 +1,14 @@
 """Step branches, later weights and changed configs: what goes on exactly, what is refused."""
 
-import io
 import shutil
 
 import pytest
-from rich.console import Console
 from small_models import random_params, write_checkpoint
 from tiny import bare_config, events, losses, metrics, train
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.config import ConfigError
-from stablelm_jax.reporting.branches import draw, find_runs, show_branches
 from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
 
@@ -121,32 +118,6 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
-
-
-def test_the_tree_shows_branches_under_the_checkpoint_they_came_from(data, parent, tmp_path):
-    shutil.copytree(parent[0], tmp_path / "main")
-    here = (tmp_path / "main", *parent[1:])
-    cooldown = {"schedule.cooldown_start": 10, "schedule.cooldown_steps": 4}
-    branch(data, here, tmp_path / "cooldown", step=12, **cooldown, **{"training.num_steps": 14})
-    branch(data, here, tmp_path / "constant", step=12, **{"training.num_steps": 14})
-    console = Console(width=200, file=io.StringIO())
-    console.print(draw(list(find_runs(tmp_path)), "runs"))
-    lines = [line for line in console.file.getvalue().splitlines() if line.strip()]
-    depth = {line.split("── ")[1].split(" ")[0]: line.index("── ") for line in lines[1:]}
-    order = [line.split("── ")[1].split(" ")[0] for line in lines[1:]]
-    runs = [str(tmp_path / name) for name in ("constant", "cooldown", "main")]
-    assert order.index(runs[2]) == 0 and depth[runs[0]] == depth[runs[1]]  # siblings
-    at = order.index(runs[1]) + 1
-    assert order[order.index(runs[0]) - 1] == "global_step12"
-    assert depth[str(tmp_path / "cooldown")] > depth["global_step8"] > depth[str(tmp_path / "main")]
-    assert "learning rate from 10 to 14 linear to 0" in lines[at]
-    show_branches(str(tmp_path), str(tmp_path / "branches.png"))
-    assert (tmp_path / "branches.png").stat().st_size > 10_000
-
-
-def test_a_folder_without_runs_has_no_tree(tmp_path):
-    with pytest.raises(ValueError, match="no run with a checkpoint"):
-        show_branches(str(tmp_path))
 
 
 def test_weights_of_a_later_stage_take_over_at_their_step(data, tmp_path):

@@ -1,0 +1,125 @@
+"""The tree of runs: which one started from which checkpoint of which."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
+from stablelm_jax.checkpoint.reading import CheckpointError, read_run, state_hash
+from stablelm_jax.data.position import DataPosition
+from stablelm_jax.reporting.picture import draw_runs
+from stablelm_jax.run.metrics import MetricsFile
+
+_NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
+
+
+@dataclasses.dataclass
+class FoundRun:
+    """A run folder with checkpoints.
+
+    Attributes:
+      steps: the steps of its finished checkpoints, ascending.
+      hashes: {step: state hash} of the checkpoints that could be read.
+      start: where the run began, and from which parent.
+      config: the config in its newest checkpoint.
+    """
+
+    path: Path
+    steps: list[int]
+    hashes: dict[int, str]
+    start: DataPosition
+    config: dict[str, Any]
+
+
+def show_runs(folder: str, picture: str | None = None) -> None:
+    """Prints the runs below a folder as a tree, a branch under the checkpoint it started from.
+
+    `picture`: a PNG that gets the curves of all of them.
+
+    Raises:
+      ValueError: there are none.
+    """
+    runs = list(find_runs(Path(folder)))
+    if not runs:
+        raise ValueError(
+            f"{folder}: no run with a checkpoint in it or below; name a folder of run folders"
+        )
+    Console().print(run_tree(runs, folder))
+    if not picture:
+        return
+    # What was before the first branch takes no more room than what came after it.
+    branched_at = [run.start.parent_step for run in runs if run.start.parent]
+    first = 2 * min(branched_at) - max(run.steps[-1] for run in runs) if branched_at else 0
+    curves = {}
+    for run in runs:
+        lines = MetricsFile(run.path / "metrics.jsonl").read()
+        name = str(run.path.relative_to(folder))
+        curves[name] = [line for line in lines if line["step"] >= first]
+    draw_runs(curves, Path(picture))
+
+
+def find_runs(folder: Path) -> Iterator[FoundRun]:
+    """The run folders with a readable checkpoint, in a folder and below it."""
+    for path, folders, _ in os.walk(folder):
+        items, checkpoints = {}, Path(path) / "checkpoints"
+        steps = finished_steps(checkpoints) if "checkpoints" in folders else []
+        for step in steps:
+            try:
+                items[step] = read_run(checkpoints / checkpoint_name(step))
+            except CheckpointError:
+                continue  # the tree shows it as damaged
+        if items:
+            newest = items[max(items)]
+            hashes = {step: state_hash(run["checksums"]) for step, run in items.items()}
+            start = DataPosition.of_checkpoint(newest)
+            yield FoundRun(Path(path), steps, hashes, start, newest["config"])
+        folders[:] = sorted(name for name in folders if name not in _NEVER_ENTERED)
+
+
+def run_tree(runs: list[FoundRun], title: str) -> Tree:
+    """Puts runs that started fresh, or whose parent is not among `runs`, at the top."""
+    tree = Tree(escape(str(title)), guide_style="dim")
+    nodes: dict[tuple[Path, int], Tree] = {}  # (run folder, step) -> where its branches hang
+    for run in sorted(runs, key=lambda run: (run.start.parent_step, run.path)):
+        parent = _parent(runs, run)
+        label = _label(run)
+        if run.start.parent and parent is None:
+            label += f" [yellow]from {escape(run.start.parent)}, which is not here[/yellow]"
+        node = nodes.get((parent.path, run.start.parent_step), tree) if parent else tree
+        node = node.add(label)
+        for step in run.steps:
+            known = step in run.hashes
+            mark = f"[dim]{run.hashes[step][:12]}[/dim]" if known else "[red]damaged[/red]"
+            nodes[run.path, step] = node.add(f"{checkpoint_name(step)} {mark}")
+    return tree
+
+
+def _parent(runs: list[FoundRun], run: FoundRun) -> FoundRun | None:
+    """The run that has the checkpoint whose bits `run` started from."""
+    step, state = run.start.parent_step, run.start.parent_hash
+    for other in runs if run.start.parent else ():
+        # Another branch of the same checkpoint has saved these bits too, as its first checkpoint.
+        sibling = (other.start.parent_step, other.start.parent_hash) == (step, state)
+        if not sibling and other.hashes.get(step) == state:
+            return other
+    return None
+
+
+def _label(run: FoundRun) -> str:
+    schedule, steps = run.config["schedule"], run.config["training"]["num_steps"]
+    text = f"[bold]{escape(str(run.path))}[/bold] ({escape(run.config['name'])}"
+    text += f", to step {run.steps[-1]:,} of {steps:,}"
+    if (begin := schedule["cooldown_start"]) is not None:
+        end, to = begin + schedule["cooldown_steps"], schedule["cooldown_end"]
+        text += f", learning rate from {begin:,} to {end:,} linear to {to:g}"
+    if run.config["data"].get("stages"):
+        text += f", stages {escape(run.config['data']['stages'])}"
+    return f"{text})"

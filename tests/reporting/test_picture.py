@@ -1,0 +1,34 @@
+"""The picture of a run."""
+
+from unittest import mock
+
+import pytest
+from matplotlib.axes import Axes
+
+from stablelm_jax.reporting.picture import draw_losses
+
+LINES = [
+    {"step": 1, "loss/books": 3.0, "loss/code": 4.0},
+    {"step": 2, "loss/books": None, "loss/code": 3.5},
+    {"step": 2, "eval/loss/books": 3.1, "eval/loss/code": 3.6, "eval/bits_per_byte/books": 1.2},
+]
+ENTROPY = {"books": 5.0, "code": 5.5}
+
+
+def test_held_out_losses_get_bars_where_their_standard_error_is_known(tmp_path):
+    lines = [*LINES, {"step": 4, "eval/loss/books": 2.8, "eval/loss_stderr/books": 0.2}]
+    with mock.patch.object(Axes, "errorbar", autospec=True, side_effect=Axes.errorbar) as bars:
+        draw_losses(lines, ENTROPY, tmp_path / "loss.png")
+    books, code = bars.call_args_list
+    assert (*books.args[1:], books.kwargs["yerr"]) == ([4], [2.8], [0.2])
+    assert (*code.args[1:], code.kwargs["yerr"]) == ([], [], [])
+
+
+def test_a_picture_that_fails_leaves_the_one_before(tmp_path):
+    path = tmp_path / "loss.png"
+    draw_losses(LINES, ENTROPY, path)
+    before = path.read_bytes()
+    full = mock.patch("matplotlib.figure.Figure.savefig", side_effect=OSError("disk full"))
+    with full, pytest.raises(OSError, match="disk full"):
+        draw_losses(LINES, ENTROPY, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
