@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import importlib.util
 import os
 import shutil
@@ -22,19 +23,18 @@ from collections.abc import Iterator, Sequence
 import loguru
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation import parts, units
-from stablelm_jax.preparation.assemble import MAX_HELD_OUT_FRACTION, HeldOut
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed
-from stablelm_jax.preparation.preparation import SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.held_out import MAX_FRACTION
+from stablelm_jax.preparation.inputs import FORMATS
+from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 
 _POLL_SECONDS = 0.5
-# Where there is no terminal to draw a bar on, a line now and then.
-_LINE_SECONDS = 15.0
+_LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on
 _REASONS_SHOWN = 5
 
 
@@ -47,9 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preparation = Preparation(_job(flags))
     except (ValueError, OSError) as error:
         return _fail(error, 2)
+    options = dict(flags.slurm_option)
+    executor = Executor(
+        flags.executor, flags.workers, flags.slurm_partition, flags.slurm_time, options
+    )
     try:
         with preparation.locked():
-            _prepare(preparation, _executor(flags), console)
+            _prepare(preparation, executor, console)
     except (ValueError, OSError, TasksFailed) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -63,25 +67,29 @@ def _fail(error, code: int) -> int:
 
 
 def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
-    if found := preparation.finished():
-        line = f"{preparation.directory}: already prepared, {_counts(found)}"
+    def say(line: str) -> None:
         console.print(line, soft_wrap=True)
+
+    if found := preparation.finished():
+        earlier = found.provenance["settings"].get("recipe") != RECIPE
+        note = f", by an earlier release; remove {preparation.directory} to do it anew"
+        say(f"{preparation.directory}: already prepared, {_counts(found)}{note if earlier else ''}")
         return
     started = time.monotonic()
     resumed = preparation.begin()
-    console.print(_plan(preparation, executor, resumed), soft_wrap=True)
+    say(_plan(preparation, executor, resumed))
     with _progress(preparation, console) as watch:
         preparation.tokenize(executor)
-    held_out = preparation.assemble(executor)
-    made = preparation.finish()
+    made = preparation.collate()
     console.print(_table(made))
-    for line in _remarks(preparation, made, held_out):
-        console.print(line, soft_wrap=True)
+    say(f"held out: {preparation.rule.reason}")
+    say(_rejected(preparation, made))
+    say(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
     seconds = time.monotonic() - started
     speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
-    console.print(f"{seconds:.1f} s from the first byte to the last{speed}")
+    say(f"{seconds:.1f} s from the first byte to the last{speed}")
     path = preparation.directory / manifest.MANIFEST_NAME
-    console.print(f"prepared {made.source}: {_counts(made)} -> {path}", soft_wrap=True)
+    say(f"prepared {made.source}: {_counts(made)} -> {path}")
 
 
 def _counts(made: SourceManifest) -> str:
@@ -91,13 +99,13 @@ def _counts(made: SourceManifest) -> str:
 
 
 def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
-    kinds = [file.kind + (f'.{file.compression}' if file.compression else '')
+    kinds = [file.kind + (f".{file.compression}" if file.compression else "")
              for file in preparation.files]  # fmt: skip
     files = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
     tokenizer = preparation.tokenizer
     return (
         f"{preparation.job.source}: {files} file{'s' if len(kinds) > 1 else ''},"
-        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.units):,} units for"
+        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.chunks):,} chunks for"
         f" {executor.workers} {executor.kind} worker{'s' if executor.workers > 1 else ''};"
         f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
         + ("; going on with what was begun" if resumed else "")
@@ -105,57 +113,75 @@ def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
 
 
 class _Watch:
-    """Adds up the parts as they appear: what is done, and how fast since this call began."""
+    """Adds up the outputs as they appear: how much is done, and how fast since this call began."""
 
     def __init__(self, preparation: Preparation):
-        self._directory = preparation.parts
-        self._sizes = [unit.size for unit in preparation.units]
-        self._seen: set[str] = set()
-        self._consumed: dict[int, int] = {}
-        self.text_bytes = self.tokens = self.rejected = 0
+        self._preparation = preparation
+        self._outputs: dict[tuple[int, int], Output] = {}
+        self._finished: set[str] = set()
         self.look()
-        self._bytes_before, self._tokens_before = self.text_bytes, self.tokens
+        self._bytes_before, self._tokens_before = self._sum("text_bytes"), self._sum("tokens")
+        self._share_before = self.share
         self._started = time.monotonic()
 
-    @property
-    def share(self) -> float:
-        """How much of the inputs is done, 0 to 1."""
-        return sum(self._consumed.values()) / max(sum(self._sizes), 1)
-
     def look(self) -> None:
-        """Reads the counts of new parts."""
-        for name in sorted(set(os.listdir(self._directory)) - self._seen):
-            if name.startswith("scratch-"):
-                continue
-            self._seen.add(name)
-            unit = int(name.split("-")[0])
-            info = parts.Part(self._directory / name, unit).info
-            size = self._sizes[unit]
-            consumed = size if info.last else min(info.consumed, size)
-            self._consumed[unit] = max(self._consumed.get(unit, 0), consumed)
-            self.text_bytes += info.text_bytes
-            self.tokens += info.tokens
-            self.rejected += info.rejected
+        """Reads the records of outputs, also of those that are being written."""
+        folder = self._preparation.outputs
+        for name in set(os.listdir(folder)) - self._finished:
+            with contextlib.suppress(FileNotFoundError):  # just begun, or just renamed
+                output = read_output(folder / name)
+                self._outputs[output.chunk, output.number] = output
+                if not name.startswith(SCRATCH):
+                    self._finished.add(name)
+
+    def _sum(self, field: str) -> int:
+        return sum(sum(getattr(output, field).values()) for output in self._outputs.values())
 
     @property
     def new_bytes(self) -> int:
         """Bytes of text tokenised since this call began."""
-        return self.text_bytes - self._bytes_before
+        return self._sum("text_bytes") - self._bytes_before
 
-    def speed(self) -> str:
+    @property
+    def share(self) -> float:
+        """How much of the input is done, 0 to 1."""
+        consumed, chunks = {}, self._preparation.chunks
+        for output in self._outputs.values():
+            size = chunks[output.chunk].size
+            done = size if output.last else min(output.consumed, size)
+            consumed[output.chunk] = max(done, consumed.get(output.chunk, 0))
+        return sum(consumed.values()) / max(sum(chunk.size for chunk in chunks), 1)
+
+    def line(self) -> str:
+        """What is done, how fast, and how long it will take."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        megabytes = self.new_bytes / 1e6
-        tokens = self.tokens - self._tokens_before
-        rejected = f", {self.rejected:,} rejected" if self.rejected else ""
-        return f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s{rejected}"
+        tokens = self._sum("tokens") - self._tokens_before
+        done, share = self.new_bytes, self.share
+        line = f"tokenizing {share:.0%}, {done / 1e6 / seconds:.1f} MB/s"
+        line += f", {tokens / seconds:,.0f} tokens/s"
+        if share > self._share_before:
+            left = seconds * (1 - share) / (share - self._share_before)
+            line += f", {datetime.timedelta(seconds=round(left))} left"
+        rejected = sum(output.rejected for output in self._outputs.values())
+        return line + (f", {rejected:,} rejected" if rejected else "")
 
 
 @contextlib.contextmanager
 def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
-    """Shows how far the tokenising is, from the parts that appear, whoever makes them."""
+    """Shows how far the tokenising is, whoever does it: in place, or by a line now and then."""
     watch, stop = _Watch(preparation), threading.Event()
-    show = _show_bar if console.is_terminal else _show_lines
-    thread = threading.Thread(target=show, args=(console, watch, stop), daemon=True)
+
+    def show() -> None:
+        stopped = False
+        with console.status("tokenizing") as status:
+            while not stopped:
+                stopped = stop.wait(_POLL_SECONDS if console.is_terminal else _LINE_SECONDS)
+                watch.look()
+                status.update(watch.line())
+                if stopped or not console.is_terminal:
+                    console.print(watch.line(), soft_wrap=True)
+
+    thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
         yield watch
@@ -164,54 +190,26 @@ def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
         thread.join()
 
 
-def _show_bar(console: Console, watch: _Watch, stop) -> None:
-    columns = (
-        TextColumn('tokenizing'), BarColumn(), TextColumn('{task.percentage:.0f} %'),
-        TextColumn('{task.fields[speed]}'), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=1.0, speed="")
-        stopped = False
-        while not stopped:
-            stopped = stop.wait(_POLL_SECONDS)
-            watch.look()
-            progress.update(task, completed=watch.share, speed=watch.speed())
-
-
-def _show_lines(console: Console, watch: _Watch, stop) -> None:
-    stopped = False
-    while not stopped:
-        stopped = stop.wait(_LINE_SECONDS)
-        watch.look()
-        console.print(f"tokenizing {watch.share:.0%}, {watch.speed()}", soft_wrap=True)
-
-
 def _table(made: SourceManifest) -> Table:
     table = Table(box=box.SIMPLE)
     for name in ("", "train", "held out"):
         table.add_column(name, justify="right" if name else "left")
     train, held = made.train, made.held_out
-    for name, one, other in (
-        ("documents", train.documents, held.documents),
-        ("tokens", train.tokens, held.tokens),
-        ("bytes of text", train.text_bytes, held.text_bytes),
-        ("shards", len(train.shards), len(held.shards)),
-    ):
-        table.add_row(name, f"{one:,}", f"{other:,}")
+    table.add_row("documents", f"{train.documents:,}", f"{held.documents:,}")
+    table.add_row("tokens", f"{train.tokens:,}", f"{held.tokens:,}")
+    table.add_row("bytes of text", f"{train.text_bytes:,}", f"{held.text_bytes:,}")
+    table.add_row("shards", f"{len(train.shards):,}", f"{len(held.shards):,}")
     return table
 
 
-def _remarks(preparation: Preparation, made: SourceManifest, held_out: HeldOut) -> Iterator[str]:
-    yield f"held out: {held_out.note}"
-    if made.rejected:
-        first = preparation.reasons.most_common(_REASONS_SHOWN)
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in first)
-        more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
-        path = preparation.directory / "rejected.jsonl"
-        yield f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
-    else:
-        yield "rejected: none"
-    yield f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats"
+def _rejected(preparation: Preparation, made: SourceManifest) -> str:
+    if not made.rejected:
+        return "rejected: none"
+    first = preparation.reasons.most_common(_REASONS_SHOWN)
+    reasons = "; ".join(f"{reason}: {count:,}" for reason, count in first)
+    more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
+    path = preparation.directory / "rejected.jsonl"
+    return f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -226,12 +224,12 @@ def _parser() -> argparse.ArgumentParser:
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
         help='arcade100k (default), or a tokenizer.json')  # fmt: skip
     add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
-    add('--format', default='auto', choices=units.FORMATS,
+    add('--format', default='auto', choices=FORMATS,
         help='auto: by the name; what has no known one is one document a file')  # fmt: skip
     add('--text-key', default='text', metavar='KEY',
         help='key (jsonl) or column (parquet) of the text (default text)')  # fmt: skip
     add('--held-out', type=_fraction, default=0.001, metavar='FRACTION',
-        help='of the text, kept out of training (default 0.001); at least 64 KiB')  # fmt: skip
+        help='of the text, kept out of training at least (default 0.001)')  # fmt: skip
     add('--shard-tokens', type=_positive, default=SHARD_TOKENS, metavar='N',
         help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
     add("--language", nargs="+", default=[], metavar="CODE", help="ISO 639-1, for the manifest")
@@ -264,8 +262,8 @@ def _positive(text: str) -> int:
 
 def _fraction(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= MAX_HELD_OUT_FRACTION:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 to {MAX_HELD_OUT_FRACTION}")
+    if not 0 <= value <= MAX_FRACTION:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 to {MAX_FRACTION}")
     return value
 
 
@@ -303,16 +301,6 @@ def _job(flags: argparse.Namespace) -> Job:
         languages=tuple(flags.language),
         licence=flags.licence,
         provenance=dict(flags.provenance),
-    )
-
-
-def _executor(flags: argparse.Namespace) -> Executor:
-    return Executor(
-        flags.executor,
-        flags.workers,
-        flags.slurm_partition,
-        flags.slurm_time,
-        dict(flags.slurm_option),
     )
 
 

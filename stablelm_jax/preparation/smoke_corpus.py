@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import pathlib
 import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+
+from stablelm_jax.storage.files import replacing
 
 # site-packages is not the standard library; the others hold its tests.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -66,20 +67,16 @@ def write(directory: pathlib.Path) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, documents in SOURCES.items():
-        path = directory / f"{name}.jsonl"
-        lines.append(f"{path}: kept" if path.exists() else _write(path, documents()))
+        path, count = directory / f"{name}.jsonl", 0
+        if path.exists():
+            lines.append(f"{path}: kept")
+            continue
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            for title, text in documents():
+                file.write(json.dumps({"id": title, "text": text}, ensure_ascii=False) + "\n")
+                count += 1
+        lines.append(f"{path}: {count:,} documents, {path.stat().st_size / 1e6:.1f} MB")
     return lines
-
-
-def _write(path: pathlib.Path, documents: Iterable[tuple[str, str]]) -> str:
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    with open(partial, "w", encoding="utf-8") as file:
-        for name, text in documents:
-            file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(partial, path)
-    return f"{path}: {count:,} documents, {path.stat().st_size / 1e6:.1f} MB"
 
 
 def main(arguments: list[str] | None = None) -> int:
