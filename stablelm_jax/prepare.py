@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib.util
 import os
@@ -119,50 +120,41 @@ class _Watch:
         self._preparation = preparation
         self._outputs: dict[tuple[int, int], Output] = {}
         self._finished: set[str] = set()
-        self.look()
-        self._bytes_before, self._tokens_before = self._sum("text_bytes"), self._sum("tokens")
-        self._share_before = self.share
-        self._started = time.monotonic()
+        self._started, self._before = time.monotonic(), self._look()
 
-    def look(self) -> None:
-        """Reads the records of outputs, also of those that are being written."""
-        folder = self._preparation.outputs
+    def _look(self) -> tuple[float, int, int, int]:
+        """(share of the input, bytes of text, tokens, rejected records) that are done."""
+        folder, chunks = self._preparation.outputs, self._preparation.chunks
         for name in set(os.listdir(folder)) - self._finished:
             with contextlib.suppress(FileNotFoundError):  # just begun, or just renamed
                 output = read_output(folder / name)
                 self._outputs[output.chunk, output.number] = output
                 if not name.startswith(SCRATCH):
                     self._finished.add(name)
-
-    def _sum(self, field: str) -> int:
-        return sum(sum(getattr(output, field).values()) for output in self._outputs.values())
-
-    @property
-    def new_bytes(self) -> int:
-        """Bytes of text tokenised since this call began."""
-        return self._sum("text_bytes") - self._bytes_before
-
-    @property
-    def share(self) -> float:
-        """How much of the input is done, 0 to 1."""
-        consumed, chunks = {}, self._preparation.chunks
+        consumed: dict[int, int] = {}
         for output in self._outputs.values():
             size = chunks[output.chunk].size
             done = size if output.last else min(output.consumed, size)
             consumed[output.chunk] = max(done, consumed.get(output.chunk, 0))
-        return sum(consumed.values()) / max(sum(chunk.size for chunk in chunks), 1)
+        outputs = self._outputs.values()
+        return (
+            sum(consumed.values()) / max(sum(chunk.size for chunk in chunks), 1),
+            sum(sum(output.text_bytes.values()) for output in outputs),
+            sum(sum(output.tokens.values()) for output in outputs),
+            sum(output.rejected for output in outputs),
+        )
 
     def line(self) -> str:
         """What is done, how fast, and how long it will take."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        tokens = self._sum("tokens") - self._tokens_before
-        done, share = self.new_bytes, self.share
-        line = f"tokenizing {share:.0%}, {done / 1e6 / seconds:.1f} MB/s"
-        line += f", {tokens / seconds:,.0f} tokens/s"
-        if share > self._share_before:
-            left = seconds * (1 - share) / (share - self._share_before)
+        share, text_bytes, tokens, rejected = self._look()
+        earlier_share, earlier_bytes, earlier_tokens, _ = self._before
+        self.new_bytes = text_bytes - earlier_bytes
+        line = f"tokenizing {share:.0%}, {self.new_bytes / 1e6 / seconds:.1f} MB/s"
+        line += f", {(tokens - earlier_tokens) / seconds:,.0f} tokens/s"
+        if share > earlier_share:
+            left = seconds * (1 - share) / (share - earlier_share)
             line += f", {datetime.timedelta(seconds=round(left))} left"
-        rejected = sum(output.rejected for output in self._outputs.values())
         return line + (f", {rejected:,} rejected" if rejected else "")
 
 
@@ -176,10 +168,10 @@ def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
         with console.status("tokenizing") as status:
             while not stopped:
                 stopped = stop.wait(_POLL_SECONDS if console.is_terminal else _LINE_SECONDS)
-                watch.look()
-                status.update(watch.line())
+                line = watch.line()
+                status.update(line)
                 if stopped or not console.is_terminal:
-                    console.print(watch.line(), soft_wrap=True)
+                    console.print(line, soft_wrap=True)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -218,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
-    add('--input', required=True, nargs='+', metavar='PATH',
+    add('--input', dest='inputs', required=True, nargs='+', metavar='PATH',
         help='files, folders, patterns; local or any fsspec URL')  # fmt: skip
     add("--output", required=True, metavar="DATA", help="the source becomes DATA/NAME")
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
@@ -232,7 +224,8 @@ def _parser() -> argparse.ArgumentParser:
         help='of the text, kept out of training at least (default 0.001)')  # fmt: skip
     add('--shard-tokens', type=_positive, default=SHARD_TOKENS, metavar='N',
         help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
-    add("--language", nargs="+", default=[], metavar="CODE", help="ISO 639-1, for the manifest")
+    add('--language', dest='languages', nargs='+', default=[], metavar='CODE',
+        help='ISO 639-1, for the manifest')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
     add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
@@ -288,20 +281,8 @@ def _job(flags: argparse.Namespace) -> Job:
         raise ValueError("--executor slurm needs sbatch: run this where jobs can be submitted")
     if flags.executor == "ray" and not importlib.util.find_spec("ray"):
         raise ValueError('--executor ray needs Ray: pip install "datatrove[ray]"')
-    return Job(
-        source=flags.source,
-        inputs=tuple(flags.input),
-        output=flags.output,
-        tokenizer=flags.tokenizer,
-        ranks=flags.ranks,
-        text_key=flags.text_key,
-        file_format=flags.format,
-        held_out=flags.held_out,
-        shard_tokens=flags.shard_tokens,
-        languages=tuple(flags.language),
-        licence=flags.licence,
-        provenance=dict(flags.provenance),
-    )
+    fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
+    return Job(**{**fields, "provenance": dict(flags.provenance)})
 
 
 if __name__ == "__main__":

@@ -46,17 +46,17 @@ class Job:
     """What to prepare; the flags of `prepare` say what each field means."""
 
     source: str
-    inputs: tuple[str, ...]
+    inputs: list[str]
     output: str
-    tokenizer: str = "arcade100k"
-    ranks: str | None = None
-    text_key: str = "text"
-    file_format: str = "auto"
-    held_out: float = 0.001
-    shard_tokens: int = SHARD_TOKENS
-    languages: tuple[str, ...] = ()
-    licence: str = ""
-    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokenizer: str
+    ranks: str | None
+    format: str
+    text_key: str
+    held_out: float
+    shard_tokens: int
+    languages: list[str]
+    licence: str
+    provenance: dict[str, str]
 
 
 class Preparation:
@@ -75,7 +75,7 @@ class Preparation:
         self._work = self.directory / ".work"
         self._plan = self._work / "plan.json"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
-        self.files = inputs.find_files(job.inputs, job.file_format)
+        self.files = inputs.find_files(job.inputs, job.format)
         for file in self.files:
             if file.path.startswith(str(self.directory) + os.sep):
                 raise inputs.InputError(
@@ -90,14 +90,10 @@ class Preparation:
             "recipe": RECIPE,
             "inputs_sha256": inputs.fingerprint(self.files),
             "tokenizer_sha256": self.tokenizer.sha256,
-            "format": job.file_format,
-            "text_key": job.text_key,
-            "held_out": job.held_out,
-            "shard_tokens": job.shard_tokens,
-            "languages": list(job.languages),
-            "licence": job.licence,
-            "provenance": dict(job.provenance),
+            **dataclasses.asdict(job),
         }
+        for name in ("source", "inputs", "output", "tokenizer", "ranks"):
+            del self._settings[name]
 
     @property
     def outputs(self) -> pathlib.Path:
@@ -183,17 +179,16 @@ class Preparation:
         outputs = self._tokenize(executor)
         self._list_rejected(outputs)
         hashes = {value for output in outputs for value in output.hashes}
-        if len(hashes) < 2:
+        if not hashes:
+            raise PreparationError(self._no_document())
+        if len(hashes) == 1:
             raise PreparationError(
                 "all there is is one document, and a source needs two different ones, one of them"
                 " to hold out: add documents, or cut this one into several"
-                if hashes
-                else self._no_document()
             )
-        tokens = {split: sum(output.tokens[split] for output in outputs) for split in
-                  tokenize_chunk.SPLITS}  # fmt: skip
-        if not all(tokens.values()):
-            self._follow(held_out.moved(self.rule, hashes, nothing_held_out=bool(tokens["train"])))
+        held = any(output.tokens["held_out"] for output in outputs)
+        if not held or not any(output.tokens["train"] for output in outputs):
+            self._follow(held_out.moved(self.rule, hashes, nothing_held_out=not held))
             self._tokenize(executor)
 
     def _tokenize(self, executor: Executor) -> list[Output]:
@@ -210,20 +205,7 @@ class Preparation:
             for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*"):
                 shutil.rmtree(path)
         executor.run([step], len(self.chunks), self._work / "logs" / self.outputs.name)
-        return self._all_outputs()
-
-    def _all_outputs(self) -> list[Output]:
-        """The outputs of all chunks, in order."""
-        outputs = []
-        for number in range(len(self.chunks)):
-            found = tokenize_chunk.outputs_of_chunk(self.outputs, number)
-            if not found or not found[-1].last:
-                raise PreparationError(
-                    f"{self.outputs}: chunk {number} is marked as done, but some of it is gone;"
-                    f" remove {self._work} and begin again"
-                )
-            outputs += found
-        return outputs
+        return tokenize_chunk.all_outputs(self.outputs, len(self.chunks))
 
     def _list_rejected(self, outputs: list[Output]) -> None:
         """Writes what gave no document, `file`, `line` and `reason` a line, and counts reasons."""
@@ -234,17 +216,15 @@ class Preparation:
             for output in outputs:
                 chunk = self.chunks[output.chunk]
                 # Lines of a byte range are counted from its own start.
-                name = chunk.files[0].name
-                earlier = (
-                    lines.get(name, 0) if chunk.start and chunk.files[0].kind == "jsonl" else 0
-                )
+                is_range = chunk.start and chunk.files[0].kind == "jsonl"
+                earlier = lines.get(chunk.files[0].name, 0) if is_range else 0
                 with open(self.outputs / output.name / "rejected.jsonl", encoding="utf-8") as rows:
                     for row in map(json.loads, rows):
                         row["line"] += earlier
                         listed.write(json.dumps(row, ensure_ascii=False) + "\n")
                         self.reasons[re.split(r"[:(]", row["reason"])[0].strip()] += 1
                 if output.last:
-                    lines[name] = earlier + output.records
+                    lines[chunk.files[0].name] = earlier + output.records
 
     def _no_document(self) -> str:
         if not self.reasons:
@@ -258,11 +238,11 @@ class Preparation:
 
     def collate(self) -> SourceManifest:
         """Gives the shards their names, writes the manifest, removes what only the work needed."""
-        outputs = self._all_outputs()
+        outputs = tokenize_chunk.all_outputs(self.outputs, len(self.chunks))
         counts = sum(np.load(self.outputs / output.name / "counts.npy") for output in outputs)
         tokenizer, job = self.tokenizer, self.job
         provenance = {
-            "inputs": list(job.inputs),
+            "inputs": job.inputs,
             "input_files": len(self.files),
             "input_bytes": self.input_bytes,
             "settings": self._settings,
@@ -276,7 +256,7 @@ class Preparation:
             train=self._split("train", outputs),
             held_out=self._split("held_out", outputs),
             unigram_entropy=manifest.unigram_entropy(counts),
-            languages=job.languages,
+            languages=tuple(job.languages),
             licence=job.licence,
             provenance={**job.provenance, **provenance},
             rejected=self.reasons.total(),
@@ -300,8 +280,7 @@ class Preparation:
                     source = self.outputs / output.name / (split + suffix)
                     os.replace(source, self.directory / (name + suffix))
         # Shards of a preparation whose manifest somebody deleted to make it anew.
-        wanted = {info.file[:-4] for info in infos}
         for path in self.directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].*"):
-            if path.stem not in wanted:
+            if f"{path.stem}.bin" not in {info.file for info in infos}:
                 path.unlink()
         return Split.of(infos, sum(output.text_bytes[split] for output in outputs))

@@ -89,6 +89,24 @@ def outputs_of_chunk(folder: pathlib.Path, chunk: int) -> list[Output]:
     return found
 
 
+def all_outputs(folder: pathlib.Path, num_chunks: int) -> list[Output]:
+    """The outputs of all chunks, in order.
+
+    Raises:
+      ValueError: a chunk is not finished.
+    """
+    outputs = []
+    for chunk in range(num_chunks):
+        found = outputs_of_chunk(folder, chunk)
+        if not found or not found[-1].last:
+            raise ValueError(
+                f"{folder}: chunk {chunk} is marked as done, but some of it is gone;"
+                f" remove {folder.parent} and begin again"
+            )
+        outputs += found
+    return outputs
+
+
 class OutputWriter:
     """Writes one output."""
 

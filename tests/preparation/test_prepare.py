@@ -26,7 +26,7 @@ from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks, executors, held_out, tokenize_chunk
-from stablelm_jax.preparation.prepare_source import Job, Preparation, PreparationError
+from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 SMALL_CHUNKS = str(pathlib.Path(__file__).with_name("in_small_chunks.py"))
@@ -352,6 +352,20 @@ def test_a_finished_source_is_skipped_and_other_settings_are_refused(
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
+def test_what_an_earlier_release_prepared_is_kept_and_said(
+    undisturbed, inputs, tokenizer_file, tmp_path
+):
+    shutil.copytree(undisturbed[0], tmp_path / "mixed")
+    path = tmp_path / "mixed" / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["provenance"]["settings"]["recipe"] = 1
+    del fields["provenance"]["held_out"]
+    path.write_text(json.dumps(fields))
+    said = in_small_chunks(inputs, tmp_path, tokenizer_file)
+    assert "already prepared, 2,600 documents" in said
+    assert f"by an earlier release; remove {tmp_path / 'mixed'} to do it anew" in said
+
+
 def test_a_finished_source_with_a_shard_missing_is_not_taken_for_prepared(
     undisturbed, inputs, tokenizer_file, tmp_path, capsys
 ):
@@ -505,13 +519,13 @@ def test_an_output_made_twice_is_kept_once(tmp_path):
 
 def test_a_chunk_whose_last_output_is_gone_is_noticed(tmp_path, tokenizer_file):
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    flags = {"tokenizer": tokenizer_file, "output": str(tmp_path)}
-    preparation = Preparation(Job("a", (str(tmp_path / "a.jsonl"),), **flags))
+    arguments = command("a", [tmp_path / "a.jsonl"], tmp_path, "--tokenizer", tokenizer_file)[3:]
+    preparation = Preparation(prepare._job(prepare._parser().parse_args(arguments)))
     with preparation.locked():
         preparation.begin()
         preparation.tokenize(executors.Executor())
         shutil.rmtree(preparation.outputs / "00000000-0000")
-        with pytest.raises(PreparationError, match="chunk 0 .* begin again"):
+        with pytest.raises(ValueError, match="chunk 0 .* begin again"):
             preparation.tokenize(executors.Executor())
 
 
