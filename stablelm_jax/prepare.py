@@ -121,6 +121,7 @@ class _Watch:
         self._outputs: dict[tuple[int, int], Output] = {}
         self._finished: set[str] = set()
         self._started, self._before = time.monotonic(), self._look()
+        self.new_bytes = 0  # bytes of text tokenised since this call began
 
     def _look(self) -> tuple[float, int, int, int]:
         """(share of the input, bytes of text, tokens, rejected records) that are done."""

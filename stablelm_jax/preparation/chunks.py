@@ -130,15 +130,6 @@ def read_chunk(chunk: Chunk, text_key: str, skip: int = 0) -> Iterator[Record]:
                 yield Record(file, line, content, meter.consumed)
 
 
-def to_json(chunks: Sequence[Chunk]) -> dict:
-    """Chunks as JSON, with each file named once."""
-    files = list(dict.fromkeys(file for chunk in chunks for file in chunk.files))
-    index = {file: number for number, file in enumerate(files)}
-    rows = [[[index[file] for file in chunk.files], *chunk[1:]] for chunk in chunks]
-    return {"files": files, "chunks": rows}
-
-
-def from_json(saved: dict) -> list[Chunk]:
-    """What `to_json` was given."""
-    files = [InputFile(*row) for row in saved["files"]]
-    return [Chunk(tuple(files[i] for i in row), *rest) for row, *rest in saved["chunks"]]
+def from_json(saved: list) -> list[Chunk]:
+    """Chunks that were written as JSON."""
+    return [Chunk(tuple(InputFile(*file) for file in files), *rest) for files, *rest in saved]

@@ -43,7 +43,8 @@ class TasksFailed(RuntimeError):
 class Executor:
     """Which executor, with how many tasks at a time, and what SLURM wants to know.
 
-    slurm_options: further options of sbatch, name to value.
+    Attributes:
+      slurm_options: further options of sbatch, name to value.
     """
 
     kind: str = "local"

@@ -153,7 +153,7 @@ class Preparation:
         if resumed:
             plan = json.loads(self._plan.read_text())
             self._compare(plan["settings"], f"{self.directory} was begun, not finished,")
-            self.chunks = chunks.from_json(plan)
+            self.chunks = chunks.from_json(plan["chunks"])
             self.rule = HeldOutRule(**plan["held_out"])
         else:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -167,8 +167,8 @@ class Preparation:
         """Writes the plan with this rule, and makes room for what follows from it."""
         self.rule = rule
         self.outputs.mkdir(exist_ok=True)
-        plan = {"settings": self._settings, "held_out": rule._asdict()}
-        write_json(self._plan, {**plan, **chunks.to_json(self.chunks)})
+        plan = {"settings": self._settings, "held_out": rule._asdict(), "chunks": self.chunks}
+        write_json(self._plan, plan)
 
     def tokenize(self, executor: Executor) -> None:
         """Makes the outputs of every chunk, so that both splits have documents.

@@ -52,8 +52,8 @@ class Output:
       records, consumed: records and bytes of the chunk that were read up to the end of this output.
       last: whether nothing of the chunk follows.
       rejected: records that gave no document.
-      tokens, text_bytes: of each split.
-      shards: of each split that has documents, once the output is whole.
+      tokens, text_bytes: counts of each split.
+      shards: what the manifest keeps of the shard of each split that has documents.
       hashes: the smallest and the largest content hash, empty without a document.
     """
 
@@ -70,7 +70,7 @@ class Output:
 
     @property
     def name(self) -> str:
-        """Of its folder; names sort as outputs do."""
+        """The name of its folder; names sort as outputs do."""
         return f"{self.chunk:08d}-{self.number:04d}"
 
 
@@ -108,16 +108,14 @@ def all_outputs(folder: pathlib.Path, num_chunks: int) -> list[Output]:
 
 
 class OutputWriter:
-    """Writes one output."""
+    """Writes one output aside; `close` gives it its name."""
 
     def __init__(self, folder: pathlib.Path, output: Output, rule: HeldOutRule, vocab_size: int):
-        self.output, self._rule = output, rule
-        self._folder = folder
+        self.output, self._rule, self._final = output, rule, folder / output.name
         prefix = f"{SCRATCH}{output.name}-"
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
         self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        self._hashes: list[int] = []
         self._writers: dict[str, ShardWriter] = {}
         self._counts = np.zeros(vocab_size, np.int64)
         self._record_due = 0.0
@@ -136,7 +134,7 @@ class OutputWriter:
             return False
         output.tokens[split] += len(tokens)
         output.text_bytes[split] += len(data)
-        self._hashes.append(value)
+        output.hashes.append(value)
         self._waiting[split].append(tokens)
         return True
 
@@ -147,20 +145,19 @@ class OutputWriter:
         self.output.rejected += 1
 
     def flush(self) -> None:
-        """Writes the documents that wait, and how far it is."""
+        """Writes the documents that wait and, about once a second, the record for the progress."""
         for split, documents in self._waiting.items():
-            if documents:
-                if split not in self._writers:
-                    self._writers[split] = ShardWriter(self._scratch / split)
-                flat = np.concatenate(documents)
-                self._writers[split].add_many(flat, [len(tokens) for tokens in documents])
-                if split == "train":
-                    self._counts += np.bincount(flat, minlength=len(self._counts))
-                documents.clear()
-        if self._hashes:
-            hashes = self._hashes + self.output.hashes
+            if not documents:
+                continue
+            if split not in self._writers:
+                self._writers[split] = ShardWriter(self._scratch / split)
+            flat = np.concatenate(documents)
+            self._writers[split].add_many(flat, [len(tokens) for tokens in documents])
+            if split == "train":
+                self._counts += np.bincount(flat, minlength=len(self._counts))
+            documents.clear()
+        if hashes := self.output.hashes:
             self.output.hashes = [min(hashes), max(hashes)]
-            self._hashes.clear()
         if time.monotonic() > self._record_due:
             write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
             self._record_due = time.monotonic() + _PROGRESS_SECONDS
@@ -175,11 +172,10 @@ class OutputWriter:
         output.shards = {split: writer.close() for split, writer in self._writers.items()}
         np.save(self._scratch / "counts.npy", self._counts)
         write_json(self._scratch / "record.json", dataclasses.asdict(output))
-        final = self._folder / output.name
         try:
-            os.rename(self._scratch, final)
+            os.rename(self._scratch, self._final)
         except OSError:
-            if not final.is_dir():
+            if not self._final.is_dir():
                 raise
             shutil.rmtree(self._scratch)  # another worker made the same output first
 
@@ -187,8 +183,8 @@ class OutputWriter:
 class TokenizeChunk(PipelineStep):
     """datatrove task r makes the outputs of chunk r that are not there yet.
 
-    One datatrove task is one chunk. datatrove brings the executors (this machine, SLURM, Ray), the
-    logs of each task, and the list of tasks that are done; what a task makes is ours.
+    datatrove brings the executors (this machine, SLURM, Ray), the logs of each task, and the list
+    of tasks that are done.
     """
 
     name = "shards of a chunk"
@@ -212,22 +208,25 @@ class TokenizeChunk(PipelineStep):
         done = outputs_of_chunk(self.outputs, rank)
         if done and done[-1].last:
             return
-        tokenizer = _tokenizer(*self.tokenizer)
-        records, consumed = (done[-1].records, done[-1].consumed) if done else (0, 0)
-        chunk = _chunks(self.plan)[rank]
-        output = Output(rank, len(done), records, consumed)
-        writer = OutputWriter(self.outputs, output, self.rule, tokenizer.vocab_size)
-        for batch in _batches(chunks.read_chunk(chunk, self.text_key, records)):
+        chunk, tokenizer = _chunks(self.plan)[rank], _tokenizer(*self.tokenizer)
+
+        def new_writer(number: int, records: int, consumed: int) -> OutputWriter:
+            output = Output(rank, number, records, consumed)
+            return OutputWriter(self.outputs, output, self.rule, tokenizer.vocab_size)
+
+        earlier = done[-1] if done else Output(rank, 0)
+        writer = new_writer(len(done), earlier.records, earlier.consumed)
+        for batch in _batches(chunks.read_chunk(chunk, self.text_key, skip=earlier.records)):
             for record, tokens in [(record, _encoded(record, tokenizer)) for record in batch]:
                 if isinstance(tokens, Rejected):
                     writer.reject(record, tokens.reason)
                 elif not writer.add(record.content, tokens, self.shard_tokens):
                     writer.close(last=False)
-                    output = Output(rank, output.number + 1, output.records, output.consumed)
-                    writer = OutputWriter(self.outputs, output, self.rule, tokenizer.vocab_size)
+                    full = writer.output
+                    writer = new_writer(full.number + 1, full.records, full.consumed)
                     writer.add(record.content, tokens, self.shard_tokens)
-                output.records += 1
-                output.consumed = record.consumed
+                writer.output.records += 1
+                writer.output.consumed = record.consumed
             writer.flush()
         writer.close(last=True)
 
@@ -263,7 +262,7 @@ def _encoded(record: Record, tokenizer: Tokenizer) -> np.ndarray | Rejected:
 
 @functools.lru_cache(maxsize=1)
 def _chunks(plan: pathlib.Path) -> list[chunks.Chunk]:
-    return chunks.from_json(json.loads(plan.read_text()))
+    return chunks.from_json(json.loads(plan.read_text())["chunks"])
 
 
 @functools.lru_cache(maxsize=1)

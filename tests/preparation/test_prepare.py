@@ -484,7 +484,8 @@ def test_a_document_that_the_tokenizer_cannot_take_is_rejected_and_no_other(
 
     write_jsonl(tmp_path / "a.jsonl", ["one", "poison", "two"])
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(chunks.to_json(chunks.cut(find_files([str(tmp_path / "a.jsonl")])))))
+    cut = chunks.cut(find_files([str(tmp_path / "a.jsonl")]))
+    plan.write_text(json.dumps({"chunks": cut}))
     tokenizer = load_tokenizer(tokenizer_file)
     encode = tokenizer.encode_document
 
