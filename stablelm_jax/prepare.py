@@ -103,10 +103,10 @@ def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
     kinds = [file.kind + (f".{file.compression}" if file.compression else "")
              for file in preparation.files]  # fmt: skip
     files = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
-    tokenizer = preparation.tokenizer
+    tokenizer, chunks = preparation.tokenizer, len(preparation.chunks)
     return (
         f"{preparation.job.source}: {files} file{'s' if len(kinds) > 1 else ''},"
-        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.chunks):,} chunks for"
+        f" {preparation.input_bytes / 1e6:,.1f} MB, in {chunks:,} chunk{'s' if chunks > 1 else ''} for"
         f" {executor.workers} {executor.kind} worker{'s' if executor.workers > 1 else ''};"
         f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
         + ("; going on with what was begun" if resumed else "")
