@@ -10,6 +10,7 @@ moment, the same command goes on where it was and gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-import loguru
+from datatrove.utils.logging import logger
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +42,7 @@ _REASONS_SHOWN = 5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the verb; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
-    loguru.logger.remove()  # datatrove's; its logs stay in files
+    logger.remove()  # datatrove's messages stay in its files
     flags = _parser().parse_args(arguments)
     console = Console(highlight=False)
     try:
@@ -72,9 +73,10 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
         console.print(line, soft_wrap=True)
 
     if found := preparation.finished():
-        earlier = found.provenance["settings"].get("recipe") != RECIPE
-        note = f", by an earlier release; remove {preparation.directory} to do it anew"
-        say(f"{preparation.directory}: already prepared, {_counts(found)}{note if earlier else ''}")
+        line = f"{preparation.directory}: already prepared, {_counts(found)}"
+        if found.provenance["settings"].get("recipe") != RECIPE:
+            line += f", by an earlier release; remove {preparation.directory} to do it anew"
+        say(line)
         return
     started = time.monotonic()
     resumed = preparation.begin()
@@ -100,17 +102,23 @@ def _counts(made: SourceManifest) -> str:
 
 
 def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
-    kinds = [file.kind + (f".{file.compression}" if file.compression else "")
-             for file in preparation.files]  # fmt: skip
-    files = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
-    tokenizer, chunks = preparation.tokenizer, len(preparation.chunks)
+    kinds = collections.Counter(
+        file.kind + (f".{file.compression}" if file.compression else "")
+        for file in preparation.files
+    )
+    files = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    tokenizer = preparation.tokenizer
     return (
-        f"{preparation.job.source}: {files} file{'s' if len(kinds) > 1 else ''},"
-        f" {preparation.input_bytes / 1e6:,.1f} MB, in {chunks:,} chunk{'s' if chunks > 1 else ''} for"
-        f" {executor.workers} {executor.kind} worker{'s' if executor.workers > 1 else ''};"
-        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
+        f"{preparation.job.source}: {files} file{_s(kinds.total())},"
+        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.chunks):,}"
+        f" chunk{_s(len(preparation.chunks))} for {executor.workers} {executor.kind}"
+        f" worker{_s(executor.workers)}; tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
         + ("; going on with what was begun" if resumed else "")
     )
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 class _Watch:
@@ -146,16 +154,15 @@ class _Watch:
         )
 
     def line(self) -> str:
-        """What is done, how fast, and how long it will take."""
+        """What is done, how fast, and how long the rest will take."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         share, text_bytes, tokens, rejected = self._look()
-        earlier_share, earlier_bytes, earlier_tokens, _ = self._before
-        self.new_bytes = text_bytes - earlier_bytes
+        new_share, self.new_bytes = share - self._before[0], text_bytes - self._before[1]
         line = f"tokenizing {share:.0%}, {self.new_bytes / 1e6 / seconds:.1f} MB/s"
-        line += f", {(tokens - earlier_tokens) / seconds:,.0f} tokens/s"
-        if share > earlier_share:
-            left = seconds * (1 - share) / (share - earlier_share)
-            line += f", {datetime.timedelta(seconds=round(left))} left"
+        line += f", {(tokens - self._before[2]) / seconds:,.0f} tokens/s"
+        if 0 < new_share and share < 1:
+            left = datetime.timedelta(seconds=round(seconds * (1 - share) / new_share))
+            line += f", {left} left"
         return line + (f", {rejected:,} rejected" if rejected else "")
 
 
