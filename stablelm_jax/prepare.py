@@ -10,7 +10,10 @@ moment, the same command goes on where it was and gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import dataclasses
+import datetime
 import importlib.util
 import os
 import shutil
@@ -19,37 +22,40 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-import loguru
+from datatrove.utils.logging import logger
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation import parts, units
-from stablelm_jax.preparation.assemble import MAX_HELD_OUT_FRACTION, HeldOut
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed
-from stablelm_jax.preparation.preparation import SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.held_out import MAX_FRACTION
+from stablelm_jax.preparation.inputs import FORMATS
+from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 
 _POLL_SECONDS = 0.5
-# Where there is no terminal to draw a bar on, a line now and then.
-_LINE_SECONDS = 15.0
+_LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on
 _REASONS_SHOWN = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the verb; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
-    loguru.logger.remove()  # datatrove's; its logs stay in files
+    logger.remove()  # datatrove's messages stay in its files
     flags = _parser().parse_args(arguments)
     console = Console(highlight=False)
     try:
         preparation = Preparation(_job(flags))
     except (ValueError, OSError) as error:
         return _fail(error, 2)
+    options = dict(flags.slurm_option)
+    executor = Executor(
+        flags.executor, flags.workers, flags.slurm_partition, flags.slurm_time, options
+    )
     try:
         with preparation.locked():
-            _prepare(preparation, _executor(flags), console)
+            _prepare(preparation, executor, console)
     except (ValueError, OSError, TasksFailed) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -63,25 +69,30 @@ def _fail(error, code: int) -> int:
 
 
 def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
     if found := preparation.finished():
         line = f"{preparation.directory}: already prepared, {_counts(found)}"
-        console.print(line, soft_wrap=True)
+        if found.provenance["settings"].get("recipe") != RECIPE:
+            line += f", by an earlier release; remove {preparation.directory} to do it anew"
+        say(line)
         return
     started = time.monotonic()
     resumed = preparation.begin()
-    console.print(_plan(preparation, executor, resumed), soft_wrap=True)
+    say(_plan(preparation, executor, resumed))
     with _progress(preparation, console) as watch:
         preparation.tokenize(executor)
-    held_out = preparation.assemble(executor)
-    made = preparation.finish()
+    made = preparation.collate()
     console.print(_table(made))
-    for line in _remarks(preparation, made, held_out):
-        console.print(line, soft_wrap=True)
+    say(f"held out: {preparation.rule.reason}")
+    say(_rejected(preparation, made))
+    say(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
     seconds = time.monotonic() - started
     speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
-    console.print(f"{seconds:.1f} s from the first byte to the last{speed}")
+    say(f"{seconds:.1f} s from the first byte to the last{speed}")
     path = preparation.directory / manifest.MANIFEST_NAME
-    console.print(f"prepared {made.source}: {_counts(made)} -> {path}", soft_wrap=True)
+    say(f"prepared {made.source}: {_counts(made)} -> {path}")
 
 
 def _counts(made: SourceManifest) -> str:
@@ -91,71 +102,86 @@ def _counts(made: SourceManifest) -> str:
 
 
 def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
-    kinds = [file.kind + (f'.{file.compression}' if file.compression else '')
-             for file in preparation.files]  # fmt: skip
-    files = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
+    kinds = collections.Counter(
+        file.kind + (f".{file.compression}" if file.compression else "")
+        for file in preparation.files
+    )
+    files = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
     tokenizer = preparation.tokenizer
     return (
-        f"{preparation.job.source}: {files} file{'s' if len(kinds) > 1 else ''},"
-        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.units):,} units for"
-        f" {executor.workers} {executor.kind} worker{'s' if executor.workers > 1 else ''};"
-        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
+        f"{preparation.job.source}: {files} file{_s(kinds.total())},"
+        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.chunks):,}"
+        f" chunk{_s(len(preparation.chunks))} for {executor.workers} {executor.kind}"
+        f" worker{_s(executor.workers)}; tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
         + ("; going on with what was begun" if resumed else "")
     )
 
 
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
 class _Watch:
-    """Adds up the parts as they appear: what is done, and how fast since this call began."""
+    """Adds up the outputs as they appear: how much is done, and how fast since this call began."""
 
     def __init__(self, preparation: Preparation):
-        self._directory = preparation.parts
-        self._sizes = [unit.size for unit in preparation.units]
-        self._seen: set[str] = set()
-        self._consumed: dict[int, int] = {}
-        self.text_bytes = self.tokens = self.rejected = 0
-        self.look()
-        self._bytes_before, self._tokens_before = self.text_bytes, self.tokens
-        self._started = time.monotonic()
+        self._preparation = preparation
+        self._outputs: dict[tuple[int, int], Output] = {}
+        self._finished: set[str] = set()
+        self._started, self._before = time.monotonic(), self._look()
+        self.new_bytes = 0  # bytes of text tokenised since this call began
 
-    @property
-    def share(self) -> float:
-        """How much of the inputs is done, 0 to 1."""
-        return sum(self._consumed.values()) / max(sum(self._sizes), 1)
+    def _look(self) -> tuple[float, int, int, int]:
+        """(share of the input, bytes of text, tokens, rejected records) that are done."""
+        folder, chunks = self._preparation.outputs, self._preparation.chunks
+        for name in set(os.listdir(folder)) - self._finished:
+            with contextlib.suppress(FileNotFoundError):  # just begun, or just renamed
+                output = read_output(folder / name)
+                self._outputs[output.chunk, output.number] = output
+                if not name.startswith(SCRATCH):
+                    self._finished.add(name)
+        consumed: dict[int, int] = {}
+        for output in self._outputs.values():
+            size = chunks[output.chunk].size
+            done = size if output.last else min(output.consumed, size)
+            consumed[output.chunk] = max(done, consumed.get(output.chunk, 0))
+        outputs = self._outputs.values()
+        return (
+            sum(consumed.values()) / max(sum(chunk.size for chunk in chunks), 1),
+            sum(sum(output.text_bytes.values()) for output in outputs),
+            sum(sum(output.tokens.values()) for output in outputs),
+            sum(output.rejected for output in outputs),
+        )
 
-    def look(self) -> None:
-        """Reads the counts of new parts."""
-        for name in sorted(set(os.listdir(self._directory)) - self._seen):
-            if name.startswith("scratch-"):
-                continue
-            self._seen.add(name)
-            unit = int(name.split("-")[0])
-            info = parts.Part(self._directory / name, unit).info
-            size = self._sizes[unit]
-            consumed = size if info.last else min(info.consumed, size)
-            self._consumed[unit] = max(self._consumed.get(unit, 0), consumed)
-            self.text_bytes += info.text_bytes
-            self.tokens += info.tokens
-            self.rejected += info.rejected
-
-    @property
-    def new_bytes(self) -> int:
-        """Bytes of text tokenised since this call began."""
-        return self.text_bytes - self._bytes_before
-
-    def speed(self) -> str:
+    def line(self) -> str:
+        """What is done, how fast, and how long the rest will take."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        megabytes = self.new_bytes / 1e6
-        tokens = self.tokens - self._tokens_before
-        rejected = f", {self.rejected:,} rejected" if self.rejected else ""
-        return f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s{rejected}"
+        share, text_bytes, tokens, rejected = self._look()
+        new_share, self.new_bytes = share - self._before[0], text_bytes - self._before[1]
+        line = f"tokenizing {share:.0%}, {self.new_bytes / 1e6 / seconds:.1f} MB/s"
+        line += f", {(tokens - self._before[2]) / seconds:,.0f} tokens/s"
+        if 0 < new_share and share < 1:
+            left = datetime.timedelta(seconds=round(seconds * (1 - share) / new_share))
+            line += f", {left} left"
+        return line + (f", {rejected:,} rejected" if rejected else "")
 
 
 @contextlib.contextmanager
 def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
-    """Shows how far the tokenising is, from the parts that appear, whoever makes them."""
+    """Shows how far the tokenising is, whoever does it: in place, or by a line now and then."""
     watch, stop = _Watch(preparation), threading.Event()
-    show = _show_bar if console.is_terminal else _show_lines
-    thread = threading.Thread(target=show, args=(console, watch, stop), daemon=True)
+
+    def show() -> None:
+        stopped = False
+        with console.status("tokenizing") as status:
+            while not stopped:
+                stopped = stop.wait(_POLL_SECONDS if console.is_terminal else _LINE_SECONDS)
+                line = watch.line()
+                status.update(line)
+                if stopped or not console.is_terminal:
+                    console.print(line, soft_wrap=True)
+
+    thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
         yield watch
@@ -164,54 +190,26 @@ def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
         thread.join()
 
 
-def _show_bar(console: Console, watch: _Watch, stop) -> None:
-    columns = (
-        TextColumn('tokenizing'), BarColumn(), TextColumn('{task.percentage:.0f} %'),
-        TextColumn('{task.fields[speed]}'), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=1.0, speed="")
-        stopped = False
-        while not stopped:
-            stopped = stop.wait(_POLL_SECONDS)
-            watch.look()
-            progress.update(task, completed=watch.share, speed=watch.speed())
-
-
-def _show_lines(console: Console, watch: _Watch, stop) -> None:
-    stopped = False
-    while not stopped:
-        stopped = stop.wait(_LINE_SECONDS)
-        watch.look()
-        console.print(f"tokenizing {watch.share:.0%}, {watch.speed()}", soft_wrap=True)
-
-
 def _table(made: SourceManifest) -> Table:
     table = Table(box=box.SIMPLE)
     for name in ("", "train", "held out"):
         table.add_column(name, justify="right" if name else "left")
     train, held = made.train, made.held_out
-    for name, one, other in (
-        ("documents", train.documents, held.documents),
-        ("tokens", train.tokens, held.tokens),
-        ("bytes of text", train.text_bytes, held.text_bytes),
-        ("shards", len(train.shards), len(held.shards)),
-    ):
-        table.add_row(name, f"{one:,}", f"{other:,}")
+    table.add_row("documents", f"{train.documents:,}", f"{held.documents:,}")
+    table.add_row("tokens", f"{train.tokens:,}", f"{held.tokens:,}")
+    table.add_row("bytes of text", f"{train.text_bytes:,}", f"{held.text_bytes:,}")
+    table.add_row("shards", f"{len(train.shards):,}", f"{len(held.shards):,}")
     return table
 
 
-def _remarks(preparation: Preparation, made: SourceManifest, held_out: HeldOut) -> Iterator[str]:
-    yield f"held out: {held_out.note}"
-    if made.rejected:
-        first = preparation.reasons.most_common(_REASONS_SHOWN)
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in first)
-        more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
-        path = preparation.directory / "rejected.jsonl"
-        yield f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
-    else:
-        yield "rejected: none"
-    yield f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats"
+def _rejected(preparation: Preparation, made: SourceManifest) -> str:
+    if not made.rejected:
+        return "rejected: none"
+    first = preparation.reasons.most_common(_REASONS_SHOWN)
+    reasons = "; ".join(f"{reason}: {count:,}" for reason, count in first)
+    more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
+    path = preparation.directory / "rejected.jsonl"
+    return f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,21 +218,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
-    add('--input', required=True, nargs='+', metavar='PATH',
+    add('--input', dest='inputs', required=True, nargs='+', metavar='PATH',
         help='files, folders, patterns; local or any fsspec URL')  # fmt: skip
     add("--output", required=True, metavar="DATA", help="the source becomes DATA/NAME")
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
         help='arcade100k (default), or a tokenizer.json')  # fmt: skip
     add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
-    add('--format', default='auto', choices=units.FORMATS,
+    add('--format', default='auto', choices=FORMATS,
         help='auto: by the name; what has no known one is one document a file')  # fmt: skip
     add('--text-key', default='text', metavar='KEY',
         help='key (jsonl) or column (parquet) of the text (default text)')  # fmt: skip
     add('--held-out', type=_fraction, default=0.001, metavar='FRACTION',
-        help='of the text, kept out of training (default 0.001); at least 64 KiB')  # fmt: skip
+        help='of the text, kept out of training at least (default 0.001)')  # fmt: skip
     add('--shard-tokens', type=_positive, default=SHARD_TOKENS, metavar='N',
         help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
-    add("--language", nargs="+", default=[], metavar="CODE", help="ISO 639-1, for the manifest")
+    add('--language', dest='languages', nargs='+', default=[], metavar='CODE',
+        help='ISO 639-1, for the manifest')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
     add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
@@ -264,8 +263,8 @@ def _positive(text: str) -> int:
 
 def _fraction(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= MAX_HELD_OUT_FRACTION:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 to {MAX_HELD_OUT_FRACTION}")
+    if not 0 <= value <= MAX_FRACTION:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 to {MAX_FRACTION}")
     return value
 
 
@@ -290,30 +289,8 @@ def _job(flags: argparse.Namespace) -> Job:
         raise ValueError("--executor slurm needs sbatch: run this where jobs can be submitted")
     if flags.executor == "ray" and not importlib.util.find_spec("ray"):
         raise ValueError('--executor ray needs Ray: pip install "datatrove[ray]"')
-    return Job(
-        source=flags.source,
-        inputs=tuple(flags.input),
-        output=flags.output,
-        tokenizer=flags.tokenizer,
-        ranks=flags.ranks,
-        text_key=flags.text_key,
-        file_format=flags.format,
-        held_out=flags.held_out,
-        shard_tokens=flags.shard_tokens,
-        languages=tuple(flags.language),
-        licence=flags.licence,
-        provenance=dict(flags.provenance),
-    )
-
-
-def _executor(flags: argparse.Namespace) -> Executor:
-    return Executor(
-        flags.executor,
-        flags.workers,
-        flags.slurm_partition,
-        flags.slurm_time,
-        dict(flags.slurm_option),
-    )
+    fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
+    return Job(**{**fields, "provenance": dict(flags.provenance)})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Where the tasks of `prepare` run: processes of this machine, a SLURM array, a Ray cluster.
 
-The executors are datatrove's. Ours around them: all return only when every task is done, or raise
-`TasksFailed`; a worker that dies is noticed (datatrove's local executor would wait for it for
-ever); workers do not outlive the process that started them.
+The executors are datatrove's. Around them ours sees to it that a call returns only when every task
+is done, or raises `TasksFailed`; that a worker that dies is noticed (datatrove's local executor
+would wait for it for ever); and that workers do not outlive the process that started them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ARRAY_ROUNDS = 4
 _SLURM_POLL_SECONDS = 5.0
 # Jobs leave the queue a moment before or after their last file is seen on a shared disk.
 _SLURM_GRACE_SECONDS = 60.0
-# All that a worker imports: its tasks, and what `prepare`, the main module, brings along.
-_PRELOADED = ["stablelm_jax.preparation.preparation", "rich.progress", "rich.table"]
+# Everything a worker imports: its tasks, and what `prepare`, the main module, brings along.
+_PRELOADED = ["stablelm_jax.preparation.prepare_source", "rich.table"]
 
 
 class TasksFailed(RuntimeError):
@@ -43,7 +43,8 @@ class TasksFailed(RuntimeError):
 class Executor:
     """Which executor, with how many tasks at a time, and what SLURM wants to know.
 
-    slurm_options: further options of sbatch, name to value.
+    Attributes:
+      slurm_options: further options of sbatch, name to value.
     """
 
     kind: str = "local"
@@ -53,17 +54,18 @@ class Executor:
     slurm_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def run(self, pipeline: Sequence[PipelineStep], tasks: int, logs: pathlib.Path) -> None:
-        """Runs `pipeline` for the ranks 0..tasks-1, but for those that `logs` knows as done.
+        """Runs `pipeline` for the ranks 0 to tasks-1, except those that `logs` knows as done.
 
         Raises:
           TasksFailed: some task was not done.
         """
-        start = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[self.kind]
-        start(self, list(pipeline), tasks, logs)
-
-
-def _run_local(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
-    _LocalExecutor(pipeline, tasks, min(options.workers, tasks), str(logs)).run()
+        pipeline = list(pipeline)
+        if self.kind == "local":
+            _LocalExecutor(pipeline, tasks, min(self.workers, tasks), str(logs)).run()
+        elif self.kind == "slurm":
+            _run_slurm(self, pipeline, tasks, logs)
+        else:
+            _run_ray(self, pipeline, tasks, logs)
 
 
 class _LocalExecutor(LocalPipelineExecutor):
@@ -75,7 +77,7 @@ class _LocalExecutor(LocalPipelineExecutor):
             return
         output = pathlib.Path(self.logging_dir.path) / "workers.log"
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Workers fork from a server that has imported what they need: a second pool starts at once.
+        # Workers fork from a server that has imported what they need, and so start at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         others = set(multiprocessing.active_children())
@@ -117,6 +119,9 @@ def _end_with_parent() -> None:
 
 
 def _run_slurm(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
+    # The job gets this Python and this package.
+    path, root = pathlib.Path(sys.executable).parent, pathlib.Path(__file__).parents[2]
+    environment = f'export PATH="{path}:$PATH" PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"'
     executor = _SlurmExecutor(
         pipeline,
         tasks=tasks,
@@ -125,7 +130,7 @@ def _run_slurm(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path
         workers=options.workers,
         job_name="stablelm_prepare",
         qos="",
-        env_command=_environment(),
+        env_command=environment,
         sbatch_args=dict(options.slurm_options),
         logging_dir=str(logs),
         tasks_per_job=math.ceil(tasks / (options.workers * _ARRAY_ROUNDS)),
@@ -164,13 +169,6 @@ def _wait_for_slurm(executor: SlurmPipelineExecutor, job: str, logs: pathlib.Pat
                 f"SLURM job {job} left the queue with {len(missing)} of {executor.world_size} tasks"
                 f" not done (see {logs / 'slurm_logs'}); run the same command again to go on"
             )
-
-
-def _environment() -> str:
-    """Shell line that gives a job this Python and this package."""
-    root = pathlib.Path(__file__).parents[2]
-    folder = pathlib.Path(sys.executable).parent
-    return f'export PATH="{folder}:$PATH" PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"'
 
 
 def _is_queued(job: str) -> bool:

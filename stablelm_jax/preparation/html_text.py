@@ -3,19 +3,20 @@
     python -m stablelm_jax.preparation.html_text --input DIR --output FILE.jsonl
         [--skip SELECTOR ...]
 
-Needs resiliparse (extra `demo`). Headers, footers, sidebars and navigation are left out always,
-what matches a SELECTOR (CSS) as well.
+Needs resiliparse (extra `demo`). Headers, footers, sidebars and navigation are always left out, and
+so is what matches a SELECTOR (CSS).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
+
+from stablelm_jax.storage.files import replacing
 
 NAVIGATION = ("header", "footer", "aside", "nav")
 
@@ -23,22 +24,15 @@ NAVIGATION = ("header", "footer", "aside", "nav")
 def page_text(page: bytes, skip: Sequence[str] = ()) -> str:
     """The text of one page, paragraphs apart, without what matches the selectors of `skip`."""
     from resiliparse.extract.html2text import extract_plain_text
-
-    left_out = [*NAVIGATION, *skip]
-    text = extract_plain_text(
-        _decoded(page), alt_texts=False, comments=False, skip_elements=left_out
-    )
-    return text.strip()
-
-
-def _decoded(page: bytes) -> str:
-    """UTF-8 wherever it is that: a detector takes short pages with many accents for Latin-1."""
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-    try:
-        return page.decode("utf-8-sig")
+    try:  # first as UTF-8: the detector takes short pages with many accents for Latin-1
+        html = page.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return bytes_to_str(page, detect_encoding(page))
+        html = bytes_to_str(page, detect_encoding(page))
+    left_out = [*NAVIGATION, *skip]
+    text = extract_plain_text(html, alt_texts=False, comments=False, skip_elements=left_out)
+    return text.strip()
 
 
 def write_documents(folder: Path, output: Path, skip: Sequence[str] = ()) -> tuple[int, int]:
@@ -47,27 +41,19 @@ def write_documents(folder: Path, output: Path, skip: Sequence[str] = ()) -> tup
     Raises:
       ValueError: no page below `folder`.
     """
-    pages = without_text = 0
+    pages = sorted(path for path in folder.rglob("*") if path.suffix in (".html", ".htm"))
+    if not pages:
+        raise ValueError(f"{folder} holds no .html file; give the folder of the pages")
+    without_text = 0
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".partial")
-    with open(aside, "wb") as file:
-        for path in _pages(folder):
-            pages += 1
-            text = page_text(path.read_bytes(), skip)
-            if text:
+    with replacing(output) as aside, open(aside, "wb") as file:
+        for path in pages:
+            if text := page_text(path.read_bytes(), skip):
                 name = path.relative_to(folder).as_posix()
                 file.write(orjson.dumps({"id": name, "text": text}) + b"\n")
             else:
                 without_text += 1
-    if not pages:
-        aside.unlink()
-        raise ValueError(f"{folder} holds no .html file; give the folder of the pages")
-    os.replace(aside, output)
-    return pages, without_text
-
-
-def _pages(folder: Path) -> Iterator[Path]:
-    yield from sorted(p for p in folder.rglob("*") if p.suffix in (".html", ".htm"))
+    return len(pages), without_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"html_text: {error}", file=sys.stderr)
         return 1
     except ImportError:
-        print("html_text: needs resiliparse; pip install resiliparse", file=sys.stderr)
+        print("html_text: needs resiliparse; pip install -e '.[demo]'", file=sys.stderr)
         return 1
     print(f"{arguments.output}: {pages - without_text} pages, {without_text} without text left out")
     return 0

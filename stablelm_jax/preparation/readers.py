@@ -1,7 +1,7 @@
 """Documents out of files: jsonl, parquet and plain text, compressed or not, local or remote.
 
-Every reader yields one item a record, in order: the text of a document, or a `Rejected` that says
-why there is none. Damage is therefore never fatal and never silent, and the position of an item is
+Every reader yields one item for each record, in order: the text of a document, or a `Rejected` that
+says why there is none. So damage is never fatal and never silent, and the position of an item is
 its line (jsonl), its row (parquet), or 1 (a file that is one document).
 
 Bytes are read and decoded a line at a time: a bad byte costs its own line, not the rest of the
@@ -21,19 +21,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from stablelm_jax.storage.remote import is_url
+
 # A longer document is refused: it has to fit into memory several times over in every worker.
 MAX_DOCUMENT_BYTES = 128 * 2**20
+# pyarrow's errors of a damaged file; UnicodeDecodeError comes from column names.
+PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError)
 
-_CHUNK = 1 << 20
+_BLOCK = 1 << 20
 # Damage in a compressed stream loses what the failing call would have returned: feed it little.
 _PIECE = 4096
 # Text has no zero byte; what is binary has one early.
 _HEAD = 8192
 _PARQUET_ROWS = 256
-# Published dumps are written with `zstd --long=31`; the decoder asks for the leave to follow.
+# Published dumps are written with `zstd --long=31`; the decoder has to be allowed such a window.
 _ZSTD_WINDOW = 2**31
 _BOM = b"\xef\xbb\xbf"
-PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError)  # the last of column names
+_JSON_NAMES = {
+    dict: 'object', list: 'array', str: 'string', int: 'number', float: 'number',
+    bool: 'boolean', type(None): 'null',
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +59,9 @@ class Meter:
 
 def open_input(path: str, *, seekable: bool = False):
     """A binary file from a local path or any fsspec URL, to be used in a `with`."""
-    if "://" not in path:
+    if not is_url(path):
         return open(path, "rb")
-    # Read from start to end, a page comes in one answer, from servers too that know no ranges.
+    # A page that is read from start to end comes in one answer, also from servers without ranges.
     streamed = path.startswith(("http://", "https://")) and not seekable
     return fsspec.open(path, "rb", **({"block_size": 0} if streamed else {}))
 
@@ -77,16 +84,16 @@ def read_jsonl(
     meter = meter or Meter()
     with open_input(path, seekable=bool(start or end)) as file:
         if compression:
-            chunks = _decompressed(file, compression, meter)
+            blocks = _decompressed(file, compression, meter)
         else:
-            chunks = _plain(file, *line_range(file, start, end), meter)
-        for number, line in enumerate(_lines(chunks)):
+            blocks = _plain(file, *line_range(file, start, end), meter)
+        for number, line in enumerate(_lines(blocks)):
             if isinstance(line, Rejected):
                 yield line
-                continue
-            if number == 0 and start == 0 and line.startswith(_BOM):
-                line = line[len(_BOM) :]
-            yield parse_json_line(line, text_key)
+            elif number == 0 and start == 0:
+                yield parse_json_line(line.removeprefix(_BOM), text_key)
+            else:
+                yield parse_json_line(line, text_key)
 
 
 def read_parquet(
@@ -104,10 +111,8 @@ def read_parquet(
         except PARQUET_ERRORS as error:
             yield Rejected(f"not a readable parquet file: {_damage(error)}")
             return
-        groups = range(start, table.num_row_groups if end is None else end)
-        for group in groups:
-            yield from _row_group(table, group, text_key)
-            meter.consumed += table.metadata.row_group(group).total_byte_size
+        for group in range(start, table.num_row_groups if end is None else end):
+            yield from _row_group(table, group, text_key, meter)
 
 
 def read_text(
@@ -119,7 +124,7 @@ def read_text(
             data = _whole(file, compression, meter or Meter())
     except PermissionError:
         data = Rejected("no permission to read it")
-    yield decode(data.removeprefix(_BOM)) if isinstance(data, bytes) else data
+    yield data if isinstance(data, Rejected) else decode(data.removeprefix(_BOM))
 
 
 def decode(data: bytes) -> str | Rejected:
@@ -149,12 +154,6 @@ def parse_json_line(line: bytes, text_key: str) -> str | Rejected:
     if not isinstance(text, str):
         return Rejected(f"{text_key!r} is a JSON {_JSON_NAMES[type(text)]}, not a string")
     return _not_empty(text)
-
-
-_JSON_NAMES = {
-    dict: 'object', list: 'array', str: 'string', int: 'number', float: 'number',
-    bool: 'boolean', type(None): 'null',
-}  # fmt: skip
 
 
 def _parse_leniently(line: bytes):
@@ -205,7 +204,7 @@ def _plain(file, begin: int, end: int | None, meter: Meter) -> Iterator[bytes]:
     if begin or end is not None:
         file.seek(begin)
     left = float("inf") if end is None else end - begin
-    while left > 0 and (block := file.read(int(min(_CHUNK, left)))):
+    while left > 0 and (block := file.read(int(min(_BLOCK, left)))):
         left -= len(block)
         meter.consumed += len(block)
         yield block
@@ -222,7 +221,7 @@ def _decompressed(file, compression: str, meter: Meter) -> Iterator[bytes | Reje
     decoder = None
     padding = b"\0" if compression == "gzip" else b""  # tapes pad files with zeros
     try:
-        while block := file.read(_CHUNK):
+        while block := file.read(_BLOCK):
             for start in range(0, len(block), _PIECE):
                 piece = block[start : start + _PIECE]
                 meter.consumed += len(piece)
@@ -241,27 +240,38 @@ def _decompressed(file, compression: str, meter: Meter) -> Iterator[bytes | Reje
         yield Rejected(f"{compression} stream cut short, the rest of the file is lost")
 
 
-def _lines(chunks: Iterator[bytes | Rejected]) -> Iterator[bytes | Rejected]:
-    """Cuts chunks into lines; a line beyond MAX_DOCUMENT_BYTES becomes one `Rejected`."""
+def _lines(blocks: Iterator[bytes | Rejected]) -> Iterator[bytes | Rejected]:
+    """Cuts blocks into lines; a line beyond MAX_DOCUMENT_BYTES becomes one `Rejected`."""
     held: list[bytes] = []
     size = 0
-    for chunk in chunks:
-        if isinstance(chunk, Rejected):  # what is held is the first part of a lost line
-            yield chunk
+    for block in blocks:
+        if isinstance(block, Rejected):  # what is held is the first part of a lost line
+            yield block
             return
-        first, *others = chunk.split(b"\n")
+        first, *others = block.split(b"\n")
         size += len(first)
         held = [*held, first] if size <= MAX_DOCUMENT_BYTES else []
         if others:
-            yield _joined(held, size)
+            yield _too_long() if size > MAX_DOCUMENT_BYTES else b"".join(held)
             yield from others[:-1]
             held, size = [others[-1]], len(others[-1])
     if size:
-        yield _joined(held, size)
+        yield _too_long() if size > MAX_DOCUMENT_BYTES else b"".join(held)
 
 
-def _joined(held: list[bytes], size: int) -> bytes | Rejected:
-    return b"".join(held) if size <= MAX_DOCUMENT_BYTES else _too_long()
+def _whole(file, compression: str | None, meter: Meter) -> bytes | Rejected:
+    blocks = _decompressed(file, compression, meter) if compression else None
+    pieces, size = [], 0
+    for block in blocks or _plain(file, 0, None, meter):
+        if isinstance(block, Rejected):
+            return block
+        if size < _HEAD and b"\0" in block[:_HEAD]:  # before reading on: libraries are large
+            return Rejected("binary, not text")
+        pieces.append(block)
+        size += len(block)
+        if size > MAX_DOCUMENT_BYTES:
+            return _too_long(" (if it holds one JSON document a line, pass --format jsonl)")
+    return b"".join(pieces)
 
 
 def _too_long(hint: str = "") -> Rejected:
@@ -269,69 +279,51 @@ def _too_long(hint: str = "") -> Rejected:
     return Rejected(f"longer than {limit} MiB; split it into smaller documents{hint}")
 
 
-def _whole(file, compression: str | None, meter: Meter) -> bytes | Rejected:
-    chunks = _decompressed(file, compression, meter) if compression else None
-    pieces, size = [], 0
-    for chunk in chunks or _plain(file, 0, None, meter):
-        if isinstance(chunk, Rejected):
-            return chunk
-        if size < _HEAD and b"\0" in chunk[:_HEAD]:  # before reading on: libraries are large
-            return Rejected("binary, not text")
-        pieces.append(chunk)
-        size += len(chunk)
-        if size > MAX_DOCUMENT_BYTES:
-            return _too_long(" (if it holds one JSON document a line, pass --format jsonl)")
-    return b"".join(pieces)
-
-
-def _row_group(table: pq.ParquetFile, group: int, text_key: str) -> Iterator[str | Rejected]:
+def _row_group(
+    table: pq.ParquetFile, group: int, text_key: str, meter: Meter
+) -> Iterator[str | Rejected]:
     """Every row of a row group, each either a text or the reason why it is none."""
-    rows = table.metadata.row_group(group).num_rows
-    done = 0
+    info = table.metadata.row_group(group)
+    before, done = meter.consumed, 0
     try:
-        for reason_or_bytes in _column(table, group, text_key):
-            yield _cell(reason_or_bytes, text_key)
-            done += 1
-        return
+        rest = _no_text_column(table.schema_arrow, text_key)
+        for cells in _text_batches(table, group, text_key) if rest is None else ():
+            yield from (_text_of_cell(cell, text_key) for cell in cells)
+            done += len(cells)
+            meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
     except PARQUET_ERRORS as error:
-        lost = Rejected(f"row group {group} damaged: {_damage(error)}")
-    for _ in range(done, rows):
-        yield lost
+        rest = Rejected(f"row group {group} damaged: {_damage(error)}")
+    for _ in range(done, info.num_rows):
+        yield rest
+    meter.consumed = before + info.total_byte_size
 
 
-def _column(table: pq.ParquetFile, group: int, text_key: str) -> Iterator[bytes | Rejected | None]:
-    schema = table.schema_arrow
-    rows = table.metadata.row_group(group).num_rows
-    wrong = None
+def _no_text_column(schema: pa.Schema, text_key: str) -> Rejected | None:
+    """Why no row has a text; None where column `text_key` holds texts."""
     if text_key not in schema.names:
-        wrong = f"no column {text_key!r} (columns: {', '.join(schema.names)[:120]})"
-    elif not _is_text(schema.field(text_key).type):
-        wrong = f"column {text_key!r} holds {schema.field(text_key).type}, not strings"
-    if wrong:
-        yield from (Rejected(wrong) for _ in range(rows))
-        return
-    batches = table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_key])
-    for batch in batches:
+        return Rejected(f"no column {text_key!r} (columns: {', '.join(schema.names)[:120]})")
+    kind = schema.field(text_key).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
+    tests += [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
+    if not any(test(values) for test in tests):
+        return Rejected(f"column {text_key!r} holds {kind}, not strings")
+    return None
+
+
+def _text_batches(table: pq.ParquetFile, group: int, text_key: str) -> Iterator[list[bytes | None]]:
+    for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_key]):
         column = batch.column(0)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         # Arrow does not promise that strings are UTF-8: take the bytes and look.
-        yield from column.cast(pa.large_binary()).to_pylist()
+        yield column.cast(pa.large_binary()).to_pylist()
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    tests = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
-    tests += [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
-    return any(test(kind) for test in tests)
-
-
-def _cell(value: bytes | Rejected | None, text_key: str) -> str | Rejected:
-    if isinstance(value, Rejected):
-        return value
-    if value is None:
+def _text_of_cell(cell: bytes | None, text_key: str) -> str | Rejected:
+    if cell is None:
         return Rejected(f"{text_key!r} is null")
-    return decode(value) if len(value) <= MAX_DOCUMENT_BYTES else _too_long()
+    return decode(cell) if len(cell) <= MAX_DOCUMENT_BYTES else _too_long()
 
 
 def _damage(error: Exception) -> str:

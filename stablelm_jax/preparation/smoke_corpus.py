@@ -5,9 +5,9 @@ Writes two sources' documents as jsonl, one document a line with its `text` and 
     stdlib_code.jsonl    the sources of the standard library, a document a file
     package_docs.jsonl   the long descriptions of the installed packages, a document a package
 
-The standard library's own tests are left out: many distributions of Python leave them out too, so
-the corpus is nearly the same everywhere, and they are tables of odd input more than code to learn
-from. A file that is there already is kept, so that preparing it again finds nothing changed.
+The standard library's own tests are left out, as in many distributions of Python: so the corpus is
+nearly the same everywhere. A file that is there already is kept, so that preparing it again finds
+nothing changed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import pathlib
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+
+from stablelm_jax.storage.files import replacing
 
 # site-packages is not the standard library; the others hold its tests.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -31,14 +32,15 @@ def stdlib_code() -> Iterator[tuple[str, str]]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _LEFT_OUT.isdisjoint(relative.parts):
-            try:
-                with tokenize.open(path) as file:  # follows the encoding that the source declares
-                    text = file.read()
-            except (SyntaxError, UnicodeDecodeError):
-                continue  # a source that Python itself would not take
-            if text.strip():
-                yield relative.as_posix(), text
+        if not _LEFT_OUT.isdisjoint(relative.parts):
+            continue
+        try:
+            with tokenize.open(path) as file:  # follows the encoding that the source declares
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # a source that Python itself would not take
+        if text.strip():
+            yield relative.as_posix(), text
 
 
 def package_docs() -> Iterator[tuple[str, str]]:
@@ -55,10 +57,7 @@ def package_docs() -> Iterator[tuple[str, str]]:
     return iter(found[name] for name in sorted(found))
 
 
-SOURCES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
-    "stdlib_code": stdlib_code,
-    "package_docs": package_docs,
-}
+SOURCES = {"stdlib_code": stdlib_code, "package_docs": package_docs}
 
 
 def write(directory: pathlib.Path) -> list[str]:
@@ -66,20 +65,16 @@ def write(directory: pathlib.Path) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, documents in SOURCES.items():
-        path = directory / f"{name}.jsonl"
-        lines.append(f"{path}: kept" if path.exists() else _write(path, documents()))
+        path, count = directory / f"{name}.jsonl", 0
+        if path.exists():
+            lines.append(f"{path}: kept")
+            continue
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            for title, text in documents():
+                file.write(json.dumps({"id": title, "text": text}, ensure_ascii=False) + "\n")
+                count += 1
+        lines.append(f"{path}: {count:,} documents, {path.stat().st_size / 1e6:.1f} MB")
     return lines
-
-
-def _write(path: pathlib.Path, documents: Iterable[tuple[str, str]]) -> str:
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    with open(partial, "w", encoding="utf-8") as file:
-        for name, text in documents:
-            file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(partial, path)
-    return f"{path}: {count:,} documents, {path.stat().st_size / 1e6:.1f} MB"
 
 
 def main(arguments: list[str] | None = None) -> int:

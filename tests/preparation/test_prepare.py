@@ -1,8 +1,10 @@
 """prepare: whatever happens on the way, the same inputs give the same bytes; nothing is lost."""
 
 import collections
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -23,10 +25,13 @@ import zstandard
 from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.data.shards import Shard
-from stablelm_jax.preparation import parts
+from stablelm_jax.preparation import chunks, executors, held_out, tokenize_chunk
+from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
-SMALL_PIECES = str(pathlib.Path(__file__).with_name("in_small_pieces.py"))
+SMALL_CHUNKS = str(pathlib.Path(__file__).with_name("in_small_chunks.py"))
+# Less than the text of a compressed file, which is one chunk.
+SHARD_TOKENS = 60_000
 ROOT = str(pathlib.Path(prepare.__file__).parents[1])
 
 
@@ -152,13 +157,23 @@ REJECTED = [
 ]
 
 
+def in_small_chunks(inputs, output, tokenizer_file, *flags):
+    """What `in_small_chunks.py` does, in this process; returns what it said."""
+    arguments = command("mixed", inputs[0], output, "--tokenizer", tokenizer_file, *flags)[3:]
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(chunks, "_MIN_CHUNK_BYTES", 40_000)
+        patch.setattr(chunks, "_CHUNKS_PER_SOURCE", 10**9)
+        assert prepare.main([*arguments, "--shard-tokens", str(SHARD_TOKENS)]) == 0
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, inputs, tokenizer_file):
-    """The source as one worker makes it in one go, in small pieces, over several shards."""
+    """The source as one worker makes it in one go, in small chunks; and what it said."""
     output = tmp_path_factory.mktemp("undisturbed")
-    flags = ("--tokenizer", tokenizer_file, "--shard-tokens", 150_000, "--workers", 1)
-    done = run("mixed", inputs[0], output, *flags, script=SMALL_PIECES)
-    return output / "mixed", done
+    said = in_small_chunks(inputs, output, tokenizer_file, "--workers", 1)
+    return output / "mixed", said
 
 
 def test_every_usable_document_is_in_the_shards_once_in_order_and_ended(
@@ -174,7 +189,7 @@ def test_every_usable_document_is_in_the_shards_once_in_order_and_ended(
 
 
 def test_the_manifest_says_what_is_there(undisturbed, inputs, tokenizer_file):
-    directory, done = undisturbed
+    directory, said = undisturbed
     made = manifest.read_manifest(directory)
     manifest.verify(directory, made, full=True)
     sizes = {text: len(text.encode()) for text in inputs[1]}
@@ -188,8 +203,8 @@ def test_the_manifest_says_what_is_there(undisturbed, inputs, tokenizer_file):
     )
     assert made.unigram_entropy == pytest.approx(manifest.unigram_entropy(counts), abs=1e-12)
     assert len(made.train.shards) > 3
-    assert all(info.tokens <= 150_000 for info in made.train.shards)
-    *_, last = done.stdout.strip().splitlines()
+    assert all(info.tokens <= SHARD_TOKENS for info in made.train.shards)
+    *_, last = said.strip().splitlines()
     assert last.startswith("prepared mixed: 2,600 documents")
     assert set(os.listdir(directory)) == {
         'manifest.json', 'rejected.jsonl',
@@ -199,22 +214,20 @@ def test_the_manifest_says_what_is_there(undisturbed, inputs, tokenizer_file):
 
 
 def test_what_was_rejected_is_listed_with_file_line_and_reason(undisturbed):
-    directory, done = undisturbed
+    directory, said = undisturbed
     rows = [json.loads(line) for line in open(directory / "rejected.jsonl")]
     assert len(rows) == len(REJECTED)
     for row, (file, line, reason) in zip(rows, REJECTED, strict=True):
         assert (os.path.basename(row["file"]), row["line"]) == (file, line)
         assert row["reason"].startswith(reason)
-    assert "rejected: 7 (not UTF-8: 2; " in done.stdout
+    assert "rejected: 7 (not UTF-8: 2; " in said
 
 
-def test_workers_pieces_and_compression_do_not_change_a_byte(
+def test_the_number_of_workers_does_not_change_a_byte(
     undisturbed, inputs, tokenizer_file, tmp_path
 ):
-    directory, _ = undisturbed
-    flags = ("--tokenizer", tokenizer_file, "--shard-tokens", 150_000, "--workers", 3)
-    run("mixed", inputs[0], tmp_path, *flags)
-    assert digests(tmp_path / "mixed") == digests(directory)
+    in_small_chunks(inputs, tmp_path, tokenizer_file, "--workers", 3)
+    assert digests(tmp_path / "mixed") == digests(undisturbed[0])
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_was_and_gives_the_same_bytes(
@@ -222,15 +235,14 @@ def test_killed_at_any_moment_it_goes_on_where_it_was_and_gives_the_same_bytes(
 ):
     directory, _ = undisturbed
     target = tmp_path / "mixed"
-    flags = ("--tokenizer", tokenizer_file, "--shard-tokens", 150_000, "--workers", 2)
-    start = command("mixed", inputs[0], tmp_path, *flags, script=SMALL_PIECES)
+    flags = ("--tokenizer", tokenizer_file, "--shard-tokens", SHARD_TOKENS, "--workers", 2)
+    start = command("mixed", inputs[0], tmp_path, *flags, script=SMALL_CHUNKS)
     work = target / ".work"
     moments = [
-        (work / "units.json").exists,
+        (work / "plan.json").exists,
         lambda: len(finished(target)) >= random.randint(1, 10),
-        lambda: len(finished(target)) >= random.randint(10, 30),
-        (work / "shards.json").exists,
-        (work / "shards" / "train-00001.npz").exists,
+        lambda: len(finished(target)) >= random.randint(10, 20),
+        (target / "train-00003.bin").exists,
         (target / "manifest.json.partial").exists,
     ]
     for number, reached in enumerate(moments):
@@ -243,25 +255,23 @@ def test_killed_at_any_moment_it_goes_on_where_it_was_and_gives_the_same_bytes(
         assert process.wait() == -signal.SIGKILL or number == len(moments) - 1
         if not (target / "manifest.json").exists():  # else it was about to remove its work
             assert before <= finished(target), "something whole was made again"
-    done = run("mixed", inputs[0], tmp_path, *flags, script=SMALL_PIECES)
-    assert "going on with what was begun" in done.stdout or "already prepared" in done.stdout
+    said = in_small_chunks(inputs, tmp_path, tokenizer_file, "--workers", 2)
+    assert "going on with what was begun" in said or "already prepared" in said
     assert digests(target) == digests(directory)
 
 
 def start_slowly(start, delay="0.02"):
     """Starts a command in a session of its own, with time to kill it in."""
     return subprocess.Popen(
-        start, env=environment(PIECES_DELAY=delay), stdout=subprocess.DEVNULL,
+        start, env=environment(CHUNKS_DELAY=delay), stdout=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
 
 
 def finished(target):
-    """Finished parts and shards with their times: what is made again has a new time."""
-    whole = list((target / ".work" / "parts").glob("[0-9]*"))
-    for record in (target / ".work" / "shards").glob("*.npz"):
-        whole += [target / f"{record.stem}.bin", target / f"{record.stem}.idx"]
-    return {(path.name, path.stat().st_mtime_ns) for path in whole}
+    """Finished outputs with the times of their records: what is made again has a new time."""
+    whole = (target / ".work").glob("outputs-*/[0-9]*/record.json")
+    return {(path.parent.name, path.stat().st_mtime_ns) for path in whole}
 
 
 def wait_for(reached, seconds):
@@ -274,25 +284,29 @@ def wait_for(reached, seconds):
 def test_a_killed_worker_is_noticed_and_the_next_call_finishes(
     undisturbed, inputs, tokenizer_file, tmp_path
 ):
-    flags = ("--tokenizer", tokenizer_file, "--shard-tokens", 150_000, "--workers", 2)
+    flags = ("--tokenizer", tokenizer_file, "--shard-tokens", SHARD_TOKENS, "--workers", 2)
     marker = tmp_path / "kill"
     marker.touch()
-    extra = {"PIECES_KILL_WORKER": str(marker)}
-    options = {"script": SMALL_PIECES, "extra": extra}
+    extra = {"CHUNKS_KILL_WORKER": str(marker)}
+    options = {"script": SMALL_CHUNKS, "extra": extra}
     done = run("mixed", inputs[0], tmp_path, *flags, check=1, **options)
     (last,) = done.stderr.strip().splitlines()
     assert last.startswith("prepare: a worker was killed")
     assert "run the same command again" in last
-    run("mixed", inputs[0], tmp_path, *flags, **options)
+    in_small_chunks(inputs, tmp_path, tokenizer_file, "--workers", 2)
     assert digests(tmp_path / "mixed") == digests(undisturbed[0])
 
 
-def test_workers_end_when_their_parent_is_killed(inputs, tokenizer_file, tmp_path):
-    start = command(
-        "mixed", inputs[0], tmp_path, "--tokenizer", tokenizer_file, script=SMALL_PIECES
-    )
+def test_a_second_process_is_refused_and_workers_end_when_their_parent_is_killed(
+    inputs, tokenizer_file, tmp_path, capsys
+):
+    flags = ("--tokenizer", tokenizer_file)
+    start = command("mixed", inputs[0], tmp_path, *flags, script=SMALL_CHUNKS)
     process = start_slowly(start, "0.3")
     wait_for(lambda: finished(tmp_path / "mixed"), 60)
+    code, _, err = call(capsys, *command("mixed", inputs[0], tmp_path, *flags)[3:])
+    assert code == 1
+    assert "another process is preparing this source" in err
     assert len(members(process.pid)) > 1
     process.kill()
     process.wait()
@@ -317,7 +331,7 @@ def test_a_finished_source_is_skipped_and_other_settings_are_refused(
             capsys, "--source", "mixed", "--input", *files, "--output", directory.parent, *flags
         )
 
-    same = ("--tokenizer", tokenizer_file, "--shard-tokens", 150_000)
+    same = ("--tokenizer", tokenizer_file, "--shard-tokens", SHARD_TOKENS)
     code, out, _ = again(inputs[0], *same, "--workers", 2)
     assert code == 0
     assert "already prepared, 2,600 documents" in out
@@ -338,6 +352,20 @@ def test_a_finished_source_is_skipped_and_other_settings_are_refused(
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
+def test_what_an_earlier_release_prepared_is_kept_and_said(
+    undisturbed, inputs, tokenizer_file, tmp_path
+):
+    shutil.copytree(undisturbed[0], tmp_path / "mixed")
+    path = tmp_path / "mixed" / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["provenance"]["settings"]["recipe"] = 1
+    del fields["provenance"]["held_out"]
+    path.write_text(json.dumps(fields))
+    said = in_small_chunks(inputs, tmp_path, tokenizer_file)
+    assert "already prepared, 2,600 documents" in said
+    assert f"by an earlier release; remove {tmp_path / 'mixed'} to do it anew" in said
+
+
 def test_a_finished_source_with_a_shard_missing_is_not_taken_for_prepared(
     undisturbed, inputs, tokenizer_file, tmp_path, capsys
 ):
@@ -345,21 +373,10 @@ def test_a_finished_source_with_a_shard_missing_is_not_taken_for_prepared(
     (tmp_path / "mixed" / "train-00001.bin").unlink()
     code, _, err = call(
         capsys, '--source', 'mixed', '--input', *inputs[0], '--output', tmp_path,
-        '--tokenizer', tokenizer_file, '--shard-tokens', 150_000,
+        '--tokenizer', tokenizer_file, '--shard-tokens', SHARD_TOKENS,
     )  # fmt: skip
     assert code == 1
     assert "train-00001.bin" in err
-
-
-def test_two_processes_do_not_work_on_one_source(inputs, tokenizer_file, tmp_path):
-    flags = ("--tokenizer", tokenizer_file)
-    start = command("mixed", inputs[0], tmp_path, *flags, script=SMALL_PIECES)
-    first = start_slowly(start, "0.2")
-    wait_for((tmp_path / "mixed" / ".work" / "units.json").exists, 60)
-    done = run("mixed", inputs[0], tmp_path, *flags, check=1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert "another process is preparing this source" in done.stderr
 
 
 # in one process: what is printed and what is refused
@@ -433,7 +450,7 @@ def test_two_short_documents_make_a_source_and_the_split_is_said(tmp_path, capsy
         '--provenance', 'from=a test', '--workers', 2,
     )  # fmt: skip
     assert code == 0
-    assert "held out: a quarter of a small source, 50.00% of the text" in out
+    assert "held out: the smallest hashes of all 2 documents" in out
     made = manifest.read_manifest(tmp_path / "data" / "a")
     assert (made.train.documents, made.held_out.documents) == (1, 1)
     assert (made.languages, made.licence) == (("en", "de"), "MPL-2.0")
@@ -441,15 +458,34 @@ def test_two_short_documents_make_a_source_and_the_split_is_said(tmp_path, capsy
     assert made.provenance["input_files"] == 1
 
 
+@pytest.mark.parametrize(("threshold", "held"), [(0, 1), (2**64, 39)])
+def test_a_split_with_an_empty_side_is_made_again_with_one_document_there(
+    tmp_path, capsys, tokenizer_file, monkeypatch, threshold, held
+):
+    write_jsonl(tmp_path / "a.jsonl", some_texts(40))
+    rule = held_out.HeldOutRule(threshold, [], "a bad guess")
+    monkeypatch.setattr(held_out, "choose", lambda look, fraction: rule)
+    code, out, _ = call(
+        capsys, '--source', 'a', '--input', tmp_path / 'a.jsonl', '--output', tmp_path / 'data',
+        '--tokenizer', tokenizer_file, '--workers', 1,
+    )  # fmt: skip
+    assert code == 0
+    assert "held out: a bad guess; moved" in out
+    made = manifest.read_manifest(tmp_path / "data" / "a")
+    manifest.verify(tmp_path / "data" / "a", made, full=True)
+    assert (made.train.documents, made.held_out.documents) == (40 - held, held)
+
+
 def test_a_document_that_the_tokenizer_cannot_take_is_rejected_and_no_other(
     tmp_path, monkeypatch, tokenizer_file
 ):
-    from stablelm_jax.preparation import pipeline, units
+    from stablelm_jax.preparation.inputs import find_files
     from stablelm_jax.tokenizer.tokenizer import TokenizerError
 
     write_jsonl(tmp_path / "a.jsonl", ["one", "poison", "two"])
-    (tmp_path / "parts").mkdir()
-    units.save(tmp_path / "units.json", units.cut(units.find_files([str(tmp_path / "a.jsonl")])))
+    plan = tmp_path / "plan.json"
+    cut = chunks.cut(find_files([str(tmp_path / "a.jsonl")]))
+    plan.write_text(json.dumps({"chunks": cut}))
     tokenizer = load_tokenizer(tokenizer_file)
     encode = tokenizer.encode_document
 
@@ -459,12 +495,39 @@ def test_a_document_that_the_tokenizer_cannot_take_is_rejected_and_no_other(
         return encode(text)
 
     tokenizer.encode_document = fragile
-    monkeypatch.setattr(pipeline, "_tokenizer", lambda name, ranks: tokenizer)
-    records = pipeline.ReadUnit(str(tmp_path / "units.json"), str(tmp_path / "parts"), "text")()
-    pipeline.TokenizeToParts(str(tmp_path / "parts"), "any", None)(records)
-    (part,) = parts.parts_of_unit(tmp_path / "parts", 0)
-    assert part.info.documents == 2
-    assert part.rejected()[0][1:] == [2, "text that cannot be encoded: a panic"]
+    monkeypatch.setattr(tokenize_chunk, "_tokenizer", lambda name, ranks: tokenizer)
+    rule = held_out.HeldOutRule(0, [], "")
+    tokenize_chunk.TokenizeChunk(plan, tmp_path, rule, ("any", None), "text", 100).run()
+    (output,) = tokenize_chunk.outputs_of_chunk(tmp_path, 0)
+    assert output.shards["train"].documents == 2
+    (row,) = map(json.loads, open(tmp_path / output.name / "rejected.jsonl"))
+    assert (row["line"], row["reason"]) == (2, "text that cannot be encoded: a panic")
+
+
+def test_an_output_made_twice_is_kept_once(tmp_path):
+    rule = held_out.HeldOutRule(0, [], "")
+    writers = [
+        tokenize_chunk.OutputWriter(tmp_path, tokenize_chunk.Output(3, 0), rule, 10)
+        for _ in range(2)
+    ]
+    for writer, text in zip(writers, ("first", "second"), strict=True):
+        writer.add(text, np.array([1, 7], np.int32), 100)
+        writer.close(last=True)
+    (output,) = tokenize_chunk.outputs_of_chunk(tmp_path, 3)
+    assert output.hashes == 2 * [held_out.content_hash(b"first")]
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_a_chunk_whose_last_output_is_gone_is_noticed(tmp_path, tokenizer_file):
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    arguments = command("a", [tmp_path / "a.jsonl"], tmp_path, "--tokenizer", tokenizer_file)[3:]
+    preparation = Preparation(prepare._job(prepare._parser().parse_args(arguments)))
+    with preparation.locked():
+        preparation.begin()
+        preparation.tokenize(executors.Executor())
+        shutil.rmtree(preparation.outputs / "00000000-0000")
+        with pytest.raises(ValueError, match="chunk 0 .* begin again"):
+            preparation.tokenize(executors.Executor())
 
 
 def test_arcade100k_decodes_back_to_the_text_of_a_million_spaces_and_of_specials(tmp_path, capsys):
@@ -517,16 +580,15 @@ def slurm(tmp_path):
 
 
 def test_slurm_runs_the_array_to_its_end_and_gives_the_same_bytes(
-    undisturbed, inputs, tokenizer_file, tmp_path, slurm
+    undisturbed, inputs, tokenizer_file, tmp_path, slurm, monkeypatch
 ):
-    done = run(
-        'mixed', inputs[0], tmp_path, '--tokenizer', tokenizer_file, '--shard-tokens', 150_000,
-        '--executor', 'slurm', '--slurm-partition', 'cpu', '--slurm-option', 'account=us',
-        '--workers', 2, extra={'PATH': f'{slurm}:{os.environ["PATH"]}'},
-    )  # fmt: skip
-    assert "for 2 slurm workers" in done.stdout
+    monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
+    monkeypatch.setattr(executors, "_SLURM_POLL_SECONDS", 0.1)
+    flags = ("--executor", "slurm", "--slurm-partition", "cpu", "--slurm-option", "account=us")
+    out = in_small_chunks(inputs, tmp_path, tokenizer_file, *flags, "--workers", 1)
+    assert "for 1 slurm worker;" in out
     assert digests(tmp_path / "mixed") == digests(undisturbed[0])
-    assert len((slurm / "calls").read_text().splitlines()) == 2  # one array to read, one to write
+    assert len((slurm / "calls").read_text().splitlines()) == 1
     script = (slurm / "script").read_text()
     assert "#SBATCH --partition=cpu" in script
     assert "#SBATCH --account=us" in script
@@ -535,8 +597,6 @@ def test_slurm_runs_the_array_to_its_end_and_gives_the_same_bytes(
 def test_slurm_jobs_that_leave_the_queue_undone_are_an_error_that_names_the_logs(
     tmp_path, monkeypatch
 ):
-    from stablelm_jax.preparation import executors
-
     class Stuck:
         world_size = 5
 

@@ -1,11 +1,12 @@
-"""`prepare` with units and parts of a few kilobytes, slowed down where files get their names.
+"""`prepare` with chunks of a few kilobytes, slowed down where files get their names.
 
 Run by the tests of `prepare` in its place. Workers import the main module of the process that
 starts them, so what is set here holds in all of them.
 
 Environment:
-  PIECES_DELAY: seconds of sleep before and after each rename (default 0).
-  PIECES_KILL_WORKER: a file; the first worker that finishes a part after it is made kills itself.
+  CHUNKS_DELAY: seconds of sleep before and after each rename (default 0).
+  CHUNKS_KILL_WORKER: a file; the first worker that finishes an output while it is there removes
+    it and kills itself.
 """
 
 import os
@@ -15,15 +16,13 @@ import sys
 import time
 
 from stablelm_jax import prepare
-from stablelm_jax.preparation import parts, pipeline, units
+from stablelm_jax.preparation import chunks, tokenize_chunk
 
-units._MIN_UNIT_BYTES = 40_000
-units._UNITS_PER_SOURCE = 10**9
-pipeline.PART_BYTES = 15_000
-pipeline._BUNCH_CHARACTERS = 4_000
+chunks._MIN_CHUNK_BYTES = 40_000
+chunks._CHUNKS_PER_SOURCE = 10**9
 
-_DELAY = float(os.environ.get("PIECES_DELAY", "0"))
-_KILL = os.environ.get("PIECES_KILL_WORKER")
+_DELAY = float(os.environ.get("CHUNKS_DELAY", "0"))
+_KILL = os.environ.get("CHUNKS_KILL_WORKER")
 
 
 def slowly(move):
@@ -48,7 +47,7 @@ def deadly(close):
 if _DELAY:
     os.rename, os.replace = slowly(os.rename), slowly(os.replace)
 if _KILL:
-    parts.PartWriter.close = deadly(parts.PartWriter.close)
+    tokenize_chunk.OutputWriter.close = deadly(tokenize_chunk.OutputWriter.close)
 
 if __name__ == "__main__":
     sys.exit(prepare.main())

@@ -1,4 +1,4 @@
-"""Units: which files are read, in which order, and how they are cut into pieces of work."""
+"""Chunks: which files are read, in which order, and how they are cut into pieces of work."""
 
 import gzip
 import itertools
@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stablelm_jax.preparation import units
-from stablelm_jax.preparation.units import InputError, find_files
+from stablelm_jax.preparation import chunks
+from stablelm_jax.preparation.inputs import InputError, find_files, fingerprint
 
 
 @pytest.fixture
@@ -71,18 +71,18 @@ def test_inputs_keep_the_order_they_are_named_in_and_patterns_are_sorted(tree):
 
 def test_urls_give_the_same_files_as_paths(tree):
     for name in ("a.jsonl", "a/one.md", ".git/config", "a/.hidden"):
-        fsspec.filesystem("memory").pipe(f"/units/{name}", (tree / name).read_bytes())
-    found = [file.name for file in find_files(["memory://units"])]
-    assert found == ["memory:///units/a.jsonl", "memory:///units/a/one.md"]
-    assert [file.name for file in find_files(["memory://units/*.jsonl"])] == found[:1]
-    (file,) = find_files(["memory://units/a.jsonl"])
+        fsspec.filesystem("memory").pipe(f"/chunks/{name}", (tree / name).read_bytes())
+    found = [file.name for file in find_files(["memory://chunks"])]
+    assert found == ["memory:///chunks/a.jsonl", "memory:///chunks/a/one.md"]
+    assert [file.name for file in find_files(["memory://chunks/*.jsonl"])] == found[:1]
+    (file,) = find_files(["memory://chunks/a.jsonl"])
     assert file.size == 14
     (local,) = find_files([f"file://{tree}/a.jsonl"])
     assert local.size == 14
 
 
 def test_an_input_that_is_not_there_or_comes_twice_is_refused_by_name(tree):
-    for missing in (str(tree / "missing.jsonl"), str(tree / "*.txt"), "memory://units/missing"):
+    for missing in (str(tree / "missing.jsonl"), str(tree / "*.txt"), "memory://chunks/missing"):
         with pytest.raises(InputError, match="nothing there"):
             find_files([missing])
     with pytest.raises(InputError, match=r"one.md is reached twice"):
@@ -93,7 +93,7 @@ def test_an_input_that_is_not_there_or_comes_twice_is_refused_by_name(tree):
 
 def test_the_fingerprint_follows_the_files_and_not_the_place(tree):
     def of(folder):
-        return units.fingerprint(find_files([str(folder)]))
+        return fingerprint(find_files([str(folder)]))
 
     before = of(tree / "a")
     assert before == of(tree / "a")
@@ -103,11 +103,11 @@ def test_the_fingerprint_follows_the_files_and_not_the_place(tree):
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     assert of(tree / "moved") != before
     files = find_files([str(tree)])
-    assert units.fingerprint(files[::-1]) != units.fingerprint(files)
+    assert fingerprint(files[::-1]) != fingerprint(files)
 
 
 def read(cut):
-    return [record for unit in cut for record in units.read_unit(unit, "text")]
+    return [record for chunk in cut for record in chunks.read_chunk(chunk, "text")]
 
 
 def make_inputs(folder: pathlib.Path) -> list[str]:
@@ -125,43 +125,42 @@ def make_inputs(folder: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [2_000, 30_000, 10_000_000])
-def test_every_document_is_in_one_unit_in_order_whatever_the_size_of_units(
+def test_every_document_is_in_one_chunk_in_order_whatever_the_size_of_chunks(
     tmp_path, monkeypatch, size
 ):
     texts, inputs = make_inputs(tmp_path)
-    monkeypatch.setattr(units, "_MIN_UNIT_BYTES", size)
-    monkeypatch.setattr(units, "_UNITS_PER_SOURCE", 10**9)
-    cut = units.cut(find_files(inputs))
+    monkeypatch.setattr(chunks, "_MIN_CHUNK_BYTES", size)
+    monkeypatch.setattr(chunks, "_CHUNKS_PER_SOURCE", 10**9)
+    cut = chunks.cut(find_files(inputs))
     assert [record.content for record in read(cut)] == texts
     assert (len(cut) == 1) == (size > 1_000_000)
-    units.save(tmp_path / "units.json", cut)
-    assert units.load(tmp_path / "units.json") == cut
+    assert chunks.from_json(json.loads(json.dumps(cut))) == cut
 
 
-def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path, monkeypatch):
+def test_small_files_share_a_chunk_and_large_ones_are_cut(tmp_path, monkeypatch):
     _, inputs = make_inputs(tmp_path)
-    monkeypatch.setattr(units, "_MIN_UNIT_BYTES", 50_000)
-    cut = units.cut(find_files(inputs))
-    ranges = [unit for unit in cut if unit.files[0].name.endswith("plain.jsonl")]
+    monkeypatch.setattr(chunks, "_MIN_CHUNK_BYTES", 50_000)
+    cut = chunks.cut(find_files(inputs))
+    ranges = [chunk for chunk in cut if chunk.files[0].name.endswith("plain.jsonl")]
     assert len(ranges) > 3
-    for unit, following in itertools.pairwise(ranges):
-        assert unit.end == following.start
+    for chunk, following in itertools.pairwise(ranges):
+        assert chunk.end == following.start
     assert len(cut[-1].files) == 100
 
 
 def test_rows_of_a_parquet_range_are_counted_from_the_start_of_the_file(tmp_path, monkeypatch):
     make_inputs(tmp_path)
-    monkeypatch.setattr(units, "_MIN_UNIT_BYTES", 50_000)
-    monkeypatch.setattr(units, "_UNITS_PER_SOURCE", 10**9)
-    cut = units.cut(find_files([str(tmp_path / "rows.parquet")]))
+    monkeypatch.setattr(chunks, "_MIN_CHUNK_BYTES", 50_000)
+    monkeypatch.setattr(chunks, "_CHUNKS_PER_SOURCE", 10**9)
+    cut = chunks.cut(find_files([str(tmp_path / "rows.parquet")]))
     assert len(cut) > 2
     assert [record.line for record in read(cut)] == list(range(1, 701))
 
 
 def test_reading_can_start_behind_any_number_of_records(tmp_path):
     texts, inputs = make_inputs(tmp_path)
-    (unit,) = units.cut(find_files(inputs))
+    (chunk,) = chunks.cut(find_files(inputs))
     for skip in (0, 1, 900, 901, 1234, 1999, 2000):
-        records = list(units.read_unit(unit, "text", skip))
+        records = list(chunks.read_chunk(chunk, "text", skip))
         assert [record.content for record in records] == texts[skip:]
     assert records == []

@@ -1,0 +1,147 @@
+"""Which documents are held out from training: those whose content hash lies below a threshold.
+
+The hash is 64 bits of BLAKE2b of a document's UTF-8 text. So copies of a document are all on the
+same side, and adding documents to a source moves few others. The threshold is fixed before anything
+is tokenised; then each chunk of the input can be split by itself, in one pass.
+
+**How much.** At least 50 documents, 256 kB of text, and the fraction of the text that `--held-out`
+asks for (0.001); but at most 5 % of the documents (or that fraction of them, if it is larger), and
+at least one.
+
+**The first look** reads documents from the beginning, without tokenising them, until it has seen
+256 MiB of text and 1,000 different documents, or 100,000 different documents, or everything.
+
+* A source that ends before that is known exactly. Documents are taken in the order of their hashes
+  until there is enough. A document is passed over if with it more than 5 % of the documents (its
+  copies count) or more than a quarter of the text would be held out. If that leaves none, the one
+  of least text is held out.
+* Of a longer source the look sees a part. The documents and the text of the whole are estimated in
+  proportion to the bytes of input. The threshold is the share of all hashes that should give 1.25
+  times enough, because the number of documents below a threshold varies by its square root.
+
+The split can still come out with an empty side: the tokenizer refused the only document held out,
+or the beginning of the source was unlike the rest of it. Then the threshold moves just beyond the
+smallest hash (or down to the largest), and the source is tokenised once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from stablelm_jax.preparation.chunks import Chunk, read_chunk
+
+ENOUGH_DOCUMENTS = 50
+ENOUGH_BYTES = 256_000
+MOST_DOCUMENTS = 0.05
+MAX_FRACTION = 0.25  # what `--held-out` may ask for
+_MOST_TEXT = 0.25
+_MARGIN = 1.25
+_LOOK_BYTES = 256 << 20
+_LOOK_DOCUMENTS = 1_000
+_LOOK_DOCUMENTS_MOST = 100_000
+_HASHES = 2**64
+
+
+def content_hash(data: bytes) -> int:
+    """64 bits of BLAKE2b of a document's UTF-8 text."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class HeldOutRule(NamedTuple):
+    """Says of a content hash whether the document is held out.
+
+    Attributes:
+      threshold: documents of a smaller hash are held out, 0 to 2**64.
+      passed_over: hashes below the threshold that are not held out all the same.
+      reason: how the threshold was found, for people.
+    """
+
+    threshold: int
+    passed_over: Sequence[int]
+    reason: str
+
+    def holds_out(self, value: int) -> bool:
+        return value < self.threshold and value not in self.passed_over
+
+
+class Look(NamedTuple):
+    """What the first look saw of a source.
+
+    Attributes:
+      found: {content hash: [copies, bytes of text of all copies]}.
+      share: how much of the input was read, 0 to 1.
+      whole: whether nothing follows.
+    """
+
+    found: dict[int, list[int]]
+    share: float = 1.0
+    whole: bool = True
+
+
+def look(chunks: Sequence[Chunk], text_key: str) -> Look:
+    """Reads a source from its beginning, as far as the threshold needs it."""
+    found: dict[int, list[int]] = {}
+    text_bytes = earlier_bytes = 0
+    for chunk in chunks:
+        for record in read_chunk(chunk, text_key):
+            if not isinstance(record.content, str):
+                continue
+            data = record.content.encode()
+            text_bytes += len(data)
+            copies = found.setdefault(content_hash(data), [0, 0])
+            copies[0] += 1
+            copies[1] += len(data)
+            is_long = text_bytes >= _LOOK_BYTES and len(found) >= _LOOK_DOCUMENTS
+            if is_long or len(found) >= _LOOK_DOCUMENTS_MOST:
+                consumed = earlier_bytes + record.consumed
+                # Some servers tell no size: then nothing is known of what follows.
+                total = max(consumed, sum(chunk.size for chunk in chunks))
+                return Look(found, consumed / total, whole=False)
+        earlier_bytes += chunk.size
+    return Look(found)
+
+
+def choose(seen: Look, fraction: float) -> HeldOutRule:
+    """The rule for a source, of which at least `fraction` of the text is to be held out."""
+    return _smallest_hashes(seen.found, fraction) if seen.whole else _by_share(seen, fraction)
+
+
+def _smallest_hashes(found: dict[int, list[int]], fraction: float) -> HeldOutRule:
+    """The documents of smallest hash, exactly as many as are enough."""
+    documents, text_bytes = (sum(column) for column in zip((0, 0), *found.values()))
+    most_documents = max(1, int(max(MOST_DOCUMENTS, fraction) * documents))
+    most_bytes = max(_MOST_TEXT, 2 * fraction) * text_bytes
+    enough_bytes = max(ENOUGH_BYTES, fraction * text_bytes)
+    chosen, held_documents, held_bytes = [], 0, 0
+    for value, (copies, size) in sorted(found.items()):
+        if held_documents >= ENOUGH_DOCUMENTS and held_bytes >= enough_bytes:
+            break
+        if held_documents + copies <= most_documents and held_bytes + size <= most_bytes:
+            chosen.append(value)
+            held_documents += copies
+            held_bytes += size
+    if not chosen and len(found) > 1:
+        chosen = [min(found, key=lambda value: (found[value][1], value))]
+    threshold = chosen[-1] + 1 if chosen else 0
+    passed_over = sorted({value for value in found if value < threshold}.difference(chosen))
+    return HeldOutRule(
+        threshold, passed_over, f"the smallest hashes of all {documents:,} documents"
+    )
+
+
+def _by_share(seen: Look, fraction: float) -> HeldOutRule:
+    """Every hash below a share of all hashes."""
+    documents = len(seen.found) / seen.share
+    text_bytes = sum(size for _, size in seen.found.values()) / seen.share
+    enough = _MARGIN * max(ENOUGH_DOCUMENTS / documents, ENOUGH_BYTES / text_bytes)
+    share = max(fraction, min(MOST_DOCUMENTS, enough))
+    reason = f"hashes in the lowest {share:.3%}, for about {documents:,.0f} documents"
+    return HeldOutRule(int(share * _HASHES), [], reason)
+
+
+def moved(rule: HeldOutRule, hashes: Iterable[int], *, nothing_held_out: bool) -> HeldOutRule:
+    """The rule after a split with an empty side, given hashes of at least two documents."""
+    threshold = min(hashes) + 1 if nothing_held_out else max(hashes)
+    return HeldOutRule(threshold, [], f"{rule.reason}; moved, because one side was empty")
