@@ -43,7 +43,7 @@ SIZES = {
 ROOT = Path(__file__).parents[1]
 FORWARD = """
 import sys, jax, jax.numpy as jnp
-from stablelm_jax.checkpoint.weights import load_weights
+from stablelm_jax.checkpoint.saved_model import load_weights
 from stablelm_jax.model.transformer import logits
 from stablelm_jax.parallel.mesh import make_mesh
 _, model, params = load_weights(sys.argv[1], make_mesh(devices=jax.devices()[:1]))

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run
-from stablelm_jax.checkpoint.weights import load_weights
+from stablelm_jax.checkpoint.saved_model import load_weights
 from stablelm_jax.generation.quantisation import METHODS
 from stablelm_jax.generation.weights import rounded
 from stablelm_jax.training.data_position import DataPosition

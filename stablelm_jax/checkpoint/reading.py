@@ -17,7 +17,7 @@ from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, chec
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.storage.remote import retried
 
-FORMAT_VERSION = 2  # 1 had no seal, and one set of weights for the whole run
+FORMAT_VERSION = 2
 _ELSE = "use another checkpoint"
 
 
@@ -34,7 +34,7 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
 
     Raises:
       DamagedCheckpoint: its bytes have changed, or it cannot be read.
-      CheckpointError: not a finished checkpoint, or of a newer format.
+      CheckpointError: not a finished checkpoint, or of another format.
     """
     path = _finished(path)
     try:
@@ -45,14 +45,14 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
     except OSError as error:  # the disk or the mount, which may come back
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
     version = run.get("format_version") if isinstance(run, dict) else None
-    if version == 1:
-        return _of_version_1(path, run)
-    if isinstance(version, int) and version > FORMAT_VERSION and run == sealed(run):
+    whole = version is not None and run == sealed(run)
+    # Format 1 had no seal: a record that has one, but calls itself 1, is a damaged one of format 2.
+    if (whole and version != FORMAT_VERSION) or (version == 1 and "seal" not in run):
         raise CheckpointError(
-            f"{path}: format_version {version}, but this program reads up to {FORMAT_VERSION}; "
-            "use the version of stablelm_jax that wrote it"
+            f"{path}: format_version {version}, but this program reads {FORMAT_VERSION}; use the "
+            "version of stablelm_jax that wrote it"
         )
-    if version != FORMAT_VERSION or run != sealed(run):
+    if not whole:
         raise DamagedCheckpoint(
             f"{path} is damaged: run/metadata does not match its own checksum; {_ELSE}"
         )
@@ -66,16 +66,6 @@ def sealed(run: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in run.items() if key != "seal"}
     text = json.dumps(values, sort_keys=True)
     return {**values, "seal": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _of_version_1(path: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Has no seal: of its JSON only what is missing is noticed."""
-    try:
-        order = dict(run["row_order"])
-        order["stages"] = [[0, order.pop("mixture")]]
-    except (KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged: run/metadata lacks {error}") from error
-    return run | {"row_order": order}
 
 
 def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, Any]) -> Any:
@@ -120,17 +110,17 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as reader:
         try:
             return reader.restore(path, args=ocp.args.Composite(**items))
-        except Exception as error:  # of JSON, msgpack, tensorstore, asyncio, the device
+        except Exception as error:  # from JSON, msgpack, tensorstore, asyncio or the device
             kind = CheckpointError if _ends_the_run(error) else DamagedCheckpoint
             raise kind(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
 
 
 def _ends_the_run(error: Exception) -> bool:
-    """Whether the run ends here rather than go on from an older checkpoint.
+    """Whether the run ends here instead of going on from an older checkpoint.
 
-    With too little memory or no permission it is not the checkpoint's fault: another start may
-    read it. With several processes each reads a part of its own, and the others wait in Orbax for
-    it: a person decides.
+    Too little memory or a missing permission is not the checkpoint's fault: another start may read
+    it. Of several processes each reads its own part, while the others wait for it inside Orbax: a
+    person decides.
     """
     texts = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
     known = isinstance(error, MemoryError | PermissionError)
@@ -147,7 +137,7 @@ def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) 
 
 
 def state_hash(recorded: Mapping[str, int]) -> str:
-    """One sha256 for the arrays that have these checksums: what tells a state from another."""
+    """One sha256 for all arrays that have these checksums: two states with one hash are equal."""
     return hashlib.sha256(json.dumps(dict(sorted(recorded.items()))).encode()).hexdigest()
 
 

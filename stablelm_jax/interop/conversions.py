@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
-from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.checkpoint.weights import load_weights, write_weights
+from stablelm_jax.checkpoint.saved_model import SavedModel, load_weights
+from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.interop import from_hf as reading
 from stablelm_jax.interop import gguf_export, gguf_peer
 from stablelm_jax.interop import to_hf as writing
@@ -55,7 +55,8 @@ def from_hf(
         with _progress(console, "reading", 4 * size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with console.status("writing"):
-            write_weights(target, params, reading.run_item(directory, checkpoint_step(out.name)))
+            run = reading.run_item(directory, checkpoint_step(out.name))
+            write_checkpoint(target, Checkpoint(params, None, run))
             reading.write_tokenizer(directory.tokenizer, target)
         del params
         if verify:

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.names import checkpoint_name
-from stablelm_jax.checkpoint.saving import SaveFailed, Saver
-from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.checkpoint.saving import Checkpoint, SaveFailed, Saver
+from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.reporting.picture import draw_losses
 from stablelm_jax.run import console as show
@@ -30,7 +30,7 @@ from stablelm_jax.run.folder import RunFolder, git_commit
 from stablelm_jax.run.metrics import LossSums
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.run.shard_watch import ShardWatch
-from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest, announce
+from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.run.watchdog import Watchdog, write_stacks
 from stablelm_jax.run.writers import Writers
 from stablelm_jax.training.evaluations import PATIENCE, TASKS, Evaluations
@@ -93,10 +93,7 @@ class Trainer:
             self.folder.checkpoints,
             keep_latest=settings.keep_latest,
             keep_every=settings.keep_every,
-            asynchronous=settings.asynchronous,
-            timeout_seconds=settings.timeout_seconds,
             first_process=distributed.is_first(),
-            on_phase=announce,
         )
 
     def train(self) -> int:

@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.checkpoint.store import Checkpoint
+from stablelm_jax.checkpoint.saving import Checkpoint
 from stablelm_jax.training.state import TrainState
 
 # Fields that change nothing of what a step computes; a group stands for all its fields.

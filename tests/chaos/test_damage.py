@@ -11,7 +11,7 @@ from tiny import bare_config, events, losses, train
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
-from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.training.run import run_training
 from stablelm_jax.training.start import ResumeOptions
 
@@ -29,13 +29,10 @@ def state(seed=0):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A whole checkpoint and what it holds."""
-    folder = tmp_path_factory.mktemp("whole")
+    path = tmp_path_factory.mktemp("whole") / "global_step1"
     checkpoint = state()
-    store = CheckpointStore(folder, keep_latest=1)
-    store.save(1, checkpoint)
-    store.close()
-    arrays = {"params": checkpoint.params, "optimizer": checkpoint.optimizer}
-    return folder / "global_step1", arrays
+    write_checkpoint(path, checkpoint)
+    return path, {"params": checkpoint.params, "optimizer": checkpoint.optimizer}
 
 
 def restored(path, arrays):
