@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
-from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, checkpoint_step
+from stablelm_jax.checkpoint.names import REMEDY, checkpoint_path, checkpoint_step
 from stablelm_jax.model.parameters import nest
-from stablelm_jax.storage.remote import retried
+from stablelm_jax.storage.remote import described, retried
 
 FORMAT_VERSION = 2
 _ELSE = "use another checkpoint"
@@ -41,9 +41,9 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
         text = retried(f"reading {path}", (path / "run" / "metadata").read_text)
         run = json.loads(text)
     except (ValueError, FileNotFoundError) as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
     except OSError as error:  # the disk or the mount, which may come back
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {described(error)}") from error
     version = run.get("format_version") if isinstance(run, dict) else None
     whole = version is not None and run == sealed(run)
     # Format 1 had no seal: a record that has one, but calls itself 1, is a damaged one of format 2.
@@ -112,7 +112,7 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
             return reader.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # from JSON, msgpack, tensorstore, asyncio or the device
             kind = CheckpointError if _ends_the_run(error) else DamagedCheckpoint
-            raise kind(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
+            raise kind(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
 
 
 def _ends_the_run(error: Exception) -> bool:
@@ -144,14 +144,7 @@ def state_hash(recorded: Mapping[str, int]) -> str:
 def _finished(path: epath.PathLike) -> epath.Path:
     path = checkpoint_path(path)
     if checkpoint_step(path.name) is None or not retried(f"looking for {path}", path.exists):
-        raise CheckpointError(
-            f"{path} is not a checkpoint; give the path of a folder named {checkpoint_name(1000)!r}"
-            " or the like, as found under WORKDIR/checkpoints/"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint; {REMEDY}")
     if not ocp.path.step.is_path_finalized(path):
         raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -78,35 +78,24 @@ class SavedModel:
         return self.run.get("config", {}).get("training", {}).get("num_valid_ids")
 
     def load(self, mesh: Mesh) -> dict[str, Any]:
-        """Our parameters in float32, split over the mesh's `model` axis."""
-        return load_weights(self.path, mesh)[2]
+        """Our parameters in float32, split over the mesh's `model` axis.
+
+        Raises:
+          DamagedCheckpoint: a parameter is missing, has another shape, or its bits have changed.
+        """
+        table = parameter_table(self.model)
+        shapes = nest({row.name: jax.ShapeDtypeStruct(row.shape, "float32") for row in table})
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            sharding.named(mesh, sharding.parameter_specs(table)),
+        )
+        return read_arrays(self.path, {"params": abstract}, self.run)["params"]
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
         """Our parameters in float32, one at a time, each compared with its checksum."""
         shapes = {row.name: row.shape for row in parameter_table(self.model)}
         return read_leaves(self.path, shapes, self.run)
-
-
-def load_weights(path: str | Path, mesh: Mesh) -> tuple[dict[str, Any], ModelConfig, Any]:
-    """The item `run`, the model and its float32 parameters, split over the mesh's `model` axis.
-
-    `path`: a checkpoint, or a folder of checkpoints or of a run, whose newest is taken.
-
-    Raises:
-      CheckpointError: missing, unfinished or damaged.
-    """
-    path = find_checkpoint(path)
-    run = read_run(path)
-    model = ModelConfig(**run["model_config"])
-    table = parameter_table(model)
-    places = sharding.named(mesh, sharding.parameter_specs(table))
-    shapes = nest({row.name: jax.ShapeDtypeStruct(row.shape, "float32") for row in table})
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        places,
-    )
-    return run, model, read_arrays(path, {"params": abstract}, run)["params"]
 
 
 def load_own_tokenizer(

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -32,12 +32,6 @@ SLOW_SECONDS = 10.0  # a wait for a save that is longer than this is told
 
 class SaveFailed(ValueError):
     """The last checkpoint of a run could not be written."""
-
-
-class Teller(Protocol):
-    """Says an event aloud and writes it down, as `run.events.Events` does."""
-
-    def tell(self, event: str, text: str, *, style: str = ..., **fields: Any) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +59,8 @@ class Saver:
       last_step: step of the newest save that was started; -1 before the first.
     """
 
-    def __init__(self, config: ConfigDict, store: CheckpointStore, events: Teller):
-        """`config`: the group `checkpoint` of the run's config."""
+    def __init__(self, config: ConfigDict, store: CheckpointStore, events: Any):
+        """`config`: the group `checkpoint`. `events.tell`: as of `run.events.Events`."""
         self._config, self._store, self._events = config, store, events
         self._writer = ocp.AsyncCheckpointer(_handlers(), timeout_secs=config.timeout_seconds)
         self._writing = False
@@ -168,22 +162,19 @@ class Saver:
         self._writing, self._retry_at = False, time.monotonic() + RETRY_SECONDS
         with contextlib.suppress(Exception):  # what is left is removed by the next start
             self._store.remove_unfinished(self.last_step)
+        # What the system said stands somewhere in the pages that tensorstore says.
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        cause = os.strerror(int(found[1])) if found else described(error)
         kept = self._store.steps()
         older = f"{checkpoint_name(kept[-1])} is whole" if kept else "there is no older one"
         self._events.tell(
             "save_failed",
-            f"{checkpoint_name(self.last_step)} COULD NOT BE SAVED ({_cause(error)}); the run "
+            f"{checkpoint_name(self.last_step)} COULD NOT BE SAVED ({cause}); the run "
             f"goes on, {older}, and another try follows within {RETRY_SECONDS:.0f} s. Look at the "
             f"disk of {self._store.folder}",
             style="bold red",
             step=self.last_step,
         )
-
-
-def _cause(error: Exception) -> str:
-    """What the system said, found in the pages that tensorstore says; else their first line."""
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(found[1])) if found else described(error)
 
 
 def write_checkpoint(path: epath.PathLike, checkpoint: Checkpoint) -> None:
@@ -205,7 +196,6 @@ def start_writing(writer: ocp.Checkpointer, path: epath.Path, checkpoint: Checkp
 
 def _handlers() -> ocp.CompositeCheckpointHandler:
     # Compressed, float32 loses 7 % of its bytes and saving takes three times as long.
-    params, optimizer = (ocp.PyTreeCheckpointHandler(use_compression=False) for _ in range(2))
-    return ocp.CompositeCheckpointHandler(
-        params=params, optimizer=optimizer, run=ocp.JsonCheckpointHandler()
-    )
+    arrays = ("params", "optimizer")
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in arrays}
+    return ocp.CompositeCheckpointHandler(**handlers, run=ocp.JsonCheckpointHandler())

@@ -103,8 +103,8 @@ class CheckpointStore:
     def add(self, step: int) -> None:
         """The checkpoint of this step is whole; older ones that need not stay are deleted."""
         self._steps.add(step)
-        for old in to_delete(self._steps, self._keep_latest, self._keep_every):
-            if old in self._kept:
+        for old in self.steps()[: -self._keep_latest]:
+            if old in self._kept or (self._keep_every and old % self._keep_every == 0):
                 continue
             self._steps.discard(old)
             if self._first:
@@ -144,10 +144,3 @@ def _delete(path: epath.Path) -> None:
     else:
         path = path.rename(path.with_name(path.name + _DELETING))
     path.rmtree()
-
-
-def to_delete(steps: Iterable[int], keep_latest: int, keep_every: int | None) -> list[int]:
-    """The steps that need not stay: neither multiples of `keep_every` nor among the newest."""
-    ascending = sorted(steps)
-    old = ascending[: max(len(ascending) - keep_latest, 0)]
-    return [step for step in old if not keep_every or step % keep_every]

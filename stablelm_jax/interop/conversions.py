@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
-from stablelm_jax.checkpoint.saved_model import SavedModel, load_weights
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.interop import from_hf as reading
 from stablelm_jax.interop import gguf_export, gguf_peer
@@ -66,8 +66,9 @@ def from_hf(
 
 def _verified_import(directory, target: Path, mesh) -> str:
     ids = prompt_ids(directory.tokenizer)
-    _, model, params = load_weights(target, mesh)
-    ours_TV = our_logits(model, params, ids)
+    own = SavedModel.open(target)
+    params = own.load(mesh)
+    ours_TV = our_logits(own.model, params, ids)
     del params
     difference = compare(ours_TV, peer_logits(directory.path, ids))
     return f"checked by {check(difference, LIMITS['float32'], peer())}"

@@ -18,7 +18,7 @@ from stablelm_jax.checkpoint.reading import (
     read_run,
 )
 from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
-from stablelm_jax.checkpoint.store import CheckpointStore, to_delete
+from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel.mesh import make_mesh
 
 
@@ -172,4 +172,3 @@ def test_the_latest_and_every_keep_every_th_stay_and_what_is_kept_by_name(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"global_step{step}" for step in store.steps()
     )
-    assert to_delete([1, 2, 3], keep_latest=1, keep_every=None) == [1, 2]
