@@ -8,7 +8,6 @@ one group of devices that is nearly all, so the check is for `parallel.replica` 
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -40,7 +39,7 @@ def make_replica_check(abstract: Any, mesh: Mesh) -> Any:
     )
 
     def check(tree):
-        sums = gathered(tree).reshape(math.prod(mesh.shape.values()), len(leaves))
+        sums = gathered(tree).reshape(mesh.size, len(leaves))
         return dict(zip(leaves, sums.T))
 
     return jax.jit(check)

@@ -6,6 +6,7 @@ is locked: a mistyped field is an error, not a new field. Only `data.weights`, w
 names of the user's sources, takes new keys.
 """
 
+# ruff: noqa: F401
 from stablelm_jax.config.access import (
     ConfigError,
     flatten,
@@ -36,31 +37,3 @@ from stablelm_jax.config.flags import (
 )
 from stablelm_jax.config.rules import validate, validate_mesh
 from stablelm_jax.config.tree import default_config
-
-__all__ = [
-    "ConfigError",
-    "config_from_flags",
-    "default_config",
-    "define_flags",
-    "flatten",
-    "format_stages",
-    "from_dict",
-    "get",
-    "load",
-    "mixture_stages",
-    "mixture_weights",
-    "model_config",
-    "overrides_from_flags",
-    "parse_flags",
-    "parse_weights",
-    "profiled_steps",
-    "run",
-    "set_by",
-    "set_value",
-    "to_dict",
-    "to_text",
-    "tokens_per_step",
-    "transition_step",
-    "validate",
-    "validate_mesh",
-]

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import SOURCE_NAME, ConfigError
+from stablelm_jax.config.access import ConfigError
+from stablelm_jax.data.manifest import SOURCE_NAME
 from stablelm_jax.model.config import ModelConfig
 
 
