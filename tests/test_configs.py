@@ -41,7 +41,10 @@ def test_the_configs_of_the_project_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_resolved_config_is_the_golden_one(name):
-    text = config_lib.to_text(load(name))
+    fields = (
+        (key, "not set" if v is None else repr(v)) for key, v in config_lib.flatten(load(name))
+    )
+    text = "".join(f"{key} = {value}\n" for key, value in fields)
     golden = GOLDEN / f"config_{name.replace('/', '_')}.txt"
     if os.environ.get("STABLELM_UPDATE_GOLDEN"):
         golden.write_text(text)

@@ -15,7 +15,6 @@ from stablelm_jax.config.access import (
     set_by,
     set_value,
     to_dict,
-    to_text,
 )
 from stablelm_jax.config.derived import (
     format_stages,

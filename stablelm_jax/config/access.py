@@ -68,11 +68,6 @@ def nearest(key: str) -> str:
     return max(FIELDS, key=likeness)
 
 
-def to_text(config: ConfigDict) -> str:
-    """The resolved config, one `key = value` a line, by name."""
-    return "".join(f"{key} = {_shown(value)}\n" for key, value in flatten(config))
-
-
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Nested plain dict that JSON can hold: tuples as lists, unset fields as None."""
     return json.loads(json.dumps(config.to_dict()))
@@ -118,8 +113,6 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
 
 def refuse(config: ConfigDict, key: str, why: str, remedy: str) -> NoReturn:
     """Raises the `ConfigError` of one field."""
-    raise ConfigError(f"config.{key}={_shown(get(config, key))}: {why}; {remedy}")
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else repr(value)
+    value = get(config, key)
+    shown = "not set" if value is None else repr(value)
+    raise ConfigError(f"config.{key}={shown}: {why}; {remedy}")

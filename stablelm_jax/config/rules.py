@@ -30,12 +30,8 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
 
     `data`: whether data will be read. Where not, the tokenizer and the sources may be unset.
     """
-    _check_tree(config)
-    unset = {key for key, entry in FIELDS.items() if entry.optional}
-    if not data:
-        unset.add("data.tokenizer")
     rules = itertools.chain(
-        _each_field(config, unset),
+        _fields(config, data),
         _mixture(config, data),
         _tokenizer(config),
         _schedule(config),
@@ -49,30 +45,22 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
     profiled_steps(config)
 
 
-def _check_tree(config: ConfigDict) -> None:
-    """A file or a flag may have replaced a whole group: every field must still be there."""
+def _fields(config: ConfigDict, data: bool) -> Refusals:
     given = dict(flatten(config))
     for key in given:
         if key not in FIELDS and not key.startswith("data.weights"):
             raise unknown_key(key)
-    for key in FIELDS:
-        if key not in given:
+    for key, field in FIELDS.items():
+        if key not in given:  # a file or a flag has replaced a whole group
             raise ConfigError(
                 f"config.{key}: is missing; set fields one by one, as in --config.{key}=VALUE, "
                 "and start a config file from stablelm_jax.config.default_config()"
             )
-
-
-def _each_field(config: ConfigDict, unset: set[str]) -> Refusals:
-    for key, field in FIELDS.items():
-        value = get(config, key)
-        if value is None:
-            if key not in unset:
-                remedy = f"set it in the config file or with --config.{key}=VALUE"
-                yield key, "has no default", remedy
-            continue
-        if problem := field.problem(value):
-            yield key, *problem
+        if given[key] is not None:
+            if problem := field.problem(given[key]):
+                yield key, *problem
+        elif not field.optional and (data or key != "data.tokenizer"):
+            yield key, "has no default", f"set it in the config file or with --config.{key}=VALUE"
     model_config(config)  # raises where the sizes do not fit together
 
 
@@ -217,11 +205,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
             refuse(config, key, why, "use a divisor of their number")
     rest = num_devices // (replica * model)
     if replica * (rest if data == -1 else data) * model != num_devices:
-        others = "" if replica == 1 else f"config.parallel.replica={replica} and "
-        why = (
-            f"times {others}config.parallel.model={model} is not the number of devices found, "
-            f"{num_devices}"
-        )
+        why = f"times model={model} and replica={replica} is not the {num_devices} devices found"
         fits = replica * rest * model == num_devices
         refuse(config, "parallel.data", why, f"use -1 or {rest}" if fits else "use other divisors")
     accumulation = config.training.accumulation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import typing
 from collections.abc import Callable
@@ -71,16 +72,10 @@ class Field:
         return lower if self.below == math.inf else f"{lower} and below {self.below}"
 
 
-def _attention_kernels() -> tuple[str, ...]:
-    from stablelm_jax.kernels import attention  # loads jax, which reads the environment
-
-    return ("auto", *attention.IMPLEMENTATIONS)
-
-
-def _cross_entropy_kernels() -> tuple[str, ...]:
-    from stablelm_jax.kernels import cross_entropy
-
-    return ("auto", *cross_entropy.IMPLEMENTATIONS)
+def _kernels(name: str) -> Callable[[], tuple[str, ...]]:
+    """What gives the names that kernels/<name>.py has: asked late, since importing loads jax."""
+    module = f"stablelm_jax.kernels.{name}"
+    return lambda: ("auto", *importlib.import_module(module).IMPLEMENTATIONS)
 
 
 def _model_fields() -> dict[str, Field]:
@@ -136,8 +131,8 @@ TREE = {
         # What backward computes again instead of keeping it.
         "remat": Field("none", choices=("none", "dots", "attention", "full")),
         "unroll": Field(1, least=1),  # layers compiled one after the other in a turn of the loop
-        "attention": Field("auto", choices=_attention_kernels),
-        "cross_entropy": Field("auto", choices=_cross_entropy_kernels),  # head and loss
+        "attention": Field("auto", choices=_kernels("attention")),
+        "cross_entropy": Field("auto", choices=_kernels("cross_entropy")),  # head and loss
         "num_valid_ids": Field(int, optional=True),  # rows of the softmax; unset: padding too
         "deterministic": Field(False),  # GPU: the same bits in every run, slower; else always so
         "log_every": Field(10, least=1),  # steps between two lines of metrics
