@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -44,7 +45,6 @@ from rich.console import Console
 from rich.table import Table
 from train_step import ADAMW, MODEL
 
-from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.checksum import checksums, flatten
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import read_arrays, read_run
@@ -114,6 +114,8 @@ def main() -> None:
 def _model(arguments: argparse.Namespace) -> ModelConfig:
     if not arguments.config:
         return MODEL
+    from stablelm_jax import config as config_lib  # needs ml_collections
+
     config = config_lib.load(arguments.config)
     for text in arguments.also:
         for key, value in fields(text).items():
@@ -184,8 +186,7 @@ def _same_bits(a: Arrays, b: Arrays) -> jax.Array:
 
 @contextlib.contextmanager
 def _ours(folder: Path, arrays: Arrays, *, asynchronous: bool = True) -> Iterator[Contestant]:
-    settings = config_lib.default_config().checkpoint
-    settings.asynchronous = asynchronous
+    settings = SimpleNamespace(asynchronous=asynchronous, every_minutes=0, timeout_seconds=1800)
     saver = Saver(settings, CheckpointStore(folder, keep_latest=1), _Teller())
 
     def make():

@@ -18,7 +18,6 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from stablelm_jax.checkpoint.checksum import checksums
 from stablelm_jax.checkpoint.names import checkpoint_name
@@ -59,8 +58,8 @@ class Saver:
       last_step: step of the newest save that was started; -1 before the first.
     """
 
-    def __init__(self, config: ConfigDict, store: CheckpointStore, events: Any):
-        """`config`: the group `checkpoint`. `events.tell`: as of `run.events.Events`."""
+    def __init__(self, config: Any, store: CheckpointStore, events: Any):
+        """`config`: the group `checkpoint` of a config. `events`: tells, as `run.events.Events`."""
         self._config, self._store, self._events = config, store, events
         self._writer = ocp.AsyncCheckpointer(_handlers(), timeout_secs=config.timeout_seconds)
         self._writing = False

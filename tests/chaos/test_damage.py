@@ -87,7 +87,7 @@ def flips_caught(saved, number, seed):
 
 
 def test_a_flipped_bit_of_a_stored_leaf_is_caught(saved):
-    assert flips_caught(saved, 12, seed=None) == 12
+    assert flips_caught(saved, 12, seed=1) == 12
 
 
 @pytest.mark.by_hand
@@ -98,7 +98,7 @@ def test_a_hundred_flipped_bits_of_stored_leaves_are_caught(saved):
 def test_a_flipped_bit_of_any_leaf_changes_its_checksum_and_no_other(saved):
     arrays = flatten(saved[1])
     before = checksums(saved[1])
-    rng = random.Random()
+    rng = random.Random(0)
     for _ in range(100):
         name = rng.choice(list(arrays))
         changed = np.array(arrays[name])
@@ -142,7 +142,7 @@ def test_no_damage_to_any_file_gives_another_state(saved):
     def some(files, rng):
         return [(rng.choice(files), rng.choice(KINDS)) for _ in range(12)]
 
-    assert sum(outcomes(saved, some, seed=None).values()) == 12
+    assert sum(outcomes(saved, some, seed=1).values()) == 12
 
 
 @pytest.mark.by_hand
