@@ -9,10 +9,7 @@ from etils import epath
 
 from stablelm_jax.storage import remote
 
-REMEDY = (
-    "give the path of a folder named 'global_step1000' or the like, as found under "
-    "WORKDIR/checkpoints/"
-)
+REMEDY = "give the path of a folder such as global_step1000, as found under WORKDIR/checkpoints/"
 _NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 

@@ -19,6 +19,7 @@ from stablelm_jax.storage.remote import described, retried
 
 FORMAT_VERSION = 2
 _ELSE = "use another checkpoint"
+_OF_THE_HOST = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
 
 
 class CheckpointError(ValueError):
@@ -111,20 +112,13 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
         try:
             return reader.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # from JSON, msgpack, tensorstore, asyncio or the device
-            kind = CheckpointError if _ends_the_run(error) else DamagedCheckpoint
+            # Too little memory or a missing permission is not the checkpoint's fault: another start
+            # may read it. Of several processes each reads its own part, while the others wait for
+            # it inside Orbax. There a person decides; else the run goes on from an older one.
+            ends = isinstance(error, MemoryError | PermissionError) or jax.process_count() > 1
+            ends = ends or any(text in str(error) for text in _OF_THE_HOST)
+            kind = CheckpointError if ends else DamagedCheckpoint
             raise kind(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
-
-
-def _ends_the_run(error: Exception) -> bool:
-    """Whether the run ends here instead of going on from an older checkpoint.
-
-    Too little memory or a missing permission is not the checkpoint's fault: another start may read
-    it. Of several processes each reads its own part, while the others wait for it inside Orbax: a
-    person decides.
-    """
-    texts = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
-    known = isinstance(error, MemoryError | PermissionError)
-    return known or any(text in str(error) for text in texts) or jax.process_count() > 1
 
 
 def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) -> None:

@@ -56,13 +56,11 @@ def diverged(sums: Any, abstract: Any, mesh: Mesh) -> dict[str, list[int]]:
         copies = defaultdict(list)  # part of the leaf -> [(device's number, checksum)]
         for number, device in enumerate(mesh.devices.flat):
             copies[str(places[device])].append((number, int(sums[name][number])))
-        odd = [number for held in copies.values() for number in _odd(held)]
+        odd = []
+        for held in copies.values():
+            (usual, count), *others = Counter(value for _, value in held).most_common()
+            known = not others or 2 * count > len(held)
+            odd += [number for number, value in held if value != usual or not known]
         if odd:
             found[name] = sorted(odd)
     return found
-
-
-def _odd(held: list[tuple[int, int]]) -> list[int]:
-    (usual, count), *others = Counter(value for _, value in held).most_common()
-    known = not others or 2 * count > len(held)
-    return [number for number, value in held if value != usual or not known]

@@ -6,6 +6,7 @@ among its newest checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -65,7 +66,7 @@ class CheckpointStore:
         """Removes what an interrupted save or deletion left; returns the names of the saves."""
         interrupted = []
         for path in entries(self.folder):
-            name, dot, ending = path.name.partition(".")
+            name, dot, _ = path.name.partition(".")
             if checkpoint_step(name) is None:
                 continue
             if _TEMPORARY in path.name or (not dot and not orbax_step.is_path_finalized(path)):
@@ -114,27 +115,22 @@ class CheckpointStore:
                     logging.error("%s was not deleted: %s", checkpoint_name(old), error)
 
     def remove_unfinished(self, step: int) -> None:
-        """Removes what a save that failed has written; it may have failed on another host."""
+        """Removes what a save that failed, here or on another host, has written.
+
+        What cannot be removed now is removed when the run starts the next time.
+        """
         if not self._first:
             return
         path = self.folder / checkpoint_name(step)
         for temporary in self.folder.glob(f"{path.name}{_TEMPORARY}*"):
-            _remove_under_writers(temporary)
+            for _ in range(20):  # other threads of the save may still write for a moment
+                with contextlib.suppress(OSError):
+                    temporary.rmtree(missing_ok=True)
+                    break
+                time.sleep(0.1)
         # Behind a URL nothing is renamed: half a checkpoint already has the name of a whole one.
         if is_url(path) and path.exists() and not orbax_step.is_path_finalized(path):
             path.rmtree()
-
-
-def _remove_under_writers(path: epath.Path) -> None:
-    """Removes a folder into which threads of the failed save may still write for a moment.
-
-    It tries for two seconds. What is left then is removed when the run starts the next time.
-    """
-    for _ in range(20):
-        try:
-            return path.rmtree(missing_ok=True)
-        except OSError:
-            time.sleep(0.1)
 
 
 def _delete(path: epath.Path) -> None:
