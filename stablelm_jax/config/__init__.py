@@ -9,7 +9,6 @@ names of the user's sources, takes new keys.
 # ruff: noqa: F401
 from stablelm_jax.config.access import (
     ConfigError,
-    flatten,
     from_dict,
     get,
     set_by,
@@ -35,4 +34,4 @@ from stablelm_jax.config.flags import (
     run,
 )
 from stablelm_jax.config.rules import validate, validate_mesh
-from stablelm_jax.config.tree import default_config
+from stablelm_jax.config.tree import default_config, flatten

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.tree import FIELDS, default_config
+from stablelm_jax.config.tree import FIELDS, default_config, flatten
 
 
 class ConfigError(ValueError):
@@ -17,17 +17,6 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every field, by name; a group without fields gives (key, {})."""
-    for name in sorted(config.keys()):
-        key, value = prefix + name, config[name]
-        group = isinstance(value, ConfigDict | Mapping)
-        if group and len(value):
-            yield from flatten(value, key + ".")
-        else:
-            yield key, {} if group else value
 
 
 def get(config: ConfigDict, key: str) -> Any:

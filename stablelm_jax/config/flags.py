@@ -15,9 +15,10 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import FlagOrderError
 
-from stablelm_jax.config.access import ConfigError, field_type, flatten, get, unknown_key
+from stablelm_jax.config.access import ConfigError, field_type, get, unknown_key
 from stablelm_jax.config.files import load
 from stablelm_jax.config.rules import validate
+from stablelm_jax.config.tree import flatten
 
 
 class _ConfigFile(flags.ArgumentParser):

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import ConfigError, flatten, get, refuse, unknown_key
+from stablelm_jax.config.access import ConfigError, get, refuse, unknown_key
 from stablelm_jax.config.derived import (
+    is_source_name,
     mixture_stages,
     model_config,
     profiled_steps,
     transition_step,
 )
-from stablelm_jax.config.tree import FIELDS
-from stablelm_jax.data.manifest import SOURCE_NAME
+from stablelm_jax.config.tree import FIELDS, flatten
 
 ARCADE100K_IDS = 100_289  # ids in use, without the padding rows
 
@@ -37,8 +37,8 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
         _schedule(config),
         _cooldown(config),
         _mesh(config),
-        _memory(config),
-        _evaluations_and_samples(config),
+        _sharding(config),
+        _saves_and_samples(config),
     )
     for key, why, remedy in rules:
         refuse(config, key, why, remedy)
@@ -74,7 +74,7 @@ def _mixture(config: ConfigDict, data: bool) -> Refusals:
         yield "data.weights", "no source to train on", remedy
     for source, weight in weights.items():
         key = f"data.weights.{source}"
-        if not SOURCE_NAME.fullmatch(source):
+        if not is_source_name(source):
             yield key, "is no source name", "use a-z, 0-9 and _, a letter first"
         if type(weight) not in (int, float) or not 0 <= weight < math.inf:
             yield key, "is no finite number or negative", "give a weight of 0 or more"
@@ -118,11 +118,8 @@ def _schedule(config: ConfigDict) -> Refusals:
         remedy = "use fewer warmup steps, a larger schedule.total_steps or schedule.transition"
         yield "schedule.warmup_steps", why, remedy
     if not hybrid and warmup >= total:
-        yield (
-            "schedule.warmup_steps",
-            f"is not below config.schedule.total_steps={total}",
-            "lower it",
-        )
+        why = f"is not below config.schedule.total_steps={total}"
+        yield "schedule.warmup_steps", why, "lower it"
     if not hybrid and num_steps > total:
         why = f"the cosine ends at config.schedule.total_steps={total}"
         yield "training.num_steps", why, f"set config.schedule.total_steps={num_steps} too"
@@ -164,7 +161,7 @@ def _mesh(config: ConfigDict) -> Refusals:
     validate_mesh(config, parallel.replica * max(parallel.data, 1) * parallel.model)
 
 
-def _memory(config: ConfigDict) -> Refusals:
+def _sharding(config: ConfigDict) -> Refusals:
     if config.parallel.fsdp and not config.parallel.zero1:
         why = "config.parallel.zero1=False asks for whole weights on every device"
         yield "parallel.fsdp", why, "leave one of the two at its default"
@@ -174,7 +171,7 @@ def _memory(config: ConfigDict) -> Refusals:
         yield "training.remat", why, remedy
 
 
-def _evaluations_and_samples(config: ConfigDict) -> Refusals:
+def _saves_and_samples(config: ConfigDict) -> Refusals:
     keep_every, every = config.checkpoint.keep_every, config.checkpoint.every
     if keep_every is not None and keep_every % every:
         why = f"steps are saved every config.checkpoint.every={every}"

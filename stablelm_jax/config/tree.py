@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -94,7 +94,7 @@ TREE = {
     "data": {
         "root": Field("data", filled=True),  # folder or URL that holds what `prepare` wrote
         "cache": Field("~/.cache/stablelm_jax/shards", filled=True),  # of shards behind a URL
-        "cache_gb": Field(50.0, least=0),  # its bound, 10^9 bytes; shards past it: read by range
+        "cache_gb": Field(50.0, least=0),  # its bound in 10^9 bytes; past it: read by range
         "tokenizer": Field("arcade100k", filled=True),  # or the path of a tokenizer.json
         "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
         "stages": Field(""),  # later weights: 'STEP:a=0.7,b=0.3; STEP:b=1'
@@ -111,23 +111,23 @@ TREE = {
         "weight_decay": Field(0.1, least=0),  # decoupled; not on norms and biases
         "clip_norm": Field(1.0, above=0),  # global norm of the gradient
     },
-    "schedule": {  # of the learning rate, see optimizer/schedule.py
-        "kind": Field("hybrid", choices=("hybrid", "cosine")),  # hybrid: then inverse square root
+    "schedule": {  # of the learning rate; 'hybrid' is a cosine, then an inverse square root
+        "kind": Field("hybrid", choices=("hybrid", "cosine")),
         "peak": Field(float, above=0),
         "minimum": Field(float, least=0),  # 'hybrid': the cosine's floor, not the last rate
         "warmup_steps": Field(int, least=0),
         "total_steps": Field(int, least=1),  # N, the schedule's horizon; the run may end elsewhere
         "transition": Field(0.25, above=0, below=0.5),  # 'hybrid': the cosine's share of N
         "shift_warmup": Field(False),  # count from the end of the warmup, as stock GPT-NeoX does
-        "cooldown_start": Field(int, optional=True, least=0),  # step where the rate goes linear
+        "cooldown_start": Field(int, optional=True, least=0),  # its first step; unset: none
         "cooldown_steps": Field(int, optional=True, least=1),
-        "cooldown_learning_rate": Field(float, optional=True, least=0),  # first; unset: as it is
+        "cooldown_learning_rate": Field(float, optional=True, least=0),  # first; unset: no jump
         "cooldown_end": Field(0.0, least=0),  # learning rate at its end
     },
     "training": {
         "num_steps": Field(int, least=1),  # the run ends here
         "accumulation": Field(1, least=1),  # microbatches a step
-        "dtype": Field("bfloat16", choices=("bfloat16", "float32")),  # of matrix products alone
+        "dtype": Field("bfloat16", choices=("bfloat16", "float32")),  # of the matrix products
         # What backward computes again instead of keeping it.
         "remat": Field("none", choices=("none", "dots", "attention", "full")),
         "unroll": Field(1, least=1),  # layers compiled one after the other in a turn of the loop
@@ -136,9 +136,9 @@ TREE = {
         "num_valid_ids": Field(int, optional=True),  # rows of the softmax; unset: padding too
         "deterministic": Field(False),  # GPU: the same bits in every run, slower; else always so
         "log_every": Field(10, least=1),  # steps between two lines of metrics
-        "stop_after_skipped": Field(10, least=1),  # updates left out in a row: not finite, spikes
-        "hang_seconds": Field(300.0, least=0),  # without a step, and 10 median steps: leave; 0: no
-        "check_replicas_every": Field(0, least=0),  # steps; do they hold the same bits? 0: never
+        "stop_after_skipped": Field(10, least=1),  # so many updates left out in a row end the run
+        "hang_seconds": Field(300.0, least=0),  # leave if no step ends for so long; 0: never
+        "check_replicas_every": Field(0, least=0),  # steps between two comparisons; 0: never
     },
     "parallel": {
         "data": Field(-1),  # devices along the mesh axis `data`; -1: all that the others leave
@@ -155,7 +155,7 @@ TREE = {
         "asynchronous": Field(True),  # files are written beside the training
         "timeout_seconds": Field(1800, least=1),  # a save that takes longer has failed
         "keep_latest": Field(3, least=1),
-        "keep_every": Field(int, optional=True, least=1),  # steps whose checkpoints stay for good
+        "keep_every": Field(int, optional=True, least=1),  # multiples of this stay for good
         "save_initial": Field(True),  # global_step0
     },
     "evaluation": {
@@ -166,7 +166,7 @@ TREE = {
         "tasks_limit": Field(500, least=0),  # items of each task, its first ones; 0: all
         "task_data": Field(""),  # folder of their data, made beforehand; '': the Hugging Face Hub
     },
-    "samples": {  # settings of the model card's example
+    "samples": {  # the last three are the model card's example
         "every": Field(1000, least=0),  # steps; 0: never
         "prompts": Field(("A short history of the bicycle:",)),
         "max_new_tokens": Field(64, least=1),
@@ -181,24 +181,26 @@ TREE = {
     "guard": {  # against spikes of the loss
         "kind": Field("off", choices=("off", "skip", "stop")),  # skip the update, stop the run
         "sigmas": Field(6.0, above=0),  # a spike is so many standard deviations above the mean
-        "window": Field(128, least=2),  # steps that mean and deviation look back, about
+        "window": Field(128, least=2),  # about how many steps the mean and deviation look back
     },
     "branch": {"parent": Field("")},  # PATH/global_stepN that a new run starts from; '': none
     "profile": {"steps": Field("")},  # FIRST:LAST traces the updates first to last - 1; '': none
 }
 
 
-def _flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Field]:
-    found = {}
-    for name, entry in tree.items():
-        if isinstance(entry, Field):
-            found[prefix + name] = entry
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every field, by name; a group without fields gives (key, {})."""
+    for name in sorted(config.keys()):
+        key, value = prefix + name, config[name]
+        group = isinstance(value, ConfigDict | Mapping)
+        if group and len(value):
+            yield from flatten(value, key + ".")
         else:
-            found |= _flattened(entry, f"{prefix}{name}.")
-    return found
+            yield key, {} if group else value
 
 
-FIELDS = _flattened(TREE)  # by dotted key, without the sources of `data.weights`
+# By dotted key; without the sources of `data.weights`.
+FIELDS = {key: entry for key, entry in flatten(TREE) if isinstance(entry, Field)}
 
 
 def default_config() -> ConfigDict:
