@@ -212,7 +212,7 @@ def test_a_field_without_default_must_be_set(key):
 def test_a_replaced_group_must_have_every_field_and_no_other():
     config = small()
     config.schedule = {"kind": "cosine"}
-    assert "config.schedule.peak: is missing" in refusal(config)
+    assert "config.schedule.cooldown_end: is missing" in refusal(config)
     config = small()
     config.optimizer = config.optimizer.to_dict() | {"momentum": 0.9}
     assert "config.optimizer.momentum: there is no such field" in refusal(config)
