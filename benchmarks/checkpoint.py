@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -47,7 +48,8 @@ from train_step import ADAMW, MODEL
 from stablelm_jax.checkpoint.checksum import checksums, flatten
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import read_arrays, read_run
-from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.checkpoint.saving import Checkpoint, Saver
+from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.parallel.mesh import make_mesh
@@ -64,7 +66,7 @@ Step = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Saver:
+class Contestant:
     """`save` blocks training, `wait` returns when all of it is written."""
 
     save: Callable[[], None]
@@ -183,20 +185,27 @@ def _same_bits(a: Arrays, b: Arrays) -> jax.Array:
 
 
 @contextlib.contextmanager
-def _ours(folder: Path, arrays: Arrays, *, asynchronous: bool = True) -> Iterator[Saver]:
-    store = CheckpointStore(folder, keep_latest=1)
+def _ours(folder: Path, arrays: Arrays, *, asynchronous: bool = True) -> Iterator[Contestant]:
+    settings = SimpleNamespace(asynchronous=asynchronous, every_minutes=0, timeout_seconds=1800)
+    saver = Saver(settings, CheckpointStore(folder, keep_latest=1), _Teller())
 
-    def save():
-        store.save(STEP, Checkpoint(arrays["params"], arrays["optimizer"], run={}))
-        if not asynchronous:
-            store.wait()
+    def make():
+        return Checkpoint(arrays["params"], arrays["optimizer"], run={})
 
-    with contextlib.closing(store):
-        yield Saver(save, store.wait)
+    with contextlib.closing(saver):
+        save, wait = (functools.partial(f, STEP, make) for f in (saver.save, saver.finish))
+        yield Contestant(save, wait)
+
+
+class _Teller:
+    """Ends the race where a save failed or was slow."""
+
+    def tell(self, event: str, text: str, **fields: Any) -> None:
+        raise SystemExit(f"{event}: {text}")
 
 
 @contextlib.contextmanager
-def _orbax(folder: Path, arrays: Arrays) -> Iterator[Saver]:
+def _orbax(folder: Path, arrays: Arrays) -> Iterator[Contestant]:
     handler = ocp.CompositeCheckpointHandler(*arrays)
     with ocp.AsyncCheckpointer(handler) as checkpointer:
 
@@ -204,16 +213,16 @@ def _orbax(folder: Path, arrays: Arrays) -> Iterator[Saver]:
             items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             checkpointer.save(folder / "orbax", args=ocp.args.Composite(**items))
 
-        yield Saver(save, checkpointer.wait_until_finished)
+        yield Contestant(save, checkpointer.wait_until_finished)
 
 
 @contextlib.contextmanager
-def _numpy(folder: Path, arrays: Arrays) -> Iterator[Saver]:
+def _numpy(folder: Path, arrays: Arrays) -> Iterator[Contestant]:
     def save():
         for number, leaf in enumerate(jax.tree.leaves(arrays)):
             np.save(folder / f"{number}.npy", jax.device_get(leaf))
 
-    yield Saver(save, lambda: None)
+    yield Contestant(save, lambda: None)
 
 
 BESIDE_STEPS, PLAIN = "ours, async", "numpy.save"
@@ -295,7 +304,9 @@ def _measure(
         return save, [beside]
 
 
-def _save(saver: Saver, folder: Path, meanwhile: Callable[[Future], None] | None = None) -> Save:
+def _save(
+    saver: Contestant, folder: Path, meanwhile: Callable[[Future], None] | None = None
+) -> Save:
     """One save into the empty `folder`; `meanwhile` is given what ends when it is written."""
     with ThreadPoolExecutor(1) as pool:
         began = time.perf_counter()
@@ -312,7 +323,7 @@ def _save(saver: Saver, folder: Path, meanwhile: Callable[[Future], None] | None
         return Save(blocked, whole, time.perf_counter() - began, size)
 
 
-def _save_beside(step: Step, saver: Saver, folder: Path) -> tuple[Save, Beside]:
+def _save_beside(step: Step, saver: Contestant, folder: Path) -> tuple[Save, Beside]:
     """As `_save`, with `step` done over and over until it is written, and once at least."""
     alone = statistics.median(_seconds(step) for _ in range(STEPS_ALONE))
     during = []

@@ -43,10 +43,11 @@ SIZES = {
 ROOT = Path(__file__).parents[1]
 FORWARD = """
 import sys, jax, jax.numpy as jnp
-from stablelm_jax.checkpoint.weights import load_weights
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.model.transformer import logits
 from stablelm_jax.parallel.mesh import make_mesh
-_, model, params = load_weights(sys.argv[1], make_mesh(devices=jax.devices()[:1]))
+saved = SavedModel.open(sys.argv[1])
+model, params = saved.model, saved.load(make_mesh(devices=jax.devices()[:1]))
 leaves, tree = jax.tree.flatten(params)
 del params
 for i, leaf in enumerate(leaves):

@@ -93,10 +93,11 @@ def _model(arguments: argparse.Namespace) -> tuple[ModelConfig, Any]:
     if not arguments.checkpoint:
         model = MODELS[arguments.model]
         return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    from stablelm_jax.checkpoint.weights import load_weights
+    from stablelm_jax.checkpoint.saved_model import SavedModel
     from stablelm_jax.parallel.mesh import make_mesh
 
-    return load_weights(arguments.checkpoint, make_mesh(1, 1, jax.devices()[:1]))[1:]
+    saved = SavedModel.open(arguments.checkpoint)
+    return saved.model, saved.load(make_mesh(1, 1, jax.devices()[:1]))
 
 
 def _table(arguments, model, params, peer, batch: int, bandwidths: dict[str, float]) -> Table:

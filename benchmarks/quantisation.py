@@ -18,7 +18,7 @@ from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run
-from stablelm_jax.checkpoint.weights import load_weights
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.generation.quantisation import METHODS
 from stablelm_jax.generation.weights import rounded
@@ -39,7 +39,7 @@ def main() -> None:
     config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
     config.evaluation.max_rows = arguments.max_rows
     run = prepare_run(config, DataPosition.of_checkpoint(saved))
-    _, _, params = load_weights(arguments.checkpoint, run.mesh)
+    params = SavedModel.open(arguments.checkpoint, config.data.tokenizer).load(run.mesh)
     Console(width=120).print(_table(arguments, run, dict(_lines(run, params))))
 
 

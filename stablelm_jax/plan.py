@@ -52,7 +52,7 @@ def _plan(argv: Sequence[str]) -> int:
         return report.plan_all()
     if given.config is None:
         raise config_lib.ConfigError("--config: is missing; write --config FILE.py, or --all")
-    config = config_lib.config_from_flags()
+    config = config_lib.config_from_flags(data=False)  # a plan reads none
     try:
         name = given.target or config.parallel.target
         target = parse_target(name) if name else None

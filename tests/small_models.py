@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from stablelm_jax.checkpoint.weights import write_weights
+from stablelm_jax.checkpoint import saving
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
@@ -51,7 +51,8 @@ def write_checkpoint(
         | imported,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, nest({name: jnp.asarray(x) for name, x in params.items()}), run)
+    weights = nest({name: jnp.asarray(x) for name, x in params.items()})
+    saving.write_checkpoint(path, saving.Checkpoint(weights, None, run))
     (path / "tokenizer.json").write_bytes(content)
     return path
 

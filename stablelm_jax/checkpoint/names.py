@@ -9,6 +9,7 @@ from etils import epath
 
 from stablelm_jax.storage import remote
 
+REMEDY = "give the path of a folder such as global_step1000, as found under WORKDIR/checkpoints/"
 _NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 
@@ -18,7 +19,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The step of a branch name, or None if it is not one."""
+    """The step in the name of a checkpoint; None for any other name."""
     match = _NAME.fullmatch(name)
     return int(match.group(1)) if match else None
 
@@ -61,10 +62,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     for folder in (path, path / "checkpoints"):
         if steps := finished_steps(folder):
             return folder / checkpoint_name(steps[-1])
-    raise ValueError(
-        f"{path} is not a checkpoint and holds none; give the path of a folder named "
-        f"{checkpoint_name(1000)!r} or the like, as found under WORKDIR/checkpoints/"
-    )
+    raise ValueError(f"{path} is not a checkpoint and holds none; {REMEDY}")
 
 
 def entries(folder: epath.PathLike) -> list[epath.Path]:

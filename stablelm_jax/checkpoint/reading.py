@@ -13,12 +13,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
-from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, checkpoint_step
+from stablelm_jax.checkpoint.names import REMEDY, checkpoint_path, checkpoint_step
 from stablelm_jax.model.parameters import nest
-from stablelm_jax.storage.remote import retried
+from stablelm_jax.storage.remote import described, retried
 
-FORMAT_VERSION = 2  # 1 had no seal, and one set of weights for the whole run
+FORMAT_VERSION = 2
 _ELSE = "use another checkpoint"
+_OF_THE_HOST = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
 
 
 class CheckpointError(ValueError):
@@ -34,25 +35,25 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
 
     Raises:
       DamagedCheckpoint: its bytes have changed, or it cannot be read.
-      CheckpointError: not a finished checkpoint, or of a newer format.
+      CheckpointError: not a finished checkpoint, or of another format.
     """
     path = _finished(path)
     try:
         text = retried(f"reading {path}", (path / "run" / "metadata").read_text)
         run = json.loads(text)
     except (ValueError, FileNotFoundError) as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
     except OSError as error:  # the disk or the mount, which may come back
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {described(error)}") from error
     version = run.get("format_version") if isinstance(run, dict) else None
-    if version == 1:
-        return _of_version_1(path, run)
-    if isinstance(version, int) and version > FORMAT_VERSION and run == sealed(run):
+    whole = version is not None and run == sealed(run)
+    # Format 1 had no seal: a record that has one, but calls itself 1, is a damaged one of format 2.
+    if (whole and version != FORMAT_VERSION) or (version == 1 and "seal" not in run):
         raise CheckpointError(
-            f"{path}: format_version {version}, but this program reads up to {FORMAT_VERSION}; "
-            "use the version of stablelm_jax that wrote it"
+            f"{path}: format_version {version}, but this program reads {FORMAT_VERSION}; use the "
+            "version of stablelm_jax that wrote it"
         )
-    if version != FORMAT_VERSION or run != sealed(run):
+    if not whole:
         raise DamagedCheckpoint(
             f"{path} is damaged: run/metadata does not match its own checksum; {_ELSE}"
         )
@@ -66,16 +67,6 @@ def sealed(run: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in run.items() if key != "seal"}
     text = json.dumps(values, sort_keys=True)
     return {**values, "seal": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _of_version_1(path: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Has no seal: of its JSON only what is missing is noticed."""
-    try:
-        order = dict(run["row_order"])
-        order["stages"] = [[0, order.pop("mixture")]]
-    except (KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged: run/metadata lacks {error}") from error
-    return run | {"row_order": order}
 
 
 def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, Any]) -> Any:
@@ -120,21 +111,14 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as reader:
         try:
             return reader.restore(path, args=ocp.args.Composite(**items))
-        except Exception as error:  # of JSON, msgpack, tensorstore, asyncio, the device
-            kind = CheckpointError if _ends_the_run(error) else DamagedCheckpoint
-            raise kind(f"{path} cannot be read: {_first_line(error)}; {_ELSE}") from error
-
-
-def _ends_the_run(error: Exception) -> bool:
-    """Whether the run ends here rather than go on from an older checkpoint.
-
-    With too little memory or no permission it is not the checkpoint's fault: another start may
-    read it. With several processes each reads a part of its own, and the others wait in Orbax for
-    it: a person decides.
-    """
-    texts = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
-    known = isinstance(error, MemoryError | PermissionError)
-    return known or any(text in str(error) for text in texts) or jax.process_count() > 1
+        except Exception as error:  # from JSON, msgpack, tensorstore, asyncio or the device
+            # Too little memory or a missing permission is not the checkpoint's fault: another start
+            # may read it. Of several processes each reads its own part, while the others wait for
+            # it inside Orbax. There a person decides; else the run goes on from an older one.
+            ends = isinstance(error, MemoryError | PermissionError) or jax.process_count() > 1
+            ends = ends or any(text in str(error) for text in _OF_THE_HOST)
+            kind = CheckpointError if ends else DamagedCheckpoint
+            raise kind(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
 
 
 def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) -> None:
@@ -147,21 +131,14 @@ def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) 
 
 
 def state_hash(recorded: Mapping[str, int]) -> str:
-    """One sha256 for the arrays that have these checksums: what tells a state from another."""
+    """One sha256 for all arrays that have these checksums: two states with one hash are equal."""
     return hashlib.sha256(json.dumps(dict(sorted(recorded.items()))).encode()).hexdigest()
 
 
 def _finished(path: epath.PathLike) -> epath.Path:
     path = checkpoint_path(path)
     if checkpoint_step(path.name) is None or not retried(f"looking for {path}", path.exists):
-        raise CheckpointError(
-            f"{path} is not a checkpoint; give the path of a folder named {checkpoint_name(1000)!r}"
-            " or the like, as found under WORKDIR/checkpoints/"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint; {REMEDY}")
     if not ocp.path.step.is_path_finalized(path):
         raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -8,12 +8,11 @@ one group of devices that is nearly all, so the check is for `parallel.replica` 
 
 from __future__ import annotations
 
-import math
+from collections import Counter, defaultdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.checkpoint.checksum import flatten, leaf_checksum
@@ -40,7 +39,7 @@ def make_replica_check(abstract: Any, mesh: Mesh) -> Any:
     )
 
     def check(tree):
-        sums = gathered(tree).reshape(math.prod(mesh.shape.values()), len(leaves))
+        sums = gathered(tree).reshape(mesh.size, len(leaves))
         return dict(zip(leaves, sums.T))
 
     return jax.jit(check)
@@ -52,31 +51,16 @@ def diverged(sums: Any, abstract: Any, mesh: Mesh) -> dict[str, list[int]]:
     Where two copies disagree nobody knows which is right: both are named.
     """
     found = {}
-    shape = tuple(mesh.shape.values())
-    numbers = np.arange(math.prod(shape)).reshape(shape)
     for name, leaf in flatten(abstract).items():
-        split = {axis for entry in leaf.sharding.spec for axis in _axes(entry)}
-        own = [axis in split for axis in mesh.axis_names]
-        order = [i for i, mine in enumerate(own) if mine] + [
-            i for i, mine in enumerate(own) if not mine
-        ]
-        parts = math.prod(shape[i] for i, mine in enumerate(own) if mine)
-        by_part = np.asarray(sums[name]).reshape(shape).transpose(order).reshape(parts, -1)
-        places = numbers.transpose(order).reshape(parts, -1)
-        odd = [place for copies, where in zip(by_part, places) for place in _odd(copies, where)]
+        places = leaf.sharding.devices_indices_map(leaf.shape)
+        copies = defaultdict(list)  # part of the leaf -> [(device's number, checksum)]
+        for number, device in enumerate(mesh.devices.flat):
+            copies[str(places[device])].append((number, int(sums[name][number])))
+        odd = []
+        for held in copies.values():
+            (usual, count), *others = Counter(value for _, value in held).most_common()
+            known = not others or 2 * count > len(held)
+            odd += [number for number, value in held if value != usual or not known]
         if odd:
             found[name] = sorted(odd)
     return found
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
-
-
-def _odd(copies: np.ndarray, where: np.ndarray) -> list[int]:
-    values, counts = np.unique(copies, return_counts=True)
-    if len(values) == 1:
-        return []
-    if 2 * counts.max() <= len(copies):
-        return where.tolist()
-    return where[copies != values[counts.argmax()]].tolist()

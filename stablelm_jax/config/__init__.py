@@ -6,15 +6,14 @@ is locked: a mistyped field is an error, not a new field. Only `data.weights`, w
 names of the user's sources, takes new keys.
 """
 
+# ruff: noqa: F401
 from stablelm_jax.config.access import (
     ConfigError,
-    flatten,
     from_dict,
     get,
     set_by,
     set_value,
     to_dict,
-    to_text,
 )
 from stablelm_jax.config.changes import config_changes, rounding_changes, show_changes
 from stablelm_jax.config.derived import (
@@ -36,35 +35,4 @@ from stablelm_jax.config.flags import (
     run,
 )
 from stablelm_jax.config.rules import validate, validate_mesh
-from stablelm_jax.config.tree import default_config
-
-__all__ = [
-    "ConfigError",
-    "config_changes",
-    "config_from_flags",
-    "default_config",
-    "define_flags",
-    "flatten",
-    "format_stages",
-    "from_dict",
-    "get",
-    "load",
-    "mixture_stages",
-    "mixture_weights",
-    "model_config",
-    "overrides_from_flags",
-    "parse_flags",
-    "parse_weights",
-    "profiled_steps",
-    "rounding_changes",
-    "run",
-    "set_by",
-    "set_value",
-    "show_changes",
-    "to_dict",
-    "to_text",
-    "tokens_per_step",
-    "transition_step",
-    "validate",
-    "validate_mesh",
-]
+from stablelm_jax.config.tree import default_config, flatten

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.tree import default_config
-
-SOURCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+from stablelm_jax.config.tree import FIELDS, default_config, flatten
 
 
 class ConfigError(ValueError):
@@ -20,16 +17,6 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every field, by name; a group without fields gives (key, {})."""
-    for name in sorted(config.keys()):
-        key, value = prefix + name, config[name]
-        if isinstance(value, ConfigDict) and len(value):
-            yield from flatten(value, key + ".")
-        else:
-            yield key, {} if isinstance(value, ConfigDict) else value
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -47,33 +34,27 @@ def field_type(config: ConfigDict, key: str) -> type:
     return config.get_type(name)
 
 
-def unknown_key(key: str, config: ConfigDict | None = None) -> ConfigError:
+def unknown_key(key: str) -> ConfigError:
     """The error for a key that is not in the tree; names the nearest one."""
-    known = [known for known, _ in flatten(config if config is not None else default_config())]
     if key.startswith("data.weights."):
         remedy = (
             "a new source is named in the config file or after its name, as in "
             "--config configs/own_text.py:mine=1,other=0.5"
         )
     else:
-        remedy = f"did you mean config.{nearest(key, known)}?"
+        remedy = f"did you mean config.{nearest(key)}?"
     return ConfigError(f"config.{key}: there is no such field; {remedy}")
 
 
-def nearest(key: str, known: list[str]) -> str:
-    """By the whole dotted key or by its last part, whichever is more alike."""
+def nearest(key: str) -> str:
+    """The key most like this one, by the whole of it or by its last part."""
 
     def likeness(other: str) -> float:
         whole = difflib.SequenceMatcher(None, key, other).ratio()
         last = difflib.SequenceMatcher(None, key.split(".")[-1], other.split(".")[-1]).ratio()
         return max(whole, last) + 0.1 * whole
 
-    return max(known, key=likeness)
-
-
-def to_text(config: ConfigDict) -> str:
-    """The resolved config, one `key = value` a line, by name."""
-    return "".join(f"{key} = {shown(value)}\n" for key, value in flatten(config))
+    return max(FIELDS, key=likeness)
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -84,18 +65,10 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     """The inverse of `to_dict`. A field that `tree` lacks (it is newer) has its default."""
     config = default_config()
-    for key, value in _flatten_dict(tree):
-        if key != "data.weights":
+    for key, value in flatten(tree):
+        if key != "data.weights":  # without sources
             set_value(config, key, value)
     return config
-
-
-def _flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten_dict(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def set_value(config: ConfigDict, key: str, value: Any) -> None:
@@ -107,12 +80,11 @@ def set_value(config: ConfigDict, key: str, value: Any) -> None:
             group = group[part]
         group[name] = tuple(value) if isinstance(value, list) else value
     except (KeyError, AttributeError):
-        raise unknown_key(key, config) from None
+        raise unknown_key(key) from None
     except TypeError:
-        kind = field_type(config, key).__name__
+        kind, given = field_type(config, key).__name__, type(value).__name__
         raise ConfigError(
-            f"config.{key}={value!r}: is of type {type(value).__name__}; "
-            f"give a value of type {kind}"
+            f"config.{key}={value!r}: is of type {given}; give a value of type {kind}"
         ) from None
 
 
@@ -130,8 +102,6 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
 
 def refuse(config: ConfigDict, key: str, why: str, remedy: str) -> NoReturn:
     """Raises the `ConfigError` of one field."""
-    raise ConfigError(f"config.{key}={shown(get(config, key))}: {why}; {remedy}")
-
-
-def shown(value: Any) -> str:
-    return "not set" if value is None else repr(value)
+    value = get(config, key)
+    shown = "not set" if value is None else repr(value)
+    raise ConfigError(f"config.{key}={shown}: {why}; {remedy}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import SOURCE_NAME, ConfigError
+from stablelm_jax.config.access import ConfigError
 from stablelm_jax.model.config import ModelConfig
 
 
@@ -48,6 +48,13 @@ def format_stages(stages: Mapping[int, Mapping[str, float]]) -> str:
     )
 
 
+def is_source_name(name: str) -> bool:
+    """Whether a source may have this name."""
+    from stablelm_jax.data.manifest import SOURCE_NAME  # slow; until then no signal would be heard
+
+    return bool(SOURCE_NAME.fullmatch(name))
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """`mine=0.7,other=0.3` -> {'mine': 0.7, 'other': 0.3}; a source without a weight has 1.
 
@@ -57,7 +64,7 @@ def parse_weights(text: str) -> dict[str, float]:
     for part in text.split(",") if text else []:
         source, equals, weight = part.partition("=")
         source = source.strip()
-        if not SOURCE_NAME.fullmatch(source) or source in weights:
+        if not is_source_name(source) or source in weights:
             why = "is named twice" if source in weights else "is no source name (a-z, 0-9, _)"
             raise ConfigError(
                 f"weights {text!r}: {source!r} {why}; write them as mine=0.7,other=0.3"

@@ -12,8 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import ConfigError, flatten, nearest, set_value
-from stablelm_jax.config.tree import default_config, locked
+from stablelm_jax.config.access import ConfigError, nearest, set_value
+from stablelm_jax.config.tree import locked
 
 
 def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -50,9 +50,7 @@ def _what_failed(file: str, error: Exception) -> str:
         return f"there is no such file; {folder} holds: {files or 'no config file'}"
     new_field = re.match(r'[\'"]?Key "(\w+)" does not exist and cannot be added', str(error))
     if new_field:
-        known = [key for key, _ in flatten(default_config())]
-        likely = nearest(new_field[1], known)
-        what = f"there is no field {new_field[1]!r}; did you mean config.{likely}?"
+        what = f"there is no field {new_field[1]!r}; did you mean config.{nearest(new_field[1])}?"
     else:
         what = f"{type(error).__name__}: {error}"
     lines = [

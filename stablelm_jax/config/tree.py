@@ -1,183 +1,222 @@
-"""The config tree: every field with its default.
-
-There is no plain `None`: a field that may stay unset, or that every run must set, is a
-`placeholder` of its type, so that a flag can set it too.
-"""
+"""The config tree: every field with its default, the values it may have and what it means."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from stablelm_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What one value of the config may be; the rules for several together are in `rules`.
+
+    Attributes:
+      default: the value, or a type (int, float, str) where there is none and a run must set it.
+      optional: it may stay unset.
+      filled: an empty text is refused.
+      least, most: bounds that are allowed themselves; `above`, `below`: bounds that are not.
+      choices: the values allowed, or what gives them once somebody asks.
+    """
+
+    default: Any
+    optional: bool = False
+    filled: bool = False
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
+
+    @property
+    def type(self) -> type:
+        return self.default if isinstance(self.default, type) else type(self.default)
+
+    @property
+    def value(self) -> Any:
+        """The default as ml_collections needs it: a plain None could not be set by a flag."""
+        return placeholder(self.default) if isinstance(self.default, type) else self.default
+
+    def problem(self, value: Any) -> tuple[str, str] | None:
+        """Why a value is refused, and the remedy; None where it is allowed."""
+        if type(value) is not self.type and not (self.type is float and type(value) is int):
+            kind = type(value).__name__
+            return f"is of type {kind}", f"give a value of type {self.type.__name__}"
+        choices = self.choices() if callable(self.choices) else self.choices
+        if choices and value not in choices:
+            return "is not known", f"use one of: {', '.join(choices)}"
+        if self.filled and not value:
+            return "is empty", "name one"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "is not a finite number", "give one"
+        if isinstance(value, (int, float)):
+            if not (self.least <= value <= self.most and self.above < value < self.below):
+                return "is out of range", f"use {self._range()}"
+        return None
+
+    def _range(self) -> str:
+        if self.most < math.inf:
+            return f"{self.least} to {self.most}"
+        if self.above > -math.inf:
+            lower = f"a number above {self.above}"
+        else:
+            lower = f"{self.least} or more"
+        return lower if self.below == math.inf else f"{lower} and below {self.below}"
+
+
+def _kernels(name: str) -> Callable[[], tuple[str, ...]]:
+    """What gives the names that kernels/<name>.py has: asked late, since importing loads jax."""
+    module = f"stablelm_jax.kernels.{name}"
+    return lambda: ("auto", *importlib.import_module(module).IMPLEMENTATIONS)
+
+
+def _model_fields() -> dict[str, Field]:
+    """Those of `ModelConfig`, which explains and checks them; what has no default must be set."""
+    types = typing.get_type_hints(ModelConfig)
+    return {
+        own.name: Field(types[own.name] if own.default is dataclasses.MISSING else own.default)
+        for own in dataclasses.fields(ModelConfig)
+    }
+
+
+TREE = {
+    "name": Field("run", filled=True),  # shown in logs and by the writers
+    "seed": Field(1234, least=0, most=2**32 - 1),  # of the initial weights and the data order
+    "model": _model_fields(),
+    "data": {
+        "root": Field("data", filled=True),  # folder or URL that holds what `prepare` wrote
+        "cache": Field("~/.cache/stablelm_jax/shards", filled=True),  # of shards behind a URL
+        "cache_gb": Field(50.0, least=0),  # its bound in 10^9 bytes; past it: read by range
+        "tokenizer": Field("arcade100k", filled=True),  # or the path of a tokenizer.json
+        "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
+        "stages": Field(""),  # later weights: 'STEP:a=0.7,b=0.3; STEP:b=1'
+        "check_shards": Field(True),  # on resuming, read shards whose time of change differs
+        "sequence_length": Field(4096, least=1),  # tokens of a row
+        "batch_size": Field(int, least=1),  # rows of the whole job in one step
+        "loss_on_first_token": Field(True),  # of a document, given the end of the one before it
+        "prefetch_batches": Field(2, least=0),  # batches made ahead by a thread; 0: none
+    },
+    "optimizer": {  # AdamW
+        "b1": Field(0.9, least=0, below=1),
+        "b2": Field(0.95, least=0, below=1),
+        "epsilon": Field(1e-8, above=0),
+        "weight_decay": Field(0.1, least=0),  # decoupled; not on norms and biases
+        "clip_norm": Field(1.0, above=0),  # global norm of the gradient
+    },
+    "schedule": {  # of the learning rate; 'hybrid' is a cosine, then an inverse square root
+        "kind": Field("hybrid", choices=("hybrid", "cosine")),
+        "peak": Field(float, above=0),
+        "minimum": Field(float, least=0),  # 'hybrid': the cosine's floor, not the last rate
+        "warmup_steps": Field(int, least=0),
+        "total_steps": Field(int, least=1),  # N, the schedule's horizon; the run may end elsewhere
+        "transition": Field(0.25, above=0, below=0.5),  # 'hybrid': the cosine's share of N
+        "shift_warmup": Field(False),  # count from the end of the warmup, as stock GPT-NeoX does
+        "cooldown_start": Field(int, optional=True, least=0),  # its first step; unset: none
+        "cooldown_steps": Field(int, optional=True, least=1),
+        "cooldown_learning_rate": Field(float, optional=True, least=0),  # first; unset: no jump
+        "cooldown_end": Field(0.0, least=0),  # learning rate at its end
+    },
+    "training": {
+        "num_steps": Field(int, least=1),  # the run ends here
+        "accumulation": Field(1, least=1),  # microbatches a step
+        "dtype": Field("bfloat16", choices=("bfloat16", "float32")),  # of the matrix products
+        # What backward computes again instead of keeping it.
+        "remat": Field("none", choices=("none", "dots", "attention", "full")),
+        "unroll": Field(1, least=1),  # layers compiled one after the other in a turn of the loop
+        "attention": Field("auto", choices=_kernels("attention")),
+        "cross_entropy": Field("auto", choices=_kernels("cross_entropy")),  # head and loss
+        "num_valid_ids": Field(int, optional=True),  # rows of the softmax; unset: padding too
+        "deterministic": Field(False),  # GPU: the same bits in every run, slower; else always so
+        "log_every": Field(10, least=1),  # steps between two lines of metrics
+        "stop_after_skipped": Field(10, least=1),  # so many updates left out in a row end the run
+        "hang_seconds": Field(300.0, least=0),  # leave if no step ends for so long; 0: never
+        "check_replicas_every": Field(0, least=0),  # steps between two comparisons; 0: never
+    },
+    "parallel": {
+        "data": Field(-1),  # devices along the mesh axis `data`; -1: all that the others leave
+        "model": Field(1, least=1),  # devices along the mesh axis `model`
+        "replica": Field(1, least=1),  # groups of data x model devices, each with all weights
+        "target": Field(str, optional=True),  # the machine that it is for, as `plan` names it
+        "zero1": Field(True),  # float32 weights and moments of the optimizer sharded over `data`
+        "fsdp": Field(False),  # no device holds whole weights: a layer is gathered where used
+        "float32_reduce": Field(True),  # gradients are summed in float32, not in `dtype`
+    },
+    "checkpoint": {
+        "every": Field(1000, least=1),  # steps; the last step is always saved
+        "every_minutes": Field(0.0, least=0),  # temporary ones between them, by time; 0: none
+        "asynchronous": Field(True),  # files are written beside the training
+        "timeout_seconds": Field(1800, least=1),  # a save that takes longer has failed
+        "keep_latest": Field(3, least=1),
+        "keep_every": Field(int, optional=True, least=1),  # multiples of this stay for good
+        "save_initial": Field(True),  # global_step0
+    },
+    "evaluation": {
+        "every": Field(1000, least=0),  # steps; 0: never
+        "max_rows": Field(256, least=1),  # held-out rows a source
+        "tasks": Field(()),  # of lm-eval, or our groups in evaluation/tasks/; needs extra `eval`
+        "tasks_every": Field(0, least=0),  # steps between two evaluations on them; 0: never
+        "tasks_limit": Field(500, least=0),  # items of each task, its first ones; 0: all
+        "task_data": Field(""),  # folder of their data, made beforehand; '': the Hugging Face Hub
+    },
+    "samples": {  # the last three are the model card's example
+        "every": Field(1000, least=0),  # steps; 0: never
+        "prompts": Field(("A short history of the bicycle:",)),
+        "max_new_tokens": Field(64, least=1),
+        "temperature": Field(0.7, least=0),  # 0: the likeliest token
+        "top_p": Field(0.95, least=0, most=1),
+    },
+    "writers": {  # beside metrics.jsonl, which is always written
+        "tensorboard": Field(False),
+        "wandb": Field(False),
+        "wandb_project": Field("stablelm_jax", filled=True),
+    },
+    "guard": {  # against spikes of the loss
+        "kind": Field("off", choices=("off", "skip", "stop")),  # skip the update, stop the run
+        "sigmas": Field(6.0, above=0),  # a spike is so many standard deviations above the mean
+        "window": Field(128, least=2),  # about how many steps the mean and deviation look back
+    },
+    "branch": {"parent": Field("")},  # PATH/global_stepN that a new run starts from; '': none
+    "profile": {"steps": Field("")},  # FIRST:LAST traces the updates first to last - 1; '': none
+}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every field, by name; a group without fields gives (key, {})."""
+    for name in sorted(config.keys()):
+        key, value = prefix + name, config[name]
+        group = isinstance(value, ConfigDict | Mapping)
+        if group and len(value):
+            yield from flatten(value, key + ".")
+        else:
+            yield key, {} if group else value
+
+
+# By dotted key; without the sources of `data.weights`.
+FIELDS = {key: entry for key, entry in flatten(TREE) if isinstance(entry, Field)}
+
 
 def default_config() -> ConfigDict:
     """The whole tree, locked but for the names of sources."""
-    config = ConfigDict(
-        {
-            "name": "run",  # shown in logs and by the writers
-            "seed": 1234,  # of the initial weights and of the data order; 0 .. 2**32 - 1
-            "model": _model_fields(),
-            "data": _data_fields(),
-            "optimizer": _optimizer_fields(),
-            "schedule": _schedule_fields(),
-            "training": _training_fields(),
-            "parallel": _parallel_fields(),
-            "checkpoint": _checkpoint_fields(),
-            "evaluation": _evaluation_fields(),
-            "samples": _sample_fields(),
-            "writers": _writer_fields(),
-            "guard": _guard_fields(),
-            "branch": {"parent": ""},  # PATH/global_stepN that a new run starts from; '': none
-            "profile": {"steps": ""},  # FIRST:LAST traces the updates first to last - 1; '': none
+
+    def values(tree):
+        return {
+            name: entry.value if isinstance(entry, Field) else values(entry)
+            for name, entry in tree.items()
         }
-    )
-    return locked(config)
 
-
-def _model_fields() -> dict[str, Any]:
-    return {
-        "vocab_size": placeholder(int),  # rows of the embedding, padding included
-        "num_layers": placeholder(int),
-        "width": placeholder(int),
-        "num_heads": placeholder(int),  # query heads
-        "num_kv_heads": placeholder(int),  # key and value heads; as num_heads: no grouping
-        "feed_forward_width": placeholder(int),
-        "rotary_fraction": 0.25,  # share of each head that is rotated
-        "rotary_theta": 10_000.0,
-        "norm_epsilon": 1e-5,
-        "block_norm_bias": False,  # biases in the norms of the blocks
-        "final_norm_bias": True,
-        "qkv_bias": True,
-        "qk_norm": False,  # LayerNorm of each query and key head
-        "parallel_residual": False,  # attention and feed-forward side by side, one shared norm
-        "init_std": 0.02,  # residual outputs: init_std / sqrt(2 * num_layers)
-    }
-
-
-def _data_fields() -> dict[str, Any]:
-    return {
-        "root": "data",  # folder, or its URL, of one folder a source, as `prepare` wrote them
-        "cache": "~/.cache/stablelm_jax/shards",  # where shards behind a URL are kept on this host
-        "cache_gb": 50.0,  # its bound in 10^9 bytes; shards past it are read by range; 0: all are
-        "tokenizer": "arcade100k",  # or the path of a Hugging Face tokenizer.json
-        "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
-        "stages": "",  # later weights: 'STEP:a=0.7,b=0.3; STEP:b=1'
-        "check_shards": True,  # on resuming, read shards whose time of change differs: same bytes?
-        "sequence_length": 4096,  # tokens of a row
-        "batch_size": placeholder(int),  # rows of the whole job in one step
-        "loss_on_first_token": True,  # of a document, given the end of the one before it
-        "prefetch_batches": 2,  # batches made ahead by a thread; 0: none
-    }
-
-
-def _optimizer_fields() -> dict[str, Any]:
-    return {  # AdamW
-        "b1": 0.9,
-        "b2": 0.95,
-        "epsilon": 1e-8,
-        "weight_decay": 0.1,  # decoupled; not on norms and biases
-        "clip_norm": 1.0,  # global norm of the gradient
-    }
-
-
-def _schedule_fields() -> dict[str, Any]:
-    return {  # of the learning rate, see optimizer/schedule.py
-        "kind": "hybrid",  # 'hybrid' (cosine, then inverse square root) | 'cosine'
-        "peak": placeholder(float),
-        "minimum": placeholder(float),  # 'hybrid': the cosine's floor, not the last learning rate
-        "warmup_steps": placeholder(int),
-        "total_steps": placeholder(int),  # N, the schedule's horizon; the run may end elsewhere
-        "transition": 0.25,  # 'hybrid': the share of N after which the square root takes over
-        "shift_warmup": False,  # count from the end of the warmup, as stock GPT-NeoX does
-        "cooldown_start": placeholder(int),  # step where the linear cooldown begins; unset: none
-        "cooldown_steps": placeholder(int),
-        "cooldown_learning_rate": placeholder(float),  # at its start; unset: where the schedule is
-        "cooldown_end": 0.0,  # learning rate at its end
-    }
-
-
-def _training_fields() -> dict[str, Any]:
-    return {
-        "num_steps": placeholder(int),  # the run ends here
-        "accumulation": 1,  # microbatches a step
-        "dtype": "bfloat16",  # of the matrix products: 'bfloat16' | 'float32'; weights stay float32
-        "remat": "none",  # what backward computes again: 'none' | 'dots' | 'attention' | 'full'
-        "unroll": 1,  # layers compiled one after the other in each turn of the loop over layers
-        "attention": "auto",  # kernel, by its name in kernels/attention.py
-        "cross_entropy": "auto",  # the head's loss, by its name in kernels/cross_entropy.py
-        "num_valid_ids": placeholder(int),  # rows of the softmax; unset: all, padding too
-        "deterministic": False,  # GPU: the same bits in every run, slower; CPU, TPU: always so
-        "log_every": 10,  # steps between two lines of metrics
-        "stop_after_skipped": 10,  # updates left out in a row, not finite or spikes
-        "hang_seconds": 300.0,  # no step for so long, and 10 median steps: leave; 0: wait for ever
-        "check_replicas_every": 0,  # steps; do replicas still hold the same bits? 0: never
-    }
-
-
-def _parallel_fields() -> dict[str, Any]:
-    return {
-        "data": -1,  # devices along the mesh axis `data`; -1: all that the other axes leave
-        "model": 1,  # devices along the mesh axis `model`
-        "replica": 1,  # groups of data x model devices; each holds all weights and moments
-        "target": placeholder(str),  # the machine that the run is meant for, as `plan` names it
-        "zero1": True,  # float32 weights and moments of the optimizer sharded over `data`
-        "fsdp": False,  # no device holds whole weights: each layer is gathered where it is used
-        "float32_reduce": True,  # gradients are summed over replicas in float32, not in `dtype`
-    }
-
-
-def _checkpoint_fields() -> dict[str, Any]:
-    return {
-        "every": 1000,  # steps; the last step is always saved
-        "every_minutes": 0.0,  # temporary ones between them, by time; 0: none
-        "asynchronous": True,  # files are written beside the training
-        "timeout_seconds": 1800,  # a save that takes longer has failed
-        "keep_latest": 3,
-        "keep_every": placeholder(int),  # steps; these are kept for good; a multiple of `every`
-        "save_initial": True,  # global_step0
-    }
-
-
-def _evaluation_fields() -> dict[str, Any]:
-    return {
-        "every": 1000,  # steps; 0: never
-        "max_rows": 256,  # held-out rows a source
-        "tasks": (),  # of lm-eval, or our groups in evaluation/tasks/; needs the extra `eval`
-        "tasks_every": 0,  # steps between two evaluations on them; 0: never
-        "tasks_limit": 500,  # items of each task, its first ones; 0: all
-        "task_data": "",  # a folder that evaluation/offline_data.py made; '': the Hugging Face Hub
-    }
-
-
-def _sample_fields() -> dict[str, Any]:
-    return {
-        "every": 1000,  # steps; 0: never
-        "prompts": ("A short history of the bicycle:",),
-        "max_new_tokens": 64,  # these three: the model card's example
-        "temperature": 0.7,  # 0: the likeliest token
-        "top_p": 0.95,
-    }
-
-
-def _guard_fields() -> dict[str, Any]:
-    return {  # against spikes of the loss
-        "kind": "off",  # 'off' | 'skip' the update | 'stop' the run
-        "sigmas": 6.0,  # a spike is that many standard deviations above the running mean
-        "window": 128,  # steps that mean and deviation look back, about; none is judged before
-    }
-
-
-def _writer_fields() -> dict[str, Any]:
-    return {  # beside metrics.jsonl, which is always written
-        "tensorboard": False,
-        "wandb": False,
-        "wandb_project": "stablelm_jax",
-    }
+    return locked(ConfigDict(values(TREE)))
 
 
 def locked(config: ConfigDict) -> ConfigDict:
+    """`config` with its fields fixed, though not the names of sources."""
     config.lock()
     config.data.weights.unlock()
     return config

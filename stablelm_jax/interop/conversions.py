@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.checkpoint.weights import load_weights, write_weights
+from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.interop import from_hf as reading
 from stablelm_jax.interop import gguf_export, gguf_peer
 from stablelm_jax.interop import to_hf as writing
@@ -55,7 +55,8 @@ def from_hf(
         with _progress(console, "reading", 4 * size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with console.status("writing"):
-            write_weights(target, params, reading.run_item(directory, checkpoint_step(out.name)))
+            run = reading.run_item(directory, checkpoint_step(out.name))
+            write_checkpoint(target, Checkpoint(params, None, run))
             reading.write_tokenizer(directory.tokenizer, target)
         del params
         if verify:
@@ -65,8 +66,9 @@ def from_hf(
 
 def _verified_import(directory, target: Path, mesh) -> str:
     ids = prompt_ids(directory.tokenizer)
-    _, model, params = load_weights(target, mesh)
-    ours_TV = our_logits(model, params, ids)
+    own = SavedModel.open(target)
+    params = own.load(mesh)
+    ours_TV = our_logits(own.model, params, ids)
     del params
     difference = compare(ours_TV, peer_logits(directory.path, ids))
     return f"checked by {check(difference, LIMITS['float32'], peer())}"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stablelm_jax.checkpoint.tokenizer import FILE as TOKENIZER_FILE
+from stablelm_jax.checkpoint.saved_model import TOKENIZER_FILE
 from stablelm_jax.interop import hf_config, names, tokenizer_files
 from stablelm_jax.interop.safetensors_files import TensorFiles
 from stablelm_jax.model.config import ModelConfig

@@ -24,7 +24,7 @@ from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.run.log import RunLog
 from stablelm_jax.run.profile import Profiler
-from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest, announce
+from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.run.watchdog import Watchdog, write_stacks
 from stablelm_jax.run.writers import Writers
 
@@ -82,7 +82,12 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         events = Events(console, folder.events if distributed.is_first() else None)
         # Opening the store removes what an interrupted save has left: not before the folder is
         # ours. Closing waits until a save that is under way is whole, after an error too.
-        store = _open_store(config, folder)
+        store = CheckpointStore(
+            folder.checkpoints,
+            keep_latest=config.checkpoint.keep_latest,
+            keep_every=config.checkpoint.keep_every,
+            first_process=distributed.is_first(),
+        )
         saver = stack.enter_context(contextlib.closing(Saver(config.checkpoint, store, events)))
         writers = stack.enter_context(contextlib.closing(Writers(config, folder)))
         log = RunLog(folder, events, writers)
@@ -113,19 +118,6 @@ def _claimed(folder: RunFolder) -> Iterator[None]:
         if distributed.agreed(error is not None):
             raise error or ValueError("process 0 could not take the run folder; see its output")
         yield
-
-
-def _open_store(config: ConfigDict, folder: RunFolder) -> CheckpointStore:
-    settings = config.checkpoint
-    return CheckpointStore(
-        folder.checkpoints,
-        keep_latest=settings.keep_latest,
-        keep_every=settings.keep_every,
-        asynchronous=settings.asynchronous,
-        timeout_seconds=settings.timeout_seconds,
-        first_process=distributed.is_first(),
-        on_phase=announce,
-    )
 
 
 def _report_hang(why: str, step: int, stop: StopRequest, folder: RunFolder, events: Events) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from stablelm_jax.checkpoint.store import Checkpoint
+from stablelm_jax.checkpoint.saving import Checkpoint
 from stablelm_jax.data.fingerprints import FileFingerprints
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.console import ProgressLine

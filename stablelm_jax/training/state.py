@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from stablelm_jax.checkpoint.store import Checkpoint
+from stablelm_jax.checkpoint.saving import Checkpoint
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import init_params

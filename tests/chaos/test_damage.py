@@ -11,7 +11,7 @@ from tiny import bare_config, events, losses, train
 
 from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
-from stablelm_jax.checkpoint.store import Checkpoint, CheckpointStore
+from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
 
@@ -29,13 +29,10 @@ def state(seed=0):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A whole checkpoint and what it holds."""
-    folder = tmp_path_factory.mktemp("whole")
+    path = tmp_path_factory.mktemp("whole") / "global_step1"
     checkpoint = state()
-    store = CheckpointStore(folder, keep_latest=1)
-    store.save(1, checkpoint)
-    store.close()
-    arrays = {"params": checkpoint.params, "optimizer": checkpoint.optimizer}
-    return folder / "global_step1", arrays
+    write_checkpoint(path, checkpoint)
+    return path, {"params": checkpoint.params, "optimizer": checkpoint.optimizer}
 
 
 def restored(path, arrays):
@@ -90,7 +87,7 @@ def flips_caught(saved, number, seed):
 
 
 def test_a_flipped_bit_of_a_stored_leaf_is_caught(saved):
-    assert flips_caught(saved, 12, seed=None) == 12
+    assert flips_caught(saved, 12, seed=1) == 12
 
 
 @pytest.mark.by_hand
@@ -101,7 +98,7 @@ def test_a_hundred_flipped_bits_of_stored_leaves_are_caught(saved):
 def test_a_flipped_bit_of_any_leaf_changes_its_checksum_and_no_other(saved):
     arrays = flatten(saved[1])
     before = checksums(saved[1])
-    rng = random.Random()
+    rng = random.Random(0)
     for _ in range(100):
         name = rng.choice(list(arrays))
         changed = np.array(arrays[name])
@@ -145,7 +142,7 @@ def test_no_damage_to_any_file_gives_another_state(saved):
     def some(files, rng):
         return [(rng.choice(files), rng.choice(KINDS)) for _ in range(12)]
 
-    assert sum(outcomes(saved, some, seed=None).values()) == 12
+    assert sum(outcomes(saved, some, seed=1).values()) == 12
 
 
 @pytest.mark.by_hand

@@ -20,7 +20,7 @@ def oracle(x):
 
 
 def test_the_checksum_is_the_documented_sum():
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)
     for x in (rng.normal(size=(5, 7, 3)).astype(np.float32), rng.integers(-9, 9, 11, np.int32)):
         assert checksums({"leaf": jnp.asarray(x)}) == {"leaf": oracle(x)}
     x = jnp.asarray(rng.normal(size=(4, 4)), jnp.bfloat16)
@@ -28,7 +28,7 @@ def test_the_checksum_is_the_documented_sum():
 
 
 def test_every_single_flipped_bit_changes_the_checksum():
-    x = np.random.default_rng().normal(size=(3, 5)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     before = checksums({"x": jnp.asarray(x)})
     for element in range(x.size):
         for bit in range(32):
@@ -38,7 +38,7 @@ def test_every_single_flipped_bit_changes_the_checksum():
 
 
 def test_swapped_elements_change_the_checksum():
-    x = np.random.default_rng().normal(size=257).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=257).astype(np.float32)
     before = checksums({"x": jnp.asarray(x)})
     for other in range(1, 257):
         y = x.copy()
@@ -49,13 +49,13 @@ def test_swapped_elements_change_the_checksum():
 def test_on_the_host_it_is_the_same_sum_part_by_part(monkeypatch):
     monkeypatch.setattr("stablelm_jax.checkpoint.checksum._PART", 64)
     for shape in ((3, 5, 16), (64,), (1,)):
-        x = np.random.default_rng().normal(size=shape).astype(np.float32)
+        x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         assert host_checksum(x) == checksums({"x": jnp.asarray(x)})["x"]
 
 
 @pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
 def test_the_checksum_does_not_depend_on_the_sharding(data, model):
-    x = np.random.default_rng().normal(size=(16, 24)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
     split = jax.device_put(x, NamedSharding(make_mesh(data, model), P("data", "model")))
     assert checksums({"x": split}) == checksums({"x": jnp.asarray(x)})
 

@@ -13,5 +13,5 @@ def test_a_name_and_its_step_belong_together(step):
     "name",
     ["global_step", "global_step_7", "global_step07", "step7", "global_step7.orbax-checkpoint-tmp"],
 )
-def test_other_names_are_no_branches(name):
+def test_other_names_are_no_checkpoints(name):
     assert checkpoint_step(name) is None

@@ -5,7 +5,6 @@ import re
 import pytest
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.config.ranges import ATTENTION, CROSS_ENTROPY
 from stablelm_jax.kernels import attention, cross_entropy
 
 
@@ -33,11 +32,6 @@ def small(**overrides):
     return config
 
 
-def test_the_kernels_that_a_config_may_name_are_those_there_are():
-    assert ATTENTION == ("auto", *attention.IMPLEMENTATIONS)
-    assert CROSS_ENTROPY == ("auto", *cross_entropy.IMPLEMENTATIONS)
-
-
 def refusal(config, check=config_lib.validate):
     with pytest.raises(config_lib.ConfigError) as error:
         check(config)
@@ -48,6 +42,22 @@ def refusal(config, check=config_lib.validate):
 
 def test_a_sound_config_passes():
     config_lib.validate(small())
+
+
+def test_a_config_may_name_every_kernel_there_is():
+    for name in attention.IMPLEMENTATIONS:
+        config_lib.validate(small(training__attention=name))
+    for name in cross_entropy.IMPLEMENTATIONS:
+        config_lib.validate(small(training__cross_entropy=name))
+
+
+def test_what_reads_no_data_needs_no_tokenizer_and_no_source():
+    config = small()
+    config.data.weights = {}
+    config_lib.set_value(config, "data.tokenizer", None)
+    config_lib.validate(config, data=False)
+    with pytest.raises(config_lib.ConfigError, match="config.data.tokenizer=not set: has no"):
+        config_lib.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,9 @@ def test_weights_of_a_later_stage_take_over_at_their_step(data, tmp_path):
     assert losses(metrics(tmp_path / "parted")) == losses(lines)
 
 
-def resumed(data, workdir, wishes=None, **overrides):
+def resumed(data, workdir, options=ResumeOptions(), **overrides):
     changed = bare_config(data, **overrides)
-    code = run_training(changed, {}, str(workdir), wishes)
+    code = run_training(changed, {}, str(workdir), options)
     return code, metrics(workdir)
 
 
@@ -162,8 +162,8 @@ def test_harmless_changes_pass(data, parent, half):
 
 
 def test_an_accepted_change_is_recorded_in_events_and_checkpoints(data, half):
-    wishes = ResumeOptions(accept_config_change=True)
-    _, lines = resumed(data, half, wishes, **{"optimizer.b2": 0.9, "data.batch_size": 16})
+    options = ResumeOptions(accept_config_change=True)
+    _, lines = resumed(data, half, options, **{"optimizer.b2": 0.9, "data.batch_size": 16})
     changes = {"optimizer.b2": [0.95, 0.9], "data.batch_size": [8, 16]}
     assert read_run(checkpoint(half, 12))["config_changes"] == [{"step": 8, "changes": changes}]
     assert events(half, "config_changed")[0]["optimizer.b2"] == [0.95, 0.9]
@@ -173,7 +173,7 @@ def test_an_accepted_change_is_recorded_in_events_and_checkpoints(data, half):
 
 
 def test_a_stage_that_comes_late_enough_may_be_added_to_a_run(data, half):
-    wishes = ResumeOptions(accept_config_change=True)
-    _, lines = resumed(data, half, wishes, **{"data.stages": "10:squares=1"})
+    options = ResumeOptions(accept_config_change=True)
+    _, lines = resumed(data, half, options, **{"data.stages": "10:squares=1"})
     tokens = {line["step"]: line["tokens/squares"] // 32 for line in lines}
     assert [tokens[step] for step in (8, 10, 11, 12)] == [16, 20, 28, 36]

@@ -18,7 +18,6 @@ from tiny import bare_config, events, losses, metrics, train, write_config, writ
 from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
-from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.training import loop, update_guard
 from stablelm_jax.training.faults import inspection_command
@@ -272,14 +271,14 @@ def test_a_save_that_fails_lets_the_run_go_on_loudly_and_is_tried_again(
     data, undisturbed, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
-    save = CheckpointStore.save
+    write = saving.start_writing
 
-    def full_for_step_4(store, number, checkpoint):
-        if number == 4:
+    def full_for_step_4(writer, path, checkpoint):
+        if path.name == "global_step4":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(store, number, checkpoint)
+        write(writer, path, checkpoint)
 
-    monkeypatch.setattr(CheckpointStore, "save", full_for_step_4)
+    monkeypatch.setattr(saving, "start_writing", full_for_step_4)
     code, lines = train(bare_config(data), tmp_path)
     assert code == 0 and losses(lines) == losses(undisturbed[1])
     (told,) = events(tmp_path, "save_failed")
@@ -291,17 +290,16 @@ def test_a_save_that_fails_lets_the_run_go_on_loudly_and_is_tried_again(
 
 
 def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(
-    data, undisturbed, tmp_path, small_disk
+    data, undisturbed, tmp_path, small_disk, monkeypatch
 ):
-    store_save = CheckpointStore.save
-    try:
-        CheckpointStore.save = lambda store, number, checkpoint: (
-            small_disk(20_000 if number == 4 else None),
-            store_save(store, number, checkpoint),
-        )
-        code, lines = train(bare_config(data), tmp_path)
-    finally:
-        CheckpointStore.save = store_save
+    write = saving.start_writing
+
+    def full_for_step_4(writer, path, checkpoint):
+        small_disk(20_000 if path.name == "global_step4" else None)
+        write(writer, path, checkpoint)
+
+    monkeypatch.setattr(saving, "start_writing", full_for_step_4)
+    code, lines = train(bare_config(data), tmp_path)
     assert code == 0 and losses(lines) == losses(undisturbed[1])
     (told,) = events(tmp_path, "save_failed")
     assert told["step"] == 4 and "File too large" in told["text"]
@@ -311,14 +309,14 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_the_older_one_serves(
     data, undisturbed, tmp_path, small_disk, monkeypatch
 ):
-    save = CheckpointStore.save
+    write = saving.start_writing
 
-    def full_at_the_end(store, number, checkpoint):
-        small_disk(20_000 if number == 12 else None)
-        save(store, number, checkpoint)
+    def full_at_the_end(writer, path, checkpoint):
+        small_disk(20_000 if path.name == "global_step12" else None)
+        write(writer, path, checkpoint)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "save", full_at_the_end)
+        patch.setattr(saving, "start_writing", full_at_the_end)
         with pytest.raises(ValueError, match="global_step12 could not be written.*global_step8"):
             train(bare_config(data), tmp_path)
     small_disk(None)

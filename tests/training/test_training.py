@@ -8,7 +8,7 @@ from tiny import SOURCES, losses, tiny_config, train, write_data
 
 from stablelm_jax import convert
 from stablelm_jax.checkpoint.reading import read_run
-from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
+from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
 from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.run.folder import git_commit
 from stablelm_jax.training import programs

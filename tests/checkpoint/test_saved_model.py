@@ -6,7 +6,7 @@ import pytest
 from tiny import write_tokenizer
 
 from stablelm_jax.checkpoint.names import find_checkpoint
-from stablelm_jax.checkpoint.tokenizer import load_own_tokenizer
+from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
 from stablelm_jax.tokenizer.tokenizer import ARCADE100K, load_tokenizer
 
 
