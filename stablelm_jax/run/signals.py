@@ -15,21 +15,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 EXIT_STOPPED = 75
 # Besides Ctrl-C and the usual one, the two that SLURM jobs are commonly warned with.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-# Called with the name of each phase that begins, in whatever thread: for drills.
-observers: list[Callable[[str], None]] = []
-
-
-def announce(phase: str) -> None:
-    """Tells the observers that a phase begins."""
-    for observer in observers:
-        observer(phase)
 
 
 class StopRequest:
@@ -64,7 +55,6 @@ class StopRequest:
         os.set_blocking(self._writing, False)
         self.listen()
         threading.Thread(target=self._hear_signals, name="signals", daemon=True).start()
-        announce(self._phase)
         return self
 
     def listen(self) -> None:
@@ -93,12 +83,10 @@ class StopRequest:
             self._phase, self._leave = name, leave
             if leave and self.name is not None:
                 self._leave_at_once()
-        announce(name)
         try:
             yield
         finally:  # going back is no reason to leave: what follows may be the end of the run
             self._phase, self._leave = before
-            announce(self._phase)
 
     def hear(self, name: str) -> None:
         """A signal or notice has come; from any thread."""

@@ -30,7 +30,7 @@ from stablelm_jax.run.folder import RunFolder, git_commit
 from stablelm_jax.run.metrics import LossSums
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.run.shard_watch import ShardWatch
-from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest, announce
+from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.run.watchdog import Watchdog, write_stacks
 from stablelm_jax.run.writers import Writers
 from stablelm_jax.training.evaluations import PATIENCE, TASKS, Evaluations
@@ -96,7 +96,6 @@ class Trainer:
             asynchronous=settings.asynchronous,
             timeout_seconds=settings.timeout_seconds,
             first_process=distributed.is_first(),
-            on_phase=announce,
         )
 
     def train(self) -> int:
