@@ -27,8 +27,6 @@ from absl import flags
 from stablelm_jax import config as config_lib
 from stablelm_jax.drilling.phases import PHASES
 
-_INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
@@ -64,7 +62,7 @@ def _drill(given: Any) -> int:
         drill.run(amounts, given.phases, given.jobs)
     except KeyboardInterrupt:
         print("interrupted; run the same command again", file=sys.stderr)
-        return _INTERRUPTED
+        return 130  # as shells say it
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -93,7 +93,8 @@ class Start:
         command += [f"--config={resolved.__file__}:{self._drill.folder}/config.json", "--strict"]
         places: list[list[str]] = [[]]
         if count > 1:
-            port = 2 * self._rng.randrange(10000, 16000)  # below those that the system hands out
+            # Below the ports that the system hands out, and not that of another drill.
+            port = 2 * random.SystemRandom().randrange(10000, 16000)
             meeting = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
             places = [[*meeting, f"--process_id={index}"] for index in range(count)]
         with self._log.open("w") as log:
@@ -134,7 +135,7 @@ class Start:
                 lasted[self._phase] = now - self._since
             self._phase, self._since = phase, now
             if fault is not None and phase == fault.phase:
-                longest = lasted.get(phase, 0.0) / 2**self._tries  # sooner, as it was too late
+                longest = lasted.get(phase, 0.0) / 2**self._tries  # too late before: sooner now
                 self._strike_at = now + self._rng.uniform(0, longest)
                 self._tries += 1
             elif self._strike_at is not None:  # too late: here, or where the phase comes again
@@ -193,7 +194,7 @@ class Start:
 
 
 class Drill:
-    """Holds a drill in `folder`.
+    """One drill, and what it has found.
 
     Attributes:
       lasted: the seconds that each phase took the last time.
@@ -205,7 +206,7 @@ class Drill:
     """
 
     def __init__(self, folder: Path, config: ConfigDict, processes=1, devices=None, seed=0):
-        """`processes` of each training with `devices` CPU devices each; `seed` of all draws."""
+        """`folder`: gets all run folders; `processes`: of each training, with so many `devices`."""
         self.folder, self.config, self._seed = folder, config, seed
         self.processes, self.devices = processes, devices
         self.lasted: dict[str, float] = {}
