@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,60 +12,41 @@ from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
 from stablelm_jax.checkpoint.reading import CheckpointError, read_run
 from stablelm_jax.run.metrics import MetricsFile
 
-# Of a line of metrics; what else stands there is time and what follows from it.
+# What is compared of a line of metrics; the rest of it is time, and what follows from time.
 _KEYS = ("step", "loss", "learning_rate", "grad_norm", "param_norm", "updates_skipped")
-_PREFIXES = ("loss/", "tokens/", "eval/")
+_PREFIXES = ("loss/", "tokens_seen", "tokens/", "eval/")
 _LEDGER = ("rows_consumed", "tokens", "loss_sums", "guard")
-_MISSING = "nothing"
 
 
 def first_difference(undisturbed: Path, disturbed: Path) -> str | None:
-    """The first difference, with step, key and both values; None where there is none."""
-    for difference in _differences(undisturbed, disturbed):
-        return difference
-    return None
+    """The first difference in the lines of metrics, the last checkpoint's checksums or its ledger,
+    with step, key and both values; None where there is none."""
+    return next(_differences(undisturbed, disturbed), None)
 
 
 def _differences(undisturbed: Path, disturbed: Path) -> Iterator[str]:
-    one, other = (_lines(folder) for folder in (undisturbed, disturbed))
-    for expected, found in zip(one, other):
-        step = expected["step"]
-        if found["step"] != step:
-            yield f"{disturbed}: a line of step {found['step']} where step {step}'s should be"
-        yield from _unequal(f"step {step}", expected, found)
-    if len(one) != len(other):
-        longer, folder = (one, disturbed) if len(one) > len(other) else (other, undisturbed)
-        line = longer[min(len(one), len(other))]
-        keys = ", ".join(sorted(line.keys() - {"step"})[:3])
-        yield f"{folder}: no line of step {line['step']} with {keys} ({len(one)} and {len(other)})"
-    yield from _of_checkpoints(undisturbed / "checkpoints", disturbed / "checkpoints")
+    for lines in itertools.zip_longest(_lines(undisturbed), _lines(disturbed), fillvalue={}):
+        yield from _unequal(f"step {(lines[0] or lines[1])['step']}", *lines)
+    last = checkpoint_name(finished_steps(undisturbed / "checkpoints")[-1])
+    try:
+        runs = [read_run(folder / "checkpoints" / last) for folder in (undisturbed, disturbed)]
+    except CheckpointError as error:
+        yield str(error)
+        return
+    yield from _unequal(f"{last}, checksum of", *(run["checksums"] for run in runs))
+    yield from _unequal(last, *({key: run.get(key) for key in _LEDGER} for run in runs))
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [_compared(line) for line in MetricsFile(folder / "metrics.jsonl").read()]
-
-
-def _compared(line: dict[str, Any]) -> dict[str, Any]:
-    wanted = (*_KEYS, "tokens_seen")
-    return {k: v for k, v in line.items() if k in wanted or k.startswith(_PREFIXES)}
+def _lines(workdir: Path) -> list[dict[str, Any]]:
+    return [
+        {key: line[key] for key in line if key in _KEYS or key.startswith(_PREFIXES)}
+        for line in MetricsFile(workdir / "metrics.jsonl").read()
+    ]
 
 
 def _unequal(where: str, expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     for key in sorted(expected.keys() | found.keys()):
-        values = [json.dumps(side[key]) if key in side else _MISSING for side in (expected, found)]
-        if values[0] != values[1]:  # as text: -0.0 is not 0.0, and every float has one text
-            yield f"{where}, {key}: {values[0]} undisturbed, {values[1]} disturbed"
-
-
-def _of_checkpoints(undisturbed: Path, disturbed: Path) -> Iterator[str]:
-    last = checkpoint_name(finished_steps(undisturbed)[-1])
-    try:
-        expected, found = (read_run(folder / last) for folder in (undisturbed, disturbed))
-    except CheckpointError as error:
-        yield str(error)
-        return
-    sums = (run["checksums"] for run in (expected, found))
-    yield from _unequal(f"{last}, checksum of", *sums)
-    yield from _unequal(
-        last, *({key: run.get(key) for key in _LEDGER} for run in (expected, found))
-    )
+        # As text: -0.0 is not 0.0, and every float has one text.
+        one, other = (json.dumps(x[key]) if key in x else "nothing" for x in (expected, found))
+        if one != other:
+            yield f"{where}, {key}: {one} undisturbed, {other} disturbed"

@@ -1,6 +1,4 @@
-"""The config of a drill's trainings, `--config .../resolved.py:FILE.json`: every field as JSON."""
-
-from __future__ import annotations
+"""A whole config that lies in a file, as `--config .../resolved.py:FILE.json` takes it."""
 
 import json
 from pathlib import Path

@@ -1,14 +1,20 @@
-"""A drill: the undisturbed training, then rounds of faults and restarts, each one compared."""
+"""A drill: the undisturbed training, then rounds of signals and restarts, each one compared."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import math
+import os
 import random
 import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,216 +22,292 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint.names import finished_steps
+from stablelm_jax.drilling import resolved
 from stablelm_jax.drilling.comparison import first_difference
-from stablelm_jax.drilling.plan import (
-    ONCE,
-    PHASES,
-    WITHOUT_STEPS,
-    Durations,
-    Fault,
-    Wish,
-    aimed,
-    in_order,
-    wishes,
-)
-from stablelm_jax.drilling.starts import Ended, Setup, run_start
-from stablelm_jax.drilling.verdict import newest_step, problem
+from stablelm_jax.drilling.phases import LEAVING, PHASES, phase_of
+from stablelm_jax.run.metrics import MetricsFile
+from stablelm_jax.run.signals import EXIT_STOPPED
 from stablelm_jax.storage.files import write_json
-from stablelm_jax.training.setup import fingerprints
 
-_TRIES = 4  # of a fault that came too late for its phase, or not at all
-_LONGER = 20  # times an undisturbed run: a start that takes so long hangs
-_SHORTEST_LIMIT = 300.0  # seconds
-
-
-class DrillError(ValueError):
-    """The drill cannot be held."""
+KILL, TERM, TWICE = KINDS = ("SIGKILL", "SIGTERM", "two signals")
+_POLL = 0.002  # seconds; some phases last for 20 ms
+# Seconds that processes get after the first one has ended. They would wait without end for one that
+# was killed or left at once: a scheduler ends them, and so does the drill.
+_GRACE, _SHORT_GRACE = 60.0, 3.0
+_LONGER, _SHORTEST_LIMIT = 20, 300.0  # times an undisturbed run, seconds: so long a start hangs
+_MOST_MISSES = 4  # of a fault, after which the drill has failed
+_PER_ROUND = 12  # faults
 
 
 @dataclasses.dataclass(frozen=True)
-class Injected:
-    """One fault that happened.
+class Fault:
+    """A signal that a training is to meet. `misses`: how often it came too late or not at all."""
 
-    Attributes:
-      round: in which it was, from 1.
-      wanted, phase: the phase it was meant for, and the one that it met.
-      kind: one of `plan.KINDS`.
-      seconds: from the signal to the exit.
-      problem: why it did not end as it should; None where it did.
-    """
-
-    round: int
-    wanted: str
     phase: str
     kind: str
-    seconds: float | None
-    problem: str | None
+    misses: int = 0
 
 
-@dataclasses.dataclass
-class Results:
-    """What a drill found. `differences`: by round, None where the end is equal."""
+class Start:
+    """One start of the training in `workdir`, which is to meet `fault`.
 
-    injected: list[Injected] = dataclasses.field(default_factory=list)
-    differences: dict[int, str | None] = dataclasses.field(default_factory=dict)
-    problems: list[str] = dataclasses.field(default_factory=list)
+    Attributes:
+      hit: the phase in which the signal came; None where it did not come.
+      seconds: from the signal to the exit.
+      codes: the exit code of each process, negative for a signal; -9 where it had to be ended.
+      problem: what is not as it should be after the signal; None where all is.
+    """
 
-    def first_problem(self) -> str | None:
-        """The first thing that is not as it should be."""
-        wrong = [*self.problems, *(f"{i.kind} in {i.phase}: {i.problem}" for i in self.injected
-                                   if i.problem)]  # fmt: skip
-        return next(filter(None, [*self.differences.values(), *wrong]), None)
+    def __init__(self, drill: Drill, workdir: Path, fault: Fault | None, rng: random.Random):
+        self.workdir, self.fault, self._drill, self._rng = workdir, fault, drill, rng
+        self.hit: str | None = None
+        self.seconds = 0.0
+        self._strike_at: float | None = None
+        self._tries = 0 if fault is None else fault.misses
+
+    def run(self) -> Start:
+        """Returns when all processes have ended."""
+        self._launched, self._phase, self._since = time.time_ns(), "", time.monotonic()
+        self._log = self._drill.folder / "output" / f"{self.workdir.name}-{self._launched}.txt"
+        self._processes = self._launch()
+        self._target = self._rng.choice(self._processes)
+        try:
+            self._watch()
+        finally:
+            for process in self._processes:
+                process.kill()
+            self.codes = [process.wait() for process in self._processes]
+        if not self.hit:
+            self._drill.lasted[self._phase] = time.monotonic() - self._since
+        self.problem = self._find_problem() if self.hit else None
+        return self
+
+    def _launch(self) -> list[subprocess.Popen]:
+        count, environment = self._drill.processes, dict(os.environ)
+        if self.fault is not None and self.fault.phase == "compiling":
+            environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        if self._drill.devices is not None:
+            environment["JAX_NUM_CPU_DEVICES"] = str(self._drill.devices)
+        command = [sys.executable, "-m", "stablelm_jax.train", f"--workdir={self.workdir}"]
+        command += [f"--config={resolved.__file__}:{self._drill.folder}/config.json", "--strict"]
+        places: list[list[str]] = [[]]
+        if count > 1:
+            # Below the ports that the system hands out, and not that of another drill.
+            port = 2 * random.SystemRandom().randrange(10000, 16000)
+            meeting = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+            places = [[*meeting, f"--process_id={index}"] for index in range(count)]
+        with self._log.open("w") as log:
+            # Each in a session of its own: a Ctrl-C is for the drill alone.
+            return [
+                subprocess.Popen(
+                    [*command, *place],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+                for place in places
+            ]
+
+    def _watch(self) -> None:
+        """Returns when all have ended or have to be ended; meanwhile the target meets its fault."""
+        began, first_end = time.monotonic(), math.inf
+        while not self._drill.ended.is_set():
+            now, codes = time.monotonic(), [process.poll() for process in self._processes]
+            if self.hit and not self.seconds and self._target.returncode is not None:
+                self.seconds = now - self._struck
+            if codes.count(None) < len(codes):
+                first_end = min(first_end, now)
+            elif not self.hit:
+                self._follow(now)
+            late = now - first_end > (_SHORT_GRACE if self._alone() else _GRACE)
+            if None not in codes or late or now - began > self._drill.limit:
+                return
+            time.sleep(_POLL)
+
+    def _follow(self, now: float) -> None:
+        """Times the phases; in the fault's own it draws a moment, and strikes when that comes."""
+        phase, fault, lasted = self._find_phase(), self.fault, self._drill.lasted
+        if phase != self._phase:
+            if self._phase:
+                lasted[self._phase] = now - self._since
+            self._phase, self._since = phase, now
+            if fault is not None and phase == fault.phase:
+                longest = lasted.get(phase, 0.0) / 2**self._tries  # too late before: sooner now
+                self._strike_at = now + self._rng.uniform(0, longest)
+                self._tries += 1
+            elif self._strike_at is not None:  # too late: here, or where the phase comes again
+                self._strike_at = now if fault.phase in LEAVING else None
+        if self._strike_at is not None and now >= self._strike_at:
+            self._strike()
+
+    def _strike(self) -> None:
+        """Sends the fault's signals, unless its phase is over and comes again.
+
+        The target is held while we look, so that the phase which the signal meets is certain.
+        """
+        self._strike_at = None
+        self._target.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._target.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        phase = self._find_phase()
+        meant = phase == self.fault.phase or self.fault.phase in LEAVING
+        if meant and self._target.poll() is None:
+            self.hit, self._struck = phase, time.monotonic()
+            if self.fault.kind == KILL:
+                return self._target.kill()
+            everyone = self._rng.random() < 0.5  # some schedulers tell one process, some all
+            for process in self._processes if everyone else [self._target]:
+                process.terminate()
+        self._target.send_signal(signal.SIGCONT)
+        if self.hit and self.fault.kind == TWICE:
+            time.sleep(self._rng.uniform(0, 0.3))
+            self._target.terminate()
+
+    def _find_phase(self) -> str:
+        return phase_of(self.workdir, self._drill.config, self._launched)
+
+    def _alone(self) -> bool:
+        """Whether the target has ended at once, so that nothing is asked of other processes."""
+        return self.hit is not None and (self.fault.kind == KILL or self.hit in LEAVING)
+
+    def _find_problem(self) -> str | None:
+        """That the newest checkpoint is whole is for the next start to see, which gets --strict."""
+        newest = max(finished_steps(self.workdir / "checkpoints"), default=-1)
+        right = [-signal.SIGKILL] if self.fault.kind == KILL else [EXIT_STOPPED]
+        if newest == self._drill.config.training.num_steps and self.fault.kind != KILL:
+            right.append(0)
+        for code in [self._target.returncode] if self._alone() else self.codes:
+            if code not in right:
+                return f"exit code {code} instead of {right[0]}; {self.last_words()}"
+        lines = MetricsFile(self.workdir / "metrics.jsonl").read()
+        reached = max((line["step"] for line in lines), default=0)
+        if reached > newest and not self._alone():
+            return f"step {reached} was reached, but only step {newest} was saved"
+        return None
+
+    def last_words(self) -> str:
+        """The last line that the processes have written, and where the others are."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"{lines[-1][:200] if lines else 'not a word'} (see {self._log})"
 
 
 class Drill:
-    """Holds a drill in the folder of `setup`. Interrupted, it begins its rounds anew."""
+    """One drill, and what it has found.
 
-    def __init__(self, config: ConfigDict, setup: Setup, seed: int, say: Callable[[str], None]):
-        """`say`: gets a line for each start."""
-        self._config, self._setup, self._say = config, setup, say
-        self._rng = random.Random(seed)
-        self._last = config.training.num_steps
-        self._durations = Durations()
-        self._known = setup.folder / "undisturbed.json"
-        self.undisturbed = setup.folder / "undisturbed"
-        self.results = Results()
+    Attributes:
+      lasted: the seconds that each phase took the last time.
+      limit: the seconds after which a start is taken to hang.
+      ended: once set, every start under way ends.
+      hits: the starts that met their fault.
+      ends: {name of a disturbed folder: its first difference from the undisturbed one, or None}.
+      missed: the faults that never came in their phase.
+    """
+
+    def __init__(self, folder: Path, config: ConfigDict, processes=1, devices=None, seed=0):
+        """`folder`: gets all run folders; `processes`: of each training, with so many `devices`."""
+        self.folder, self.config, self._seed = folder, config, seed
+        self.processes, self.devices = processes, devices
+        self.lasted: dict[str, float] = {}
+        self.limit, self.ended, self._began = math.inf, threading.Event(), time.monotonic()
+        self.hits: list[Start] = []
+        self.ends: dict[str, str | None] = {}
+        self.missed: list[Fault] = []
 
     def train_undisturbed(self) -> None:
-        """Unless the folder holds it, of the same config, code and data.
+        """Trains what the others are compared with.
 
         Raises:
-          DrillError: it does not come to its end.
-          ValueError: config and data do not fit.
+          ValueError: the run does not come to its end.
         """
-        setup, folder = self._setup, self._setup.folder
-        prints = fingerprints(self._config)
-        prints |= {"processes": setup.processes, "devices": setup.devices}
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in [folder / "starts", *folder.glob("disturbed-*")]:
+        for old in [self.folder / "undisturbed", *self.folder.glob("disturbed-*")]:
             shutil.rmtree(old, ignore_errors=True)
-        found = json.loads(self._known.read_text()) if self._known.exists() else {}
-        if found.get("fingerprints") != prints:
-            found = self._train_anew(prints)
-        self._durations = Durations(found["durations"])
-        self._counts = self._durations.counts()
-        limit = max(_SHORTEST_LIMIT, _LONGER * found["seconds"])
-        self._setup = dataclasses.replace(setup, limit=limit)
-        self._say(f"undisturbed: {found['seconds']:.1f} s, {self.undisturbed}")
+        (self.folder / "output").mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "config.json", config_lib.to_dict(self.config))
+        start = Start(self, self.folder / "undisturbed", None, random.Random()).run()
+        if any(start.codes):
+            raise ValueError(f"undisturbed, the run ends with {start.codes}; {start.last_words()}")
+        self.limit = max(_SHORTEST_LIMIT, _LONGER * (time.monotonic() - self._began))
+        self._say(f"undisturbed: {start.workdir}")
 
-    def _train_anew(self, prints: Mapping[str, Any]) -> dict[str, Any]:
-        self._known.unlink(missing_ok=True)
-        shutil.rmtree(self.undisturbed, ignore_errors=True)
-        write_json(self._setup.config, config_lib.to_dict(self._config))
-        began = time.monotonic()
-        # Nothing compiled before is used: this is the run that tells how long compiling takes.
-        shutil.rmtree(self._setup.folder / "compiled", ignore_errors=True)
-        ended = run_start(self._setup, self.undisturbed, None)
-        if any(ended.codes):
-            raise DrillError(f"undisturbed, the run ends with {ended.codes}; {ended.last_words()}")
-        self._durations.add(ended.phases, resumed=False, cold=True)
-        found = {
-            "fingerprints": prints,
-            "seconds": time.monotonic() - began,
-            "durations": self._durations.to_json(),
-        }
-        write_json(self._known, found)
-        return found
+    def run(self, amounts: Mapping[str, int], asked: Sequence[str] = (), jobs: int = 1) -> None:
+        """Sends so many signals of each kind, in `jobs` trainings at a time.
 
-    def phases(self, asked: Sequence[str]) -> list[str]:
-        """The phases to hit: those asked for, by default all that this run goes through.
+        Args:
+          asked: the phases to hit, in turn; by default all that the run goes through.
 
         Raises:
-          DrillError: the run does not go through one of them.
+          ValueError: the run does not go through a phase that was asked for.
         """
-        there = [phase for phase in PHASES if phase in self._counts]
-        for phase in asked:
-            if phase not in there:
-                raise DrillError(f"phase {phase!r}: this run has {', '.join(there)}")
-        return list(asked) or there
-
-    def run(self, amounts: Mapping[str, int], phases: Sequence[str], jobs: int = 1) -> None:
-        """Injects that many faults of each kind; fills `results`. `jobs`: rounds at a time."""
-        numbers, waiting = itertools.count(1), wishes(amounts, phases, self._rng)
+        there = [phase for phase in PHASES if phase in self.lasted]
+        if absent := set(asked) - set(there):
+            raise ValueError(f"phase {min(absent)!r}: this run has {', '.join(there)}")
+        phases = asked or there
+        faults = [
+            Fault(phases[number % len(phases)], kind)
+            for kind, amount in amounts.items()
+            for number in range(amount)
+        ]
+        random.Random(self._seed).shuffle(faults)
+        count = -(-len(faults) // _PER_ROUND)
+        rounds, numbers = [faults[index::count] for index in range(count)], itertools.count(1)
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                while waiting:
-                    rounds = [pool.submit(self._round, next(numbers), each) for each in waiting]
-                    left = [wish for each in rounds for wish in each.result()]
-                    waiting = [in_order(left)] if left else []
+                while rounds:
+                    left = pool.map(self._round, rounds, itertools.islice(numbers, len(rounds)))
+                    again = [fault for faults in left for fault in faults]
+                    rounds = [again] if again else []
             except BaseException:
-                self._setup.ended.set()
+                self.ended.set()
                 raise
 
-    def _round(self, number: int, queue: list[Wish]) -> list[Wish]:
-        """One disturbed training; returns the faults that it ended without."""
-        workdir = self._setup.folder / f"disturbed-{number}"
-        finished, later = False, []
-        while queue or not finished:
-            wish = queue.pop(0) if queue else None
-            if finished and wish.phase not in WITHOUT_STEPS:
-                later.append(wish)
-                continue
-            ended, again = self._start(number, workdir, wish, queue)
-            finished = not any(ended.codes)
-            if again is not None and wish.tries < _TRIES:
-                queue = in_order([*queue, again])
-            elif again is not None:
-                self.results.problems.append(f"{wish.kind} in {wish.phase}: could not be injected")
-            if ended.hit is None and not finished:
-                self._fail(f"round {number}: exit codes {ended.codes}; {ended.last_words()}")
-                self.results.differences[number] = f"{workdir}: did not come to its end"
-                return []
-        self.results.differences[number] = first_difference(self.undisturbed, workdir)
-        said = self.results.differences[number] or "equal bit for bit"
-        self._say(f"round {number}: {said}")
-        return later
+    def _round(self, faults: list[Fault], number: int) -> list[Fault]:
+        """One disturbed training, to its end; returns the faults that it ended without."""
+        name, rng = f"disturbed-{number}", random.Random(f"{self._seed}, {number}")
+        while name not in self.ends:
+            faults.sort(key=lambda fault: fault.phase == "finishing")  # that comes last
+            fault = faults.pop(0) if faults else None
+            start = Start(self, self.folder / name, fault, rng).run()
+            if start.hit:
+                self.hits.append(start)
+                said = start.problem or f"exit codes {start.codes} after {start.seconds:.2f} s"
+                meant = "" if start.hit == fault.phase else f" (meant for {fault.phase})"
+                self._say(f"{name}: {fault.kind} in {start.hit}{meant}: {said}")
+            elif any(start.codes):
+                self.ends[name] = f"{name}: exit codes {start.codes}; {start.last_words()}"
+            else:
+                self.ends[name] = first_difference(self.folder / "undisturbed", start.workdir)
+            if fault is not None and start.hit != fault.phase:
+                again = dataclasses.replace(fault, misses=fault.misses + 1)
+                (faults if fault.misses < _MOST_MISSES else self.missed).append(again)
+        self._say(f"{name}: {self.ends[name] or 'equal bit for bit'}")
+        return faults
 
-    def _start(
-        self, number: int, workdir: Path, wish: Wish | None, queue: list[Wish]
-    ) -> tuple[Ended, Wish | None]:
-        """One start; returns how it ended, and the fault if it is to come again."""
-        before = newest_step(workdir)
-        fault = None if wish is None else self._aim(wish, queue, before)
-        cold = wish is not None and wish.phase == "compiling"
-        ended = run_start(self._setup, workdir, fault, cold=cold)
-        self._durations.add(ended.phases, resumed=before is not None, cold=cold)
-        if fault is None or ended.hit is None:
-            self._say(f"round {number}: exit codes {ended.codes} at step {newest_step(workdir)}")
-            return ended, None if wish is None else dataclasses.replace(wish, tries=wish.tries + 1)
-        wrong = problem(fault, ended, workdir, before, self._last)
-        hit = ended.hit["phase"]
-        found = Injected(number, wish.phase, hit, wish.kind, ended.seconds, wrong)
-        self.results.injected.append(found)
-        self._say(_said(found, ended.codes, newest_step(workdir)))
-        missed = hit != wish.phase
-        return ended, dataclasses.replace(wish, tries=wish.tries + 1) if missed else None
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
 
-    def _aim(self, wish: Wish, queue: Sequence[Wish], before: int | None) -> Fault:
-        share = 1 - (before or 0) / self._last
-        stepping = sum(other.phase not in ONCE for other in queue) + 1
-        occurrences = self._counts[wish.phase] / self._setup.processes * share / stepping
-        occurrences /= 2  # the run is not to end before its faults: that costs another round
-        return aimed(
-            wish,
-            self._durations,
-            self._rng,
-            resumed=before is not None,
-            cold=wish.phase == "compiling",
-            occurrences=1 if wish.tries else occurrences,
-            num_processes=self._setup.processes,
-        )
+    def first_problem(self) -> str | None:
+        """The first thing that is not as it should be; None where all is."""
+        hits = [f"{s.fault.kind} in {s.hit}: {s.problem}" for s in self.hits if s.problem]
+        missed = [f"{fault.kind} in {fault.phase}: it never came there" for fault in self.missed]
+        return next(filter(None, [*self.ends.values(), *hits, *missed]), None)
 
-    def _fail(self, text: str) -> None:
-        self.results.problems.append(text)
-        self._say(text)
-
-
-def _said(found: Injected, codes: Sequence[int], newest: int | None) -> str:
-    meant = "" if found.phase == found.wanted else f" (meant for {found.wanted})"
-    exits = f"exit {', '.join(map(str, codes))}"
-    end = found.problem or ("killed" if found.kind == "SIGKILL" else exits)
-    kept = "nothing saved yet" if newest is None else f"global_step{newest} is whole"
-    return (
-        f"round {found.round}: {found.kind} in {found.phase}{meant}: {end} "
-        f"after {found.seconds or 0:.2f} s; {kept}"
-    )
+    def summary(self) -> list[dict[str, Any]]:
+        """What came, and what came of it: an entry for each phase and kind of signal."""
+        rows = []
+        for phase, kind in itertools.product(PHASES, KINDS):
+            hits = [start for start in self.hits if (start.hit, start.fault.kind) == (phase, kind)]
+            if hits:
+                seconds = [start.seconds for start in hits]
+                rows.append(
+                    {
+                        "phase": phase,
+                        "signal": kind,
+                        "came": len(hits),
+                        "as it should": sum(start.problem is None for start in hits),
+                        "median s to exit": round(statistics.median(seconds), 2),
+                        "most": round(max(seconds), 2),
+                    }
+                )
+        return rows

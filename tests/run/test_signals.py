@@ -55,15 +55,6 @@ def test_afterwards_signals_do_what_they_did_before():
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
-def test_observers_hear_of_phases_and_of_the_return_from_them(monkeypatch):
-    heard = []
-    monkeypatch.setattr(signals, "observers", [heard.append])
-    with StopRequest() as stop, stop.phase("stepping"):
-        with stop.phase("evaluating"):
-            assert stop.phase_name == "evaluating"
-    assert heard == ["starting", "stepping", "evaluating", "stepping", "starting"]
-
-
 BUSY = """
 import sys
 from stablelm_jax.run.signals import StopRequest

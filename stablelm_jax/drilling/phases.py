@@ -1,0 +1,71 @@
+"""Which phase a training is in, as the files of its run folder show it from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from stablelm_jax.checkpoint.names import checkpoint_name, entries
+
+# A signal in these ends the process at once, since there is nothing to save.
+LEAVING = ("starting", "restoring", "compiling")
+PHASES = (
+    *LEAVING,
+    *("stepping", "evaluating", "sampling", "saving", "writing", "finalising", "deleting"),
+    "finishing",
+)
+
+
+def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
+    """One of `PHASES`, for a training in `workdir` launched at `launched` (ns since 1970).
+
+    A start locks its folder, restores (or saves `global_step0`), cuts the metrics back, adds itself
+    to environment.json, compiles, and from then on appends to metrics.jsonl. An evaluation, a
+    sample or a save is due where the step of the last line is one for it.
+    """
+    if _changed(workdir / ".lock") < launched:
+        return "starting"
+    if (recorded := _changed(workdir / "environment.json")) < launched:
+        return "restoring"
+    if (written := _changed(workdir / "metrics.jsonl")) <= recorded:
+        return "compiling"
+    line, last = _last_line(workdir / "metrics.jsonl"), config.training.num_steps
+    step, name = line["step"], checkpoint_name(line["step"])
+
+    def due(every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == last)
+
+    if due(config.evaluation.every) and "eval/loss" not in line:
+        return "evaluating"
+    sample = workdir / "samples" / f"{name}.txt"
+    if due(config.samples.every) and step > 0 and _changed(sample) < written:
+        return "sampling"
+    if step == last:
+        return "finishing"
+    for path in (found := entries(workdir / "checkpoints")):
+        if path.name.endswith(".deleting"):
+            return "deleting"
+        if ".orbax-checkpoint-tmp" in path.name:  # an item that is whole no longer has that ending
+            return "finalising" if (path / "params").exists() else "writing"
+    saved = name in [path.name for path in found]
+    return "saving" if due(config.checkpoint.every) and not saved else "stepping"
+
+
+def _changed(path: Path) -> int:
+    """When a file was last written, in ns since 1970; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last whole line; one that is being written has no end yet."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+        whole = file.read().rpartition(b"\n")[0]
+    return json.loads(whole.rpartition(b"\n")[2])
