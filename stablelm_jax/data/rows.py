@@ -52,16 +52,12 @@ class TokenStream:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as a fresh int32 array; a read may cross shards."""
         number = bisect.bisect_right(self._starts, start) - 1
-        base = self._starts[number]
-        if stop <= self._starts[number + 1]:
-            return self._shards[number].read(start - base, stop - base)
         parts = []
         while start < stop:
-            shard, base = self._shards[number], self._starts[number]
-            end = min(stop, self._starts[number + 1])
-            parts.append(shard.read(start - base, end - base))
+            base, end = self._starts[number], min(stop, self._starts[number + 1])
+            parts.append(self._shards[number].read(start - base, end - base))
             start, number = end, number + 1
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def token_stream(source: Source, split: str) -> TokenStream:
