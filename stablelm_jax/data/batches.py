@@ -36,7 +36,7 @@ class BatchSpec:
     Attributes:
       sequence_length: T.
       batch_size: rows of all processes together.
-      seed: of the shuffles.
+      seed: what the shuffles are derived from.
       eod: id of `<|endoftext|>`.
       loss_on_first_token: whether the target that follows an `<|endoftext|>` counts (as in NeoX).
     """
@@ -166,9 +166,9 @@ def _source(sources: Mapping[str, Source], name: str, eod: int) -> Source:
 
 
 class _HeldOut(grain.MapDataset[Batch]):
-    """Batches of one process over a held-out stream, the first `total` rows of it.
+    """One process's batches of the first `total` rows of a held-out stream.
 
-    `first` is the place of this process's rows in a batch of the job; `source_ids` are of a batch.
+    This process has the rows from `first` on of each batch of the job; `source_ids` are theirs.
     """
 
     def __init__(

@@ -60,7 +60,6 @@ def places(
     sources: Mapping[str, Source],
     mixture: Mixture,
     rows: Sequence[int],
-    *,
     sequence_length: int,
     seed: int,
     tokenizer: Tokenizer,

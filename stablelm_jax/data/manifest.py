@@ -31,11 +31,11 @@ SOURCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class ManifestError(ValueError):
-    """A manifest, or a shard it lists, that does not hold; the message names the file."""
+    """A manifest that cannot be used; the message names the file."""
 
 
 class ManifestMissing(ManifestError):
-    """There is none: the source has not been prepared there."""
+    """There is no manifest: the source has not been prepared there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ class SourceManifest:
       source: its name, `[a-z][a-z0-9_]*`.
       tokenizer: which tokenizer made the ids.
       train, held_out: the two splits; no document is in both.
-      unigram_entropy: of the train tokens, in nats; the loss of a model that knows frequencies.
+      unigram_entropy: entropy of the train tokens in nats: the loss of a model that knows how often
+        each token comes, and nothing else.
       languages: ISO 639-1 codes.
       licence: an SPDX expression or a sentence.
       provenance: free fields (where from, when, by which command).
@@ -190,52 +191,36 @@ def open_sources(
 
     Args:
       root: the data directory, or its URL.
-      names: which sources.
-      tokenizer_sha256: of the tokenizer that the run uses; None: all sources must agree on one.
+      tokenizer_sha256: what identifies the run's tokenizer; None: all sources must agree on one.
       cache: where the shards behind a URL are kept; None: they are read by range.
 
     Raises:
-      ManifestError: one of them does not hold; the message names the file.
+      ManifestError, ShardError: the first thing that does not hold; the message names the file.
       ValueError: no driver for the URL.
     """
     root, sources = as_path(root, cache), {}
     for name in sorted(names):
         directory = root / name
-        manifest = read_manifest(directory)
+        path, manifest = directory / MANIFEST_NAME, read_manifest(directory)
         if manifest.source != name:
             raise ManifestError(
-                f"{directory / MANIFEST_NAME}: is of source {manifest.source!r};"
-                " rename the directory back"
+                f"{path}: is of source {manifest.source!r}; rename the directory back"
             )
-        tokenizer_sha256 = tokenizer_sha256 or manifest.tokenizer.sha256
-        verify(directory, manifest, tokenizer_sha256=tokenizer_sha256)
+        made_by = manifest.tokenizer
+        tokenizer_sha256 = tokenizer_sha256 or made_by.sha256
+        if made_by.sha256 != tokenizer_sha256:
+            raise ManifestError(
+                f"{path}: prepared with tokenizer {made_by.name!r} (sha256 {made_by.sha256[:12]}),"
+                f" but this run uses the one of sha256 {tokenizer_sha256[:12]}; prepare the source"
+                " again with the tokenizer of the run"
+            )
+        verify(directory, manifest)
         sources[name] = Source(directory, manifest)
     return sources
 
 
-def verify(
-    directory: str | os.PathLike | RemotePath,
-    manifest: SourceManifest,
-    *,
-    tokenizer_sha256: str | None = None,
-) -> None:
-    """Holds the sizes of a source's shards, and its tokenizer, against its manifest.
-
-    Args:
-      directory: of the source; behind a URL the bytes of its `.bin` files are compared.
-      manifest: its manifest.
-      tokenizer_sha256: what the ids must have been made with; None: any tokenizer.
-
-    Raises:
-      ManifestError, ShardError: the first thing that does not hold, naming the file.
-    """
-    directory, made_by = as_path(directory), manifest.tokenizer
-    if tokenizer_sha256 not in (None, made_by.sha256):
-        raise ManifestError(
-            f"{directory / MANIFEST_NAME}: prepared with tokenizer {made_by.name!r} (sha256"
-            f" {made_by.sha256[:12]}), but this run uses the one of sha256"
-            f" {tokenizer_sha256[:12]}; prepare the source again with the tokenizer of the run"
-        )
+def verify(directory: pathlib.Path | RemotePath, manifest: SourceManifest) -> None:
+    """Compares the sizes of a source's shards with its manifest; ShardError names what differs."""
     for info in manifest.train.shards + manifest.held_out.shards:
         open_shard(directory / info.file, info)
 
@@ -257,7 +242,7 @@ def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | Remo
 def data_hash(manifests: Mapping[str, SourceManifest]) -> str:
     """Identifies the data of a run: contents and order of every source's shards, nothing else.
 
-    File names, paths, dates, licences and provenance do not enter; the sources' names do, because
+    File names, paths, dates, licences and provenance do not count; the sources' names do, because
     a row depends on them (`rows.source_seed`).
     """
     contents = {

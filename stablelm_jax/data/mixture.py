@@ -106,7 +106,7 @@ class Mixture:
     """Maps a global row to a source and a row of that source, in stages of fixed weights.
 
     Args:
-      weights: of the sources from row 0 on, by name; they need not add up to 1.
+      weights: weight of each source from row 0 on, by name; they need not add up to 1.
       stages: `(first_row, weights)` of later stages, in order. A source that a stage does not name
         has weight 0 there; each source goes on where it stopped.
 

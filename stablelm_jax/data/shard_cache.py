@@ -90,12 +90,7 @@ class ShardCache:
 
 
 class RemoteShard:
-    """A shard behind a URL, for reading; has what `TokenStream` needs of a `Shard`.
-
-    Attributes:
-      path: of the `.bin`.
-      num_tokens: count.
-    """
+    """A shard behind a URL, for reading; has what `TokenStream` needs of a `Shard`."""
 
     def __init__(self, path: RemotePath, info: ShardInfo):
         """Compares the size that the store tells with the manifest's; reads nothing.

@@ -79,14 +79,13 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 class ShardWriter:
-    """Writes one shard, aside, and gives it its name when closed.
+    """Writes one shard, aside, and gives it its name when closed; `info` then describes it.
 
-    Use as a context manager: leaving it by an exception deletes what was written. After `close`,
-    `info` describes the shard.
+    Use it as a context manager: leaving it by an exception deletes what was written.
 
-    Files are not flushed to the disk before the rename: a machine that loses its power may lose
-    the newest shards, but the usual file systems record a size only once its data is written, so
-    the byte counts of the manifest show it.
+    Files are not flushed to the disk before the rename. A machine that loses its power may lose the
+    newest shards, but the usual file systems record a size only once its data is written, so the
+    byte counts of the manifest show it.
     """
 
     def __init__(self, path_without_suffix: str | os.PathLike):
@@ -97,13 +96,7 @@ class ShardWriter:
         self._file = self._files.enter_context(open(tokens_aside, "wb", buffering=1 << 20))
         self._sha256 = hashlib.sha256()
         self._lengths = array.array("i")
-        self.tokens = 0
         self.info: ShardInfo | None = None
-
-    @property
-    def documents(self) -> int:
-        """Documents added so far."""
-        return len(self._lengths)
 
     def add(self, document: np.ndarray) -> None:
         """Appends one document: a flat array of token ids, its `<|endoftext|>` included."""
@@ -135,19 +128,17 @@ class ShardWriter:
         self._file.write(data)
         self._sha256.update(data)
         self._lengths.frombytes(lengths.astype("<i4").tobytes())
-        self.tokens += len(tokens)
 
     def close(self) -> ShardInfo:
         """Writes the index, gives both files their names, and returns what the manifest needs."""
         if self.info is None:
-            self._index_aside.write_bytes(_index_bytes(np.frombuffer(self._lengths, np.int32)))
-            # An older shard's index must not be found beside the new tokens.
-            self._idx.unlink(missing_ok=True)
-            self._files.close()
-            sha256 = self._sha256.hexdigest()
-            self.info = ShardInfo(
-                self._bin.name, self.documents, self.tokens, 4 * self.tokens, sha256
-            )
+            lengths = np.frombuffer(self._lengths, np.int32)
+            with self._files:
+                self._index_aside.write_bytes(_index_bytes(lengths))
+                # An older shard's index must not be found beside the new tokens.
+                self._idx.unlink(missing_ok=True)
+            tokens, sha256 = int(lengths.sum(dtype=np.int64)), self._sha256.hexdigest()
+            self.info = ShardInfo(self._bin.name, len(lengths), tokens, 4 * tokens, sha256)
         return self.info
 
     def __enter__(self) -> Self:
@@ -173,10 +164,7 @@ def _index_bytes(lengths: np.ndarray) -> bytes:
 class Shard(TokenFile):
     """A shard for reading. Opening it checks header and sizes; `check` checks the whole index.
 
-    Attributes:
-      path: the `.bin` file.
-      dtype: type of the tokens on disk.
-      num_tokens, num_sequences, num_documents: counts.
+    Its `path` is that of the `.bin`. `num_tokens`, `num_sequences` and `num_documents` are counts.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -38,12 +38,7 @@ def shard_error(path: pathlib.Path | RemotePath, error: OSError) -> ShardError:
 
 
 class TokenFile:
-    """A file of nothing but tokens, for reading.
-
-    Attributes:
-      path: the file.
-      dtype: type of the tokens in it.
-    """
+    """A file of nothing but tokens of one type, for reading."""
 
     _open_lock: ClassVar[threading.Lock] = threading.Lock()
     _opened: ClassVar[collections.deque[weakref.ref]] = collections.deque()
@@ -97,7 +92,7 @@ class TokenFile:
         return size
 
     def _open(self) -> _File:
-        """Opens the file; when many are open, the shard that was first gives up its own."""
+        """Opens the file; when many are open, the one that was opened first is let go."""
         self._file = file = _File(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         with TokenFile._open_lock:
             TokenFile._opened.append(weakref.ref(self))
