@@ -29,7 +29,7 @@ def shard_error(path: pathlib.Path | RemotePath, error: OSError) -> ShardError:
     if isinstance(error, FileNotFoundError):
         return ShardError(f"{path}: missing; restore it or prepare the source again")
     message = f"{path}: cannot be read ({error.strerror or error})"
-    if may_pass(error):  # and did not in 15 seconds
+    if error.errno is not None and may_pass(error):  # errors of a store have no number
         message += (
             "; look at the disk or the mount it lies on, or copy the data elsewhere, and run the"
             " same command again"
