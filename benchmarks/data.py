@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax.data import rows as rows_module
-from stablelm_jax.data.batches import Batch, BatchSpec, assemble, train_batches
+from stablelm_jax.data.batches import Batch, BatchSpec, collate, train_batches
 from stablelm_jax.data.manifest import (
     MANIFEST_NAME,
     Source,
@@ -47,7 +47,8 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.mixture import Mixture
-from stablelm_jax.data.shards import ShardInfo, ShardWriter, TokenFile
+from stablelm_jax.data.shards import ShardInfo, ShardWriter
+from stablelm_jax.data.token_file import TokenFile
 
 # The reported weights of Stable LM 2's 28 sources, in the order of its table.
 WEIGHTS = [
@@ -153,7 +154,7 @@ class MappedRows:
 
 def stack(rows: list[tuple[np.ndarray, int]]) -> Batch:
     """Our own marks and masks, so that the contestants differ in the rest alone."""
-    return assemble(np.stack([row for row, _ in rows]), [index for _, index in rows], SPEC)
+    return collate(np.stack([row for row, _ in rows]), [index for _, index in rows], SPEC)
 
 
 def grain_mix(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:

@@ -97,18 +97,17 @@ def contestants() -> dict[str, Callable[[list[str]], list]]:
     from stablelm_jax.tokenizer import tokenizer as module
 
     ours = module.load_tokenizer(module.ARCADE100K)
-    ranks = module._parse_ranks(module.find_ranks())
 
     def bare(pattern: str) -> Callable[[list[str]], list]:
         encoding = tiktoken.Encoding(
-            "bare", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ours.specials
+            "bare", pat_str=pattern, mergeable_ranks=ours.ranks, special_tokens=ours.specials
         )
         return lambda texts: [encoding.encode_ordinary(text) for text in texts]
 
     return {
         "tiktoken": bare(module.PATTERN),
         "tiktoken, grouped": bare(module._GROUPED_PATTERN),
-        "ours": ours.encode_documents,
+        "ours": lambda texts: [ours.encode_document(text) for text in texts],
     }
 
 

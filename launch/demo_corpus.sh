@@ -49,7 +49,7 @@ prepare() { # SOURCE INPUT LICENCE LANGUAGE...
         --output "$data" --tokenizer "$tokenizer" --licence "$licence" "$@")
 }
 
-install --editable '.[demo]'
+install --editable '.[demo,arcade100k]'
 mkdir -p "$downloads"
 languages=(en de es fr it nl pt)
 texts=("$downloads/stdlib_code.jsonl")

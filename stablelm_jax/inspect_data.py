@@ -3,19 +3,21 @@
     python -m stablelm_jax.inspect_data --config configs/smoke.py \\
         --config.data.root=runs/smoke/data --step 12 --rows 2
 
-Step N is the one whose metrics line says N: the update after which N have been done. Of a run that
-is a branch, or whose config was changed on the way, `--workdir` says where its rows are counted
-from. With `--json` each row is one line.
+Step N is the one whose metrics line says N: the update after which N have been done. Where a run is
+a branch, or its config was changed on the way, name its `--workdir`: its checkpoints say from which
+row its steps are counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 
@@ -33,73 +35,54 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _inspect(argv: Sequence[str]) -> int:
-    config = config_lib.config_from_flags()
-    from stablelm_jax.data.inspection import places
-    from stablelm_jax.tokenizer.tokenizer import load_tokenizer
-    from stablelm_jax.training.begin import position_of
-    from stablelm_jax.training.setup import mixture_of, open_data
-
-    given = flags.FLAGS
+    config, given = config_lib.config_from_flags(), flags.FLAGS
     try:
-        position = position_of(config, given.workdir)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        mixture = mixture_of(config, position)
-        sources = open_data(config, tokenizer, mixture.sources)
-        if given.source and given.source not in mixture.sources:
-            raise ValueError(
-                f"--source {given.source}: the mixture has {', '.join(mixture.sources)}"
-            )
-        first = position.first_row(given.step - 1, config.data.batch_size)
-        found = places(
-            sources,
-            mixture,
-            range(first, first + config.data.batch_size),
-            sequence_length=config.data.sequence_length,
-            seed=config.seed,
-            tokenizer=tokenizer,
-        )
-        wanted = (place for place in found if given.source in (None, place.source))
-        show = _as_json if given.json else _show
-        for number, place in enumerate(wanted):
-            if given.rows is not None and number >= given.rows:
-                break
-            show(place)
+        wanted = (row for row in _rows(config) if given.source in (None, row.source))
+        for row in itertools.islice(wanted, given.rows):
+            if given.json:
+                print(json.dumps(dataclasses.asdict(row), ensure_ascii=False))
+            else:
+                _show(row)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _as_json(place) -> None:
-    print(json.dumps(dataclasses.asdict(place), ensure_ascii=False))
+def _rows(config: ConfigDict) -> Iterator:
+    from stablelm_jax.data.inspection import places
+    from stablelm_jax.tokenizer.tokenizer import load_tokenizer
+    from stablelm_jax.training.begin import position_of
+    from stablelm_jax.training.setup import mixture_of, open_data
+
+    given, data = flags.FLAGS, config.data
+    position = position_of(config, given.workdir)
+    tokenizer, mixture = load_tokenizer(data.tokenizer), mixture_of(config, position)
+    if given.source and given.source not in mixture.sources:
+        raise ValueError(f"--source {given.source}: the mixture has {', '.join(mixture.sources)}")
+    sources = open_data(config, tokenizer, mixture.sources)
+    first = position.first_row(given.step - 1, data.batch_size)
+    rows = range(first, first + data.batch_size)
+    return places(sources, mixture, rows, data.sequence_length, config.seed, tokenizer)
 
 
-def _show(place) -> None:
+def _show(row) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.rule(
-        f"row {place.row:,}: {place.source}, epoch {place.epoch}, "
-        f"row {place.source_row:,} of {place.source_rows:,}",
-        align="left",
-    )
-    for document in place.documents:
+    number = f"row {row.source_row:,} of {row.source_rows:,}"
+    console.rule(f"row {row.row:,}: {row.source}, epoch {row.epoch}, {number}", align="left")
+    for document in row.documents:
         number = "" if document.number is None else f", document {document.number:,}"
-        part = "" if document.opens else ", from its middle"
-        head = (
-            f"{document.file} token {document.offset:,}{number}: {document.tokens:,} tokens{part}"
-        )
-        console.print(Text(head, style="bold cyan"), soft_wrap=True)
-        console.print(Text(_shortened(document.text, flags.FLAGS.chars)), soft_wrap=True)
-
-
-def _shortened(text: str, characters: int) -> str:
-    """Beginning and end."""
-    if not characters or len(text) <= characters:
-        return text
-    half = characters // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+        head = f"{document.file} token {document.offset:,}{number}: {document.tokens:,} tokens"
+        middle = "" if document.opens else ", from its middle"
+        console.print(Text(head + middle, style="bold cyan"), soft_wrap=True)
+        text, half = document.text, flags.FLAGS.chars // 2
+        if half and len(text) > flags.FLAGS.chars:
+            left_out = len(text) - 2 * half
+            text = f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
+        console.print(Text(text), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from stablelm_jax.data.manifest import (
     SourceManifest,
     Split,
     TokenizerInfo,
+    open_shard,
     unigram_entropy,
     write_manifest,
 )
-from stablelm_jax.data.shards import ShardWriter
+from stablelm_jax.data.shards import ShardWriter, file_sha256
 
 EOD = 7
 TOKENIZER = TokenizerInfo("letters", "a" * 64, 64, EOD)
@@ -68,6 +69,17 @@ def _write_shard(path: Path, documents: list[list[int]]):
         for document in documents:
             writer.add(np.array(document))
     return writer.info
+
+
+def check_contents(directory: Path, manifest: SourceManifest) -> None:
+    """Every byte of a prepared source: its sha256, the whole index, and where documents end."""
+    for info in manifest.train.shards + manifest.held_out.shards:
+        assert file_sha256(directory / info.file) == info.sha256
+        shard = open_shard(directory / info.file, info)
+        shard.check()
+        tokens = shard.read(0, shard.num_tokens)
+        assert (tokens[shard.document_offsets[1:] - 1] == manifest.tokenizer.eod).all()
+        assert tokens.max(initial=0) < manifest.tokenizer.vocab_size
 
 
 def slow_rows(shards: list[list[list[int]]], sequence_length: int) -> list[list[int]]:

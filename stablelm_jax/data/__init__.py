@@ -1,1 +1,1 @@
-"""From documents to batches: tokenizer, readers, shards, manifests, mixture, rows, batches."""
+"""From token shards to the batch of a step: shards, manifest, mixture, rows, batches."""

@@ -36,7 +36,7 @@ class BatchSpec:
     Attributes:
       sequence_length: T.
       batch_size: rows of all processes together.
-      seed: of the shuffles.
+      seed: what the shuffles are derived from.
       eod: id of `<|endoftext|>`.
       loss_on_first_token: whether the target that follows an `<|endoftext|>` counts (as in NeoX).
     """
@@ -79,17 +79,11 @@ def train_batches(
 
     Args:
       sources: at least the mixture's sources, by name.
-      mixture: the mixture.
-      spec: the batch of the whole job.
       start_row: rows consumed so far by the whole job.
-      process_index, process_count: of this process.
       prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`. A
         thread reads the B rows of its batch one after the other, so slow storage is hidden while
         B * seconds a read <= (prefetch + 1) // 2 * seconds a step; past that a step waits for the
         rest, B * seconds a read / threads - seconds a step (`benchmarks/data.py --latency-ms`).
-
-    Returns:
-      An iterator of batches; close it to end its threads.
 
     Raises:
       ValueError: a source that is missing, has another `<|endoftext|>` or does not fill a row; a
@@ -99,16 +93,19 @@ def train_batches(
     rows = spec.rows_of_a_process(process_index, process_count)
     if start_row < 0:
         raise ValueError(f"start_row {start_row}: rows are counted from 0")
-    datasets = []
-    for index, name in enumerate(mixture.sources):
-        source = _source_of(sources, name)
-        _check_eod(source, spec.eod)
-        datasets.append(train_rows(source, spec.sequence_length, spec.seed, index))
-    selection = SelectionMap(
-        mixture, start_row + process_index * rows, take=rows, stride=spec.batch_size
-    )
+    datasets = [
+        train_rows(_source(sources, name, spec.eod), spec.sequence_length, spec.seed, index)
+        for index, name in enumerate(mixture.sources)
+    ]
+    first = start_row + process_index * rows
+    selection = SelectionMap(mixture, first, take=rows, stride=spec.batch_size)
     mixed = grain.MapDataset.select_from_datasets(datasets, selection)
-    return BatchIterator(mixed.batch(rows, batch_fn=_Assemble(spec)), prefetch)
+
+    def batch_of(rows: Sequence[Row]) -> Batch:
+        rows_BR = np.concatenate([row.tokens for row in rows]).reshape(len(rows), -1)
+        return collate(rows_BR, [row.source for row in rows], spec)
+
+    return BatchIterator(mixed.batch(rows, batch_fn=batch_of), prefetch)
 
 
 def held_out_batches(
@@ -132,8 +129,7 @@ def held_out_batches(
       name: which of them; a held-out split shorter than a row will do.
       spec: the batch of the whole job; its seed plays no part.
       max_rows: score only the first rows; None: all.
-      process_index, process_count: of this process.
-      prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`.
+      prefetch: as in `train_batches`.
 
     Raises:
       ValueError: an unknown source, one of fewer than two held-out tokens or of another
@@ -141,17 +137,65 @@ def held_out_batches(
       ShardError: a shard that is missing or damaged.
     """
     rows = spec.rows_of_a_process(process_index, process_count)
-    source = _source_of(sources, name)
-    _check_eod(source, spec.eod)
+    source = _source(sources, name, spec.eod)
     stream = token_stream(source, "held_out")
     if stream.num_tokens < 2:
         raise ValueError(
             f"{source.directory}: {stream.num_tokens} held-out tokens, nothing to score;"
             " prepare the source again with a larger held-out fraction"
         )
-    source_index = sorted(sources).index(name)
-    dataset = _HeldOut(stream, spec, rows * process_index, rows, max_rows, source_index)
-    return BatchIterator(dataset, prefetch)
+    total = math.ceil((stream.num_tokens - 1) / spec.sequence_length)
+    total = total if max_rows is None else min(total, max_rows)
+    source_ids = [sorted(sources).index(name)] * rows
+    return BatchIterator(_HeldOut(stream, spec, process_index * rows, total, source_ids), prefetch)
+
+
+def _source(sources: Mapping[str, Source], name: str, eod: int) -> Source:
+    if name not in sources:
+        raise ValueError(
+            f"source {name!r} is asked for, but only {sorted(sources)} are open;"
+            " open it with open_sources or set its weight to 0"
+        )
+    found = sources[name].manifest.tokenizer.eod
+    if found != eod:
+        raise ValueError(
+            f"{sources[name].directory}: documents end with token {found}, but the run says {eod};"
+            " prepare the source again with the tokenizer of the run"
+        )
+    return sources[name]
+
+
+class _HeldOut(grain.MapDataset[Batch]):
+    """One process's batches of the first `total` rows of a held-out stream.
+
+    This process has the rows from `first` on of each batch of the job; `source_ids` are theirs.
+    """
+
+    def __init__(
+        self, stream: TokenStream, spec: BatchSpec, first: int, total: int, source_ids: list[int]
+    ):
+        super().__init__()
+        self._stream, self._spec, self._source_ids = stream, spec, source_ids
+        self._first, self._total = first, total
+
+    def __len__(self) -> int:
+        return math.ceil(self._total / self._spec.batch_size)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        rows, length = len(self._source_ids), self._spec.sequence_length
+        rows_BR = np.full((rows, length + 1), self._spec.eod, np.int32)
+        scored_BT = np.zeros((rows, length), np.float32)
+        first = index * self._spec.batch_size + self._first
+        for place, row in enumerate(range(first, min(first + rows, self._total))):
+            start = row * length
+            part = self._stream.read(start, min(start + length + 1, self._stream.num_tokens))
+            rows_BR[place, : len(part)] = part
+            scored_BT[place, : len(part) - 1] = 1
+        batch = collate(rows_BR, self._source_ids, self._spec)
+        batch["loss_mask"] *= scored_BT
+        return batch
 
 
 class BatchIterator(Iterator[Batch]):
@@ -199,76 +243,7 @@ class BatchIterator(Iterator[Batch]):
         self.close()
 
 
-def _source_of(sources: Mapping[str, Source], name: str) -> Source:
-    if name not in sources:
-        raise ValueError(
-            f"source {name!r} is asked for, but only {sorted(sources)} are open;"
-            " open it with open_sources or set its weight to 0"
-        )
-    return sources[name]
-
-
-def _check_eod(source: Source, eod: int) -> None:
-    found = source.manifest.tokenizer.eod
-    if found != eod:
-        raise ValueError(
-            f"{source.directory}: documents end with token {found}, but the run says {eod};"
-            " prepare the source again with the tokenizer of the run"
-        )
-
-
-class _Assemble:
-    """Makes a batch of rows. A class, as grain wants batch functions it can name."""
-
-    def __init__(self, spec: BatchSpec):
-        self._spec = spec
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        rows_BR = np.concatenate([row.tokens for row in rows]).reshape(len(rows), -1)
-        return assemble(rows_BR, [row.source for row in rows], self._spec)
-
-
-class _HeldOut(grain.MapDataset[Batch]):
-    """Batches of one process over a held-out stream; `first` is its place in a job's batch."""
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        spec: BatchSpec,
-        first: int,
-        rows: int,
-        max_rows: int | None,
-        source_index: int,
-    ):
-        super().__init__()
-        self._stream, self._spec = stream, spec
-        self._first, self._rows = first, rows
-        self._total = math.ceil((stream.num_tokens - 1) / spec.sequence_length)
-        if max_rows is not None:
-            self._total = min(self._total, max_rows)
-        self._source_ids = [source_index] * rows
-
-    def __len__(self) -> int:
-        return math.ceil(self._total / self._spec.batch_size)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        length = self._spec.sequence_length
-        rows_BR = np.full((self._rows, length + 1), self._spec.eod, np.int32)
-        scored_BT = np.zeros((self._rows, length), np.float32)
-        first = index * self._spec.batch_size + self._first
-        for place, row in enumerate(range(first, min(first + self._rows, self._total))):
-            start = row * length
-            part = self._stream.read(start, min(start + length + 1, self._stream.num_tokens))
-            rows_BR[place, : len(part)] = part
-            scored_BT[place, : len(part) - 1] = 1
-        batch = assemble(rows_BR, self._source_ids, self._spec)
-        batch["loss_mask"] *= scored_BT
-        return batch
-
-
-def assemble(rows_BR: np.ndarray, source_ids: Sequence[int], spec: BatchSpec) -> Batch:
+def collate(rows_BR: np.ndarray, source_ids: Sequence[int], spec: BatchSpec) -> Batch:
     """The batch of some rows, int32 [B, T + 1], and the sources they come from."""
     tokens_BT = np.ascontiguousarray(rows_BR[:, :-1])
     segment_ids_BT, positions_BT = mark_documents(tokens_BT, spec.eod)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -11,22 +10,22 @@ import numpy as np
 
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture
-from stablelm_jax.data.rows import TokenStream, row_count, shuffled, source_seed, token_stream
+from stablelm_jax.data.rows import row_count, shuffled, source_seed, token_stream
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document, or the part of one, in a row.
+    """A document, or a part of one, in a row.
 
     Attributes:
-      file: of the shard that holds its first token here.
-      number: which document of that shard, from 0; None for a shard behind a URL.
-      offset: token of the file with which it begins here (the byte is 4 times that).
-      tokens: of it in this row, its `<|endoftext|>` included.
-      opens: whether it begins here; else the row opens in mid-document.
-      text: of these tokens.
+      file: the shard that holds its first token of this row.
+      number: which document of that shard it is, from 0; None for a shard behind a URL.
+      offset: place of that first token in the shard, in tokens (the byte is 4 times that).
+      tokens: how many of its tokens are in this row, its `<|endoftext|>` included.
+      opens: whether the document begins here; else the row opens in mid-document.
+      text: these tokens as text.
     """
 
     file: str
@@ -42,11 +41,11 @@ class RowPlace:
     """One row of a batch.
 
     Attributes:
-      row: of the mixture, from 0.
-      source: its name.
+      row: its number in the mixture, from 0.
+      source: name of the source.
       epoch: how often the source had been read to its end before.
-      source_row: which row of the source, in the order of its shards; of `source_rows`.
-      documents: of its sequence_length tokens, in order.
+      source_row: its number in the source, in the order of the shards; there are `source_rows`.
+      documents: what its sequence_length tokens belong to, in order.
     """
 
     row: int
@@ -61,7 +60,6 @@ def places(
     sources: Mapping[str, Source],
     mixture: Mixture,
     rows: Sequence[int],
-    *,
     sequence_length: int,
     seed: int,
     tokenizer: Tokenizer,
@@ -85,7 +83,7 @@ class _SourceReader:
         self._source, self._length, self._tokenizer = source, sequence_length, tokenizer
         self._stream = token_stream(source, "train")
         self._rows = row_count(self._stream, sequence_length)
-        numbers = _RowNumbers(self._rows)
+        numbers = grain.MapDataset.range(self._rows)
         self._numbers = shuffled(numbers, source_seed(seed, source.name))
 
     def place(self, row: int, index: int) -> RowPlace:
@@ -103,32 +101,9 @@ class _SourceReader:
         for end in [*ends.tolist(), len(tokens)]:
             if end > first:
                 text = self._tokenizer.decode(tokens[first:end].tolist())
-                file, number, offset = self._origin(self._stream, start + first)
-                yield Document(file, number, offset, end - first, bool(opens), text)
+                shard, offset = self._stream.locate(start + first)
+                number = None
+                if isinstance(shard, Shard):
+                    number = int(np.searchsorted(shard.document_offsets, offset, side="right")) - 1
+                yield Document(str(shard.path), number, offset, end - first, bool(opens), text)
             first, opens = end, True
-
-    def _origin(self, stream: TokenStream, position: int) -> tuple[str, int | None, int]:
-        shard, offset = stream.locate(position)
-        number = None
-        if isinstance(shard, Shard):
-            number = int(np.searchsorted(_offsets(shard), offset, side="right")) - 1
-        return str(shard.path), number, offset
-
-
-@functools.cache
-def _offsets(shard: Shard) -> np.ndarray:
-    return shard.document_offsets
-
-
-class _RowNumbers(grain.MapDataset[int]):
-    """The numbers of a source's rows, where training has the rows."""
-
-    def __init__(self, rows: int):
-        super().__init__()
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def __getitem__(self, index):
-        return self.slice(index) if isinstance(index, slice) else index % self._rows

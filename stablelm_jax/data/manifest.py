@@ -14,14 +14,15 @@ import json
 import os
 import pathlib
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from stablelm_jax.data import shards
 from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
 from stablelm_jax.data.shards import Shard, ShardInfo
+from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import RemotePath, as_path
 
 FORMAT_VERSION = 1
@@ -30,11 +31,11 @@ SOURCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class ManifestError(ValueError):
-    """A manifest, or a shard it lists, that does not hold; the message names the file."""
+    """A manifest that cannot be used; the message names the file."""
 
 
 class ManifestMissing(ManifestError):
-    """There is none: the source has not been prepared there."""
+    """There is no manifest: the source has not been prepared there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ class SourceManifest:
       source: its name, `[a-z][a-z0-9_]*`.
       tokenizer: which tokenizer made the ids.
       train, held_out: the two splits; no document is in both.
-      unigram_entropy: of the train tokens, in nats; the loss of a model that knows frequencies.
+      unigram_entropy: entropy of the train tokens in nats: the loss of a model that knows how often
+        each token comes, and nothing else.
       languages: ISO 639-1 codes.
       licence: an SPDX expression or a sentence.
       provenance: free fields (where from, when, by which command).
@@ -120,14 +122,8 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 def write_manifest(directory: str | os.PathLike, manifest: SourceManifest) -> None:
     """Writes `manifest.json` into the source's directory, whole or not at all."""
-    path = pathlib.Path(directory) / MANIFEST_NAME
-    partial = path.with_name(path.name + ".partial")
     text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(pathlib.Path(directory) / MANIFEST_NAME, text + "\n")
 
 
 def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
@@ -154,60 +150,34 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
             " prepare the source again or use the release that wrote it"
         )
     try:
-        manifest = _manifest_from(fields)
+        manifest = _from_json(SourceManifest, fields, "manifest")
+        for name in ("train", "held_out"):
+            split = getattr(manifest, name)
+            if split != Split.of(split.shards, split.text_bytes):
+                raise ManifestError(f"{name}: documents or tokens are not the sums of its shards")
     except ManifestError as error:
         raise ManifestError(f"{path}: {error}") from None
     return manifest
 
 
-def _manifest_from(fields: dict) -> SourceManifest:
-    fields = dict(fields)
-    fields["tokenizer"] = _record(TokenizerInfo, fields.get("tokenizer"), "tokenizer")
-    for split in ("train", "held_out"):
-        fields[split] = _split_from(fields.get(split), split)
-    if isinstance(fields.get("languages"), list):
-        fields["languages"] = tuple(fields["languages"])
-    return _record(SourceManifest, fields, "manifest")
-
-
-def _split_from(fields: Any, name: str) -> Split:
-    if not isinstance(fields, dict) or not isinstance(fields.get("shards"), list):
-        raise ManifestError(f"{name}: no list of shards")
-    infos = tuple(_record(ShardInfo, info, f"{name}.shards") for info in fields["shards"])
-    split = _record(Split, {**fields, "shards": infos}, name)
-    if split != Split.of(infos, split.text_bytes):
-        raise ManifestError(f"{name}: documents or tokens are not the sums of its shards")
-    return split
-
-
-_FIELD_TYPES = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "Mapping[str, Any]": dict,
-    "tuple[str, ...]": tuple,
-    "tuple[ShardInfo, ...]": tuple,
-    "TokenizerInfo": TokenizerInfo,
-    "Split": Split,
-}
-
-
-def _record(kind: type, values: Any, where: str):
-    """`kind(**values)`, after a look at the names and types, which JSON does not check."""
-    if not isinstance(values, dict):
-        raise ManifestError(f"{where}: missing or no object")
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
-    for name in sorted(values.keys() - types.keys()):
-        near = difflib.get_close_matches(name, types, 1)
-        hint = f", {near[0]!r}?" if near else ""
-        raise ManifestError(f"{where}: unknown field {name!r}{hint}")
-    for name, type_name in types.items():
-        if name not in values:
+def _from_json(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a `kind`, a type of a field above; JSON checks neither names nor types."""
+    origin = typing.get_origin(kind) or kind
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        kinds = typing.get_type_hints(kind)
+        for name in sorted(value.keys() - kinds.keys()):
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f", {near[0]!r}?" if near else ""
+            raise ManifestError(f"{where}: unknown field {name!r}{hint}")
+        for name in sorted(kinds.keys() - value.keys()):
             raise ManifestError(f"{where}: field {name!r} is missing")
-        value = values[name]
-        if not isinstance(value, _FIELD_TYPES[type_name]) or isinstance(value, bool):
-            raise ManifestError(f"{where}: field {name!r} is {value!r}, which is no {type_name}")
-    return kind(**values)
+        return kind(**{n: _from_json(kinds[n], value[n], f"{where}.{n}") for n in kinds})
+    if origin is tuple and isinstance(value, list):
+        return tuple(_from_json(typing.get_args(kind)[0], item, where) for item in value)
+    json_type = {tuple: list, float: (int, float), Mapping: dict}.get(origin, origin)
+    if not isinstance(value, json_type) or isinstance(value, bool):
+        raise ManifestError(f"{where} is {value!r}, which is no {origin.__name__}")
+    return value
 
 
 def open_sources(
@@ -221,100 +191,58 @@ def open_sources(
 
     Args:
       root: the data directory, or its URL.
-      names: which sources.
-      tokenizer_sha256: of the tokenizer that the run uses; None: all sources must agree on one.
+      tokenizer_sha256: what identifies the run's tokenizer; None: all sources must agree on one.
       cache: where the shards behind a URL are kept; None: they are read by range.
 
     Raises:
-      ManifestError: one of them does not hold; the message names the file.
+      ManifestError, ShardError: the first thing that does not hold; the message names the file.
       ValueError: no driver for the URL.
     """
     root, sources = as_path(root, cache), {}
     for name in sorted(names):
         directory = root / name
-        manifest = read_manifest(directory)
+        path, manifest = directory / MANIFEST_NAME, read_manifest(directory)
         if manifest.source != name:
             raise ManifestError(
-                f"{directory / MANIFEST_NAME}: is of source {manifest.source!r};"
-                " rename the directory back"
+                f"{path}: is of source {manifest.source!r}; rename the directory back"
             )
-        tokenizer_sha256 = tokenizer_sha256 or manifest.tokenizer.sha256
-        verify(directory, manifest, tokenizer_sha256=tokenizer_sha256)
+        made_by = manifest.tokenizer
+        tokenizer_sha256 = tokenizer_sha256 or made_by.sha256
+        if made_by.sha256 != tokenizer_sha256:
+            raise ManifestError(
+                f"{path}: prepared with tokenizer {made_by.name!r} (sha256 {made_by.sha256[:12]}),"
+                f" but this run uses the one of sha256 {tokenizer_sha256[:12]}; prepare the source"
+                " again with the tokenizer of the run"
+            )
+        verify(directory, manifest)
         sources[name] = Source(directory, manifest)
     return sources
 
 
-def verify(
-    directory: str | os.PathLike | RemotePath,
-    manifest: SourceManifest,
-    *,
-    tokenizer_sha256: str | None = None,
-    full: bool = False,
-) -> None:
-    """Holds the shards of a source against its manifest.
-
-    Args:
-      directory: of the source; behind a URL the bytes of its `.bin` files are compared.
-      manifest: its manifest.
-      tokenizer_sha256: what the ids must have been made with; None: any tokenizer.
-      full: also read every byte: sha256, the whole index, and where documents end; not by URL.
-
-    Raises:
-      ManifestError, ShardError: the first thing that does not hold, naming the file.
-    """
-    directory = as_path(directory)
-    made_by = manifest.tokenizer
-    if tokenizer_sha256 is not None and made_by.sha256 != tokenizer_sha256:
-        raise ManifestError(
-            f"{directory / MANIFEST_NAME}: prepared with tokenizer {made_by.name!r} (sha256"
-            f" {made_by.sha256[:12]}), but this run uses the one of sha256"
-            f" {tokenizer_sha256[:12]}; prepare the source again with the tokenizer of the run"
-        )
+def verify(directory: pathlib.Path | RemotePath, manifest: SourceManifest) -> None:
+    """Compares the sizes of a source's shards with its manifest; ShardError names what differs."""
     for info in manifest.train.shards + manifest.held_out.shards:
         open_shard(directory / info.file, info)
-        if full:
-            _verify_contents(directory / info.file, info, made_by)
 
 
 def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | RemoteShard:
     """The shard that a manifest lists, for reading.
 
     Raises:
-      ManifestError, ShardError: missing, damaged, or not of the manifest's sizes.
+      ShardError: missing, damaged, or not of the manifest's sizes.
     """
     if isinstance(path, RemotePath):
         return RemoteShard(path, info)
     shard = Shard(path)
-    found = (path.stat().st_size, shard.num_tokens, shard.num_documents)
-    expected = (info.bytes, info.tokens, info.documents)
-    for what, one, other in zip(("bytes", "tokens", "documents"), found, expected, strict=True):
-        if one != other:
-            raise ManifestError(
-                f"{path}: {one} {what} where the manifest says {other};"
-                " restore the file or prepare the source again"
-            )
+    size = shard.num_tokens * shard.dtype.itemsize
+    info.compare(path, bytes=size, tokens=shard.num_tokens, documents=shard.num_documents)
     return shard
-
-
-def _verify_contents(path: pathlib.Path, info: ShardInfo, tokenizer: TokenizerInfo) -> None:
-    if shards.file_sha256(path) != info.sha256:
-        raise ManifestError(
-            f"{path}: sha256 differs from the manifest; restore the file or prepare again"
-        )
-    shard = Shard(path)
-    shard.check()
-    if not shard.num_tokens:
-        return
-    if (shard.tokens[shard.document_offsets[1:] - 1] != tokenizer.eod).any():
-        raise ManifestError(f"{path}: a document does not end with token {tokenizer.eod}")
-    if shard.tokens.max() >= tokenizer.vocab_size:
-        raise ManifestError(f"{path}: a token outside the vocabulary of {tokenizer.vocab_size}")
 
 
 def data_hash(manifests: Mapping[str, SourceManifest]) -> str:
     """Identifies the data of a run: contents and order of every source's shards, nothing else.
 
-    File names, paths, dates, licences and provenance do not enter; the sources' names do, because
+    File names, paths, dates, licences and provenance do not count; the sources' names do, because
     a row depends on them (`rows.source_seed`).
     """
     contents = {

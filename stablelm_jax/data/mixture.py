@@ -95,15 +95,6 @@ class Stage:
     def period(self) -> int:
         return len(self.table)
 
-    def locate_many(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and their row indices, int32 and int64, of global rows of this stage."""
-        periods, rest = np.divmod(rows - self.first_row, self.period)
-        sources = self.table[rest]
-        periods *= self.counts[sources]
-        periods += self.offset[sources]
-        periods += self.rank[rest]
-        return sources, periods
-
     def rows_before(self, row: int) -> np.ndarray:
         """int64 [sources], rows that each source gave before global row `row` of this stage."""
         periods, rest = divmod(row - self.first_row, self.period)
@@ -115,7 +106,7 @@ class Mixture:
     """Maps a global row to a source and a row of that source, in stages of fixed weights.
 
     Args:
-      weights: of the sources from row 0 on, by name; they need not add up to 1.
+      weights: weight of each source from row 0 on, by name; they need not add up to 1.
       stages: `(first_row, weights)` of later stages, in order. A source that a stage does not name
         has weight 0 there; each source goes on where it stopped.
 
@@ -150,7 +141,6 @@ class Mixture:
         self.stages: tuple[Stage, ...] = ()
         for first_row, counts in spans:
             self.stages += (self._stage(first_row, counts),)
-        self._first_rows = np.array([stage.first_row for stage in self.stages])
 
     def _stage(self, first_row: int, counts: Mapping[str, int]) -> Stage:
         offset = np.zeros(len(self.sources), np.int64)
@@ -182,20 +172,6 @@ class Mixture:
         earlier = stage.offset.item(source) + periods * stage.counts.item(source)
         return source, earlier + stage.rank.item(rest)
 
-    def locate_many(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`locate` of int64 rows [R] at once: source indices int32 [R], row indices int64 [R]."""
-        rows = np.asarray(rows, np.int64)
-        if len(rows) and rows.min() < 0:
-            raise ValueError(f"row {rows.min()}: rows are counted from 0")
-        stage_of = np.searchsorted(self._first_rows, rows, side="right") - 1
-        sources, indices = np.empty(len(rows), np.int32), np.empty(len(rows), np.int64)
-        for number, stage in enumerate(self.stages):
-            chosen = stage_of == number
-            if chosen.all():
-                return stage.locate_many(rows)
-            sources[chosen], indices[chosen] = stage.locate_many(rows[chosen])
-        return sources, indices
-
     def rows_before(self, row: int) -> np.ndarray:
         """int64 [sources], rows that each source gave among the global rows [0, row)."""
         return self._stage_of(row).rows_before(row)
@@ -209,15 +185,6 @@ class Mixture:
             )
             for stage in self.stages
         ]
-
-    def describe(self) -> str:
-        """The stages with the weights as they are kept, one source a line."""
-        lines = []
-        for stage in self.stages:
-            lines.append(f"from row {stage.first_row}, a period of {stage.period} rows")
-            for name, count in zip(self.sources, stage.counts.tolist(), strict=True):
-                lines.append(f"  {name:<24} {count:>6} rows  {count / stage.period:.6f}")
-        return "\n".join(lines)
 
 
 def continued(

@@ -33,11 +33,7 @@ class Row(NamedTuple):
 
 
 class TokenStream:
-    """The concatenation of some shards, read by position.
-
-    Attributes:
-      num_tokens: of all shards together.
-    """
+    """The concatenation of some shards, read by position; `num_tokens` counts all of them."""
 
     def __init__(self, shards: Sequence[Shard | RemoteShard]):
         self._shards = shards
@@ -52,24 +48,16 @@ class TokenStream:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as a fresh int32 array; a read may cross shards."""
         number = bisect.bisect_right(self._starts, start) - 1
-        base = self._starts[number]
-        if stop <= self._starts[number + 1]:
-            return self._shards[number].read(start - base, stop - base)
         parts = []
         while start < stop:
-            shard, base = self._shards[number], self._starts[number]
-            end = min(stop, self._starts[number + 1])
-            parts.append(shard.read(start - base, end - base))
+            base, end = self._starts[number], min(stop, self._starts[number + 1])
+            parts.append(self._shards[number].read(start - base, end - base))
             start, number = end, number + 1
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def token_stream(source: Source, split: str) -> TokenStream:
-    """The tokens of a source's `train` or `held_out` split.
-
-    Raises:
-      ShardError, ManifestError: a shard is missing, damaged, or not of the manifest's sizes.
-    """
+    """The tokens of a source's `train` or `held_out` split; ShardError if a shard is not whole."""
     infos = getattr(source.manifest, split).shards
     return TokenStream([open_shard(source.directory / info.file, info) for info in infos])
 
@@ -114,9 +102,8 @@ def train_rows(
     """A source's rows without end: element n is row n % rows of epoch n // rows, shuffled.
 
     Args:
-      source: a prepared source.
-      sequence_length: S, tokens of a row but one.
-      seed: of the run; each source shuffles by its own, derived one.
+      sequence_length: S; a row has one token more.
+      seed: the run's seed; each source derives its own from it.
       source_index: what `Row.source` says.
 
     Raises:

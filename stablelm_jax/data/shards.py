@@ -18,57 +18,31 @@ several sequences, because other tools write those.
 from __future__ import annotations
 
 import array
-import collections
+import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import os
 import pathlib
-import random
 import struct
-import threading
-import time
-import weakref
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
-from absl import logging
+
+from stablelm_jax.data.token_file import ShardError, TokenFile, shard_error
+from stablelm_jax.storage.files import replacing
+from stablelm_jax.storage.remote import RemotePath
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _INT32_CODE = 4
-_INT32_MAX = 2**31 - 1
-# Far below the usual limit of 1024 open files a process, yet enough that a pod host, which sees
-# few shards at a time, seldom opens a file twice.
-_MAX_OPEN_FILES = 512
-# Seconds before each new try of a read, 15 in all: a network mount has waited by its own rules
-# before it gives an error at all.
-_WAITS = (1.0, 2.0, 4.0, 8.0)
-# What a read through a network mount may meet for a moment. NFS gives EIO, ETIMEDOUT or EREMOTEIO
-# where the server is silent for long (`soft`) and ESTALE after it began anew; a store mounted
-# through FUSE gives EIO for whatever the store answers, ENOTCONN while its process is down; Lustre
-# gives EAGAIN and ESHUTDOWN after it shut a client out; SMB passes on the errors of its socket. A
-# failing disk says EIO too: 15 seconds later the error is the same.
-_MAY_PASS = {
-    getattr(errno, name)
-    for name in """
-        EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ENOTCONN ESHUTDOWN ECONNRESET ECONNABORTED
-        ECONNREFUSED EPIPE EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH
-    """.split()
-    if hasattr(errno, name)  # macOS lacks EREMOTEIO
-}
-
-
-class ShardError(ValueError):
-    """A shard that is missing, damaged or of a kind we do not read; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest keeps of a shard. `file` is the `.bin`'s name; bytes and sha256 are its."""
+    """What the manifest keeps of a shard; `file`, `bytes` and `sha256` are those of the `.bin`."""
 
     file: str
     documents: int
@@ -76,18 +50,26 @@ class ShardInfo:
     bytes: int
     sha256: str
 
+    def compare(self, path: pathlib.Path | RemotePath, **found: int | str) -> None:
+        """Raises ShardError where a field has another value than was `found` at `path`."""
+        for name, value in found.items():
+            if value != getattr(self, name):
+                what = f"sha256 {value}" if name == "sha256" else f"{value} {name}"
+                raise ShardError(
+                    f"{path}: {what} where the manifest says {getattr(self, name)};"
+                    " restore the file or prepare the source again"
+                )
+
 
 def bin_path(path: str | os.PathLike) -> pathlib.Path:
     """The `.bin` of a shard given by its stem, its `.bin` or its `.idx`."""
     path = pathlib.Path(path)
-    stem = path.name[:-4] if path.name.endswith((".bin", ".idx")) else path.name
-    return path.with_name(stem + ".bin")
+    return path.with_name(path.name.removesuffix(".bin").removesuffix(".idx") + ".bin")
 
 
 def idx_path(path: str | os.PathLike) -> pathlib.Path:
     """The `.idx` of a shard given by its stem, its `.bin` or its `.idx`."""
-    path = bin_path(path)
-    return path.with_name(path.name[:-4] + ".idx")
+    return bin_path(path).with_suffix(".idx")
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -97,34 +79,27 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 class ShardWriter:
-    """Writes one shard, aside, and gives it its name when closed.
+    """Writes one shard, aside, and gives it its name when closed; `info` then describes it.
 
-    Use as a context manager: leaving it by an exception deletes what was written. After `close`,
-    `info` describes the shard.
+    Use it as a context manager: leaving it by an exception deletes what was written.
 
-    Files are not flushed to the disk before the rename: a machine that loses its power may lose
-    the newest shards, but the usual file systems record a size only once its data is written, so
-    the byte counts of the manifest show it.
+    Files are not flushed to the disk before the rename. A machine that loses its power may lose the
+    newest shards, but the usual file systems record a size only once its data is written, so the
+    byte counts of the manifest show it.
     """
 
     def __init__(self, path_without_suffix: str | os.PathLike):
-        self._bin = bin_path(path_without_suffix)
-        self._idx = idx_path(path_without_suffix)
-        self._partial = self._bin.with_name(self._bin.name + ".partial")
-        self._file = open(self._partial, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by close)
+        self._bin, self._idx = bin_path(path_without_suffix), idx_path(path_without_suffix)
+        self._files = contextlib.ExitStack()  # left in reverse order: the index gets its name last
+        self._index_aside = self._files.enter_context(replacing(self._idx))
+        tokens_aside = self._files.enter_context(replacing(self._bin))
+        self._file = self._files.enter_context(open(tokens_aside, "wb", buffering=1 << 20))
         self._sha256 = hashlib.sha256()
         self._lengths = array.array("i")
-        self.tokens = 0
         self.info: ShardInfo | None = None
-
-    @property
-    def documents(self) -> int:
-        """Documents added so far."""
-        return len(self._lengths)
 
     def add(self, document: np.ndarray) -> None:
         """Appends one document: a flat array of token ids, its `<|endoftext|>` included."""
-        document = np.asarray(document)
         self.add_many(document, [len(document)])
 
     def add_many(self, flat_tokens: np.ndarray, lengths) -> None:
@@ -134,65 +109,46 @@ class ShardWriter:
           ValueError: a token that is no integer in [0, 2**31), an empty document, or lengths that
             do not add up to the number of tokens.
         """
-        flat_tokens = _as_int32(flat_tokens, self._bin)
-        lengths = np.asarray(lengths, np.int64)
-        self._check_lengths(lengths, len(flat_tokens))
-        data = memoryview(flat_tokens).cast("B")
+        tokens, lengths = np.asarray(flat_tokens), np.asarray(lengths, np.int64)
+        if len(lengths) and lengths.min() < 1:
+            raise ValueError(f"{self._bin}: an empty document; leave it out, it has no token")
+        if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 1:
+            raise ValueError(
+                f"{self._bin}: tokens must be a flat array of integers,"
+                f" not {tokens.dtype} of shape {tokens.shape}"
+            )
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= 2**31):
+            raise ValueError(f"{self._bin}: token ids must lie in [0, 2**31)")
+        if lengths.sum() != len(tokens):
+            raise ValueError(
+                f"{self._bin}: document lengths add up to {lengths.sum()} for {len(tokens)} tokens;"
+                " give one length a document"
+            )
+        data = memoryview(np.ascontiguousarray(tokens, "<i4")).cast("B")
         self._file.write(data)
         self._sha256.update(data)
         self._lengths.frombytes(lengths.astype("<i4").tobytes())
-        self.tokens += len(flat_tokens)
-
-    def _check_lengths(self, lengths: np.ndarray, tokens: int) -> None:
-        if len(lengths) and lengths.min() < 1:
-            raise ValueError(f"{self._bin}: an empty document; leave it out, it has no token")
-        if lengths.sum() != tokens:
-            raise ValueError(
-                f"{self._bin}: document lengths add up to {lengths.sum()} for {tokens} tokens;"
-                " give one length a document"
-            )
 
     def close(self) -> ShardInfo:
         """Writes the index, gives both files their names, and returns what the manifest needs."""
-        if self.info is not None:
-            return self.info
-        self._file.close()
-        partial_idx = self._idx.with_name(self._idx.name + ".partial")
-        partial_idx.write_bytes(_index_bytes(np.frombuffer(self._lengths, np.int32)))
-        # An older shard's index must not be found beside the new tokens.
-        self._idx.unlink(missing_ok=True)
-        os.replace(self._partial, self._bin)
-        os.replace(partial_idx, self._idx)
-        self.info = ShardInfo(
-            self._bin.name, self.documents, self.tokens, 4 * self.tokens, self._sha256.hexdigest()
-        )
+        if self.info is None:
+            lengths = np.frombuffer(self._lengths, np.int32)
+            with self._files:
+                self._index_aside.write_bytes(_index_bytes(lengths))
+                # An older shard's index must not be found beside the new tokens.
+                self._idx.unlink(missing_ok=True)
+            tokens, sha256 = int(lengths.sum(dtype=np.int64)), self._sha256.hexdigest()
+            self.info = ShardInfo(self._bin.name, len(lengths), tokens, 4 * tokens, sha256)
         return self.info
-
-    def abort(self) -> None:
-        """Deletes what was written so far."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exc_type, exc_value, traceback) -> None:
-        if exc_type is None:
+    def __exit__(self, *exc_info) -> None:
+        if exc_info[0] is None:
             self.close()
-        elif self.info is None:
-            self.abort()
-
-
-def _as_int32(tokens, path: pathlib.Path) -> np.ndarray:
-    tokens = np.asarray(tokens)
-    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 1:
-        raise ValueError(
-            f"{path}: tokens must be a flat array of integers,"
-            f" not {tokens.dtype} of shape {tokens.shape}"
-        )
-    if len(tokens) and (tokens.min() < 0 or tokens.max() > _INT32_MAX):
-        raise ValueError(f"{path}: token ids must lie in [0, 2**31)")
-    return np.ascontiguousarray(tokens, "<i4")
+        else:
+            self._files.__exit__(*exc_info)
 
 
 def _index_bytes(lengths: np.ndarray) -> bytes:
@@ -205,103 +161,25 @@ def _index_bytes(lengths: np.ndarray) -> bytes:
     )
 
 
-class TokenFile:
-    """A file of nothing but tokens, for reading.
-
-    Attributes:
-      path: the file.
-      dtype: type of the tokens in it.
-    """
-
-    _open_lock: ClassVar[threading.Lock] = threading.Lock()
-    _opened: ClassVar[collections.deque[weakref.ref]] = collections.deque()
-
-    def __init__(self, path: pathlib.Path, dtype: np.dtype):
-        self.path, self.dtype = path, dtype
-        self._file: _File | None = None
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a fresh int32 array; 0 <= start <= stop <= tokens.
-
-        Reads with pread and not through the map: a file cut short or a failing disk becomes an
-        error that names the file, where a map would end the process with SIGBUS, and the memory
-        of the process stays flat. Measured equal in speed for rows of 16 kB. Thread-safe.
-
-        What fails in a way that may pass, as files behind a network do, is tried again for up to
-        15 seconds (`_MAY_PASS`, `_WAITS`), with a warning in the log.
-
-        Raises:
-          ShardError: the file is missing, cut short, or still cannot be read.
-        """
-        tokens = np.empty(stop - start, self.dtype)
-        try:
-            file = self._file or self._open()
-            size = _read_into(tokens, file.descriptor, start * self.dtype.itemsize)
-        except OSError as error:
-            size = self._read_again(tokens, start * self.dtype.itemsize, error)
-        if size != tokens.nbytes:
-            raise ShardError(
-                f"{self.path}: ends before token {stop}; the file was cut short after it was"
-                " opened, restore it or prepare the source again"
-            )
-        return tokens if self.dtype == np.int32 else tokens.astype(np.int32)
-
-    def _read_again(self, tokens: np.ndarray, offset: int, error: OSError) -> int:
-        """What `_read_into` gives, after `error`, once it does; ShardError where it does not."""
-        if error.errno in _MAY_PASS:  # once a read, not once a try
-            patience = f"trying again for up to {sum(_WAITS):.0f} seconds"
-            logging.warning("%s: cannot be read (%s); %s", self.path, error.strerror, patience)
-        tries = 1
-        for wait in _WAITS:
-            if error.errno not in _MAY_PASS:
-                break
-            time.sleep(wait * random.uniform(0.5, 1.0))  # the threads must not come back as one
-            tries += 1
-            try:
-                # A stale handle, or one of a mount that is gone, stays so. `file` holds the new one
-                # while it is read: another thread may put its own in `_file`.
-                file = self._open()
-                return _read_into(tokens, file.descriptor, offset)
-            except OSError as again:
-                error = again.with_traceback(None)  # which would keep `file` open, in a cycle
-        raise _shard_error(self.path, error, tries) from error
-
-    def _open(self) -> _File:
-        """Opens the file; when many are open, the shard that was first gives up its own."""
-        self._file = file = _File(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-        with TokenFile._open_lock:
-            TokenFile._opened.append(weakref.ref(self))
-            while len(TokenFile._opened) > _MAX_OPEN_FILES:
-                oldest = TokenFile._opened.popleft()()
-                if oldest is not None:
-                    oldest._file = None
-        return file
-
-
 class Shard(TokenFile):
     """A shard for reading. Opening it checks header and sizes; `check` checks the whole index.
 
-    Attributes:
-      path: the `.bin` file.
-      dtype: type of the tokens on disk.
-      num_tokens, num_sequences, num_documents: counts.
+    Its `path` is that of the `.bin`. `num_tokens`, `num_sequences` and `num_documents` are counts.
     """
 
     def __init__(self, path: str | os.PathLike):
+        super().__init__(bin_path(path))
         self._idx = idx_path(path)
         try:
             with open(self._idx, "rb") as file:
                 header = file.read(_HEADER.size)
-            dtype = self._read_header(header, self._idx.stat().st_size)
+            index_size, size = self._idx.stat().st_size, self.path.stat().st_size
         except OSError as error:
-            raise _shard_error(self._idx, error) from error
-        super().__init__(bin_path(path), dtype)
-        try:
-            size = self.path.stat().st_size
-        except OSError as error:
-            raise _shard_error(self.path, error) from error
-        self._check_size(size)
+            raise shard_error(error.filename or self._idx, error) from error
+        self.dtype = self._read_header(header, index_size)
         self.num_tokens = size // self.dtype.itemsize
+        self._map_index()
+        self._check_size(size)
 
     def _read_header(self, header: bytes, index_size: int) -> np.dtype:
         if len(header) < _HEADER.size or header[:9] != _MAGIC:
@@ -323,10 +201,18 @@ class Shard(TokenFile):
             )
         return np.dtype(_DTYPES[code])
 
+    def _map_index(self) -> None:
+        index = np.memmap(self._idx, np.uint8, "r", _HEADER.size).view(np.ndarray)
+        starts_at, documents_at = 4 * self.num_sequences, 12 * self.num_sequences
+        end = documents_at + 8 * (self.num_documents + 1)
+        self._sequence_lengths = index[:starts_at].view("<i4")
+        self._sequence_starts = index[starts_at:documents_at].view("<i8")
+        self._document_index = index[documents_at:end].view("<i8")
+
     def _check_size(self, size: int) -> None:
         expected = 0
         if self.num_sequences:
-            last = int(self.sequence_lengths[-1])
+            last = int(self._sequence_lengths[-1])
             expected = int(self._sequence_starts[-1]) + last * self.dtype.itemsize
         if size != expected:
             raise ShardError(
@@ -337,86 +223,17 @@ class Shard(TokenFile):
             raise ShardError(f"{self._idx}: the documents do not cover all sequences")
 
     @functools.cached_property
-    def _index(self) -> np.ndarray:
-        return np.memmap(self._idx, np.uint8, "r", _HEADER.size).view(np.ndarray)
-
-    def _index_part(self, dtype: str, offset: int, count: int) -> np.ndarray:
-        return self._index[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
-
-    @functools.cached_property
-    def sequence_lengths(self) -> np.ndarray:
-        """int32 [sequences], tokens of each sequence as stored."""
-        return self._index_part("<i4", 0, self.num_sequences)
-
-    @functools.cached_property
-    def _sequence_starts(self) -> np.ndarray:
-        return self._index_part("<i8", 4 * self.num_sequences, self.num_sequences)
-
-    @functools.cached_property
-    def _document_index(self) -> np.ndarray:
-        return self._index_part("<i8", 12 * self.num_sequences, self.num_documents + 1)
-
-    @functools.cached_property
     def document_offsets(self) -> np.ndarray:
-        """int64 [documents + 1]: document d is tokens[offsets[d]:offsets[d + 1]]."""
+        """int64 [documents + 1]: document d is the tokens from offsets[d] to offsets[d + 1]."""
         ends = np.zeros(self.num_sequences + 1, np.int64)
-        np.cumsum(self.sequence_lengths, dtype=np.int64, out=ends[1:])
+        np.cumsum(self._sequence_lengths, dtype=np.int64, out=ends[1:])
         return ends[self._document_index]
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 [documents], tokens of each document."""
-        return np.diff(self.document_offsets)
-
-    @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        """All tokens, flat, memory-mapped, in the type on disk (int32 for shards of ours)."""
-        if not self.num_tokens:
-            return np.zeros(0, self.dtype)
-        return np.memmap(self.path, self.dtype, "r").view(np.ndarray)
-
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of one document."""
-        return self.tokens[self.document_offsets[index] : self.document_offsets[index + 1]]
 
     def check(self) -> None:
         """Reads the whole index and raises ShardError where it contradicts itself."""
         starts = np.zeros(self.num_sequences, np.int64)
-        np.cumsum(self.sequence_lengths[:-1], dtype=np.int64, out=starts[1:])
+        np.cumsum(self._sequence_lengths[:-1], dtype=np.int64, out=starts[1:])
         if not np.array_equal(starts * self.dtype.itemsize, self._sequence_starts):
             raise ShardError(f"{self._idx}: sequences do not lie one after the other")
-        if (np.diff(self._document_index) < 0).any() or (self.sequence_lengths < 0).any():
+        if (np.diff(self._document_index) < 0).any() or (self._sequence_lengths < 0).any():
             raise ShardError(f"{self._idx}: a document or a sequence of negative length")
-
-
-class _File:
-    """A file descriptor that closes when the last reader lets go of it."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def __del__(self):
-        os.close(self.descriptor)
-
-
-def _read_into(array: np.ndarray, descriptor: int, offset: int) -> int:
-    """Fills `array` from byte `offset` of a file; returns the bytes read, fewer at its end."""
-    size = os.preadv(descriptor, [array], offset)
-    while 0 < size < array.nbytes:  # interrupted by a signal, or more than 2 GiB
-        more = os.preadv(descriptor, [memoryview(array).cast("B")[size:]], offset + size)
-        if not more:
-            break
-        size += more
-    return size
-
-
-def _shard_error(path: pathlib.Path, error: OSError, tries: int = 1) -> ShardError:
-    if isinstance(error, FileNotFoundError):
-        return ShardError(f"{path}: missing; restore it or prepare the source again")
-    reason = error.strerror or error
-    if tries == 1:
-        return ShardError(f"{path}: cannot be read ({reason})")
-    return ShardError(
-        f"{path}: cannot be read ({reason}), tried {tries} times; look at the disk or the mount it"
-        " lies on, or copy the data elsewhere, and run the same command again"
-    )

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stablelm_jax.interop.bpe_merges import merges, spelled
+from stablelm_jax.tokenizer.ranks import RANKS_SHA256
 from stablelm_jax.tokenizer.tokenizer import (
     ARCADE100K,
     PATTERN,
-    RANKS_SHA256,
     Arcade100k,
     HuggingFaceTokenizer,
     Tokenizer,

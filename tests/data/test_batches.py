@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import EOD, random_documents, slow_marks, slow_mixture, slow_rows, write_source
 
-from stablelm_jax.data.batches import BatchSpec, assemble, held_out_batches, train_batches
+from stablelm_jax.data.batches import BatchSpec, collate, held_out_batches, train_batches
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.rows import epoch_order, source_seed
 from stablelm_jax.data.shards import ShardError
@@ -147,7 +147,7 @@ def test_a_batch_has_the_types_and_shapes_of_the_contract(corpus, mixture):
 
 def marks_of(row, loss_on_first_token=True):
     spec = BatchSpec(len(row) - 1, 1, 0, EOD, loss_on_first_token)
-    batch = assemble(np.array([row], np.int32), [0], spec)
+    batch = collate(np.array([row], np.int32), [0], spec)
     return [batch[key][0].tolist() for key in ("segment_ids", "positions", "loss_mask")]
 
 
@@ -180,7 +180,7 @@ def test_marks_of_any_rows_equal_the_rule_one_token_at_a_time(rows, length, shar
     rng = np.random.default_rng(seed)
     tokens = rng.integers(8, 64, (rows, length + 1), dtype=np.int32)
     tokens[rng.random(tokens.shape) < share] = EOD
-    batch = assemble(tokens, [0] * rows, BatchSpec(length, rows, 0, EOD))
+    batch = collate(tokens, [0] * rows, BatchSpec(length, rows, 0, EOD))
     for row, segment_ids, positions in zip(
         tokens.tolist(), batch["segment_ids"].tolist(), batch["positions"].tolist(), strict=True
     ):

@@ -36,7 +36,7 @@ def test_the_documents_shown_are_those_that_the_batch_holds(data, step):
         assert " ".join(d.text for d in place.documents).split() == text
         for document in place.documents:
             shard = Shard(document.file)
-            inside = shard.tokens[document.offset : document.offset + document.tokens]
+            inside = shard.read(document.offset, document.offset + document.tokens)
             assert tokenizer.decode(inside.tolist()) == document.text
             first = shard.document_offsets[document.number]
             assert (first == document.offset) == document.opens

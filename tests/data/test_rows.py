@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from prepared import EOD, random_documents, slow_rows, write_source
 
 from stablelm_jax.data import rows as rows_module
-from stablelm_jax.data.manifest import ManifestError
 from stablelm_jax.data.rows import SourceRows, epoch_order, source_seed, token_stream, train_rows
+from stablelm_jax.data.token_file import ShardError
 
 
 def random_source(root, name="books", shards=3, documents=12, longest=15, seed=0):
@@ -61,7 +61,7 @@ def test_a_shard_of_other_size_than_the_manifest_says_is_refused_and_named(tmp_p
     other, _ = random_source(tmp_path / "two", documents=40)
     (other.directory / "train-00001.bin").replace(source.directory / "train-00001.bin")
     (other.directory / "train-00001.idx").replace(source.directory / "train-00001.idx")
-    with pytest.raises(ManifestError, match="where the manifest says") as caught:
+    with pytest.raises(ShardError, match="where the manifest says") as caught:
         token_stream(source, "train")
     assert str(source.directory / "train-00001.bin") in str(caught.value)
 
