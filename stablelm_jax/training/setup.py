@@ -262,6 +262,7 @@ def prepare_run(config: ConfigDict, origin: DataPosition | None = None) -> Run:
             model,
             mesh,
             num_sources=len(sources),
+            eod=tokenizer.eod,
             dtype=jnp.dtype(config.training.dtype),
             attention=config.training.attention,
             cross_entropy=config.training.cross_entropy,
