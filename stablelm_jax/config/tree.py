@@ -147,7 +147,7 @@ def _evaluation_fields() -> dict[str, Any]:
         "tasks": (),  # of lm-eval, or our groups in evaluation/tasks/; needs the extra `eval`
         "tasks_every": 0,  # steps between two evaluations on them; 0: never
         "tasks_limit": 500,  # items of each task, its first ones; 0: all
-        "task_data": "",  # a folder that evaluation/offline_data.py made; '': the Hugging Face Hub
+        "task_data": "",  # a folder made by launch/corpora/task_data.py; '': the Hugging Face Hub
     }
 
 
