@@ -33,8 +33,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, task: str) -> None:
     """Prints the table's lines of one task."""
-    from stablelm_jax.evaluation.suite import load_tasks
-    from stablelm_jax.evaluation.task_scores import run_tasks
+    from stablelm_jax.evaluation.suite import load_tasks, run_tasks
 
     limit = arguments.limit
     if task == "mmlu":
@@ -71,7 +70,7 @@ def difference(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
 
 def ours(arguments: argparse.Namespace) -> Any:
     from stablelm_jax.checkpoint.saved_model import SavedModel
-    from stablelm_jax.evaluation.of_checkpoint import lm_of_checkpoint
+    from stablelm_jax.evaluation.checkpoint_tasks import lm_of_checkpoint
     from stablelm_jax.parallel.mesh import make_mesh
 
     saved = SavedModel.open(arguments.checkpoint)

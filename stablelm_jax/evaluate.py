@@ -7,7 +7,6 @@ or --data says where held-out text lies.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import math
@@ -46,52 +45,39 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL"
-    )
-    parser.add_argument("--output", type=Path, help="file for the JSON; default: stdout")
-    parser.add_argument(
-        "--model", type=_count, default=1, help="devices that share each row (tensor parallel)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL")
+    add("--output", type=Path, help="file for the JSON; default: stdout")
+    add("--model", type=_count, default=1, help="devices that share each row (tensor parallel)")
+    add(
         "--dtype",
         choices=("bfloat16", "float32"),
         help="default: held-out text as in training; tasks bfloat16, float32 on a CPU",
     )
-    parser.add_argument(
-        "--batch-tokens", type=_count, default=16_384, help="of a batch on each device"
-    )
-    parser.add_argument("--tokenizer", help="default: the one the model was trained with")
-    _held_out_flags(parser.add_argument_group("held-out text"))
-    _task_flags(parser.add_argument_group("tasks"))
-    return parser
+    add("--batch-tokens", type=_count, default=16_384, help="of a batch on each device")
+    add("--tokenizer", help="default: the one the model was trained with")
 
+    add = parser.add_argument_group("held-out text").add_argument
+    add("--config", help="config file; default: the one in the checkpoint")
+    add("--data", help="folder or URL of the prepared sources; default: the config's")
+    add("--max-rows", type=_count, help="held-out rows a source; default: all")
 
-def _held_out_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--config", help="config file; default: the one in the checkpoint")
-    group.add_argument(
-        "--data", help="folder or URL of the prepared sources; default: the config's"
-    )
-    group.add_argument("--max-rows", type=_count, help="held-out rows a source; default: all")
-
-
-def _task_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    add = parser.add_argument_group("tasks").add_argument
+    add(
         "--tasks",
         help="names with commas between; of lm-eval, or stablelm2_quick, stablelm2_leaderboard, "
         "stablelm2_multilingual, stablelm2_lambada_deepl",
     )
-    group.add_argument("--task-data", help="folder made by stablelm_jax.evaluation.offline_data")
-    group.add_argument("--limit", type=_count, help="items of each task; default: all")
-    group.add_argument(
+    add("--task-data", help="folder made by launch/corpora/task_data.py; default: the Hub")
+    add("--limit", type=_count, help="items of each task; default: all")
+    add(
         "--num-fewshot",
         type=int,
         help="examples, where a task is not fixed to none; default: each task's own number",
     )
-    group.add_argument("--max-length", type=_count, help="tokens; default: those of the training")
-    group.add_argument(
-        "--compare", default="stablelm-2-1_6b", help="published model to show; default: %(default)s"
-    )
+    add("--max-length", type=_count, help="tokens; default: those of the training")
+    add("--compare", default="stablelm-2-1_6b", help="published model; default: %(default)s")
+    return parser
 
 
 def _count(text: str) -> int:
@@ -139,7 +125,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
 
 
 def _config(arguments: argparse.Namespace, saved: SavedModel) -> Any:
-    """That of the training, but for what depends on the machine: rows and devices."""
+    """The config of the training, but for what depends on the machine: rows and devices."""
     import jax
 
     from stablelm_jax import config as config_lib
@@ -153,12 +139,9 @@ def _config(arguments: argparse.Namespace, saved: SavedModel) -> Any:
             f"{saved.path} was imported and names no held-out text: give --config (with "
             "data.weights of the sources), or --tasks"
         )
-    if arguments.data:
-        config.data.root = arguments.data
-    if arguments.tokenizer:
-        config.data.tokenizer = arguments.tokenizer
-    if arguments.dtype:
-        config.training.dtype = arguments.dtype
+    config.data.root = arguments.data or config.data.root
+    config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
+    config.training.dtype = arguments.dtype or config.training.dtype
     config.branch.parent = ""
     config.parallel.update(data=-1, model=arguments.model, replica=1, fsdp=False)
     config.training.accumulation = 1
@@ -171,47 +154,22 @@ def _config(arguments: argparse.Namespace, saved: SavedModel) -> Any:
 
 def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("tasks need lm-eval: pip install 'stablelm_jax[eval]'")
-    from rich.console import Console
-
-    from stablelm_jax.evaluation.of_checkpoint import lm_of_checkpoint
-    from stablelm_jax.evaluation.progress import Bar
-    from stablelm_jax.evaluation.published import published_models
-    from stablelm_jax.evaluation.suite import load_tasks
-    from stablelm_jax.evaluation.task_scores import run_tasks
-    from stablelm_jax.evaluation.task_table import scores_to_json, table_of_scores
+        raise ValueError("tasks need lm-eval: pip install -e '.[eval]'")
+    from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
     from stablelm_jax.parallel.mesh import make_mesh
-    from stablelm_jax.storage.remote import described
 
-    if arguments.compare not in published_models():
-        raise ValueError(
-            f"--compare {arguments.compare}: nothing published is known here; choose one of "
-            f"{', '.join(published_models())}"
-        )
-    console, failed = Console(stderr=True), {}
-    asked = load_tasks(arguments.tasks.split(","), arguments.task_data)
-    with Bar(console) as bar:
-        model = lm_of_checkpoint(
-            saved,
-            make_mesh(model=arguments.model),
-            dtype=arguments.dtype,
-            max_length=arguments.max_length,
-            batch_tokens=arguments.batch_tokens,
-            progress=bar,
-        )
-        with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the JSON
-            scores = run_tasks(
-                model,
-                asked,
-                limit=arguments.limit,
-                num_fewshot=arguments.num_fewshot,
-                failed=lambda name, error: failed.update({name: described(error)}),
-            )
-    console.print(table_of_scores(scores, arguments.compare))
-    if model.cut:
-        console.print(f"{model.cut} inputs lost their beginning: {model.max_length} tokens fit")
-    found = scores_to_json(scores, arguments.compare) | {"inputs_cut": model.cut}
-    return found | ({"failed": failed} if failed else {})
+    return evaluate_tasks(
+        saved,
+        make_mesh(model=arguments.model),
+        arguments.tasks.split(","),
+        data=arguments.task_data,
+        compared=arguments.compare,
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
+        dtype=arguments.dtype,
+        max_length=arguments.max_length,
+        batch_tokens=arguments.batch_tokens,
+    )
 
 
 if __name__ == "__main__":

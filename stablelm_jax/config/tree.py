@@ -164,7 +164,7 @@ TREE = {
         "tasks": Field(()),  # of lm-eval, or our groups in evaluation/tasks/; needs extra `eval`
         "tasks_every": Field(0, least=0),  # steps between two evaluations on them; 0: never
         "tasks_limit": Field(500, least=0),  # items of each task, its first ones; 0: all
-        "task_data": Field(""),  # folder of their data, made beforehand; '': the Hugging Face Hub
+        "task_data": Field(""),  # made by launch/corpora/task_data.py; '': the Hugging Face Hub
     },
     "samples": {  # the last three are the model card's example
         "every": Field(1000, least=0),  # steps; 0: never

@@ -19,20 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from stablelm_jax.generation.generator import padded_length
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import hidden_states
 from stablelm_jax.parallel import sharding
-from stablelm_jax.parallel.mesh import BATCH_AXES
 
 # Places whose float32 logits are held at a time: 0.2 GB of a vocabulary of 100,352.
 _CHUNK = 512
-_SHORTEST = 64  # of the lengths that are compiled
-BATCH_TOKENS = 16_384  # of a device, by default
+BATCH_TOKENS = 16_384  # on each device, by default
 
 # (input, continuation): the last len(continuation) places of the input predict it.
 Request = tuple[Sequence[int], Sequence[int]]
+Answer = tuple[float, bool]
 
 
 @dataclasses.dataclass
@@ -45,6 +45,15 @@ class _Row:
     @property
     def scored(self) -> int:
         return sum(len(targets) for _, targets in self.spans)
+
+    def answers(self, logprobs_S: np.ndarray, greedy_S: np.ndarray) -> Iterator[tuple[int, Answer]]:
+        """(number of the request, its answer), from the scores of this row's places."""
+        start = 0
+        for number, targets in self.spans:
+            span = slice(start, start + len(targets))
+            logprob = float(logprobs_S[span].sum(dtype=np.float64))
+            yield number, (logprob, bool(greedy_S[span].all()))
+            start = span.stop
 
 
 class Scorer:
@@ -60,24 +69,19 @@ class Scorer:
         mesh: Mesh,
         *,
         max_length: int,
-        dtype: Any = jnp.float32,
-        attention: str = "auto",
-        num_valid_ids: int | None = None,
+        compute: Compute = Compute(),
         batch_tokens: int = BATCH_TOKENS,
     ):
         """Args:
         max_length: tokens of the longest input.
-        dtype: of matrix products; logits and softmax are float32.
-        attention: name of an implementation in kernels/attention.py.
-        num_valid_ids: rows of the vocabulary that may be predicted; None: all, padding too.
-        batch_tokens: of a batch on each device, padding included; at least one row.
+        compute: of the model; logits and softmax are float32.
+        batch_tokens: tokens of a batch on each device, padding included; at least one row.
         """
-        self.mesh, self.max_length, self.dtype = mesh, max_length, jnp.dtype(dtype)
-        self._batch_tokens, self._parts = batch_tokens, sharding.batch_parts(mesh)
+        self.model, self.mesh, self.max_length = model, mesh, max_length
+        self.compute, self.dtype = compute.forward_only(), jnp.dtype(compute.dtype)
+        self.batch_tokens, self._parts = batch_tokens, sharding.batch_parts(mesh)
         self._places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
-        self.num_valid_ids = num_valid_ids
-        options = {"attention": attention, "num_valid_ids": num_valid_ids}
-        self._score = _make_score(model, mesh, self.dtype, **options)
+        self._score = _make_score(model, mesh, self.compute)
 
     def compute_copy(self, params: Any) -> Any:
         """`params` in the compute type, whole but for the axis `model`; themselves if they are."""
@@ -94,38 +98,39 @@ class Scorer:
         params: Any,
         requests: Sequence[Request],
         on_answers: Callable[[int], None] = lambda count: None,
-    ) -> list[tuple[float, bool]]:
-        """Of each request: its log-likelihood in nats, and whether greedy choice would say it.
+    ) -> list[Answer]:
+        """For each request: its log-likelihood in nats, and whether greedy choice would say it.
 
         Args:
           params: as `compute_copy` gives them.
-          on_answers: called after each batch with the number of requests that it answered.
+          on_answers: called after each batch with the number of requests answered so far.
 
         Raises:
           ValueError: a continuation longer than its input, or an input that is too long.
         """
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        rows = _rows(requests, self.max_length)
-        for (length, scored), alike in self._groups(rows):
-            for batch in _batches(alike, self._rows_of_batch(length, len(alike))):
-                arrays = _arrays(batch, self._rows_of_batch(length, len(alike)), length, scored)
-                logprobs_BS, greedy_BS = self._run(params, arrays)
-                for row, logprobs_S, greedy_S in zip(batch, logprobs_BS, greedy_BS):
-                    _answer(answers, row, logprobs_S, greedy_S)
-                on_answers(sum(len(row.spans) for row in batch))
-        return answers
+        answers: dict[int, Answer] = {}
+        for (length, scored), rows in self._groups(_rows(requests, self.max_length)):
+            size = self._batch_size(length, len(rows))
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                scores = self._run(params, _arrays(batch, size, length, scored))
+                for row, logprobs_S, greedy_S in zip(batch, *scores):
+                    answers.update(row.answers(logprobs_S, greedy_S))
+                on_answers(len(answers))
+        # A continuation of no tokens is certain.
+        return [answers.get(number, (0.0, True)) for number in range(len(requests))]
 
     def _groups(self, rows: Sequence[_Row]) -> list[tuple[tuple[int, int], list[_Row]]]:
         """Rows by the shape they are padded to, the largest first: what needs most fails first."""
         groups = collections.defaultdict(list)
         for row in rows:
-            length = padded_length(len(row.tokens), self.max_length)
+            length = min(padded_length(len(row.tokens)), self.max_length)
             groups[length, _padded_scored(row.scored, length)].append(row)
         return sorted(groups.items(), reverse=True)
 
-    def _rows_of_batch(self, length: int, wanted: int) -> int:
-        """Of the whole mesh; a power of two on each part where fewer rows are left than fit."""
-        most = max(1, self._batch_tokens // length)
+    def _batch_size(self, length: int, wanted: int) -> int:
+        """Rows on the whole mesh; a power of two on each part where fewer are left than fit."""
+        most = max(1, self.batch_tokens // length)
         needed = -(-wanted // self._parts)
         return min(most, 1 << (needed - 1).bit_length()) * self._parts
 
@@ -134,14 +139,6 @@ class Scorer:
         share = len(arrays["tokens"]) // count
         part = {k: v[index * share : (index + 1) * share] for k, v in arrays.items()}
         return jax.device_get(self._score(params, sharding.put_batch(part, self.mesh)))
-
-
-def padded_length(length: int, most: int) -> int:
-    """The next of 64, 128, 192, 256, 384, 512, 768, 1024, ...; `most` at most."""
-    power = max(_SHORTEST, 1 << (length - 1).bit_length())
-    between = 3 * power // 4
-    fits = length <= between and between % _SHORTEST == 0
-    return min(between if fits else power, most)
 
 
 def _padded_scored(scored: int, length: int) -> int:
@@ -155,13 +152,14 @@ def _padded_scored(scored: int, length: int) -> int:
 def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     """One row for all requests of the same input, as the four letters of a question with choices.
 
-    A row takes no more places than its input has tokens; then another one begins.
+    A row takes no more places than its input has tokens; then another one begins. Requests for
+    nothing have no row.
     """
     rows: list[_Row] = []
     open_rows: dict[tuple[int, ...], _Row] = {}
     for number, (tokens, targets) in enumerate(requests):
         if not targets:
-            continue  # nothing is certain to follow
+            continue
         if not len(targets) <= len(tokens) <= max_length:
             raise ValueError(
                 f"request {number}: {len(targets)} tokens to score on an input of {len(tokens)}, "
@@ -174,11 +172,6 @@ def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
             rows.append(row)
         row.spans.append((number, targets))
     return rows
-
-
-def _batches(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _arrays(rows: Sequence[_Row], size: int, length: int, scored: int) -> dict[str, np.ndarray]:
@@ -194,64 +187,34 @@ def _arrays(rows: Sequence[_Row], size: int, length: int, scored: int) -> dict[s
     return {"tokens": tokens_BT, "places": places_BS, "targets": targets_BS}
 
 
-def _answer(answers, row: _Row, logprobs_S: np.ndarray, greedy_S: np.ndarray) -> None:
-    start = 0
-    for number, targets in row.spans:
-        span = slice(start, start + len(targets))
-        total = float(logprobs_S[span].sum(dtype=np.float64))
-        answers[number] = total, bool(greedy_S[span].all())
-        start = span.stop
-
-
-def _make_score(model: ModelConfig, mesh: Mesh, dtype: Any, *, attention, num_valid_ids):
+def _make_score(model: ModelConfig, mesh: Mesh, compute: Compute):
     """Jitted f(params, arrays) -> log-probability and whether it is the greatest, [B, S] each."""
-    num_valid = model.vocab_size if num_valid_ids is None else num_valid_ids
-
-    def local(params, arrays):
-        tokens_BT = arrays["tokens"]
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        x_BTD = hidden_states(
-            model,
-            params,
-            tokens_BT,
-            jnp.ones_like(tokens_BT),
-            positions_BT,
-            Compute(dtype=dtype, attention=attention),
-        )
-        x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
-        kernel_DV = params["head"]["kernel"].astype(dtype)
-        x_RD, targets_R = x_BSD.reshape(-1, x_BSD.shape[-1]), arrays["targets"].reshape(-1)
-        found = _target_scores(x_RD, kernel_DV, targets_R, num_valid)
-        return tuple(value_R.reshape(arrays["targets"].shape) for value_R in found)
+    num_valid = compute.num_valid_ids or model.vocab_size
 
     def score(params, arrays):
-        rows = sharding.mesh_axes(["batch"])
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(jax.sharding.PartitionSpec(), rows),
-            out_specs=rows,
-            axis_names=set(BATCH_AXES),
-            check_vma=False,
-        )(params, arrays)
+        tokens_BT, targets_BS = arrays["tokens"], arrays["targets"]
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        inputs_BT = tokens_BT, jnp.ones_like(tokens_BT), positions_BT
+        x_BTD = hidden_states(model, params, *inputs_BT, compute)
+        x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
+        x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        kernel_DV = params["head"]["kernel"].astype(x_RD.dtype)
+        found = _target_scores(x_RD, kernel_DV, targets_BS.reshape(-1), num_valid)
+        return tuple(value_R.reshape(targets_BS.shape) for value_R in found)
 
+    score = sharding.map_rows(score, mesh, out_specs=sharding.mesh_axes(["batch"]))
     return jax.jit(score, out_shardings=sharding.replicated(mesh))
 
 
 def _target_scores(x_RD, kernel_DV, targets_R, num_valid: int):
     """log softmax(x kernel)[target], float32 [R], and whether no other logit is greater."""
+    vocab_size = kernel_DV.shape[1]
 
-    def of_chunk(chunk):
-        x_RD, targets_R = chunk
-        logits_RV = jnp.matmul(x_RD, kernel_DV, preferred_element_type=jnp.float32)
-        if num_valid < kernel_DV.shape[1]:
-            logits_RV = jnp.where(jnp.arange(kernel_DV.shape[1]) < num_valid, logits_RV, -jnp.inf)
-        target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
-        greedy_R = jnp.argmax(logits_RV, axis=-1) == targets_R
-        return target_R - jax.nn.logsumexp(logits_RV, axis=-1), greedy_R
+    def of_place(place):
+        x_D, target = place
+        logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
+        if num_valid < vocab_size:
+            logits_V = jnp.where(jnp.arange(vocab_size) < num_valid, logits_V, -jnp.inf)
+        return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V) == target
 
-    count = len(targets_R)
-    size = min(count, _CHUNK)
-    padded = [jnp.pad(x, ((0, -count % size), *[(0, 0)] * (x.ndim - 1))) for x in (x_RD, targets_R)]
-    chunks = [x.reshape(-1, size, *x.shape[1:]) for x in padded]
-    return [value.reshape(-1)[:count] for value in jax.lax.map(of_chunk, chunks)]
+    return jax.lax.map(of_place, (x_RD, targets_R), batch_size=_CHUNK)

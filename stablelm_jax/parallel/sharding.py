@@ -8,7 +8,7 @@ below is a `PartitionSpec`, one for each leaf of a parameter tree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -106,6 +106,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def map_rows(function: Callable, mesh: Mesh, out_specs: Any) -> Callable:
+    """f(params, batch) in which each device sees whole parameters and its own rows of the batch.
+
+    `model` is left to the compiler. `out_specs` says over which axes the results are split.
+    """
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), mesh_axes(["batch"])),
+        out_specs=out_specs,
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )
 
 
 def batch_parts(mesh: Mesh) -> int:

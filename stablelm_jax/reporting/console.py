@@ -100,20 +100,23 @@ def _source_table(run: Run) -> Table:
 
 
 def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
-    """Held-out loss of each source beside its unigram entropy."""
+    """Held-out loss of each source, with its standard error, beside its unigram entropy."""
     table = Table(title=f"held-out text after step {step:,}", title_justify="left")
     table.add_column("source", no_wrap=True)
-    for column in ("loss (nats)", "bits a byte", "unigram entropy", "loss below it by"):
+    columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
+    for column in columns:
         table.add_column(column, justify="right")
     for name, manifest in run.manifests.items():
         loss = line.get(f"eval/loss/{name}")
         if loss is None:
-            table.add_row(name, "none", "", "", "")
+            table.add_row(name, "none", "", "", "", "")
             continue
+        error = line.get(f"eval/loss_stderr/{name}")
+        loss_text = f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
         entropy = manifest.unigram_entropy
         bits = line[f"eval/bits_per_byte/{name}"]
-        numbers = (f"{loss:.4f}", f"{bits:.4f}", f"{entropy:.3f}", f"{entropy - loss:+.3f}")
-        table.add_row(name, *numbers)
+        numbers = (loss_text, f"{bits:.4f}", f"{entropy:.3f}", f"{entropy - loss:+.3f}")
+        table.add_row(name, f"{line[f'eval/documents/{name}']:,}", *numbers)
     console.print(table)
 
 

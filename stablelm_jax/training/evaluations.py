@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from stablelm_jax.evaluation.progress import Asking, Left
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.events import Events
 from stablelm_jax.storage.remote import described
@@ -25,28 +24,56 @@ _COMPARED = "stablelm-2-1_6b"
 class Evaluations:
     """Evaluates the parameters it is given; what fails becomes an event.
 
-    Both methods return the metrics, {} where it failed, None where a signal was heard meanwhile.
+    `held_out` and `tasks` return metrics: {} where it failed, None where a signal was heard
+    meanwhile. Tasks keep their programs from one time to the next.
     """
 
     def __init__(self, run: Run, events: Events, console: Console, left: Callable[[], bool]):
         """`left`: asked after each batch, on every process alike; whether to leave it."""
         self._run, self._events, self._console, self._left = run, events, console, left
-        self._tasks: Tasks | None = None
+        self._asked, self._model = [], None  # tasks, and the model as lm-eval sees it
 
     def prepare(self) -> None:
         """Loads the tasks of the config, if it has any, so that missing data is told at once."""
         if not self._run.config.evaluation.tasks_every:
             return
-        tasks, error = None, None
+        error = None
         try:
-            tasks = Tasks(self._run)
+            self._load_tasks()
         except Exception as caught:  # of any library: the run can do without
             error = caught
         if distributed.anywhere(error is not None):
+            self._model = None
             text = str(error) if error else "another host cannot load them; see its output"
             self._failed(0, f"tasks will not be evaluated: {text}")
-        else:
-            self._tasks = tasks
+
+    def _load_tasks(self) -> None:
+        """Raises ValueError where lm-eval, a task or its data is not there."""
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise ValueError("lm-eval is missing: pip install -e '.[eval]'") from error
+        from stablelm_jax.evaluation.lm_eval_model import CheckpointLM
+        from stablelm_jax.evaluation.scoring import Scorer
+        from stablelm_jax.evaluation.suite import Left, load_tasks
+
+        def leave_if_asked(*_: Any) -> None:
+            if self._left():
+                raise Left
+
+        run, config = self._run, self._run.config
+        parts = sharding.batch_parts(run.mesh) * config.training.accumulation
+        length = config.data.sequence_length
+        scorer = Scorer(
+            run.model,
+            run.mesh,
+            max_length=length,
+            compute=run.compute,
+            # A training step has room for so many, and a forward pass needs less.
+            batch_tokens=max(1, config.data.batch_size // parts) * length,
+        )
+        self._asked = load_tasks(config.evaluation.tasks, config.evaluation.task_data or None)
+        self._model = CheckpointLM(scorer, run.tokenizer, told=leave_if_asked)
 
     def held_out(
         self, eval_step: EvalStep, params: Any, step: int
@@ -66,81 +93,40 @@ class Evaluations:
         return means
 
     def tasks(self, params: Any, step: int) -> Mapping[str, float] | None:
-        """The scores of the tasks, as eval/tasks/TASK/METRIC."""
-        if self._tasks is None:
+        """The scores of the tasks that end well, as eval/tasks/TASK/METRIC."""
+        if self._model is None:
             return {}
+        from stablelm_jax.evaluation.scores import table_of_scores
+        from stablelm_jax.evaluation.suite import Left, run_tasks
+
         began = time.monotonic()
 
-        def failed(name: str, error: Exception) -> None:
-            text = f"step {step}: task {name} failed ({described(error)}); the run goes on"
+        def failed(what: str, error: Exception) -> None:
+            text = f"step {step}: {what} failed ({described(error)}); the run goes on"
             self._failed(step, text, began)
 
+        limit = self._run.config.evaluation.tasks_limit or None
         try:
-            return self._tasks.run(params, step, self._left, self._console, failed)
+            self._model.load(params)
+            scores = run_tasks(
+                self._model,
+                self._asked,
+                limit=limit,
+                bootstraps=0,
+                failed=lambda name, error: failed(f"task {name}", error),
+            )
         except Left:
             return None
         except Exception as error:  # of any library, or too little memory: the run can do without
-            text = f"step {step}: tasks failed ({type(error).__name__}: {error}); the run goes on"
-            self._failed(step, text, began)
+            failed("tasks", error)
             return {}
+        finally:
+            self._model.unload()
+        self._console.print(table_of_scores(scores, _COMPARED, f"tasks after step {step:,}"))
+        return {f"{TASKS}{score.key}": score.value for score in scores if not score.is_detail}
 
     def _failed(self, step: int, text: str, began: float | None = None) -> None:
         seconds = None if began is None else time.monotonic() - began
         self._events.tell(
             "evaluation_failed", text, style="bold red", step=step, after_seconds=seconds
         )
-
-
-class Tasks:
-    """lm-eval's tasks of a run's config; the programs are kept from one time to the next."""
-
-    def __init__(self, run: Run):
-        """Raises ValueError where a task or its data is not there."""
-        try:
-            import lm_eval  # noqa: F401
-        except ImportError as error:
-            raise ValueError("lm-eval is missing: pip install 'stablelm_jax[eval]'") from error
-        from stablelm_jax.evaluation.generate_late import GenerateLate
-        from stablelm_jax.evaluation.scoring import Scorer
-        from stablelm_jax.evaluation.suite import load_tasks
-
-        config, settings = run.config, run.config.evaluation
-        parts = sharding.batch_parts(run.mesh) * config.training.accumulation
-        length = config.data.sequence_length
-        batch_tokens = max(1, config.data.batch_size // parts) * length  # what a step has room for
-        self._text, self._limit = run.tokenizer, settings.tasks_limit or None
-        self._asked = load_tasks(list(settings.tasks), settings.task_data or None)
-        self._scorer = Scorer(
-            run.model,
-            run.mesh,
-            max_length=length,
-            dtype=run.compute.dtype,
-            attention=config.training.attention,
-            num_valid_ids=config.training.num_valid_ids,
-            batch_tokens=batch_tokens,
-        )
-        self._generate = GenerateLate(run.model, self._scorer, batch_tokens)
-
-    def run(
-        self,
-        params: Any,
-        step: int,
-        left: Callable[[], bool],
-        console: Console,
-        failed: Callable[[str, Exception], None],
-    ) -> dict[str, float]:
-        """Every score of every task that ends well; raises `Left` where it was left."""
-        from stablelm_jax.evaluation.lm_eval_model import CheckpointLM
-        from stablelm_jax.evaluation.task_scores import run_tasks
-        from stablelm_jax.evaluation.task_table import table_of_scores
-
-        weights = self._scorer.compute_copy(params)
-        self._generate.load(weights)
-        try:
-            progress = Asking(left)
-            model = CheckpointLM(self._scorer, weights, self._text, self._generate, progress)
-            scores = run_tasks(model, self._asked, limit=self._limit, bootstraps=0, failed=failed)
-        finally:
-            self._generate.unload()
-        console.print(table_of_scores(scores, _COMPARED, f"tasks after step {step:,}"))
-        return {f"{TASKS}{score.key}": score.value for score in scores if not score.is_detail}

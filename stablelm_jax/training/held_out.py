@@ -1,6 +1,6 @@
 """Held-out loss, perplexity and bits per byte of each source and language.
 
-B rows of a batch, T sequence length, S sources.
+B rows of a batch, T sequence length, S sources, D documents.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import batch_loss, source_sums
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
+from stablelm_jax.parallel.mesh import sum_over
 
-EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, Any]]
 Batch = Mapping[str, np.ndarray]
 
 
@@ -30,9 +30,9 @@ class HeldOut:
     """The held-out text of one source.
 
     Attributes:
-      batches: this process's part of each batch.
-      tokens_per_byte: tokens (end-of-text counted) a UTF-8 byte of it.
-      language: the one it is in, ISO 639-1; None where it is in several, or in none.
+      batches: this process's part of each batch; the rows of all batches follow one another.
+      tokens_per_byte: tokens (end-of-text counted) for each UTF-8 byte of the text.
+      language: ISO 639-1; None where the text is in several languages, or in none.
     """
 
     batches: Iterable[Batch]
@@ -41,25 +41,31 @@ class HeldOut:
 
 
 def make_eval_step(
-    model: ModelConfig, mesh: Mesh, *, num_sources: int, compute: Compute
+    model: ModelConfig, mesh: Mesh, *, num_sources: int, eod: int, compute: Compute
 ) -> EvalStep:
-    """Jitted f(params, batch) -> {"nll", "tokens"}: float32 [S] sums over the whole batch."""
-    compute = compute.forward_only()
+    """Jitted f(params, batch), whose results every device holds whole.
+
+    Args:
+      eod: id of `<|endoftext|>`.
+      compute: of the training; only what a forward pass needs is taken.
+
+    The results are "nll" and "tokens", float32 [S] sums over the whole batch, and "by_token",
+    arrays [B, T]: "nll", "counted" (the loss mask), "ends" (whether the input ends a document).
+    """
     places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
+    whole, rows = PartitionSpec(), sharding.mesh_axes(["batch"])
 
     def local_sums(params, batch):
-        _, nll_BT = batch_loss(model, params, batch, compute=compute)
-        return sum_over(source_sums(nll_BT, batch, num_sources))
+        _, nll_BT = batch_loss(model, params, batch, compute=compute.forward_only())
+        ends_BT = batch["tokens"] == eod
+        by_token = {"nll": nll_BT, "counted": batch["loss_mask"], "ends": ends_BT}
+        return sum_over(source_sums(nll_BT, batch, num_sources)), by_token
+
+    local_sums = sharding.map_rows(local_sums, mesh, out_specs=(whole, rows))
 
     def eval_step(params, batch):
-        return jax.shard_map(
-            local_sums,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), sharding.mesh_axes(["batch"])),
-            out_specs=PartitionSpec(),
-            axis_names=set(BATCH_AXES),
-            check_vma=False,
-        )(sharding.gathered(params, compute.dtype, places), batch)
+        sums, by_token = local_sums(sharding.gathered(params, compute.dtype, places), batch)
+        return sums | {"by_token": by_token}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
@@ -90,14 +96,18 @@ def evaluate_held_out(
       HeldOutError: on every process, where one of them cannot read.
     """
     nll, tokens = np.zeros(len(sources)), np.zeros(len(sources))
+    documents = []
     for source in sources.values():
+        documents_2D = np.zeros((2, 1))
         for batch in _agreed_batches(source.batches):
             if stopped():
                 return None
             sums = jax.device_get(eval_step(params, sharding.put_batch(batch, mesh)))
             nll += sums["nll"]
             tokens += sums["tokens"]
-    return held_out_line(sources, nll, tokens)
+            documents_2D = _with_documents(documents_2D, sums["by_token"])
+        documents.append(documents_2D)
+    return held_out_line(sources, nll, tokens, documents)
 
 
 def _agreed_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -117,44 +127,80 @@ def _agreed_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+def _with_documents(before_2D: np.ndarray, by_token: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Nats and counted tokens of each document, float64 [2, D], with those of one more batch.
+
+    A batch goes on in the document that the batch before it ended in. The target after an
+    `<|endoftext|>` is the first of its document. Sums over tokens in their order do not depend on
+    how the rows lay on devices.
+    """
+    number = np.cumsum(by_token["ends"].ravel())
+    sums_2D = np.stack([np.bincount(number, by_token[key].ravel()) for key in ("nll", "counted")])
+    sums_2D[:, 0] += before_2D[:, -1]
+    return np.concatenate([before_2D[:, :-1], sums_2D], axis=1)
+
+
 def held_out_line(
-    sources: Mapping[str, HeldOut], nll: np.ndarray, tokens: np.ndarray
+    sources: Mapping[str, HeldOut],
+    nll: np.ndarray,
+    tokens: np.ndarray,
+    documents: Sequence[np.ndarray],
 ) -> dict[str, float | None]:
     """The metrics of sums by source.
 
     Args:
       nll: nats over the counted tokens of each source, float64 [S].
       tokens: how many these are, [S].
+      documents: for each source, nats and counted tokens of each of its documents, [2, D].
 
     Returns:
-      "eval/loss" (nats a token) and "eval/perplexity" over everything; both and
-      "eval/bits_per_byte" again as ".../<source>", and as ".../language/<code>" over the sources of
-      one language, tokens and bytes added up. What has no token has no key.
+      "eval/loss" (nats a token), "eval/perplexity", "eval/documents" (how many were scored) and
+      "eval/loss_stderr" over everything; these and "eval/bits_per_byte" again as ".../<source>",
+      and as ".../language/<code>" over the sources of one language, tokens and bytes added up.
+      What has no token has no key; a source of one document has no standard error.
     """
     bytes_ = tokens / np.array([source.tokens_per_byte for source in sources.values()])
+    counts, variances = np.array([_count_and_variance(found) for found in documents]).T
+    sums = np.stack([nll, tokens, bytes_, counts, variances], axis=1)
     line: dict[str, float | None] = {"eval/loss": None, "eval/perplexity": None}
-    if tokens.sum():
-        line |= _means("", nll.sum(), tokens.sum())
-    for name, *sums in zip(sources, nll, tokens, bytes_):
-        line |= _means(f"/{name}", *sums)
-    by_language: dict[str, np.ndarray] = {}
-    for source, sums in zip(sources.values(), np.stack([nll, tokens, bytes_], axis=1)):
-        if source.language is not None:
-            by_language[source.language] = by_language.get(source.language, 0.0) + sums
-    for language, sums in sorted(by_language.items()):
-        line |= _means(f"/language/{language}", *sums)
+    line |= _means("", (nll.sum(), tokens.sum(), None, counts.sum(), variances.sum()))
+    for name, of_source in zip(sources, sums):
+        line |= _means(f"/{name}", of_source)
+    languages = [source.language for source in sources.values()]
+    for language in sorted(set(languages) - {None}):
+        members = [language == other for other in languages]
+        line |= _means(f"/language/{language}", sums[members].sum(axis=0))
     return line
 
 
-def _means(
-    suffix: str, nll: float, tokens: float, bytes_: float | None = None
-) -> dict[str, float | None]:
+def _count_and_variance(documents_2D: np.ndarray) -> tuple[int, float]:
+    """How many documents were scored, and the variance of their nats about the mean loss.
+
+    The loss is a ratio of two sums over documents, which were drawn at random: this is its
+    linearised variance times the squared number of tokens (Cochran, Sampling Techniques, 1977,
+    chapter 6). Those of several sources add up. NaN where there is a single document.
+    """
+    nll_D, tokens_D = documents_2D[:, documents_2D[1] > 0]
+    count = len(tokens_D)
+    if count < 2:
+        return count, math.nan if count else 0.0
+    with np.errstate(invalid="ignore", over="ignore"):  # a loss that is not finite
+        residual_D = nll_D - nll_D.sum() / tokens_D.sum() * tokens_D
+        return count, count / (count - 1) * np.square(residual_D).sum()
+
+
+def _means(suffix: str, sums: Sequence[Any]) -> dict[str, float | None]:
+    """`sums`: nats, tokens, bytes (None: not told), documents, variance."""
+    nll, tokens, bytes_, documents, variance = sums
     if not tokens:
         return {}
     loss = float(nll / tokens)
     line = {f"eval/loss{suffix}": loss, f"eval/perplexity{suffix}": _exp(loss)}
     if bytes_ is not None:
         line[f"eval/bits_per_byte{suffix}"] = float(nll / math.log(2) / bytes_)
+    line[f"eval/documents{suffix}"] = int(documents)
+    if math.isfinite(variance):
+        line[f"eval/loss_stderr{suffix}"] = float(math.sqrt(variance) / tokens)
     return line
 
 

@@ -53,7 +53,11 @@ class Run:
     def eval_step(self) -> EvalStep:
         """Sums over one batch of held-out text; compiled when first called."""
         return make_eval_step(
-            self.model, self.mesh, num_sources=len(self.sources), compute=self.compute
+            self.model,
+            self.mesh,
+            num_sources=len(self.sources),
+            eod=self.tokenizer.eod,
+            compute=self.compute,
         )
 
     @property

@@ -42,7 +42,8 @@ def test_rows_and_devices_of_another_size_give_the_losses_of_the_training(traine
     flags = ("--checkpoint", checkpoint, "--model", 2, "--batch-tokens", 96)
     found = evaluated(capsys, *flags)
     expected = {key: value for key, value in line.items() if key.startswith("eval/")}
-    assert {f"eval/perplexity/{source}" for source in SOURCES} < set(expected)
+    for what in ("perplexity", "documents", "loss_stderr"):
+        assert {f"eval/{what}/{source}" for source in SOURCES} < set(expected)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 
 

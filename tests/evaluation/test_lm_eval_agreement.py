@@ -12,7 +12,6 @@ from task_files import write_task
 
 from stablelm_jax import convert
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.evaluation.progress import Asking, Left
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.tokenizer.train_tokenizer import train as train_tokenizer
@@ -22,9 +21,8 @@ for library in ("torch", "transformers", "accelerate", "lm_eval"):
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 CheckpointLM = pytest.importorskip("stablelm_jax.evaluation.lm_eval_model").CheckpointLM
-lm_of_checkpoint = pytest.importorskip("stablelm_jax.evaluation.of_checkpoint").lm_of_checkpoint
-load_tasks = pytest.importorskip("stablelm_jax.evaluation.suite").load_tasks
-run_tasks = pytest.importorskip("stablelm_jax.evaluation.task_scores").run_tasks
+of_checkpoint = pytest.importorskip("stablelm_jax.evaluation.checkpoint_tasks").lm_of_checkpoint
+suite = pytest.importorskip("stablelm_jax.evaluation.suite")
 
 pytestmark = pytest.mark.parity
 MODEL = ModelConfig(
@@ -62,7 +60,7 @@ def theirs(checkpoint, tmp_path_factory):
 def ours(checkpoint):
     mesh = make_mesh(1, 1, jax.devices()[:1])  # other meshes: test_scoring.py
     saved = SavedModel.open(checkpoint)
-    return lm_of_checkpoint(saved, mesh, dtype="float32", batch_tokens=2 * LENGTH)
+    return of_checkpoint(saved, mesh, dtype="float32", batch_tokens=2 * LENGTH)
 
 
 def requests(kind, *arguments):
@@ -112,8 +110,8 @@ def test_texts_are_those_of_lm_evals_own_class(ours, theirs):
 def test_a_task_file_gives_the_same_scores_through_both(ours, theirs, tmp_path):
     path = write_task(tmp_path, "pick_a_word", items=6)
     for model in (ours, theirs):
-        (asked,) = load_tasks([str(path)])
-        scores = run_tasks(model, [asked])
+        (asked,) = suite.load_tasks([str(path)])
+        scores = suite.run_tasks(model, [asked])
         if model is ours:
             found = scores
     assert [(s.key, s.items, s.shots) for s in found][0] == ("pick_a_word/acc", 6, 2)
@@ -122,7 +120,12 @@ def test_a_task_file_gives_the_same_scores_through_both(ours, theirs, tmp_path):
 
 
 def test_an_evaluation_is_left_when_somebody_asks(ours, tmp_path):
-    (asked,) = load_tasks([str(write_task(tmp_path, "never_done", items=2))])
-    model = CheckpointLM(ours._scorer, ours._params, ours._text, progress=Asking(lambda: True))
-    with pytest.raises(Left):
-        run_tasks(model, [asked])
+    (asked,) = suite.load_tasks([str(write_task(tmp_path, "never_done", items=2))])
+
+    def leave(*_):
+        raise suite.Left
+
+    model = CheckpointLM(ours._scorer, ours._text, told=leave)
+    model.load(ours._params)
+    with pytest.raises(suite.Left):
+        suite.run_tasks(model, [asked], failed=lambda *_: None)

@@ -7,10 +7,15 @@ import pytest
 import yaml
 
 import stablelm_jax.evaluation
-from stablelm_jax.evaluation import published
+from stablelm_jax.evaluation.scores import (
+    TaskScore,
+    published_metric,
+    published_score,
+    published_suites,
+)
 
 GROUPS = Path(stablelm_jax.evaluation.__file__).parent / "tasks"
-(LEADERBOARD, MULTILINGUAL) = published._suites()
+(LEADERBOARD, MULTILINGUAL) = published_suites()
 
 
 def members(group):
@@ -52,20 +57,23 @@ def test_the_37_multilingual_columns_have_the_published_mean(model, published_me
     assert mean(MULTILINGUAL, tasks, model) == pytest.approx(published_mean, abs=0.005)
 
 
+def score(asked, task, metric, shots, how="none"):
+    return TaskScore(asked, task, metric, how, shots, 0.5, None, 10, "1.0")
+
+
 def test_every_task_of_a_suite_has_a_score_at_its_number_of_examples():
     for suite in (LEADERBOARD, MULTILINGUAL):
         for task, shots in members(suite["group"]).items():
-            metric = published.published_metric(task)
             how = "strict-match" if task == "gsm8k" else "none"
-            found = published.published_score(
-                "stablelm-2-1_6b", task, metric, shots, suite["group"], how
-            )
+            ours = score(suite["group"], task, published_metric(task), shots, how)
+            found = published_score(ours, "stablelm-2-1_6b")
             assert found is not None, task
             assert found[1] == suite["source"]
 
 
 def test_a_task_of_two_suites_is_looked_up_in_the_one_it_was_asked_by():
-    asked = ("stablelm-2-1_6b", "truthfulqa_mc2", "acc", 0)
-    assert published.published_score(*asked, "stablelm2_leaderboard")[0] == 36.65
-    assert published.published_score(*asked, "stablelm2_multilingual")[0] == 38.77
-    assert published.published_score("stablelm-2-1_6b", "arc_challenge", "acc_norm", 3) is None
+    asked = ("truthfulqa_mc2", "acc", 0)
+    for group, expected in (("stablelm2_leaderboard", 36.65), ("stablelm2_multilingual", 38.77)):
+        assert published_score(score(group, *asked), "stablelm-2-1_6b")[0] == expected
+    other = score("arc_challenge", "arc_challenge", "acc_norm", 3)
+    assert published_score(other, "stablelm-2-1_6b") is None

@@ -9,6 +9,9 @@ from tiny import losses, tiny_config, train
 
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.data import shards
+from stablelm_jax.model.transformer import init_params
+from stablelm_jax.training.evaluations import Evaluations
+from stablelm_jax.training.setup import prepare_run
 
 FEW = {"evaluation.every": 0, "samples.every": 0, "training.num_steps": 6, "checkpoint.every": 6}
 
@@ -43,6 +46,17 @@ def test_scores_of_tasks_are_metrics_and_change_nothing(data, undisturbed, tmp_p
     assert all(0 <= score <= 1 for score in scores.values())
     code, lines = train(tiny_config(data, **FEW, **settings), tmp_path / "run")  # nothing is left
     assert len([line for line in lines if "eval/tasks/which_word/acc" in line]) == 3
+
+
+def test_tasks_are_left_without_scores_where_a_signal_was_heard(data, tmp_path):
+    pytest.importorskip("lm_eval")
+    task = write_task(tmp_path, "too_late", items=2)
+    settings = {"evaluation.tasks": (str(task),), "evaluation.tasks_every": 3}
+    run = prepare_run(tiny_config(data, **FEW, **settings))
+    params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(0))
+    evaluations = Evaluations(run, events=None, console=None, left=lambda: True)
+    evaluations.prepare()
+    assert evaluations.tasks(params, 3) is None
 
 
 def test_a_task_that_is_missing_is_told_and_the_run_goes_on(data, undisturbed, tmp_path):

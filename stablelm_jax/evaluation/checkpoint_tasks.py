@@ -1,0 +1,120 @@
+"""lm-eval's tasks on a checkpoint, with a bar, a table and JSON: what `evaluate --tasks` does."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from stablelm_jax.checkpoint.saved_model import SavedModel
+from stablelm_jax.evaluation.lm_eval_model import CheckpointLM, Told
+from stablelm_jax.evaluation.scores import published_models, scores_to_json, table_of_scores
+from stablelm_jax.evaluation.scoring import Scorer
+from stablelm_jax.evaluation.suite import load_tasks, run_tasks
+from stablelm_jax.model.compute import Compute
+from stablelm_jax.storage.remote import described
+
+
+def evaluate_tasks(
+    saved: SavedModel,
+    mesh: Mesh,
+    names: Sequence[str],
+    *,
+    data: str | Path | None,
+    compared: str,
+    limit: int | None,
+    num_fewshot: int | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Prints a table to stderr and returns what goes into the JSON.
+
+    Args:
+      names, data: those of `load_tasks`.
+      compared: the published model whose scores stand beside.
+      limit, num_fewshot: those of `run_tasks`.
+      options: those of `lm_of_checkpoint`.
+
+    Returns:
+      As `scores_to_json`; "inputs_cut"; and "failed", {task: reason}, where there are any.
+
+    Raises:
+      ValueError: an unknown task or published model, data that is missing, a damaged checkpoint.
+    """
+    if compared not in published_models():
+        raise ValueError(
+            f"--compare {compared}: nothing published is known here; choose one of "
+            f"{', '.join(published_models())}"
+        )
+    console, failed = Console(stderr=True), {}
+    asked = load_tasks(names, data)
+    with _bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
+        model = lm_of_checkpoint(saved, mesh, told=told, **options)
+        scores = run_tasks(
+            model,
+            asked,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            failed=lambda name, error: failed.update({name: described(error)}),
+        )
+    console.print(table_of_scores(scores, compared))
+    if model.cut:
+        console.print(f"{model.cut} inputs lost their beginning: {model.max_length} tokens fit")
+    found = scores_to_json(scores, compared) | {"inputs_cut": model.cut}
+    return found | ({"failed": failed} if failed else {})
+
+
+def lm_of_checkpoint(
+    saved: SavedModel,
+    mesh: Mesh,
+    *,
+    dtype: Any = None,
+    max_length: int | None = None,
+    told: Told = lambda what, done, count: None,
+    **options: Any,
+) -> CheckpointLM:
+    """A checkpoint as lm-eval's model; reads the weights onto the mesh.
+
+    Args:
+      dtype: type of matrix products; by default bfloat16, float32 on a CPU.
+      max_length: tokens of the longest input; by default the model's context.
+      told: that of `CheckpointLM`.
+      options: other arguments of `Scorer`.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    scorer = Scorer(
+        saved.model,
+        mesh,
+        max_length=max_length or saved.max_positions,
+        compute=Compute(
+            dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
+            num_valid_ids=saved.num_valid_ids,
+        ),
+        **options,
+    )
+    model = CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids)
+    model.load(saved.load(mesh))
+    return model
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Told]:
+    """A line on the console for each task and kind of request; gives what moves it."""
+    columns = *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+
+        def told(what: str, done: int, count: int) -> None:
+            if done == 0:
+                progress.add_task(what, total=count)
+            progress.update(progress.task_ids[-1], completed=done)
+
+        yield told

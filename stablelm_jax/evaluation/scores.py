@@ -1,0 +1,133 @@
+"""Task scores for a person, beside the scores published for Stable LM 2, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+_LIBRARIES = ("stablelm_jax", "lm_eval", "jax", "datasets")
+_NOT_SHARES = ("perplexity", "byte", "bits")  # metrics that are no share of the items
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """One number.
+
+    Attributes:
+      asked: the name that it was asked for by, which may be a group's.
+      how: lm-eval's filter of the answers; 'none' where there is one way to read them.
+      shots: examples in the prompt; None for a group of tasks that differ in it.
+      stderr: standard error; None where there is none.
+      items: how many there were; None for a group.
+      version: the task's version in lm-eval.
+      note: in what the data differs from lm-eval's own.
+    """
+
+    asked: str
+    task: str
+    metric: str
+    how: str
+    shots: int | None
+    value: float
+    stderr: float | None
+    items: int | None
+    version: str
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """TASK/METRIC, and /HOW where answers are read in several ways."""
+        return f"{self.task}/{self.metric}" + ("" if self.how == "none" else f"/{self.how}")
+
+    @property
+    def is_detail(self) -> bool:
+        """One subject of MMLU, whose mean is a score of its own."""
+        return self.asked != self.task and self.task.startswith("mmlu_")
+
+
+@functools.cache
+def published_suites() -> list[dict[str, Any]]:
+    """Each with its group of tasks, where it was read, and its scores in percent."""
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+def published_models() -> list[str]:
+    """The models with a score."""
+    rows = (row for suite in published_suites() for row in suite["scores"])
+    return list(dict.fromkeys(model for row in rows for model in row["scores"]))
+
+
+def published_score(score: TaskScore, model: str) -> tuple[float, str] | None:
+    """What a published model got for the same, in percent or the metric's unit, and the source.
+
+    Two suites may know the same task: that of the group by which it was asked for goes first.
+    """
+    what = score.task, score.metric, score.shots, score.how
+    for suite in sorted(published_suites(), key=lambda suite: suite["group"] != score.asked):
+        for row in suite["scores"]:
+            known = row["task"], row["metric"], row["shots"], row.get("how", "none")
+            if known == what and model in row["scores"]:
+                return row["scores"][model], suite["source"]
+    return None
+
+
+def published_metric(task: str) -> str | None:
+    """The metric that the published suites give first for a task; None for other tasks."""
+    rows = (row for suite in published_suites() for row in suite["scores"])
+    return next((row["metric"] for row in rows if row["task"] == task), None)
+
+
+def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks") -> Table:
+    """Task, metric, examples, ours with its standard error, and the published score of `model`.
+
+    Shares are in percent. Of a task with a published metric that one is shown, else all.
+    """
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column, no_wrap=True)
+    for column in ("shots", "items", "ours"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(model, justify="right", overflow="fold")
+    for score in scores:
+        if score.is_detail or published_metric(score.task) not in (None, score.metric):
+            continue
+        found = published_score(score, model)
+        table.add_row(
+            f"{score.task} *" if score.note else score.task,
+            score.metric if score.how == "none" else f"{score.metric} ({score.how})",
+            "" if score.shots is None else str(score.shots),
+            "" if score.items is None else f"{score.items:,}",
+            _ours(score),
+            "" if found is None else f"{found[0]:.2f}",
+        )
+    notes = {score.task: score.note for score in scores if score.note}
+    table.caption = "\n".join(f"* {task}: {note}" for task, note in notes.items()) or None
+    table.caption_justify = "left"
+    return table
+
+
+def _ours(score: TaskScore) -> str:
+    scale = 1.0 if any(part in score.metric for part in _NOT_SHARES) else 100.0
+    error = "" if score.stderr is None else f" ± {scale * score.stderr:.2f}"
+    return f"{scale * score.value:.2f}{error}"
+
+
+def scores_to_json(scores: Iterable[TaskScore], model: str) -> dict[str, Any]:
+    """{"tasks": one object a number, with "published" and its source where known; "versions"}."""
+    rows = []
+    for score in scores:
+        found = published_score(score, model)
+        row = dataclasses.asdict(score)
+        if found is not None:
+            row |= {"published": {"model": model, "score": found[0], "source": found[1]}}
+        rows.append(row)
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"tasks": rows, "versions": {"python": platform.python_version(), **versions}}
