@@ -53,7 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32"
     )
-    parser.add_argument("--weights", choices=["int8", "int4"], help="default: as --dtype")
     parser.add_argument("--context", type=_count, help="default: what the model was trained with")
     parser.add_argument("--model", type=_count, default=1, help="devices that share the model")
     return parser
@@ -77,7 +76,6 @@ def _generate(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         batch_size=max(1, len(prompts)),
         max_length=arguments.context or saved.max_positions,
-        weights=arguments.weights,
         chunk=8 if is_streamed else 32,
         num_valid_ids=saved.num_valid_ids,
     )

@@ -39,12 +39,11 @@ class Generator:
       dtype: of matrix products, activations and cache; by default bfloat16, float32 on a CPU.
       batch_size: prompts at a time, rounded up to a multiple of the mesh's batch parts.
       max_length: tokens of a prompt and its continuation at most.
-      weights: 'int8' or 'int4' holds the matrices of the copy so.
       chunk: tokens between two looks of the host at what was written.
       num_valid_ids: as the model was trained with it; None: padding rows may be chosen too.
 
     Raises:
-      ValueError: sizes below 1, unknown weights, or heads that the mesh's `model` does not divide.
+      ValueError: sizes below 1, or heads that the mesh's `model` does not divide.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Generator:
         dtype: Any = None,
         batch_size: int,
         max_length: int,
-        weights: str | None = None,
         chunk: int = 32,
         num_valid_ids: int | None = None,
     ):
@@ -73,9 +71,8 @@ class Generator:
         parts = sharding.batch_parts(mesh)
         self.batch_size = -(-batch_size // parts) * parts
         self.max_length = max_length
-        grouped = weights == "int4"
-        self._programs = Programs(model, mesh, dtype, chunk, grouped, num_valid_ids)
-        self._copy, places = decode_weights(model, mesh, dtype, weights)
+        self._programs = Programs(model, mesh, dtype, chunk, num_valid_ids)
+        self._copy, places = decode_weights(model, mesh, dtype)
         self._abstract = _abstract(jax.eval_shape(self._copy, params), places)
         self._kept: dict[tuple, Any] = {}  # programs
         self._weights: Any = None
@@ -91,12 +88,6 @@ class Generator:
     def unload(self) -> None:
         """Lets go of the copy; the programs stay."""
         self._weights = None
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of weights that every new token reads on all devices: all but the embedding."""
-        read = {name: group for name, group in self._abstract.items() if name != "embed"}
-        return sum(x.size * _bits(x.dtype) // 8 for x in jax.tree.leaves(read))
 
     def compile(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **sampling: Any
@@ -233,10 +224,6 @@ def _abstract(shapes: Any, places: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
-
-
-def _bits(dtype: Any) -> int:
-    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def _mesh_of(params: Any) -> Mesh:

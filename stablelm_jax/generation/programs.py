@@ -28,10 +28,6 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
 
-# XLA for GPUs makes one product of those that share x. Of whole numbers in groups it would first
-# write all of them to memory in x's dtype; one by one they are converted as they are read.
-_PRODUCTS_APART = {"xla_gpu_dot_merger_threshold_mb": 0}
-
 # Stands for no token in what the programs give.
 NOTHING = -1
 
@@ -75,7 +71,6 @@ class Programs:
 
     Attributes:
       dtype: of matrix products, activations and cache. chunk: N.
-      grouped: the weights are quantised in groups of inputs.
       num_valid_ids: rows of the vocabulary that may be chosen; None: all, padding too.
     """
 
@@ -83,7 +78,6 @@ class Programs:
     mesh: Mesh
     dtype: Any
     chunk: int
-    grouped: bool = False
     num_valid_ids: int | None = None
 
     def first_token(self, slots: int, stages: tuple[str, ...]) -> Callable:
@@ -152,13 +146,7 @@ class Programs:
             check_vma=False,
         )
         places = self.state_places(), self.whole_place()
-        on_gpu = self.mesh.devices.flat[0].platform in ("gpu", "cuda")
-        return jax.jit(
-            inner,
-            out_shardings=places,
-            donate_argnums=donate,
-            compiler_options=_PRODUCTS_APART if on_gpu and self.grouped else None,
-        )
+        return jax.jit(inner, out_shardings=places, donate_argnums=donate)
 
 
 def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, dtype, num_valid):

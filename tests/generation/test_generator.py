@@ -201,7 +201,6 @@ def test_settings_out_of_range_are_refused(generator, prompts, settings, message
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"chunk": 0}, "chunk is 0"),
-        ({"weights": "int3"}, "weights 'int3' are unknown"),
         ({"mesh": (1, 4)}, "2 key heads cannot be split over 4"),
     ],
 )

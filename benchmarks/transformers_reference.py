@@ -1,4 +1,4 @@
-"""StableLM of transformers with AdamW, the peer of benchmarks/train_step.py."""
+"""StableLM of transformers with AdamW: what train_step.py and generate.py hold ours against."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_step(
         this file does not rename.
     """
     if model.qk_norm or model.parallel_residual:
-        raise ValueError("the peer takes models as the 1.6B and the 3B are: use --peer none")
+        raise ValueError("only models as the 1.6B and the 3B are renamed here: use --peer none")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     network = _network(model, params).to(device)
@@ -163,7 +163,7 @@ def make_writer(model: ModelConfig, params: Mapping[str, Any], dtype: str) -> Ca
       ValueError: as `make_step`.
     """
     if model.qk_norm or model.parallel_residual:
-        raise ValueError("the peer takes models as the 1.6B and the 3B are: use --peer none")
+        raise ValueError("only models as the 1.6B and the 3B are renamed here: use --peer none")
     on_gpu = torch.cuda.is_available()
     network = _network(model, params).to("cuda" if on_gpu else "cpu", getattr(torch, dtype)).eval()
     network.config.use_cache = True
