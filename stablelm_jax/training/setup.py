@@ -20,7 +20,6 @@ from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shard_cache import ShardCache
-from stablelm_jax.generation.samples import prepare_texts
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
 from stablelm_jax.model.config import ModelConfig
@@ -149,6 +148,8 @@ class Run:
 
     def prepare_samples(self) -> Callable[[Any], dict[str, str]]:
         """f(params) -> {prompt: continuation} of the group `samples`, compiled ahead."""
+        from stablelm_jax.generation.text import prepare_texts
+
         settings = self.config.samples
         return prepare_texts(
             self.model,

@@ -33,7 +33,8 @@ def writing_program(target, model_axis=1):
     generator.compile([[1] * CONTEXT], max_new_tokens=NEW)
     heads = MODEL.num_kv_heads // model_axis
     cache = 2 * 2 * MODEL.num_layers * BATCH * heads * SLOTS * MODEL.head_size
-    return generator._kept[SLOTS, ()], cache
+    _, following = generator._compiled.values()
+    return following, cache
 
 
 def copies_of_the_cache_in_the_loop(text, heads):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stablelm_jax.generation import forward, programs
-from stablelm_jax.generation.generator import Generator, padded_length
+from stablelm_jax.generation.generator import Generator, _padded, padded_length
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import init_params, logits
@@ -163,18 +163,19 @@ def test_the_mesh_changes_no_token(params, expected, data, model):
 def test_the_copy_is_cast_once_and_the_cache_is_of_the_compute_type(params):
     generator = Generator(MODEL, params, dtype="bfloat16", batch_size=1, max_length=64)
     assert {x.dtype for x in jax.tree.leaves(generator._weights)} == {jnp.dtype("bfloat16")}
-    first = generator._first(32, 64, ())
-    batch = generator._programs.abstract_prompts(1, 32)
-    settings = generator._programs.abstract_settings(8)[:2]
-    state, _ = jax.eval_shape(first, generator._abstract, batch, *settings)
+    generator.compile([[1]], max_new_tokens=1)
+    first, _ = generator._compiled.values()
+    state, _ = first.out_info
     assert {x.dtype for x in jax.tree.leaves(state.cache)} == {jnp.dtype("bfloat16")}
 
 
 def test_lengths_are_padded_to_few_sizes_and_never_by_more_than_a_fourth_of_a_long_one():
-    sizes = [padded_length(n) for n in range(1, 5000)]
+    sizes = [_padded(n) for n in range(1, 5000)]
     assert all(n <= size for n, size in enumerate(sizes, 1))
     assert all(size <= 1.25 * n for n, size in enumerate(sizes, 1) if n > 512)
     assert len(set(sizes)) == 20
+    of_scores = {padded_length(n, 64, 2) for n in range(1, 4097)}
+    assert sorted(of_scores) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
     assert not [size for size in sizes if size > 128 and size % 128]
 
 
