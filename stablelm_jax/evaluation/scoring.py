@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stablelm_jax.generation.generator import padded_length
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import hidden_states
@@ -119,8 +118,7 @@ class Scorer:
         """Rows by the shape they are padded to, the largest first: what needs most fails first."""
         groups = collections.defaultdict(list)
         for row in rows:
-            # 64, 128, 192, 256, 384, 512, 768, 1024, ...
-            length = min(padded_length(len(row.tokens), _SHORTEST, 2), self.max_length)
+            length = padded_length(len(row.tokens), self.max_length)
             groups[length, _padded_scored(row.scored, length)].append(row)
         return sorted(groups.items(), reverse=True)
 
@@ -135,6 +133,14 @@ class Scorer:
         share = len(arrays["tokens"]) // count
         part = {k: v[index * share : (index + 1) * share] for k, v in arrays.items()}
         return jax.device_get(self._score(params, sharding.put_batch(part, self.mesh)))
+
+
+def padded_length(length: int, most: int) -> int:
+    """The next of 64, 128, 192, 256, 384, 512, 768, 1024, ...; `most` at most."""
+    power = max(_SHORTEST, 1 << (length - 1).bit_length())
+    between = 3 * power // 4
+    fits = length <= between and between % _SHORTEST == 0
+    return min(between if fits else power, most)
 
 
 def _padded_scored(scored: int, length: int) -> int:

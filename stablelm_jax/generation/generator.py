@@ -182,14 +182,14 @@ class Generator:
                 f"{self.max_length}: shorten the prompt, or give a larger max_length (the context)"
             )
         settings = Sampling(**sampling)
-        places = padded_length(max(len(stop_tokens), 1), _STOP_IDS, 1)
+        places = -(-max(len(stop_tokens), 1) // _STOP_IDS) * _STOP_IDS
         stop_ids = [*stop_tokens, *[NOTHING] * (places - len(stop_tokens))]
         numbers = settings.numbers() | {"stop_ids": np.array(stop_ids, np.int32)}
         for start in range(0, len(order), self.batch_size):
             group = order[start : start + self.batch_size]
-            length = _padded(len(prompts[group[0]]))
+            length = padded_length(len(prompts[group[0]]))
             batch = _batch([prompts[i] for i in group], group, self.batch_size, length)
-            slots = _padded(length + max_new_tokens)
+            slots = padded_length(length + max_new_tokens)
             yield group, batch, numbers, *self._compile(batch, numbers, slots, settings.stages)
 
     def _compile(self, batch: tuple, numbers: dict, slots: int, stages: tuple[str, ...]) -> tuple:
@@ -210,18 +210,13 @@ class Generator:
         return first, self._compiled[following_key]
 
 
-def padded_length(length: int, least: int, per_octave: int) -> int:
-    """The next of few lengths: multiples of `least`, from some length on `per_octave` an octave.
+def padded_length(length: int) -> int:
+    """The next of few lengths: multiples of 32 to 128, of 128 to 1024, then four in each octave.
 
     A program is compiled for each length that rows are padded to: few of them compile seldom.
     """
-    step = max(least, (1 << (length - 1).bit_length()) // (2 * per_octave))
+    step = 32 if length <= 128 else max(128, 1 << (length - 1).bit_length() - 3)
     return -(-length // step) * step
-
-
-def _padded(length: int) -> int:
-    """Multiples of 32 to 128, of 128 to 1024, then four in each octave."""
-    return padded_length(length, 32 if length <= 128 else 128, 4)
 
 
 def _abstract(values: Any, places: Any) -> Any:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelm_jax.evaluation.scoring import Scorer
+from stablelm_jax.evaluation.scoring import Scorer, padded_length
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.model.transformer import logits
@@ -96,3 +96,9 @@ def test_an_input_that_is_too_long_is_refused(params):
     scorer = Scorer(MODEL, make_mesh(1, 1, jax.devices()[:1]), max_length=8)
     with pytest.raises(ValueError, match="request 0: 1 tokens to score on an input of 9"):
         scorer.score(params, [([1] * 9, [1])])
+
+
+def test_lengths_are_padded_to_few_sizes_and_by_less_than_half():
+    sizes = {padded_length(n, 4096) for n in range(1, 4097)}
+    assert sorted(sizes) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+    assert padded_length(70, 80) == 80
