@@ -33,26 +33,16 @@ NOTHING = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a batch stands.
-
-    Attributes:
-      cache: keys and values of each layer.
-      seen_BV: which tokens stand in a row, where a penalty asks for them.
-      token_B: the newest token, which is not in the cache yet.
-      length_B: the number of tokens of the prompt.
-      row_B: the number of each row, for its random numbers.
-      active_B: whether a row goes on.
-      start, slot: the slot of the first new token, and that of the newest.
-    """
+    """Where a batch stands."""
 
     cache: list[LayerCache]
-    seen_BV: jax.Array | None
-    token_B: jax.Array
-    length_B: jax.Array
-    row_B: jax.Array
-    active_B: jax.Array
-    start: jax.Array
-    slot: jax.Array
+    seen_BV: jax.Array | None  # which tokens stand in a row, where a penalty asks for them
+    token_B: jax.Array  # the newest token, which is not in the cache yet
+    length_B: jax.Array  # tokens of the prompt
+    row_B: jax.Array  # the number of each row, for its random numbers
+    active_B: jax.Array  # whether a row goes on
+    start: jax.Array  # the slot of the first new token
+    slot: jax.Array  # the slot of the newest
 
 
 # A device has its rows of a state, and of the cache its heads.
@@ -66,18 +56,13 @@ class Programs:
     """Makes the programs of one model on one mesh; compiles nothing by itself.
 
     `settings` below are `Sampling.numbers` and `stop_ids`, the tokens that end a row.
-
-    Attributes:
-      dtype: the type of matrix products, activations and cache.
-      chunk: N.
-      num_valid_ids: rows of the vocabulary that may be chosen; None: all, padding too.
     """
 
     model: ModelConfig
     mesh: Mesh
-    dtype: Any
-    chunk: int
-    num_valid_ids: int | None = None
+    dtype: Any  # the type of matrix products, activations and cache
+    chunk: int  # N
+    num_valid_ids: int | None  # rows of the vocabulary that may be chosen; None: all, padding too
 
     def first_token(self, slots: int, stages: tuple[str, ...]) -> Callable:
         """f(weights, prompts, settings) -> State, [B] first tokens (NOTHING: stopped).

@@ -29,20 +29,14 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 @dataclasses.dataclass(frozen=True)
 class Directory:
-    """A Hugging Face directory, its config read, its tensors not yet.
-
-    Attributes:
-      max_positions: tokens of context.
-      dropped: fields of ModelConfig for norm biases that are there, but zero throughout.
-      end_ids: tokens that end a text for its generation.
-    """
+    """A Hugging Face directory, its config read, its tensors not yet."""
 
     path: Path
     model: ModelConfig
     tokenizer: Tokenizer
-    max_positions: int
-    dropped: tuple[str, ...]
-    end_ids: tuple[int, ...]
+    max_positions: int  # tokens of context
+    dropped: tuple[str, ...]  # fields of ModelConfig for norm biases that are zero throughout
+    end_ids: tuple[int, ...]  # tokens that end a text for its generation
     chat_template: str | None
 
 

@@ -61,19 +61,12 @@ LARGEST_ERRORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor of the file.
-
-    Attributes:
-      name: in the file.
-      tensor: which part of ours it holds, in which layout.
-      quantization: what its values are stored in.
-      fell_back: its rows are no whole number of the blocks that were wished for.
-    """
+    """One tensor of the file."""
 
     name: str
-    tensor: Tensor
+    tensor: Tensor  # which part of ours it holds, in which layout
     quantization: Quantization
-    fell_back: bool = False
+    fell_back: bool = False  # its rows are no whole number of the blocks that were wished for
 
     def values(self, leaf: np.ndarray | None) -> np.ndarray:
         """Its part of our parameter `leaf`, float32; zeros where the model has no such one."""

@@ -50,22 +50,14 @@ NORM_BIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of theirs, and the part of one of ours that it holds.
-
-    Attributes:
-      name, shape: as theirs has it.
-      ours: name in our table of parameters.
-      index: which part of ours it is: () the whole, (layer,) or (layer, head).
-      num_input_dims: leading dims of that part that a matrix sums over; 0 where it is no matrix.
-      absent: the model has no such tensor: theirs is zero.
-    """
+    """One tensor of theirs, with its name and shape, and the part of one of ours that it holds."""
 
     name: str
     shape: tuple[int, ...]
-    ours: str
-    index: tuple[int, ...]
-    num_input_dims: int
-    absent: bool = False
+    ours: str  # name in our table of parameters
+    index: tuple[int, ...]  # which part of ours it is: () the whole, (layer,) or (layer, head)
+    num_input_dims: int  # leading dims of that part that a matrix sums over; 0: no matrix
+    absent: bool = False  # the model has no such tensor: theirs is zero
 
     def theirs(self, ours: np.ndarray) -> np.ndarray:
         """Their layout, without a copy where it can be, of our whole tensor `ours`."""

@@ -31,20 +31,12 @@ class Mismatch(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How two programs' logits over the same tokens differ.
+    """How two programs' logits over the same tokens differ."""
 
-    Attributes:
-      largest: absolute, over all positions and tokens.
-      spread: standard deviation of the first program's logits: the scale of `largest`.
-      top1: share of positions at which both find the same token the likeliest.
-      kl: Kullback-Leibler divergence of the second from the first, nats, mean over positions.
-      positions: how many.
-    """
-
-    largest: float
-    spread: float
-    top1: float
-    kl: float
+    largest: float  # absolute, over all positions and tokens
+    spread: float  # standard deviation of the first program's logits: the scale of `largest`
+    top1: float  # share of positions at which both find the same token the likeliest
+    kl: float  # Kullback-Leibler divergence of the second from the first, nats, mean over positions
     positions: int
 
     def __str__(self) -> str:
