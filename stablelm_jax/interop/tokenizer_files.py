@@ -16,6 +16,7 @@ from stablelm_jax.tokenizer.tokenizer import (
     FIRST_SPECIAL,
     PATTERN,
     RANKS_SHA256,
+    SPECIAL_TOKENS,
     Arcade100k,
     HuggingFaceTokenizer,
     Tokenizer,
@@ -99,26 +100,25 @@ def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
             f"{folder} holds no {TOKENIZER}; name the model's tokenizer with --tokenizer, "
             f"{ARCADE100K} or a file"
         )
-    return load_tokenizer(ARCADE100K) if _is_arcade(file) else load_tokenizer(file)
+    own = load_tokenizer(file)
+    return load_tokenizer(ARCADE100K) if _is_arcade(own) else own
 
 
-def _is_arcade(file: Path) -> bool:
-    """Whether a tokenizer.json has Arcade100k's vocabulary and splits and joins as it does."""
+def _is_arcade(own: HuggingFaceTokenizer) -> bool:
+    """Whether it has Arcade100k's vocabulary, no token more, and splits and joins as it does."""
+    if own.largest_id != FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1:
+        return False
     try:
-        spec = json.loads(file.read_bytes())
-        known = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        arcade = load_tokenizer(ARCADE100K)
+    except ValueError:  # its ranks are not to be had here
+        return False
+    spec = json.loads(own.content)
+    known = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if isinstance(spec["model"]["vocab"], dict):  # a list in other kinds than BPE
         known |= spec["model"]["vocab"]
-        if len(known) < FIRST_SPECIAL:
-            return False
-        engine, arcade = load_tokenizer(file), load_tokenizer(ARCADE100K)
-    except (ValueError, KeyError, TypeError):
-        return False  # what is wrong with it is said by who loads it
     ours = {spelled(token): rank for token, rank in arcade.ranks.items()} | arcade.specials
-    has_more = max(known.values()) > arcade.largest_id  # tokens that ours would spell out
-    return (
-        ours.items() <= known.items()
-        and not has_more
-        and all(engine.encode(text) == arcade.encode(text) for text in _PROBES)
+    return ours.items() <= known.items() and all(
+        own.encode(text) == arcade.encode(text) for text in _PROBES
     )
 
 
