@@ -28,8 +28,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stablelm_jax.interop import hf_config, names
-from stablelm_jax.interop.safetensors_files import TensorWriter
+from stablelm_jax.interop import hf_config, tensor_map
+from stablelm_jax.interop.safetensors_files import tensor_writer
 from stablelm_jax.model import config as sizes
 
 SIZES = {
@@ -103,18 +103,17 @@ def _parser() -> argparse.ArgumentParser:
 def write_random(folder: Path, sizes: sizes.ModelConfig) -> None:
     """A directory of StableLmForCausalLM in bfloat16, every tensor random."""
     folder.mkdir(parents=True)
-    model = names.with_norm_biases(sizes)
+    model = tensor_map.with_norm_biases(sizes)
     rng = np.random.default_rng(0)
-    tensors = names.tensors(model)
+    tensors = tensor_map.tensors(model)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    with TensorWriter(folder, shapes, "bfloat16", max_bytes=5_000_000_000) as writer:
+    with tensor_writer(folder, shapes, "bfloat16", max_bytes=5_000_000_000) as write:
         for tensor in tensors:
             mean = 1.0 if tensor.ours.endswith("scale") else 0.0
             values = rng.standard_normal(tensor.shape, np.float32) * 0.02 + mean
-            writer.write(tensor.name, values)
-    config = hf_config.write_config(
-        model, dtype="bfloat16", max_positions=4096, bos=100257, eos=100257, pad=100257
-    )
+            write(tensor.name, values)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 100257)
+    config = hf_config.write_config(model, dtype="bfloat16", max_positions=4096, token_ids=ids)
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -1,7 +1,7 @@
 """Reading and writing text: tokens a second of ours and of transformers, beside the memory's bound.
 
     python benchmarks/generate.py                                   # the 1.6B, bfloat16, one GPU
-    python benchmarks/generate.py --batch 1 --weights int8 int4 --peer none
+    python benchmarks/generate.py --batch 1 --peer none
     python benchmarks/generate.py --model 150m --batch 1 8 --context 128 --new 64  # for a CPU
     python benchmarks/generate.py --checkpoint runs/demo/checkpoints/global_step1200 --context 256
 
@@ -11,7 +11,7 @@ and the keys and values of the tokens so far (of half the new ones, on average).
 data sheet's bandwidth, where chips.json has the device, and for that of a copy in this run: a large
 array plus one, bytes read and written.
 
-Ours and the peer have the same weights and type; the best of --repeats is printed. On a GPU
+Ours and transformers have the same weights and type; the best of --repeats is printed. On a GPU
 transformers has its static cache and what it compiles for that, on a CPU its dynamic cache.
 """
 
@@ -34,7 +34,7 @@ from rich.table import Table
 
 from stablelm_jax.generation.generator import Generator
 from stablelm_jax.model.config import STABLELM_2_1_6B, STABLELM_2_12B, ModelConfig
-from stablelm_jax.model.parameters import count_parameters
+from stablelm_jax.model.parameters import count_parameters, parameter_table
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.planning.targets import chips
 
@@ -73,20 +73,19 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens written after it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as generate's")
-    parser.add_argument("--weights", nargs="+", default=[], choices=["int8", "int4"], help="also")
     parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     arguments.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
     model, params = _model(arguments)
-    peer = None
+    reference = None
     if arguments.peer != "none" and importlib.util.find_spec("transformers"):
-        peer = _transformers(model, jax.device_get(params), arguments.dtype)
+        reference = _transformers(model, jax.device_get(params), arguments.dtype)
     bandwidths = dict(_bandwidths())
     console = Console(width=150)
     for batch in arguments.batch:
-        console.print(_table(arguments, model, params, peer, batch, bandwidths))
+        console.print(_table(arguments, model, params, reference, batch, bandwidths))
 
 
 def _model(arguments: argparse.Namespace) -> tuple[ModelConfig, Any]:
@@ -100,7 +99,7 @@ def _model(arguments: argparse.Namespace) -> tuple[ModelConfig, Any]:
     return saved.model, saved.load(make_mesh(1, 1, jax.devices()[:1]))
 
 
-def _table(arguments, model, params, peer, batch: int, bandwidths: dict[str, float]) -> Table:
+def _table(arguments, model, params, reference, batch: int, bandwidths: dict) -> Table:
     prompts = np.random.default_rng(0).integers(
         0, min(100_257, model.vocab_size), (batch, arguments.context), np.int32
     )
@@ -111,10 +110,9 @@ def _table(arguments, model, params, peer, batch: int, bandwidths: dict[str, flo
         table.add_column(column, justify="right")
     for name, bandwidth in bandwidths.items():
         table.add_column(f"of the bound at {bandwidth / 1e9:,.0f} GB/s ({name})", justify="right")
-    for who, (write, weight_bytes) in _contestants(arguments, model, params, peer, batch):
-        tokens, speed = _measure(
-            write, prompts, arguments, _step_bytes(arguments, model, batch, weight_bytes)
-        )
+    step_bytes = _step_bytes(arguments, model, batch)
+    for who, write in _contestants(arguments, model, params, reference, batch):
+        tokens, speed = _measure(write, prompts, arguments, step_bytes)
         table.add_row(who, *_cells(speed, batch, arguments.context, bandwidths))
         if who == "ours":
             ours = tokens
@@ -123,23 +121,18 @@ def _table(arguments, model, params, peer, batch: int, bandwidths: dict[str, flo
     return table
 
 
-def _contestants(arguments, model, params, peer, batch) -> Iterator[tuple[str, tuple[Write, int]]]:
-    for weights in (None, *arguments.weights):
-        generator = Generator(
-            model,
-            params,
-            dtype=arguments.dtype,
-            batch_size=batch,
-            max_length=arguments.context + arguments.new,
-            weights=weights,
-            chunk=arguments.new,
-        )
-        write = functools.partial(_ours, generator)
-        yield f"ours, {weights}" if weights else "ours", (write, generator.read_bytes)
-        if weights is None:
-            whole = generator.read_bytes
-    if peer:
-        yield "transformers", (peer, whole)
+def _contestants(arguments, model, params, reference, batch) -> Iterator[tuple[str, Write]]:
+    generator = Generator(
+        model,
+        params,
+        dtype=arguments.dtype,
+        batch_size=batch,
+        max_length=arguments.context + arguments.new,
+        chunk=arguments.new,
+    )
+    yield "ours", functools.partial(_ours, generator)
+    if reference:
+        yield "transformers", reference
 
 
 def _ours(
@@ -152,7 +145,7 @@ def _ours(
 
 
 def _transformers(model: ModelConfig, params: Any, dtype: str) -> Write:
-    from transformers_peer import make_writer
+    from transformers_reference import make_writer
 
     return make_writer(model, params, dtype)
 
@@ -168,10 +161,11 @@ def _measure(write: Write, prompts, arguments, step_bytes) -> tuple[list[list[in
     return tokens, Speed(min(prompt_seconds), min(step_seconds), step_bytes)
 
 
-def _step_bytes(arguments, model: ModelConfig, batch: int, weight_bytes: int) -> float:
+def _step_bytes(arguments, model: ModelConfig, batch: int) -> float:
+    read = sum(row.count for row in parameter_table(model) if row.name != "embed/embedding")
     tokens = batch * (arguments.context + arguments.new / 2)
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size
-    return weight_bytes + tokens * token_bytes * jnp.dtype(arguments.dtype).itemsize
+    cached = 2 * model.num_layers * model.num_kv_heads * model.head_size  # numbers a token
+    return (read + tokens * cached) * jnp.dtype(arguments.dtype).itemsize
 
 
 def _cells(speed: Speed, batch: int, context: int, bandwidths: dict[str, float]) -> list[str]:
@@ -219,5 +213,5 @@ def _equal(ours: list[list[int]], theirs: list[list[int]]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer shares the GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # transformers shares the GPU
     main()

@@ -32,8 +32,8 @@ from rich.table import Table
 from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
-from stablelm_jax.interop import from_hf, gguf_export, gguf_peer, hf_peer, to_hf
-from stablelm_jax.interop.gguf_tensors import FILE_TYPES
+from stablelm_jax.interop import from_hf, gguf_export, gguf_reference, hf_reference, to_hf
+from stablelm_jax.interop.gguf_export import FILE_TYPES
 from stablelm_jax.interop.safetensors_files import DTYPES
 from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
@@ -127,16 +127,20 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
     ours_TV = our_logits(own.model, params, ids)
     greedy = our_greedy(own.model, params, ids) if types == "float32" else []
     for dtype in DTYPES if types == "all" else ("float32",):
-        yield dtype, hf_peer.peer(), *hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
+        told = hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
+        yield dtype, hf_reference.reference_name(), *told
+    if not gguf_reference.installed():
+        return
     for file_type in FILE_TYPES if types == "all" else ("f32",):
         file = folder / f"{file_type}.gguf"
         gguf_export.write_file(own, file, file_type=file_type)
-        yield file_type, gguf_peer.peer(), *gguf_row(own, file, ids, ours_TV, greedy)
+        told = gguf_row(own, file, ids, ours_TV, greedy)
+        yield file_type, gguf_reference.reference_name(), *told
 
 
 def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ...]:
     to_hf.write_directory(own, folder, dtype=dtype)
-    difference = compare(ours_TV, hf_peer.peer_logits(folder, ids))
+    difference = compare(ours_TV, hf_reference.reference_logits(folder, ids))
     told = shown(difference, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     if not greedy:
         return *told, "", ""
@@ -146,13 +150,13 @@ def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ..
 
 
 def gguf_row(own, file: Path, ids, ours_TV, greedy) -> tuple[str, ...]:
-    positions = gguf_peer.compared_positions(len(ids), own.model.vocab_size)
-    ours_PV = gguf_peer.log_probabilities(ours_TV, positions)
-    theirs_PV = gguf_peer.peer_log_probabilities(file, own.tokenizer, ids, positions)
+    positions = gguf_reference.compared_positions(len(ids), own.model.vocab_size)
+    ours_PV = gguf_reference.log_probabilities(ours_TV, positions)
+    theirs_PV = gguf_reference.reference_log_probabilities(file, own.tokenizer, ids, positions)
     told = shown(compare(ours_PV, theirs_PV), file.stat().st_size)
-    if not greedy or not gguf_peer.installed():
+    if not greedy:
         return *told, "", ""
-    llama = gguf_peer.LlamaCpp(file, len(ids) + NEW_TOKENS)
+    llama = gguf_reference.LlamaCpp(file, len(ids) + NEW_TOKENS)
     return *told, same(greedy, llama.generate(ids, NEW_TOKENS)), ""
 
 

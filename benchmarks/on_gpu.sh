@@ -50,7 +50,7 @@ step deterministic 4 "$python" benchmarks/train_step.py --config "$config" --row
     --peer none --also training.deterministic=True
 # 19.7 GB saved four times and read back four times: minutes by the disk, not by the GPU
 step checkpoint 6 "$python" benchmarks/checkpoint.py --config "$config" --repeats 1
-step generate 8 "$python" benchmarks/generate.py --batch 1 8 64 --weights int8 int4
+step generate 8 "$python" benchmarks/generate.py --batch 1 8 64
 step cross_entropy 3 "$python" benchmarks/cross_entropy.py
 step tune 4 "$python" benchmarks/attention.py --tune --documents 512
 step tune_whole_rows 4 "$python" benchmarks/attention.py --tune --documents whole

@@ -224,7 +224,7 @@ def _measure(case: Case, is_peer: bool, steps: int, profile: str | None) -> Resu
     with _traced(profile):
         seconds = _timed({"": step}, [case.batch(seed) for seed in range(1, steps + 1)])[""]
     if is_peer:
-        from transformers_peer import peak_bytes
+        from transformers_reference import peak_bytes
 
         return Result(loss, seconds, ready, peak_bytes())
     statistics_of_memory = jax.devices()[0].memory_stats() or {}
@@ -348,7 +348,7 @@ def _ours(case: Case) -> tuple[Step, int | None]:
 
 
 def _transformers(case: Case) -> Step:
-    from transformers_peer import make_step
+    from transformers_reference import make_step
 
     with jax.default_device(jax.devices("cpu")[0]):
         optimizer = make_optimizer(ADAMW, lambda _: jnp.float32(0), case.model)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse), 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        print(_convert(arguments))
+        print(_convert(**vars(arguments)))
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
@@ -41,17 +42,25 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     to_hf.add_argument("--revision", help="branch on the Hub; default: the checkpoint's name")
     to_hf.add_argument(
-        "--max-file-size", type=_size, default=_size("5GB"), help="of the weights; default 5GB"
+        "--max-file-size",
+        type=_size,
+        default=_size("5GB"),
+        dest="max_file_bytes",
+        metavar="SIZE",
+        help="of the weights; default 5GB",
     )
     to_gguf = directions.add_parser("to-gguf", help="a checkpoint for llama.cpp")
     _takes_checkpoint(to_gguf, "OUT.gguf")
-    to_gguf.add_argument("--type", choices=GGUF_TYPES, default="f16")
+    to_gguf.add_argument("--type", choices=GGUF_TYPES, default="f16", dest="file_type")
     for direction in (from_hf, to_hf, to_gguf):
         direction.add_argument(
             "--tokenizer", help="a name or a tokenizer.json; default: the model's own"
         )
         direction.add_argument(
-            "--no-verify", action="store_true", help="do not hold the result against the source"
+            "--no-verify",
+            action="store_false",
+            dest="verify",
+            help="do not hold the result against the source",
         )
         direction.add_argument("--force", action="store_true", help="replace what OUT is now")
     return parser
@@ -78,33 +87,18 @@ def _size(text: str) -> int:
     return int(match[1]) * 1000 ** (1 + "KMG".index(match[2]))
 
 
-def _convert(arguments: argparse.Namespace) -> str:
+def _convert(direction: str, **options: Any) -> str:
     """Returns the last line for the user."""
     from rich.console import Console
 
     from stablelm_jax.interop import conversions
 
-    console = Console(stderr=True)
-    common = {
-        "tokenizer": arguments.tokenizer,
-        "verify": not arguments.no_verify,
-        "force": arguments.force,
-        "console": console,
+    convert = {
+        "from-hf": conversions.from_hf,
+        "to-hf": conversions.to_hf,
+        "to-gguf": conversions.to_gguf,
     }
-    if arguments.direction == "from-hf":
-        return conversions.from_hf(arguments.source, arguments.out, step=arguments.step, **common)
-    if arguments.direction == "to-gguf":
-        return conversions.to_gguf(
-            arguments.checkpoint, arguments.out, file_type=arguments.type, **common
-        )
-    return conversions.to_hf(
-        arguments.checkpoint,
-        arguments.out,
-        dtype=arguments.dtype,
-        revision=arguments.revision,
-        max_file_bytes=arguments.max_file_size,
-        **common,
-    )
+    return convert[direction](**options, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

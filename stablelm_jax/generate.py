@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -53,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32"
     )
-    parser.add_argument("--weights", choices=["int8", "int4"], help="default: as --dtype")
     parser.add_argument("--context", type=_count, help="default: what the model was trained with")
     parser.add_argument("--model", type=_count, default=1, help="devices that share the model")
     return parser
@@ -67,28 +67,33 @@ def _count(text: str) -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     saved, params = _load(arguments)
+    from stablelm_jax.generation import chat
     from stablelm_jax.generation.generator import Generator
 
     prompts = [sys.stdin.read() if text == "-" else text for text in arguments.prompt or []]
-    is_streamed = len(prompts) < 2
+    tokenizer, is_streamed = saved.tokenizer, len(prompts) < 2
     generator = Generator(
         saved.model,
         params,
         dtype=arguments.dtype,
         batch_size=max(1, len(prompts)),
         max_length=arguments.context or saved.max_positions,
-        weights=arguments.weights,
         chunk=8 if is_streamed else 32,
         num_valid_ids=saved.num_valid_ids,
     )
     del params  # the generator has its own copy
-    settings = _settings(arguments, saved)
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    stops = [chat.special_id(tokenizer, special) for special in arguments.stop_token]
+    if arguments.chat:
+        stops += chat.stop_ids(tokenizer, arguments.chat)
+    settings["stop_tokens"] = sorted({tokenizer.eod, *saved.end_ids, *stops})
     if not prompts:
-        return _converse(generator, saved.tokenizer, arguments, settings)
-    ids = [_encoded(saved.tokenizer, text, arguments) for text in prompts]
+        return _converse(generator, tokenizer, arguments, settings)
+    ids = [_encoded(tokenizer, text, arguments) for text in prompts]
     opening = [""] * len(prompts) if arguments.chat else prompts
     write = _write_stream if is_streamed else _write_batch
-    write(generator, saved.tokenizer, ids, opening, settings)
+    write(generator, tokenizer, ids, opening, settings)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -96,7 +101,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import jax
 
     from stablelm_jax.checkpoint.saved_model import SavedModel
-    from stablelm_jax.generation.weights import check_split
+    from stablelm_jax.generation.forward import check_split
     from stablelm_jax.parallel.mesh import make_mesh
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
@@ -104,74 +109,72 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return saved, saved.load(make_mesh(1, arguments.model, jax.devices()[: arguments.model]))
 
 
-def _settings(arguments: argparse.Namespace, saved) -> dict[str, Any]:
-    from stablelm_jax.generation import chat
-
-    stops = [chat.special_id(saved.tokenizer, special) for special in arguments.stop_token]
-    if arguments.chat:
-        stops += chat.stop_ids(saved.tokenizer, arguments.chat)
-    return {
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "top_k": arguments.top_k,
-        "repetition_penalty": arguments.repetition_penalty,
-        "seed": arguments.seed,
-        "stop_tokens": sorted({saved.tokenizer.eod, *saved.end_ids, *stops}),
-    }
-
-
 def _encoded(tokenizer, text: str, arguments: argparse.Namespace) -> list[int]:
     from stablelm_jax.generation.chat import encode_chat
 
     if not arguments.chat:
         return tokenizer.encode(text)
-    messages = [{"role": "user", "content": text}]
-    if arguments.system:
-        messages.insert(0, {"role": "system", "content": arguments.system})
-    return encode_chat(tokenizer, messages, arguments.chat)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    return encode_chat(tokenizer, [*system, {"role": "user", "content": text}], arguments.chat)
 
 
 def _write_stream(generator, tokenizer, ids, opening, settings) -> None:
     """One text, to the terminal as it comes."""
     from stablelm_jax.generation.text import as_text
 
-    clock = _Clock()
-    generator.warm_up(ids, **settings)
-    clock.mark("compiled")
+    times, written = [time.perf_counter()], 0
+
+    def counted():
+        nonlocal written
+        for chunk in generator.stream(ids[0], **settings):
+            if len(times) == 2:  # the first token came when the prompt was read
+                times.append(time.perf_counter())
+            written += len(chunk)
+            yield chunk
+
+    generator.compile(ids, **settings)
+    times.append(time.perf_counter())
     print(opening[0], end="", flush=True)
-    try:
-        for piece in as_text(tokenizer, clock.counted(generator.stream(ids[0], **settings))):
+    with contextlib.suppress(KeyboardInterrupt):  # what was written so far is meant to stay
+        for piece in as_text(tokenizer, counted()):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:  # what was written so far is meant to stay
-        pass
     print()
-    clock.report(sum(map(len, ids)))
+    _tell_speed(("compiled", "prompt"), times, len(ids[0]), max(written - 1, 0))
 
 
 def _write_batch(generator, tokenizer, ids, opening, settings) -> None:
     """Several texts, when all are done."""
-    clock = _Clock()
-    generator.warm_up(ids, **settings)
-    clock.mark("compiled")
+    times = [time.perf_counter()]
+    generator.compile(ids, **settings)
+    times.append(time.perf_counter())
     found = generator.generate(ids, **settings)
     for prompt, tokens in zip(opening, found):
         print(prompt + tokenizer.decode(tokens))
-    clock.report(sum(map(len, ids)), sum(map(len, found)))
+    _tell_speed(("compiled",), times, sum(map(len, ids)), sum(map(len, found)))
+
+
+def _tell_speed(names: Sequence[str], times: list[float], read: int, written: int) -> None:
+    """How long each span took that lies between two of the times, and the last one until now."""
+    *spans, last = itertools.pairwise([*times, time.perf_counter()])
+    told = [f"{name} {end - start:.2f} s" for name, (start, end) in zip(names, spans)]
+    seconds = last[1] - last[0]
+    told.append(f"{read} tokens read, {written} written in {seconds:.2f} s")
+    print(f"{', '.join(told)}: {written / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 def _converse(generator, tokenizer, arguments, settings) -> None:
     """A conversation on the terminal: Ctrl-C ends an answer, Ctrl-D the program."""
     from stablelm_jax.generation.text import Conversation
 
+    def forgotten(count: int) -> None:
+        print(f"(the first {count} messages no longer fit)", file=sys.stderr)
+
     conversation = Conversation(
         generator,
         tokenizer,
         arguments.chat,
         system=arguments.system,
-        forgotten=lambda count: print(
-            f"(the first {count} messages no longer fit)", file=sys.stderr
-        ),
+        forgotten=forgotten,
         **settings,
     )
     while True:
@@ -182,50 +185,15 @@ def _converse(generator, tokenizer, arguments, settings) -> None:
         except KeyboardInterrupt:
             text = ""
         if text.strip():
-            _answer(conversation, text)
+            with contextlib.closing(conversation.answer(text)) as pieces:
+                try:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+                except KeyboardInterrupt:  # the answer ends, the conversation goes on
+                    pass
+                except ValueError as error:  # a message longer than the context
+                    print(f"generate: {error}", file=sys.stderr)
         print()
-
-
-def _answer(conversation, text: str) -> None:
-    with contextlib.closing(conversation.answer(text)) as pieces:
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:  # the answer ends, the conversation goes on
-            pass
-        except ValueError as error:  # a message longer than the context
-            print(f"generate: {error}", file=sys.stderr)
-
-
-class _Clock:
-    """How long one generation takes, told on stderr."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._spans: list[str] = []
-        self._tokens = 0
-
-    def mark(self, what: str) -> float:
-        """Ends a span."""
-        seconds = time.perf_counter() - self._began
-        self._began += seconds
-        self._spans.append(f"{what} {seconds:.2f} s")
-        return seconds
-
-    def counted(self, chunks: Iterator[list[int]]) -> Iterator[list[int]]:
-        """The chunks; the first one ends the span of reading the prompt."""
-        for chunk in chunks:
-            if not self._tokens:
-                self.mark("prompt")
-            self._tokens += len(chunk)
-            yield chunk
-
-    def report(self, prompt_tokens: int, tokens: int | None = None) -> None:
-        """One line; `tokens`: written in the last span, by default those that were counted."""
-        written = max(self._tokens - 1, 0) if tokens is None else tokens
-        seconds = self.mark(f"{prompt_tokens} tokens read, {written} written in")
-        speed = f"{written / seconds:,.1f} tokens/s"
-        print(f"{', '.join(self._spans)}: {speed}", file=sys.stderr)
 
 
 if __name__ == "__main__":

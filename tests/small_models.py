@@ -29,7 +29,7 @@ KINDS = {
 }
 
 
-def random_params(model: ModelConfig, seed: int | None = None) -> dict[str, np.ndarray]:
+def random_params(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """{name: float32}; what starts at zero or one is random too."""
     rng = np.random.default_rng(seed)
     return {

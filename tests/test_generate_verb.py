@@ -55,7 +55,7 @@ def test_a_prompt_is_printed_with_its_text_as_it_comes_and_the_speed_apart(run, 
 
 def test_a_prompt_may_come_from_standard_input(run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("w5 w7"))
-    assert run("--prompt", "-", "--weights", "int8", "--temperature", "0") == 0
+    assert run("--prompt", "-", "--temperature", "0") == 0
     assert capsys.readouterr().out.startswith("w5 w7")
 
 

@@ -46,7 +46,7 @@ def encode_chat(
     """Token ids of a conversation.
 
     Args:
-      messages: {"role": of ROLES, "content": text} each.
+      messages: {"role": one of ROLES, "content": text} each.
       template: a key of CHAT_TEMPLATES.
       answer: ends with the opening of the assistant's turn.
 
@@ -87,11 +87,7 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> list[int]:
 
 
 def special_id(tokenizer: Tokenizer, special: str) -> int:
-    """The id of a special token.
-
-    Raises:
-      ValueError: the tokenizer has none of this spelling.
-    """
+    """The id of a special token; a ValueError where the tokenizer has none of this spelling."""
     ids = tokenizer.encode(special, specials=True)
     if len(ids) != 1 or ids == tokenizer.encode(special):
         raise ValueError(

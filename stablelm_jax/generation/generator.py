@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from stablelm_jax.generation.programs import NOTHING, Programs, Prompts
+from stablelm_jax.generation.forward import decode_weights
+from stablelm_jax.generation.programs import NOTHING, Programs
 from stablelm_jax.generation.sampling import Sampling
-from stablelm_jax.generation.weights import decode_weights
-from stablelm_jax.generation.writing import Writing
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
@@ -22,7 +21,7 @@ from stablelm_jax.parallel.mesh import make_mesh
 # f(index of a prompt, its new tokens so far) -> whether it ends here
 Stopped = Callable[[int, list[int]], bool]
 
-# Places for stop tokens in a program; more of them compile it for the next multiple.
+# A program has places for this many stop tokens, or for the next multiple.
 _STOP_IDS = 8
 
 
@@ -30,21 +29,21 @@ class Generator:
     """Continues prompts with one model.
 
     Programs are compiled when first needed and kept: one for each padded length of prompts and each
-    size of the cache (`padded_length` keeps these few), and each way to sample.
+    size of the cache (there are few of both), and each way to sample.
 
     Args:
       params: the float32 parameters, of which a copy is made for decoding; or their
         `ShapeDtypeStruct`s with shardings, to `compile` before there are any: then `load` them.
       mesh: by default that of the parameters, else one device.
-      dtype: of matrix products, activations and cache; by default bfloat16, float32 on a CPU.
+      dtype: the type of matrix products, activations and cache; by default bfloat16, float32 on a
+        CPU.
       batch_size: prompts at a time, rounded up to a multiple of the mesh's batch parts.
       max_length: tokens of a prompt and its continuation at most.
-      weights: 'int8' or 'int4' holds the matrices of the copy so.
       chunk: tokens between two looks of the host at what was written.
       num_valid_ids: as the model was trained with it; None: padding rows may be chosen too.
 
     Raises:
-      ValueError: sizes below 1, unknown weights, or heads that the mesh's `model` does not divide.
+      ValueError: sizes below 1, or heads that the mesh's `model` does not divide.
     """
 
     def __init__(
@@ -56,30 +55,30 @@ class Generator:
         dtype: Any = None,
         batch_size: int,
         max_length: int,
-        weights: str | None = None,
         chunk: int = 32,
         num_valid_ids: int | None = None,
     ):
-        for name, size in (
-            ("batch_size", batch_size),
-            ("max_length", max_length),
-            ("chunk", chunk),
-        ):
+        sizes = {"batch_size": batch_size, "max_length": max_length, "chunk": chunk}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
-        mesh = _mesh_of(params) if mesh is None else mesh
+        leaf = jax.tree.leaves(params)[0]
+        if mesh is None:
+            place = getattr(leaf, "sharding", None)
+            one_device = make_mesh(1, 1, jax.devices()[:1])
+            mesh = place.mesh if isinstance(place, NamedSharding) else one_device
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
         parts = sharding.batch_parts(mesh)
         self.batch_size = -(-batch_size // parts) * parts
         self.max_length = max_length
-        grouped = weights == "int4"
-        self._programs = Programs(model, mesh, dtype, chunk, grouped, num_valid_ids)
-        self._copy, places = decode_weights(model, mesh, dtype, weights)
+        self._rows, self._whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._programs = Programs(model, mesh, dtype, chunk, num_valid_ids)
+        self._copy, places = decode_weights(model, mesh, dtype)
         self._abstract = _abstract(jax.eval_shape(self._copy, params), places)
-        self._kept: dict[tuple, Any] = {}  # programs
+        self._compiled: dict[tuple, Any] = {}
         self._weights: Any = None
-        if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
             self._copy = self._copy.lower(params).compile()
         else:
             self.load(params)
@@ -92,42 +91,17 @@ class Generator:
         """Lets go of the copy; the programs stay."""
         self._weights = None
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of weights that every new token reads on all devices: all but the embedding."""
-        read = {name: group for name, group in self._abstract.items() if name != "embed"}
-        return sum(x.size * _bits(x.dtype) // 8 for x in jax.tree.leaves(read))
-
-    def compile(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **sampling: Any
-    ) -> None:
-        """Compiles now what `generate` needs for these prompts and settings."""
-        stages = Sampling(**sampling).stages
-        *settings, limit = self._programs.abstract_settings(_STOP_IDS)
-        for group in self._groups(prompts, max_new_tokens):
-            length, slots = self._sizes(prompts, group, max_new_tokens)
-            batch = self._programs.abstract_prompts(self.batch_size, length)
-            first = self._first(length, slots, stages)
-            first = first.lower(self._abstract, batch, *settings).compile()
-            state = _abstract(first.out_info[0], first.output_shardings[0])
-            following = self._following(slots, stages)
-            following = following.lower(self._abstract, state, *settings, limit).compile()
-            self._kept[length, slots, stages], self._kept[slots, stages] = first, following
-
-    def warm_up(self, prompts: Sequence[Sequence[int]], **settings: Any) -> None:
-        """Compiles what `generate` or `stream` with these arguments needs, by running no further
-        than the first token: what comes after it takes its own time only."""
-        for _, writing in self._writings(prompts, **settings):
-            writing.warm_up()
+    def compile(self, prompts: Sequence[Sequence[int]], **settings: Any) -> None:
+        """Compiles now what `generate` or `stream` with these arguments needs."""
+        for _ in self._batches(prompts, **settings):
+            pass
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int,
-        stop_tokens: Collection[int] = (),
         stopped: Stopped | None = None,
-        **sampling: Any,
+        **settings: Any,
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token that ended them.
 
@@ -135,132 +109,132 @@ class Generator:
           prompts: token ids; more than `batch_size` of them are run in groups of alike length. What
             a prompt gets does not depend on the others.
           stopped: asked after every chunk.
-          sampling: arguments of `Sampling`; the likeliest token each time by default.
+          settings: max_new_tokens, stop_tokens where some end a text, and arguments of `Sampling`;
+            the likeliest token each time by default.
 
         Raises:
           ValueError: an empty prompt, one too long for `max_length`, or settings out of range.
         """
         found: list[list[int]] = [[] for _ in prompts]
-        settings = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens, **sampling}
-        for group, writing in self._writings(prompts, **settings):
-            for tokens_BN in writing.chunks():
-                for row, index in enumerate(group):
-                    found[index] += _until_nothing(tokens_BN[row])
-                if stopped is not None:
-                    going_on = list(writing.going_on())
-                    writing.end(i for i in going_on if stopped(group[i], found[group[i]]))
+        for group, tokens_BN, active_B in self._chunks(prompts, **settings):
+            for row, index in enumerate(group):
+                found[index] += _until_nothing(tokens_BN[row])
+            if stopped is not None:
+                for row in np.flatnonzero(active_B):
+                    active_B[row] = not stopped(group[row], found[group[row]])
         return found
 
     def stream(self, prompt: Sequence[int], **settings: Any) -> Iterator[list[int]]:
         """The new tokens of one prompt as they come, a chunk at a time; settings as `generate`."""
-        for _, writing in self._writings([prompt], **settings):
-            for tokens_BN in writing.chunks():
-                yield _until_nothing(tokens_BN[0])
+        for _, tokens_BN, _ in self._chunks([prompt], **settings):
+            yield _until_nothing(tokens_BN[0])
 
-    def _groups(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Indices of the prompts of each batch, the longest first."""
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise ValueError("a prompt is empty; give at least one token of text")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        longest = max(map(len, prompts))
-        if longest + max_new_tokens > self.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than "
-                f"{self.max_length}: shorten the prompt, or give a larger max_length (the context)"
-            )
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+    def _chunks(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **settings: Any
+    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Of each chunk: indices of its prompts, their tokens [B, up to N], which rows go on [B].
 
-    def _sizes(self, prompts, group: Sequence[int], max_new_tokens: int) -> tuple[int, int]:
-        """(padded length of the prompts, slots of the cache)."""
-        length = padded_length(len(prompts[group[0]]))
-        return length, padded_length(length + max_new_tokens)
+        The tokens behind the end of a row are NOTHING. The first chunk has one token a row, which
+        is known when the prompts are read. Where the caller clears a place of the rows that go on,
+        that row ends.
+        """
+        if self._weights is None:
+            raise ValueError("this Generator holds no weights: load the parameters first")
+        rows, whole, chunk = self._rows, self._whole, self._programs.chunk
+        for group, batch, numbers, first, following in self._batches(
+            prompts, max_new_tokens=max_new_tokens, **settings
+        ):
+            numbers = jax.device_put(numbers, whole)
+            state, first_B = first(self._weights, jax.device_put(batch, rows), numbers)
+            tokens_BN, written = jax.device_get(first_B)[:, None], 1
+            while True:
+                going_on_B = tokens_BN[:, -1] != NOTHING
+                active_B = going_on_B.copy()
+                yield group, tokens_BN, active_B
+                if written == max_new_tokens or not active_B.any():
+                    break
+                if (active_B != going_on_B).any():
+                    state = dataclasses.replace(state, active_B=jax.device_put(active_B, rows))
+                limit = min(chunk, max_new_tokens - written)
+                limit_there = jax.device_put(np.int32(limit), whole)
+                state, tokens_BN = following(self._weights, state, numbers, limit_there)
+                tokens_BN, written = jax.device_get(tokens_BN)[:, :limit], written + limit
 
-    def _writings(
+    def _batches(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         stop_tokens: Collection[int] = (),
         **sampling: Any,
-    ) -> Iterator[tuple[list[int], Writing]]:
-        """Indices of the prompts of each batch, and the batch; to be used up before the next."""
-        if self._weights is None:
-            raise ValueError("this Generator holds no weights: load the parameters first")
-        settings = Sampling(**sampling)
-        for group in self._groups(prompts, max_new_tokens):
-            length, slots = self._sizes(prompts, group, max_new_tokens)
-            first = self._first(length, slots, settings.stages)
-            following = self._following(slots, settings.stages)
-            yield (
-                group,
-                Writing(
-                    self._programs,
-                    functools.partial(first, self._weights),
-                    functools.partial(following, self._weights),
-                    _batch([prompts[i] for i in group], group, self.batch_size, length),
-                    (settings.numbers(), _stop_ids(stop_tokens)),
-                    max_new_tokens,
-                ),
+    ) -> Iterator[tuple[list[int], tuple, dict, Any, Any]]:
+        """Of each batch, the longest prompts first: their indices, what the programs take, and the
+        two programs."""
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt is empty; give at least one token of text")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        longest = len(prompts[order[0]])
+        if longest + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than "
+                f"{self.max_length}: shorten the prompt, or give a larger max_length (the context)"
             )
+        settings = Sampling(**sampling)
+        places = -(-max(len(stop_tokens), 1) // _STOP_IDS) * _STOP_IDS
+        stop_ids = [*stop_tokens, *[NOTHING] * (places - len(stop_tokens))]
+        numbers = settings.numbers() | {"stop_ids": np.array(stop_ids, np.int32)}
+        for start in range(0, len(order), self.batch_size):
+            group = order[start : start + self.batch_size]
+            length = padded_length(len(prompts[group[0]]))
+            batch = _batch([prompts[i] for i in group], group, self.batch_size, length)
+            slots = padded_length(length + max_new_tokens)
+            yield group, batch, numbers, *self._compile(batch, numbers, slots, settings.stages)
 
-    def _first(self, length: int, slots: int, stages: tuple[str, ...]) -> Any:
-        """The program that reads prompts."""
-        key = length, slots, stages
-        if key not in self._kept:
-            self._kept[key] = self._programs.first_token(slots, stages)
-        return self._kept[key]
-
-    def _following(self, slots: int, stages: tuple[str, ...]) -> Any:
-        """The program that writes tokens."""
-        key = slots, stages
-        if key not in self._kept:
-            self._kept[key] = self._programs.next_tokens(stages)
-        return self._kept[key]
+    def _compile(self, batch: tuple, numbers: dict, slots: int, stages: tuple[str, ...]) -> tuple:
+        """The program that reads these prompts, and the one that writes what follows."""
+        batch = _abstract(batch, self._rows)
+        numbers, limit = _abstract((numbers, np.int32(0)), self._whole)
+        following_key = slots, stages, numbers["stop_ids"].shape
+        first_key = batch[0].shape, *following_key
+        if first_key not in self._compiled:
+            first = self._programs.first_token(slots, stages)
+            self._compiled[first_key] = first.lower(self._abstract, batch, numbers).compile()
+        first = self._compiled[first_key]
+        if following_key not in self._compiled:
+            state = _abstract(first.out_info[0], first.output_shardings[0])
+            following = self._programs.next_tokens(stages)
+            following = following.lower(self._abstract, state, numbers, limit).compile()
+            self._compiled[following_key] = following
+        return first, self._compiled[following_key]
 
 
 def padded_length(length: int) -> int:
-    """The next of few lengths: multiples of 32 to 128, of 128 to 1024, then four in each octave."""
-    if length <= 128:
-        step = 32
-    else:
-        step = max(128, 1 << (length - 1).bit_length() - 3)
+    """The next of few lengths: multiples of 32 to 128, of 128 to 1024, then four in each octave.
+
+    A program is compiled for each length that rows are padded to: few of them compile seldom.
+    """
+    step = 32 if length <= 128 else max(128, 1 << (length - 1).bit_length() - 3)
     return -(-length // step) * step
 
 
-def _abstract(shapes: Any, places: Any) -> Any:
+def _abstract(values: Any, places: Any) -> Any:
+    """Arrays as shapes, with their shardings: a tree as `values`, or one for all."""
+    if isinstance(places, NamedSharding):
+        places = jax.tree.map(lambda _: places, values)
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), values, places
     )
 
 
-def _bits(dtype: Any) -> int:
-    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
-
-
-def _mesh_of(params: Any) -> Mesh:
-    place = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return place.mesh if isinstance(place, NamedSharding) else make_mesh(1, 1, jax.devices()[:1])
-
-
-def _batch(prompts: list[Sequence[int]], rows: list[int], batch_size: int, length: int) -> Prompts:
-    """The prompts padded behind, and rows that have ended before they begin for the rest."""
+def _batch(prompts: list[Sequence[int]], rows: list[int], batch_size: int, length: int) -> tuple:
+    """The prompts padded behind, their lengths and numbers, and which rows are prompts."""
     tokens_BT = np.zeros((batch_size, length), np.int32)
-    for row_T, prompt in zip(tokens_BT, prompts):
-        row_T[: len(prompt)] = prompt
-    missing = batch_size - len(prompts)
-    return Prompts(
-        tokens_BT,
-        np.array([len(prompt) for prompt in prompts] + [1] * missing, np.int32),
-        np.array(rows + [0] * missing, np.int32),
-        np.arange(batch_size) < len(prompts),
-    )
-
-
-def _stop_ids(tokens: Collection[int]) -> np.ndarray:
-    places = -(-max(len(tokens), 1) // _STOP_IDS) * _STOP_IDS
-    return np.array([*tokens, *[NOTHING] * (places - len(tokens))], np.int32)
+    length_B, row_B = np.ones(batch_size, np.int32), np.zeros(batch_size, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens_BT[i, : len(prompt)], length_B[i], row_B[i] = prompt, len(prompt), rows[i]
+    return tokens_BT, length_B, row_B, np.arange(batch_size) < len(prompts)
 
 
 def _until_nothing(tokens_N: np.ndarray) -> list[int]:

@@ -17,20 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from stablelm_jax.generation.cache import LayerCache, visible_slots
-from stablelm_jax.generation.forward import read_prompts, read_token
-from stablelm_jax.generation.sampling import Sampling, choose
+from stablelm_jax.generation.forward import LayerCache, read_prompts, read_token
+from stablelm_jax.generation.sampling import choose
 from stablelm_jax.kernels.device import traced_device
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
-
-# XLA for GPUs makes one product of those that share x. Of whole numbers in groups it would first
-# write all of them to memory in x's dtype; one by one they are converted as they are read.
-_PRODUCTS_APART = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 # Stands for no token in what the programs give.
 NOTHING = -1
@@ -39,204 +33,123 @@ NOTHING = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a batch stands.
-
-    Attributes:
-      cache: of each layer. seen_BV: tokens that stand in a row, where a penalty asks for them.
-      token_B: the newest token, which is not in the cache yet. length_B: tokens of the prompt.
-      row_B: numbers of the rows, for their random numbers. active_B: rows that go on.
-      start, slot: the slot of the first new token, and of the newest.
-    """
+    """Where a batch stands."""
 
     cache: list[LayerCache]
-    seen_BV: jax.Array | None
-    token_B: jax.Array
-    length_B: jax.Array
-    row_B: jax.Array
-    active_B: jax.Array
-    start: jax.Array
-    slot: jax.Array
+    seen_BV: jax.Array | None  # which tokens stand in a row, where a penalty asks for them
+    token_B: jax.Array  # the newest token, which is not in the cache yet
+    length_B: jax.Array  # tokens of the prompt
+    row_B: jax.Array  # the number of each row, for its random numbers
+    active_B: jax.Array  # whether a row goes on
+    start: jax.Array  # the slot of the first new token
+    slot: jax.Array  # the slot of the newest
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """A batch of prompts: tokens_BT padded behind, length_B of each, row_B their numbers."""
-
-    tokens_BT: Any
-    length_B: Any
-    row_B: Any
-    active_B: Any
+# A device has its rows of a state, and of the cache its heads.
+_ROWS, _WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
+_STATE = State(_ROWS, _ROWS, _ROWS, _ROWS, _ROWS, _ROWS, _WHOLE, _WHOLE)
+_STATE_ON_MESH = dataclasses.replace(_STATE, cache=PartitionSpec(BATCH_AXES, "model"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """Makes the programs of one model on one mesh; compiles nothing by itself.
 
-    Attributes:
-      dtype: of matrix products, activations and cache. chunk: N.
-      grouped: the weights are quantised in groups of inputs.
-      num_valid_ids: rows of the vocabulary that may be chosen; None: all, padding too.
+    `settings` below are `Sampling.numbers` and `stop_ids`, the tokens that end a row.
     """
 
     model: ModelConfig
     mesh: Mesh
-    dtype: Any
-    chunk: int
-    grouped: bool = False
-    num_valid_ids: int | None = None
+    dtype: Any  # the type of matrix products, activations and cache
+    chunk: int  # N
+    num_valid_ids: int | None  # rows of the vocabulary that may be chosen; None: all, padding too
 
     def first_token(self, slots: int, stages: tuple[str, ...]) -> Callable:
-        """f(weights, prompts, numbers, stop_ids) -> State, [B] first tokens (NOTHING: stopped)."""
-        step = partial(_first_token, self.model, slots=slots, stages=stages, dtype=self.dtype)
-        step = partial(step, num_valid=self.num_valid_ids)
-        return self._jitted(step, (self._rows(), None, None), donate=())
+        """f(weights, prompts, settings) -> State, [B] first tokens (NOTHING: stopped).
+
+        The prompts are tokens_BT, padded behind, length_B, row_B and active_B.
+        """
+        step = partial(self._first_token, slots=slots, stages=stages)
+        return self._jitted(step, (_WHOLE, _ROWS, _WHOLE))
 
     def next_tokens(self, stages: tuple[str, ...]) -> Callable:
-        """f(weights, state, numbers, stop_ids, limit) -> State, [B, N] tokens.
+        """f(weights, state, settings, limit) -> State, [B, N] tokens.
 
-        `limit` tokens a row, N at most, are meant: those behind are of no use. The state's buffers
-        are reused.
+        Only the first `limit` tokens of a row mean something. The state's buffers are reused.
         """
-        step = partial(_next_tokens, self.model, self.chunk, stages=stages, dtype=self.dtype)
-        step = partial(step, num_valid=self.num_valid_ids)
-        return self._jitted(step, (self.state_spec(), None, None, None), donate=(1,))
+        step = partial(self._next_tokens, stages=stages)
+        return self._jitted(step, (_WHOLE, _STATE, _WHOLE, _WHOLE), donate_argnums=1)
 
-    def state_spec(self) -> State:
-        """How a state lies on the batch axes of the mesh."""
-        rows = self._rows()
-        return State(rows, rows, rows, rows, rows, rows, PartitionSpec(), PartitionSpec())
-
-    def state_places(self) -> State:
-        """How a state lies on the whole mesh: the heads of the cache over `model` too."""
-        heads = PartitionSpec(BATCH_AXES, "model")
-        spec = dataclasses.replace(self.state_spec(), cache=heads)
-        return sharding.named(self.mesh, spec)
-
-    def rows_place(self) -> NamedSharding:
-        """Of arrays with a row of the batch each."""
-        return NamedSharding(self.mesh, self._rows())
-
-    def whole_place(self) -> NamedSharding:
-        """Of arrays that every device has whole."""
-        return sharding.replicated(self.mesh)
-
-    def abstract_prompts(self, batch_size: int, length: int) -> Prompts:
-        """Shapes and places of `Prompts`."""
-        place = self.rows_place()
-
-        def rows(dtype, *more):
-            return jax.ShapeDtypeStruct((batch_size, *more), dtype, sharding=place)
-
-        return Prompts(rows(jnp.int32, length), rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_))
-
-    def abstract_settings(self, stop_ids: int) -> tuple[Any, ...]:
-        """Shapes and places of numbers, stop_ids and limit."""
-        values = Sampling().numbers(), np.zeros(stop_ids, np.int32), np.int32(0)
-        place = self.whole_place()
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), values
-        )
-
-    def _rows(self) -> PartitionSpec:
-        return sharding.mesh_axes(["batch"])
-
-    def _jitted(self, step: Callable, specs: tuple, donate: tuple[int, ...]) -> Callable:
-        whole = PartitionSpec()
+    def _jitted(self, step: Callable, in_specs: tuple, **options: Any) -> Callable:
         inner = jax.shard_map(
             step,
             mesh=self.mesh,
-            in_specs=(whole, *(whole if spec is None else spec for spec in specs)),
-            out_specs=(self.state_spec(), self._rows()),
+            in_specs=in_specs,
+            out_specs=(_STATE, _ROWS),
             axis_names=set(BATCH_AXES),
             check_vma=False,
         )
-        places = self.state_places(), self.whole_place()
-        on_gpu = self.mesh.devices.flat[0].platform in ("gpu", "cuda")
-        return jax.jit(
-            inner,
-            out_shardings=places,
-            donate_argnums=donate,
-            compiler_options=_PRODUCTS_APART if on_gpu and self.grouped else None,
+        places = sharding.named(self.mesh, (_STATE_ON_MESH, _WHOLE))
+        return jax.jit(inner, out_shardings=places, **options)
+
+    def _first_token(self, weights, prompts, settings, *, slots, stages):
+        tokens_BT, length_B, row_B, active_B = prompts
+        logits_BV, cache = read_prompts(
+            self.model, weights, tokens_BT, length_B, slots=slots, dtype=self.dtype
         )
+        seen_BV = None
+        if "penalty" in stages:
+            is_token_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
+            row_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
+            seen_BV = jnp.zeros(logits_BV.shape, bool).at[row_B1, tokens_BT].max(is_token_BT)
+        start = jnp.int32(tokens_BT.shape[1])
+        none_B = jnp.zeros_like(length_B)  # no token yet: the next line chooses the first
+        state = State(cache, seen_BV, none_B, length_B, row_B, active_B, start, start)
+        state = self._chosen(state, logits_BV, length_B, settings, stages)
+        return state, jnp.where(state.active_B, state.token_B, NOTHING)
 
+    def _next_tokens(self, weights, state, settings, limit, *, stages):
+        is_counted = traced_device().platform in ("gpu", "cuda")
 
-def _first_token(model, weights, prompts, numbers, stop_ids, *, slots, stages, dtype, num_valid):
-    tokens_BT, length_B = prompts.tokens_BT, prompts.length_B
-    logits_BV, cache = read_prompts(model, weights, tokens_BT, length_B, slots=slots, dtype=dtype)
-    seen_BV = _seen(tokens_BT, length_B, model.vocab_size) if "penalty" in stages else None
-    logits_BV = _of_valid(logits_BV, num_valid)
-    token_B = choose(stages, numbers, logits_BV, seen_BV, prompts.row_B, length_B)
-    active_B = prompts.active_B & ~jnp.isin(token_B, stop_ids)
-    start = jnp.int32(tokens_BT.shape[1])
-    seen_BV = _with(seen_BV, token_B)
-    state = State(cache, seen_BV, token_B, length_B, prompts.row_B, active_B, start, start)
-    return state, jnp.where(active_B, token_B, NOTHING)
+        def is_running(active_B):
+            """Whether a row goes on on any device: all of them turn the loop equally often."""
+            return is_counted or sum_over(jnp.any(active_B).astype(jnp.int32)) > 0
 
+        def go_on(carry):
+            index, running, *_ = carry
+            return index < self.chunk if is_counted else running & (index < limit)
 
-def _next_tokens(
-    model, chunk, weights, state, numbers, stop_ids, limit, *, stages, dtype, num_valid
-):
-    is_counted = traced_device().platform in ("gpu", "cuda")
-    one_more = partial(_one_more, model, weights, numbers, stop_ids, stages, dtype, num_valid)
+        def step(carry):
+            index, _, state, tokens_BN = carry
+            state = self._one_more(weights, state, settings, stages)
+            newest_B = jnp.where(state.active_B, state.token_B, NOTHING)
+            tokens_BN = tokens_BN.at[:, index].set(newest_B)
+            return index + 1, is_running(state.active_B), state, tokens_BN
 
-    def go_on(carry):
-        index, is_running, *_ = carry
-        return index < chunk if is_counted else is_running & (index < limit)
+        tokens_BN = jnp.full((state.token_B.shape[0], self.chunk), NOTHING, jnp.int32)
+        begin = jnp.int32(0), is_running(state.active_B), state, tokens_BN
+        _, _, state, tokens_BN = jax.lax.while_loop(go_on, step, begin)
+        return state, tokens_BN
 
-    def step(carry):
-        index, _, state, tokens_BN = carry
-        state = one_more(state)
-        newest_B = jnp.where(state.active_B, state.token_B, NOTHING)
-        is_running = is_counted or _any(state.active_B)
-        return index + 1, is_running, state, tokens_BN.at[:, index].set(newest_B)
+    def _one_more(self, weights, state: State, settings, stages) -> State:
+        """The state with one more token in each row."""
+        position_B = state.length_B + (state.slot - state.start)
+        index_S = jnp.arange(state.cache[0][0].shape[2])
+        is_prompt_BS = index_S < state.length_B[:, None]
+        is_written_S = (index_S >= state.start) & (index_S <= state.slot)
+        new = state.token_B, position_B, state.slot, is_prompt_BS | is_written_S
+        logits_BV, cache = read_token(self.model, weights, state.cache, *new, dtype=self.dtype)
+        state = dataclasses.replace(state, cache=cache, slot=state.slot + 1)
+        return self._chosen(state, logits_BV, position_B + 1, settings, stages)
 
-    tokens_BN = jnp.full((state.token_B.shape[0], chunk), NOTHING, jnp.int32)
-    begin = jnp.int32(0), is_counted or _any(state.active_B), state, tokens_BN
-    _, _, state, tokens_BN = jax.lax.while_loop(go_on, step, begin)
-    return state, tokens_BN
-
-
-def _one_more(model, weights, numbers, stop_ids, stages, dtype, num_valid, state: State) -> State:
-    """The state with one more token in each row."""
-    slots = state.cache[0][0].shape[2]
-    position_B = state.length_B + (state.slot - state.start)
-    visible_BS = visible_slots(state.length_B, state.start, state.slot, slots)
-    new = state.token_B, position_B, state.slot, visible_BS
-    logits_BV, cache = read_token(model, weights, state.cache, *new, dtype=dtype)
-    logits_BV = _of_valid(logits_BV, num_valid)
-    token_B = choose(stages, numbers, logits_BV, state.seen_BV, state.row_B, position_B + 1)
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        seen_BV=_with(state.seen_BV, token_B),
-        token_B=token_B,
-        active_B=state.active_B & ~jnp.isin(token_B, stop_ids),
-        slot=state.slot + 1,
-    )
-
-
-def _of_valid(logits_BV, num_valid: int | None):
-    """The logits with -inf for rows of the vocabulary that were never trained."""
-    if num_valid is None:
-        return logits_BV
-    return jnp.where(jnp.arange(logits_BV.shape[1]) < num_valid, logits_BV, -jnp.inf)
-
-
-def _any(active_B: jax.Array) -> jax.Array:
-    """Whether a row goes on on any device: all of them turn the loop equally often."""
-    return sum_over(jnp.any(active_B).astype(jnp.int32)) > 0
-
-
-def _seen(tokens_BT, length_B, vocab_size: int):
-    """Which tokens stand in each prompt, bool [B, V]."""
-    is_token_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
-    row_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-    seen_BV = jnp.zeros((tokens_BT.shape[0], vocab_size), bool)
-    return seen_BV.at[row_B1, tokens_BT].max(is_token_BT)
-
-
-def _with(seen_BV, token_B):
-    if seen_BV is None:
-        return None
-    return seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    def _chosen(self, state: State, logits_BV, position_B, settings, stages) -> State:
+        """The state with the token of each row that the logits and the settings choose."""
+        if self.num_valid_ids is not None:  # rows of the vocabulary behind were never trained
+            is_valid_V = jnp.arange(logits_BV.shape[1]) < self.num_valid_ids
+            logits_BV = jnp.where(is_valid_V, logits_BV, -jnp.inf)
+        seen_BV = state.seen_BV
+        token_B = choose(stages, settings, logits_BV, seen_BV, state.row_B, position_B)
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+        active_B = state.active_B & ~jnp.isin(token_B, settings["stop_ids"])
+        return dataclasses.replace(state, seen_BV=seen_BV, token_B=token_B, active_B=active_B)

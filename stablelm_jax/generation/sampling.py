@@ -25,7 +25,7 @@ class Sampling:
       repetition_penalty: positive scores of tokens that stand in the prompt or in what was
         generated are divided by it, negative ones multiplied (Keskar et al. 2019, arXiv
         1909.05858).
-      seed: of the random numbers.
+      seed: starts the random numbers.
 
     Raises:
       ValueError: a number out of its range.
@@ -71,18 +71,11 @@ class Sampling:
 
 
 @jax.named_scope("sampling")
-def choose(
-    stages: tuple[str, ...],
-    numbers: dict[str, jax.Array],
-    logits_BV: jax.Array,
-    seen_BV: jax.Array | None,
-    row_B: jax.Array,
-    position_B: jax.Array,
-) -> jax.Array:
+def choose(stages, numbers, logits_BV, seen_BV, row_B, position_B) -> jax.Array:
     """The next token of each row, int32 [B].
 
     Args:
-      stages, numbers: of `Sampling`.
+      stages, numbers: those of `Sampling`.
       logits_BV: float32.
       seen_BV: which tokens stand in each row; read by the stage 'penalty' alone.
       row_B, position_B: the random numbers belong to a row and the position that is drawn: nothing

@@ -15,13 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.interop import from_hf as reading
-from stablelm_jax.interop import gguf_export, gguf_peer
+from stablelm_jax.interop import gguf_export, gguf_reference, hf_reference
 from stablelm_jax.interop import to_hf as writing
-from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
-from stablelm_jax.interop.hf_peer import peer, peer_logits
-from stablelm_jax.interop.verify import LIMITS, check, compare, our_logits, prompt_ids
+from stablelm_jax.interop.safetensors_files import DTYPES
+from stablelm_jax.interop.verify import check, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel.mesh import make_mesh
@@ -44,34 +42,26 @@ def from_hf(
       ValueError: the source cannot be read, or what was read computes something else; nothing is
         written.
     """
-    out = _branch_path(out, step)
+    out = _checkpoint_path(out, step)
     directory = reading.open_directory(source, tokenizer)
-    model = directory.model
-    size = _tell(console, source, model)
+    size = _tell(console, source, directory.model)
     for switch in directory.dropped:
         console.print(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
-    mesh = model_mesh(model)
+    mesh = _model_mesh(directory.model)
     with new_result(out, force=force, source=source) as target:
         with _progress(console, "reading", 4 * size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with console.status("writing"):
-            run = reading.run_item(directory, checkpoint_step(out.name))
-            write_checkpoint(target, Checkpoint(params, None, run))
-            reading.write_tokenizer(directory.tokenizer, target)
+            reading.write_checkpoint(directory, params, target, checkpoint_step(out.name))
         del params
         if verify:
-            console.print(_verified_import(directory, target, mesh), soft_wrap=True)
+            ids = prompt_ids(directory.tokenizer)
+            own = SavedModel.open(target)
+            ours_TV = our_logits(own.model, own.load(mesh), ids)
+            theirs_TV = hf_reference.reference_logits(directory.path, ids)
+            told = check(hf_reference.reference_name(), ours_TV, theirs_TV)
+            console.print(f"checked by {told}", soft_wrap=True)
     return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
-
-
-def _verified_import(directory, target: Path, mesh) -> str:
-    ids = prompt_ids(directory.tokenizer)
-    own = SavedModel.open(target)
-    params = own.load(mesh)
-    ours_TV = our_logits(own.model, params, ids)
-    del params
-    difference = compare(ours_TV, peer_logits(directory.path, ids))
-    return f"checked by {check(difference, LIMITS['float32'], peer())}"
 
 
 def to_hf(
@@ -107,22 +97,24 @@ def to_hf(
         if verify:
             with console.status("comparing every tensor"):
                 writing.check_bits(own, target, dtype)
-            console.print(_verified_export(own, target, dtype), soft_wrap=True)
+            console.print(_checked_directory(own, target, dtype), soft_wrap=True)
     return f"{out} is whole: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it"
 
 
-def _verified_export(own: SavedModel, target: Path, dtype: str) -> str:
+def _checked_directory(own: SavedModel, target: Path, dtype: str) -> str:
+    """Theirs against our forward pass of the rounded weights, then against the weights as trained,
+    which is what the type costs."""
     ids = prompt_ids(own.tokenizer)
-    params = own.load(model_mesh(own.model))
+    params = own.load(_model_mesh(own.model))
     trained_TV = stored_TV = our_logits(own.model, params, ids)
     if dtype != "float32":
         stored_TV = our_logits(own.model, _rounded(params, dtype), ids)
     del params
-    theirs_TV = peer_logits(target, ids)
-    told = f"checked by {check(compare(stored_TV, theirs_TV), LIMITS['float32'], peer())}"
-    if dtype == "float32":
-        return told
-    return f"{told}\n{check(compare(trained_TV, theirs_TV), LIMITS[dtype], f'{dtype} costs')}"
+    theirs_TV = hf_reference.reference_logits(target, ids)
+    told = f"checked by {check(hf_reference.reference_name(), stored_TV, theirs_TV)}"
+    if dtype != "float32":
+        told += f"\n{check(f'{dtype} costs', trained_TV, theirs_TV, DTYPES[dtype][0])}"
+    return told
 
 
 def _rounded(params: Any, dtype: str) -> Any:
@@ -148,7 +140,7 @@ def to_gguf(
     """Writes the GGUF file `out`; returns what to tell last.
 
     Args:
-      file_type: key of gguf_tensors.FILE_TYPES.
+      file_type: key of gguf_export.FILE_TYPES.
 
     Raises:
       ValueError: the checkpoint cannot be read, llama.cpp could not run its tokenizer, or what was
@@ -158,7 +150,8 @@ def to_gguf(
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
     size = _tell(console, own.path, own.model, f", to {file_type}")
-    finer = [stored.name for stored in stored_tensors(own.model, file_type) if stored.fell_back]
+    stored = gguf_export.stored_tensors(own.model, file_type)
+    finer = [one.name for one in stored if one.fell_back]
     if finer:
         console.print(
             f"  {len(finer)} tensors, such as {finer[0]}, have rows that are no whole number of "
@@ -170,34 +163,35 @@ def to_gguf(
             gguf_export.write_file(own, target, file_type=file_type, on_tensor=advance)
         if verify:
             with console.status("comparing every tensor, then what they compute"):
-                gguf_export.check_values(own, target, file_type)
-                told = _verified_gguf(own, target, file_type)
+                gguf_export.check_file(own, target, file_type)
+                told = _checked_by_llama_cpp(own, target, file_type)
             console.print(told, soft_wrap=True)
     return f"{out} is whole: llama-cli -m {out} runs it"
 
 
-def _verified_gguf(own: SavedModel, target: Path, file_type: str) -> str:
+def _checked_by_llama_cpp(own: SavedModel, target: Path, file_type: str) -> str:
+    if not gguf_reference.installed():
+        return (
+            "checked by gguf, which read every value back; `pip install xllamacpp` for llama.cpp, "
+            "which would compute a prompt too"
+        )
     ids = prompt_ids(own.tokenizer)[: own.max_positions - 1]  # one more is made
-    positions = gguf_peer.compared_positions(len(ids), own.model.vocab_size)
-    ours_PV = gguf_peer.log_probabilities(own_logits(own, ids), positions)
-    theirs_PV = gguf_peer.peer_log_probabilities(target, own.tokenizer, ids, positions)
-    limit = FILE_TYPES[file_type].limit
-    return f"checked by {check(compare(ours_PV, theirs_PV), limit, gguf_peer.peer())}"
+    positions = gguf_reference.compared_positions(len(ids), own.model.vocab_size)
+    ours_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
+    ours_PV = gguf_reference.log_probabilities(ours_TV, positions)
+    theirs_PV = gguf_reference.reference_log_probabilities(target, own.tokenizer, ids, positions)
+    code = gguf_export.FILE_TYPES[file_type].matrices.name
+    return f"checked by {check(gguf_reference.reference_name(), ours_PV, theirs_PV, code)}"
 
 
-def own_logits(own: SavedModel, ids: list[int]):
-    """Our logits [T, V] of a checkpoint, in float32."""
-    return our_logits(own.model, own.load(model_mesh(own.model)), ids)
-
-
-def model_mesh(model: ModelConfig) -> Mesh:
+def _model_mesh(model: ModelConfig) -> Mesh:
     """As many devices as can share the tensors of this model evenly, all along `model`."""
     sizes = (model.num_heads, model.num_kv_heads, model.feed_forward_width, model.vocab_size)
     count = math.gcd(jax.device_count(), *sizes)
     return make_mesh(data=1, model=count, devices=jax.devices()[:count])
 
 
-def _branch_path(out: Path, step: int | None) -> Path:
+def _checkpoint_path(out: Path, step: int | None) -> Path:
     named = checkpoint_step(out.name)
     if named is None and (out / "checkpoints").is_dir():
         raise ValueError(

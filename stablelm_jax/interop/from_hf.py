@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint.saved_model import TOKENIZER_FILE
-from stablelm_jax.interop import hf_config, names, tokenizer_files
+from stablelm_jax.interop import hf_config, tokenizer_files
 from stablelm_jax.interop.safetensors_files import TensorFiles
+from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors, tensors_by_parameter
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
@@ -27,19 +29,14 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 @dataclasses.dataclass(frozen=True)
 class Directory:
-    """A Hugging Face directory, its config read, its tensors not yet.
-
-    Attributes:
-      dropped: fields of ModelConfig for norm biases that are there, but zero throughout.
-      end_ids: tokens that end a text for its generation.
-    """
+    """A Hugging Face directory, its config read, its tensors not yet."""
 
     path: Path
     model: ModelConfig
     tokenizer: Tokenizer
-    max_positions: int
-    dropped: tuple[str, ...]
-    end_ids: tuple[int, ...]
+    max_positions: int  # tokens of context
+    dropped: tuple[str, ...]  # fields of ModelConfig for norm biases that are zero throughout
+    end_ids: tuple[int, ...]  # tokens that end a text for its generation
     chat_template: str | None
 
 
@@ -54,11 +51,23 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         listed.
     """
     values = _read_json(path / "config.json", required=True)
-    with TensorFiles(path) as files:
-        model = hf_config.read_config(values, files.shapes)
-        model = _without_absent_biases(model, files.shapes)
-        _check_tensors(path, model, files.shapes)
-        dropped = _zero_biases(model, files)
+    files = TensorFiles(path)
+    model = hf_config.read_config(values, files.shapes)
+    biases = {
+        switch: [tensor.name for tensor in tensors(model) if tensor.ours in ours]
+        for switch, ours in NORM_BIASES.items()
+    }
+    # Some files of models without norm biases have none, though `transformers` expects them; in
+    # others they are zero throughout, as the model was trained without.
+    absent = [s for s, names in biases.items() if files.shapes.keys().isdisjoint(names)]
+    model = dataclasses.replace(model, **dict.fromkeys(absent, False))
+    _check_tensors(path, model, files.shapes)
+
+    def is_zero(name: str) -> bool:
+        return not files.read(name).view(np.uint32).any()
+
+    left = {switch: names for switch, names in biases.items() if switch not in absent}
+    dropped = tuple(switch for switch, names in left.items() if all(map(is_zero, names)))
     model = dataclasses.replace(model, **dict.fromkeys(dropped, False))
     own = tokenizer_files.read_tokenizer(path, tokenizer)
     if own.largest_id >= model.vocab_size:
@@ -80,73 +89,45 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
 def load_params(
     directory: Directory, mesh: Mesh, on_tensor: Callable[[int], None] = lambda size: None
 ) -> dict[str, Any]:
-    """The float32 parameters, each made on its devices from the part of the files it needs.
-
-    A host holds one tensor of ours at a time, or its devices' share of it.
+    """The float32 parameters, split over the mesh's `model`; a host holds one of them at a time.
 
     Args:
-      on_tensor: called with the bytes, in float32, of each tensor that is there.
+      on_tensor: called with the bytes, in float32, of each parameter that is there.
     """
-    table = parameter_table(directory.model)
-    places = {row.name: sharding.named(mesh, sharding.mesh_axes(row.axes)) for row in table}
-    parts: dict[str, list[names.Tensor]] = {row.name: [] for row in table}
-    for tensor in names.tensors(directory.model):
-        if not tensor.absent:
-            parts[tensor.ours].append(tensor)
-    flat = {}
-    with TensorFiles(directory.path) as files:
-        for row in table:
-            read = _reader(files, parts[row.name], row.shape)
-            flat[row.name] = jax.make_array_from_callback(row.shape, places[row.name], read)
-            flat[row.name].block_until_ready()
-            on_tensor(flat[row.name].nbytes)
+    files, parts, flat = TensorFiles(directory.path), tensors_by_parameter(directory.model), {}
+    for row in parameter_table(directory.model):
+        values = np.empty(row.shape, np.float32)
+        for tensor in parts[row.name]:
+            tensor.put(values, files.read(tensor.name))
+        place = sharding.named(mesh, sharding.mesh_axes(row.axes))
+        flat[row.name] = jax.device_put(values, place).block_until_ready()
+        on_tensor(values.nbytes)
     return nest(flat)
 
 
-def _reader(files: TensorFiles, parts: list[names.Tensor], shape: tuple[int, ...]):
-    """f(index): the values of one of our tensors at `index`, float32."""
-    stacked = len(parts[0].index)  # leading dims of ours that run over tensors of theirs
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        spans = [range(*s.indices(size)) for s, size in zip(index, shape)]
-        values = np.empty([len(span) for span in spans], np.float32)
-        for part in parts:
-            if all(i in span for i, span in zip(part.index, spans)):
-                here = tuple(i - span.start for i, span in zip(part.index, spans))
-                wanted = part.their_index(spans[stacked:], shape[stacked:])
-                values[here] = part.part_of_ours(
-                    files.read(part.name, wanted), values.shape[stacked:]
-                )
-        return values
-
-    return read
-
-
-def _without_absent_biases(model: ModelConfig, present: Iterable[str]) -> ModelConfig:
-    """Some files of models without norm biases have none, though `transformers` expects them."""
-    for switch in ("block_norm_bias", "final_norm_bias"):
-        biases = _biases(model, switch)
-        if not any(tensor.name in present for tensor in biases):
-            model = dataclasses.replace(model, **{switch: False})
-    return model
-
-
-def _biases(model: ModelConfig, switch: str) -> list[names.Tensor]:
-    return [t for t in names.tensors(model) if names.norm_bias_switch(t.ours) == switch]
-
-
-def _zero_biases(model: ModelConfig, files: TensorFiles) -> tuple[str, ...]:
-    """The switches whose norm biases are zero throughout, as in models trained without them."""
-
-    def all_zero(switch: str) -> bool:
-        return not any(files.read(t.name).view(np.uint32).any() for t in _biases(model, switch))
-
-    switches = ("block_norm_bias", "final_norm_bias")
-    return tuple(s for s in switches if getattr(model, s) and all_zero(s))
+def write_checkpoint(directory: Directory, params: Any, path: Path, step: int) -> None:
+    """The checkpoint `path`, with its tokenizer if it is not the one that everybody has."""
+    imported = {
+        "from": directory.path.resolve().name,
+        "max_positions": directory.max_positions,
+        "end_ids": list(directory.end_ids),
+        "chat_template": directory.chat_template,
+    }
+    run = {
+        "step": step,
+        "model_config": dataclasses.asdict(directory.model),
+        "tokenizer_sha256": directory.tokenizer.sha256,
+        "imported": imported,
+    }
+    saving.write_checkpoint(path, saving.Checkpoint(params, None, run))
+    if isinstance(directory.tokenizer, HuggingFaceTokenizer):
+        (path / TOKENIZER_FILE).write_bytes(directory.tokenizer.content)
+    else:
+        assert directory.tokenizer.name == ARCADE100K
 
 
 def _check_tensors(path: Path, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    expected = {t.name: t.shape for t in names.tensors(model) if not t.absent}
+    expected = {t.name: t.shape for t in tensors(model) if not t.absent}
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected and not _DERIVED.fullmatch(name)]
     misshapen = [
@@ -216,26 +197,3 @@ def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no object; it is not a model's, or damaged: fetch it again")
     return values
-
-
-def run_item(directory: Directory, step: int) -> dict[str, Any]:
-    """What the checkpoint says of itself (its item `run`)."""
-    return {
-        "step": step,
-        "model_config": dataclasses.asdict(directory.model),
-        "tokenizer_sha256": directory.tokenizer.sha256,
-        "imported": {
-            "from": directory.path.resolve().name,
-            "max_positions": directory.max_positions,
-            "end_ids": list(directory.end_ids),
-            "chat_template": directory.chat_template,
-        },
-    }
-
-
-def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
-    """Into the checkpoint, unless it is the one that every installation has."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        (checkpoint / TOKENIZER_FILE).write_bytes(tokenizer.content)
-    else:
-        assert tokenizer.name == ARCADE100K

@@ -1,32 +1,105 @@
-"""`convert to-gguf`: a checkpoint of ours as one file that llama.cpp runs."""
+"""`convert to-gguf`: a checkpoint of ours as one file that llama.cpp runs.
+
+What llama.cpp wants: its src/models/stablelm.cpp and conversion/stablelm.py; the names come from
+the table in PyPI `gguf`. Rotary turns dims half a span apart there too, so no row is permuted.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quantization
+from gguf import GGUFValueType, LlamaFileType
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.interop.gguf_tensors import FILE_TYPES, Stored, stored_tensors
 from stablelm_jax.interop.gguf_tokens import add_vocabulary, vocabulary
+from stablelm_jax.interop.tensor_map import Tensor, tensors
 from stablelm_jax.interop.tokenizer_files import tokenizer_json
 from stablelm_jax.interop.verify import Mismatch
+from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters, specs_by_name
 
+
+class FileType(NamedTuple):
+    """What a file says of itself, and the types of its matrices and of its head.
+
+    Norms and biases are float32 in every file. The head of a 4-bit file is finer, as llama.cpp's
+    own quantiser has it: q6_K there, which PyPI `gguf` cannot write.
+    """
+
+    code: LlamaFileType
+    matrices: Quantization
+    head: Quantization
+
+
+FILE_TYPES = {
+    "f32": FileType(LlamaFileType.ALL_F32, Quantization.F32, Quantization.F32),
+    "f16": FileType(LlamaFileType.MOSTLY_F16, Quantization.F16, Quantization.F16),
+    "bf16": FileType(LlamaFileType.MOSTLY_BF16, Quantization.BF16, Quantization.BF16),
+    "q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, Quantization.Q8_0, Quantization.Q8_0),
+    "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, Quantization.Q4_0, Quantization.Q8_0),
+}
 # Largest error of a stored value: a share of the largest of its block, half a step of the type and
 # the float16 rounding of the step; and what that rounding comes to where steps are tiny. q4_0
 # reaches its block's largest value on one side of zero, and a step less on the other.
-_ERRORS = {
+LARGEST_ERRORS = {
     Quantization.F32: (0.0, 0.0),
     Quantization.F16: (2**-11, 2**-25),
     Quantization.BF16: (2**-8, 0.0),
     Quantization.Q8_0: (1 / 254 + 2**-11, 2**-18),
     Quantization.Q4_0: (1 / 8 + 2**-11, 2**-22),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor of the file."""
+
+    name: str
+    tensor: Tensor  # which part of ours it holds, in which layout
+    quantization: Quantization
+    fell_back: bool = False  # its rows are no whole number of the blocks that were wished for
+
+    def values(self, leaf: np.ndarray | None) -> np.ndarray:
+        """Its part of our parameter `leaf`, float32; zeros where the model has no such one."""
+        if leaf is None:
+            return np.zeros(self.tensor.shape, np.float32)
+        return np.ascontiguousarray(self.tensor.theirs(leaf))
+
+
+@functools.cache
+def stored_tensors(model: ModelConfig, file_type: str) -> tuple[Stored, ...]:
+    """Every tensor of the file in its order, which is that of our table of parameters.
+
+    llama.cpp wants biases in all norms: those that the model lacks are there as zeros.
+    """
+    file_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STABLELM, model.num_layers)
+    types, stored = FILE_TYPES[file_type], []
+    for tensor in tensors(model):
+        if len(tensor.index) == 2:  # the norms of a layer's heads are one tensor here
+            layer, head = tensor.index
+            if head > 0:
+                continue
+            shape, name = specs_by_name(model)[tensor.ours].shape[1:], tensor.name
+            name = name.replace(".norms.0", "")
+            tensor = dataclasses.replace(tensor, name=name, shape=shape, index=(layer,))
+        name = file_names.get_name(tensor.name, (".weight", ".bias"))
+        if len(tensor.shape) < 2 or "norm" in tensor.ours:
+            stored.append(Stored(name, tensor, Quantization.F32))
+            continue
+        wished = types.head if tensor.ours == "head/kernel" else types.matrices
+        block_values, _ = gguf.GGML_QUANT_SIZES[wished]
+        fits = tensor.shape[-1] % block_values == 0
+        stored.append(Stored(name, tensor, wished if fits else Quantization.F16, not fits))
+    return tuple(stored)
 
 
 def write_file(
@@ -51,42 +124,49 @@ def write_file(
         _add_metadata(writer, checkpoint, file_type)
         _add_tokenizer(writer, checkpoint)
         for one in stored_tensors(checkpoint.model, file_type):
-            writer.add_tensor_info(
-                one.name, one.tensor.shape, np.dtype(np.float32), one.num_bytes, one.quantization
-            )
+            block_values, block_bytes = gguf.GGML_QUANT_SIZES[one.quantization]
+            shape = one.tensor.shape
+            size = math.prod(shape) // block_values * block_bytes
+            writer.add_tensor_info(one.name, shape, np.dtype(np.float32), size, one.quantization)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_tensors(writer, checkpoint, file_type, on_tensor)
+        for leaf, parts in _parts(checkpoint, file_type):
+            for part in parts:
+                writer.write_tensor_data(_stored_values(part, part.values(leaf)))
+            on_tensor(0 if leaf is None else leaf.nbytes)
     finally:
         writer.close()
 
 
+def _hyperparameters(checkpoint: SavedModel) -> dict[str, tuple[Any, GGUFValueType]]:
+    """Key behind the name of the architecture: value and its type in the file."""
+    model, count = checkpoint.model, GGUFValueType.UINT32
+    return {
+        "vocab_size": (model.vocab_size, count),
+        "context_length": (checkpoint.max_positions, count),
+        "embedding_length": (model.width, count),
+        "block_count": (model.num_layers, count),
+        "feed_forward_length": (model.feed_forward_width, count),
+        "attention.head_count": (model.num_heads, count),
+        "attention.head_count_kv": (model.num_kv_heads, count),
+        "rope.dimension_count": (model.rotary_size, count),
+        "rope.freq_base": (model.rotary_theta, GGUFValueType.FLOAT32),
+        "attention.layer_norm_epsilon": (model.norm_epsilon, GGUFValueType.FLOAT32),
+        "use_parallel_residual": (model.parallel_residual, GGUFValueType.BOOL),
+    }
+
+
 def _add_metadata(writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: str) -> None:
-    model = checkpoint.model
+    run = checkpoint.run
+    origin = run["config"]["name"] if "config" in run else run["imported"]["from"]
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{_origin(checkpoint)} {checkpoint.name}")
-    writer.add_size_label(gguf.size_label(count_parameters(model), 0, 0, 0))
+    writer.add_name(f"{origin} {checkpoint.name}")
+    writer.add_size_label(gguf.size_label(count_parameters(checkpoint.model), 0, 0, 0))
     writer.add_file_type(FILE_TYPES[file_type].code)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_context_length(checkpoint.max_positions)
-    writer.add_embedding_length(model.width)
-    writer.add_block_count(model.num_layers)
-    writer.add_feed_forward_length(model.feed_forward_width)
-    writer.add_head_count(model.num_heads)
-    writer.add_head_count_kv(model.num_kv_heads)
-    writer.add_rope_dimension_count(model.rotary_size)
-    writer.add_rope_freq_base(model.rotary_theta)
-    writer.add_layer_norm_eps(model.norm_epsilon)
-    writer.add_parallel_residual(model.parallel_residual)
-
-
-def _origin(checkpoint: SavedModel) -> str:
-    """Name of the run, or of the directory that was imported."""
-    if "config" in checkpoint.run:
-        return checkpoint.run["config"]["name"]
-    return checkpoint.run["imported"]["from"]
+    for key, (value, kind) in _hyperparameters(checkpoint).items():
+        writer.add_key_value(f"{writer.arch}.{key}", value, kind)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: SavedModel) -> None:
@@ -99,21 +179,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: SavedModel) -> None:
         writer.add_chat_template(checkpoint.chat_template)
 
 
-def _write_tensors(
-    writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: str, on_tensor: Callable
-) -> None:
-    for leaf, parts in _parts(checkpoint, file_type):
-        for part in parts:
-            writer.write_tensor_data(_stored_values(part, part.values(leaf)))
-        on_tensor(0 if leaf is None else leaf.nbytes)
-
-
 def _parts(
     checkpoint: SavedModel, file_type: str
 ) -> Iterator[tuple[np.ndarray | None, Iterator[Stored]]]:
     """Each of our parameters, None where the model has none, and what is stored of it."""
-    present = specs_by_name(checkpoint.model)
     leaves = checkpoint.leaves()
+    present = specs_by_name(checkpoint.model)
     stored = stored_tensors(checkpoint.model, file_type)
     for ours, parts in itertools.groupby(stored, lambda one: one.tensor.ours):
         name, leaf = next(leaves) if ours in present else (ours, None)
@@ -131,23 +202,30 @@ def _stored_values(stored: Stored, values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def check_values(checkpoint: SavedModel, path: Path, file_type: str) -> None:
-    """Reads every tensor of a file back and compares it with the checkpoint.
+def check_file(checkpoint: SavedModel, path: Path, file_type: str) -> None:
+    """Has `gguf` read every hyperparameter and every tensor back; compares with the checkpoint.
 
     Raises:
-      Mismatch: a value is further off than its type explains.
+      Mismatch: one differs, a tensor by more than its type explains.
     """
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    wrong = "was not written as it should be; try again"
+    for key, (value, kind) in _hyperparameters(checkpoint).items():
+        field = reader.get_field(f"stablelm.{key}")
+        meant = np.float32(value) if kind == GGUFValueType.FLOAT32 else value
+        if field is None or field.contents() != meant:
+            raise Mismatch(f"stablelm.{key} {wrong}")
+    found = {tensor.name: tensor for tensor in reader.tensors}
     for leaf, parts in _parts(checkpoint, file_type):
         for part in parts:
             read = gguf.quants.dequantize(found[part.name].data, part.quantization)
             if not _is_rounded(part.values(leaf), read, part.quantization):
-                raise Mismatch(f"{part.name} was not written as it should be; try again")
+                raise Mismatch(f"{part.name} {wrong}")
 
 
 def _is_rounded(values: np.ndarray, read: np.ndarray, quantization: Quantization) -> bool:
     block_values, _ = gguf.GGML_QUANT_SIZES[quantization]
-    share, least = _ERRORS[quantization]
+    share, least = LARGEST_ERRORS[quantization]
     blocks, read = (x.reshape(-1, block_values) for x in (values, read))
     largest = np.abs(blocks).max(-1, keepdims=True)
     return bool((np.abs(blocks - read) <= share * largest + least).all())

@@ -67,11 +67,19 @@ def vocabulary(content: bytes, rows: int) -> Vocabulary:
             f"the tokenizer has ids up to {max(texts)}, but the model only {rows} rows: it is the "
             "tokenizer of another model; name the right one with --tokenizer"
         )
+
+    def type_of(row: int) -> TokenType:
+        if row not in added:
+            return TokenType.NORMAL if row in texts else TokenType.UNUSED
+        # The end of a document is special to us whatever the file says: no text may forge it.
+        special = added[row]["special"] or added[row]["content"] in END_OF_DOCUMENT
+        return TokenType.CONTROL if special else TokenType.USER_DEFINED
+
     return Vocabulary(
         pre=pre,
         # A row without a token, in the padding or in a hole: any text that no other token has.
         tokens=[texts.get(row, f"[PAD{row}]") for row in range(rows)],
-        types=[_type(row, texts, added) for row in range(rows)],
+        types=[type_of(row) for row in range(rows)],
         merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
     )
 
@@ -86,16 +94,6 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-
-
-def _type(row: int, texts: Mapping[int, str], added: Mapping[int, Any]) -> TokenType:
-    if row not in texts:
-        return TokenType.UNUSED
-    if row not in added:
-        return TokenType.NORMAL
-    # The end of a document is special to us whatever the file says: no text may forge it.
-    special = added[row]["special"] or added[row]["content"] in END_OF_DOCUMENT
-    return TokenType.CONTROL if special else TokenType.USER_DEFINED
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

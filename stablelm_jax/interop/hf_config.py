@@ -11,7 +11,6 @@ from typing import Any
 
 from stablelm_jax.model.config import ModelConfig
 
-ARCHITECTURE = "StableLmForCausalLM"
 _MODEL_TYPES = ("stablelm", "stablelm_epoch")
 # Our field: their names for it, newest first, and the value where none is given.
 _FIELDS = {
@@ -32,6 +31,7 @@ _FIELDS = {
 _FIXED = {
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
+    "rope_type": ("default",),  # plain rotary embeddings
     "rope_scaling": (None,),
     "rotary_scaling_factor": (1, 1.0),
 }
@@ -58,7 +58,11 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters is {rope!r}; it should be an object")
     values = {**values, **{key: value for key, value in rope.items() if value is not None}}
-    _check_fixed(values)
+    for key, allowed in _FIXED.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"config.json: {key} is {values[key]!r}; StableLM models here have {allowed[0]!r}"
+            )
     fields = {ours: _value(values, *theirs) for ours, theirs in _FIELDS.items()}
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
@@ -79,39 +83,26 @@ def max_positions(values: Mapping[str, Any]) -> int:
     return int(values.get("max_position_embeddings") or _MAX_POSITIONS)
 
 
-def _check_fixed(values: Mapping[str, Any]) -> None:
-    if values.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"config.json: rope_type is {values['rope_type']!r}; only plain rotary embeddings, "
-            "'default', are computed here"
-        )
-    for key, allowed in _FIXED.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise ValueError(
-                f"config.json: {key} is {values[key]!r}; StableLM models here have {allowed[0]!r}"
-            )
-
-
 def _value(values: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
     return next((values[name] for name in names if values.get(name) is not None), default)
 
 
 def write_config(
-    model: ModelConfig, *, dtype: str, max_positions: int, bos: int, eos: int | list[int], pad: int
+    model: ModelConfig, *, dtype: str, max_positions: int, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of a `config.json` that `transformers` 4.38 and newer reads.
 
     Args:
-      dtype: of the tensors: 'float32', 'bfloat16' or 'float16'.
+      dtype: the type of the tensors: 'float32', 'bfloat16' or 'float16'.
       max_positions: tokens of context.
-      bos, eos, pad: token ids.
+      token_ids: bos_token_id, eos_token_id and pad_token_id.
     """
     rope = {
         "partial_rotary_factor": model.rotary_fraction,
         "rope_theta": model.rotary_theta,
     }
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": ["StableLmForCausalLM"],
         "model_type": _MODEL_TYPES[0],
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
@@ -133,8 +124,6 @@ def write_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
+        **token_ids,
         "torch_dtype": dtype,
     }

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.interop import hf_config, names, tokenizer_files
+from stablelm_jax.interop import hf_config, tokenizer_files
 from stablelm_jax.interop.card import model_card
-from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, TensorWriter
+from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, tensor_writer
+from stablelm_jax.interop.tensor_map import Tensor, tensors, tensors_by_parameter
 
 MAX_FILE_BYTES = 5_000_000_000  # as the Hub's tools split
 
@@ -31,7 +31,7 @@ def write_directory(
     The host holds one of our parameters at a time.
 
     Args:
-      dtype: of the weights, key of DTYPES.
+      dtype: the type of the weights, a key of DTYPES.
       revision: name of the branch it is meant for, by default the checkpoint's.
       on_tensor: called with the bytes, in float32, of each parameter that is written.
 
@@ -44,44 +44,39 @@ def write_directory(
     end_id = end if len(end) > 1 else end[0]
     ids = {"bos_token_id": tokenizer.eod, "eos_token_id": end_id, "pad_token_id": tokenizer.eod}
     config = hf_config.write_config(
-        checkpoint.model,
-        dtype=dtype,
-        max_positions=checkpoint.max_positions,
-        bos=tokenizer.eod,
-        eos=end_id,
-        pad=tokenizer.eod,
+        checkpoint.model, dtype=dtype, max_positions=checkpoint.max_positions, token_ids=ids
     )
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", ids)
-    (folder / tokenizer_files.TOKENIZER).write_bytes(tokenizer_files.tokenizer_json(tokenizer))
     tokenizer_config = tokenizer_files.tokenizer_config(
         tokenizer,
         eos=tokenizer.decode(end[:1]),
         max_positions=checkpoint.max_positions,
         chat_template=checkpoint.chat_template,
     )
-    _write_json(folder / tokenizer_files.CONFIG, tokenizer_config)
+    for name, values in (
+        ("config.json", config),
+        ("generation_config.json", ids),
+        (tokenizer_files.CONFIG, tokenizer_config),
+    ):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    (folder / tokenizer_files.TOKENIZER).write_bytes(tokenizer_files.tokenizer_json(tokenizer))
     (folder / "README.md").write_text(model_card(checkpoint, dtype, revision or checkpoint.name))
 
 
 def _write_weights(checkpoint, folder, dtype, max_file_bytes, on_tensor) -> None:
-    tensors = sorted(names.tensors(checkpoint.model), key=_in_order_of_use)
-    parts = defaultdict(list)
-    for tensor in tensors:
-        parts[tensor.ours].append(tensor)
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    with TensorWriter(folder, shapes, dtype, max_file_bytes) as writer:
+    in_order = sorted(tensors(checkpoint.model), key=_in_order_of_use)
+    shapes = {tensor.name: tensor.shape for tensor in in_order}
+    parts = tensors_by_parameter(checkpoint.model)
+    with tensor_writer(folder, shapes, dtype, max_file_bytes) as write:
         for name, leaf in checkpoint.leaves():
-            for tensor in parts.pop(name):
-                writer.write(tensor.name, _rounded(tensor.theirs(leaf), dtype, tensor.name))
+            for tensor in parts[name]:
+                write(tensor.name, _rounded(tensor.theirs(leaf), dtype, tensor.name))
             on_tensor(leaf.nbytes)
-        for tensor in (tensor for absent in parts.values() for tensor in absent):
-            assert tensor.absent, tensor
-            writer.write(tensor.name, np.zeros(tensor.shape, DTYPES[dtype][1]))
-        assert not writer.missing, writer.missing
+        for tensor in in_order:
+            if tensor.absent:
+                write(tensor.name, np.zeros(tensor.shape, np.float32))
 
 
-def _in_order_of_use(tensor: names.Tensor) -> tuple[int, ...]:
+def _in_order_of_use(tensor: Tensor) -> tuple[int, ...]:
     """Embedding, layer by layer, what follows them."""
     if tensor.index:
         return (1, tensor.index[0])
@@ -104,16 +99,9 @@ def check_bits(checkpoint: SavedModel, folder: Path, dtype: str) -> None:
     Raises:
       ValueError: one differs.
     """
-    parts = defaultdict(list)
-    for tensor in names.tensors(checkpoint.model):
-        parts[tensor.ours].append(tensor)
-    with TensorFiles(folder) as files:
-        for name, leaf in checkpoint.leaves():
-            for tensor in parts[name]:
-                meant = _rounded(tensor.theirs(leaf), dtype, tensor.name).astype(np.float32)
-                if not np.array_equal(files.read(tensor.name), meant):
-                    raise ValueError(f"{tensor.name} was not written as it should be; try again")
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    files, parts = TensorFiles(folder), tensors_by_parameter(checkpoint.model)
+    for name, leaf in checkpoint.leaves():
+        for tensor in parts[name]:
+            meant = _rounded(tensor.theirs(leaf), dtype, tensor.name).astype(np.float32)
+            if not np.array_equal(files.read(tensor.name), meant):
+                raise ValueError(f"{tensor.name} was not written as it should be; try again")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+
 from stablelm_jax.interop.bpe_merges import merges, spelled
 from stablelm_jax.tokenizer.ranks import RANKS_SHA256
 from stablelm_jax.tokenizer.tokenizer import (
     ARCADE100K,
+    FIRST_SPECIAL,
     PATTERN,
+    SPECIAL_TOKENS,
     Arcade100k,
     HuggingFaceTokenizer,
     Tokenizer,
@@ -59,52 +63,29 @@ def tokenizer_config(
 
 def _of_arcade(tokenizer: Arcade100k) -> bytes:
     vocabulary = {spelled(token): rank for token, rank in tokenizer.ranks.items()}
-    pairs = [[spelled(left), spelled(right)] for left, right in merges(tokenizer.ranks)]
+    pairs = [(spelled(left), spelled(right)) for left, right in merges(tokenizer.ranks)]
     # The specials stand in the vocabulary: id 100256 is a hole, and `tokenizers` would number
     # tokens that are only added from there on.
     vocabulary |= tokenizer.specials
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": number, "content": token, **flags, "special": True}
-        for token, number in tokenizer.specials.items()
-    ]
-    bytes_as_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                split | {"invert": False},
-                bytes_as_characters | {"use_regex": False},
-            ],
-        },
-        "post_processor": None,
-        "decoder": bytes_as_characters | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": pairs,
-        },
-    }
+    engine = Engine(models.BPE(vocab=vocabulary, merges=pairs))
+    engine.normalizer = normalizers.NFC()
+    to_characters = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, to_characters])
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens([AddedToken(t, normalized=False) for t in tokenizer.specials])
+    spec = json.loads(engine.to_str())
+    spec["decoder"] |= {"add_prefix_space": False, "trim_offsets": False}  # as the pre-tokenizer
     return json.dumps(spec, ensure_ascii=False).encode()
 
 
 def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
     """The tokenizer of a directory: Arcade100k where it is that one, else its tokenizer.json.
 
-    `named`: take this one instead, a name or a file.
+    Args:
+      named: take this one instead, a name or a file.
 
     Raises:
       ValueError: there is none, or it cannot be read.
@@ -119,34 +100,26 @@ def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
             f"{folder} holds no {TOKENIZER}; name the model's tokenizer with --tokenizer, "
             f"{ARCADE100K} or a file"
         )
-    return load_tokenizer(ARCADE100K) if _is_arcade(file) else load_tokenizer(file)
+    own = load_tokenizer(file)
+    return load_tokenizer(ARCADE100K) if _is_arcade(own) else own
 
 
-def _is_arcade(file: Path) -> bool:
-    """Whether a tokenizer.json has Arcade100k's vocabulary and splits and joins as it does."""
+def _is_arcade(own: HuggingFaceTokenizer) -> bool:
+    """Whether it has Arcade100k's vocabulary, no token more, and splits and joins as it does."""
+    if own.largest_id != FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1:
+        return False
     try:
-        spec = json.loads(file.read_bytes())
-        vocabulary = spec["model"]["vocab"]
-        if len(vocabulary) < len(_arcade_vocabulary()):
-            return False
-        engine = load_tokenizer(file)
-    except (ValueError, KeyError, TypeError):
-        return False  # what is wrong with it is said by who loads it
-    known = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
-    arcade = load_tokenizer(ARCADE100K)
-    same = all(known.get(token) == number for token, number in _arcade_vocabulary().items())
-    has_more = max(known.values()) > arcade.largest_id  # tokens that ours would spell out
-    return (
-        same
-        and not has_more
-        and all(engine.encode(text) == arcade.encode(text) for text in _PROBES)
+        arcade = load_tokenizer(ARCADE100K)
+    except ValueError:  # its ranks are not to be had here
+        return False
+    spec = json.loads(own.content)
+    known = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if isinstance(spec["model"]["vocab"], dict):  # a list in other kinds than BPE
+        known |= spec["model"]["vocab"]
+    ours = {spelled(token): rank for token, rank in arcade.ranks.items()} | arcade.specials
+    return ours.items() <= known.items() and all(
+        own.encode(text) == arcade.encode(text) for text in _PROBES
     )
-
-
-@functools.cache
-def _arcade_vocabulary() -> dict[str, int]:
-    arcade = load_tokenizer(ARCADE100K)
-    return {spelled(token): rank for token, rank in arcade.ranks.items()} | arcade.specials
 
 
 # Where tokenizers with this vocabulary differ: digits, contractions, runs of spaces, scripts.

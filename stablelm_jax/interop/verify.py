@@ -31,20 +31,12 @@ class Mismatch(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of two programs' logits over the same tokens.
+    """How two programs' logits over the same tokens differ."""
 
-    Attributes:
-      largest: absolute, over all positions and tokens.
-      spread: standard deviation of the first program's logits: the scale of `largest`.
-      top1: share of positions at which both find the same token the likeliest.
-      kl: Kullback-Leibler divergence of the second from the first, nats, mean over positions.
-      positions: how many.
-    """
-
-    largest: float
-    spread: float
-    top1: float
-    kl: float
+    largest: float  # absolute, over all positions and tokens
+    spread: float  # standard deviation of the first program's logits: the scale of `largest`
+    top1: float  # share of positions at which both find the same token the likeliest
+    kl: float  # Kullback-Leibler divergence of the second from the first, nats, mean over positions
     positions: int
 
     def __str__(self) -> str:
@@ -55,23 +47,16 @@ class Difference:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """How far a format may be off: `largest` in units of the logits' spread, `kl` in nats."""
-
-    largest: float
-    kl: float
-
-    def __str__(self) -> str:
-        return f"{self.largest:g} of their spread, KL {self.kl:g}"
-
-
-# float32's is for the same values in two programs; the others for what a type costs: four times and
-# more what random models showed, which are worse off than trained ones (docs/interop.md).
+# How far a type may be off: the largest difference in units of the logits' spread, and KL in nats.
+# float32's is for the same values in two programs; the others for what a type costs: several times
+# what random models showed, which are worse off than trained ones (docs/interop.md). llama.cpp
+# rounds activations too: to the type of the matrix, or to eight bits.
 LIMITS = {
-    "float32": Limit(1e-3, 1e-6),
-    "float16": Limit(0.06, 1e-4),
-    "bfloat16": Limit(0.6, 5e-3),
+    "F32": (1e-3, 1e-6),
+    "F16": (0.06, 1e-4),
+    "BF16": (0.6, 5e-3),
+    "Q8_0": (1.5, 0.04),
+    "Q4_0": (8.0, 2.0),
 }
 
 
@@ -110,14 +95,15 @@ def compare(ours_TV: np.ndarray, theirs_TV: np.ndarray) -> Difference:
     )
 
 
-def check(difference: Difference, limit: Limit, who: str) -> str:
+def check(who: str, ours_TV: np.ndarray, theirs_TV: np.ndarray, type_code: str = "F32") -> str:
     """What to tell a person of a conversion that `who` has read.
 
     Raises:
-      Mismatch: it is beyond the limit.
+      Mismatch: the second are further from the first than the type's limit in LIMITS.
     """
-    told = f"{who}: {difference}; the limit is {limit}"
-    if difference.largest > limit.largest * difference.spread or difference.kl > limit.kl:
+    difference, (largest, kl) = compare(ours_TV, theirs_TV), LIMITS[type_code]
+    told = f"{who}: {difference}; the limit is {largest:g} of their spread, KL {kl:g}"
+    if difference.largest > largest * difference.spread or difference.kl > kl:
         raise Mismatch(f"{told}. What was written is wrong and was removed")
     return told
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection
+from stablelm_jax.model.parameters import specs_by_name
 from stablelm_jax.model.rotary import rotate
 
 # (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH
@@ -24,7 +25,8 @@ class Attention(nnx.Module):
         self.query = Projection(make, f"{name}/query")
         self.key = Projection(make, f"{name}/key")
         self.value = Projection(make, f"{name}/value")
-        self.out = Projection(make, f"{name}/out", num_in=2)
+        out = specs_by_name(config)[f"{name}/out/kernel"]
+        self.out = Projection(make, f"{name}/out", out.num_input_dims)
         if config.qk_norm:
             self.query_norm = LayerNorm(make, f"{name}/query_norm", config.norm_epsilon)
             self.key_norm = LayerNorm(make, f"{name}/key_norm", config.norm_epsilon)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +33,11 @@ class Projection(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-def product(x: jax.Array, kernel: Any, dtype: jnp.dtype | None = None) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., inputs] by a kernel [inputs..., outputs...], in x's dtype: [..., outputs].
 
-    Args:
-      kernel: an array, or what knows its product itself (generation's `Quantised`).
-      dtype: of the result; by default x's.
+    `dtype`: the type of the result; by default that of x.
     """
-    if not isinstance(kernel, jax.Array):
-        return kernel.product(x, dtype or x.dtype)
     kernel = kernel.astype(x.dtype).reshape(x.shape[-1], -1)
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 

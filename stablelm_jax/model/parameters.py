@@ -32,6 +32,8 @@ class ParameterSpec:
     init_std: float | str  # standard deviation of a normal, or 'ones', or 'zeros'
     decay: bool  # does weight decay apply
     axes: tuple[str, ...]
+    # behind the axis of layers, the dims that a matrix product sums over; 0: this is no matrix
+    num_input_dims: int = 0
 
     @property
     def count(self) -> int:
@@ -61,9 +63,10 @@ def parameter_table(config: ModelConfig) -> tuple[ParameterSpec, ...]:
         LAYERS: config.num_layers,
     }
 
-    def spec(name, init_std, axes):
+    def spec(name, init_std, axes, num_input_dims=0):
         decay = not isinstance(init_std, str)
-        return ParameterSpec(name, tuple(sizes[axis] for axis in axes), init_std, decay, axes)
+        shape = tuple(sizes[axis] for axis in axes)
+        return ParameterSpec(name, shape, init_std, decay, axes, num_input_dims)
 
     return (
         spec("embed/embedding", config.init_std, (VOCAB, WIDTH)),
@@ -71,7 +74,7 @@ def parameter_table(config: ModelConfig) -> tuple[ParameterSpec, ...]:
         *_attention(spec, config),
         *_mlp(spec, config),
         *_norm(spec, "final_norm", (WIDTH,), config.final_norm_bias),
-        spec("head/kernel", config.init_std, (WIDTH, VOCAB)),
+        spec("head/kernel", config.init_std, (WIDTH, VOCAB), 1),
     )
 
 
@@ -85,21 +88,22 @@ def _attention(spec, config):
     name = "layers/attention"
     for part, heads in (("query", HEADS), ("key", KV_HEADS), ("value", KV_HEADS)):
         axes = (LAYERS, WIDTH, heads, HEAD_SIZE)
-        yield spec(f"{name}/{part}/kernel", config.init_std, axes)
+        yield spec(f"{name}/{part}/kernel", config.init_std, axes, 1)
         if config.qkv_bias:
             yield spec(f"{name}/{part}/bias", "zeros", (LAYERS, heads, HEAD_SIZE))
     if config.qk_norm:
         yield spec(f"{name}/query_norm/scale", "ones", (LAYERS, HEADS, HEAD_SIZE))
         yield spec(f"{name}/key_norm/scale", "ones", (LAYERS, KV_HEADS, HEAD_SIZE))
-    yield spec(f"{name}/out/kernel", _residual_std(config), (LAYERS, HEADS, HEAD_SIZE, WIDTH))
+    axes = (LAYERS, HEADS, HEAD_SIZE, WIDTH)
+    yield spec(f"{name}/out/kernel", _residual_std(config), axes, 2)
 
 
 def _mlp(spec, config):
     if not config.parallel_residual:  # the parallel form shares the norm of attention
         yield from _norm(spec, "layers/mlp_norm", (LAYERS, WIDTH), config.block_norm_bias)
     for part in ("gate", "up"):
-        yield spec(f"layers/mlp/{part}/kernel", config.init_std, (LAYERS, WIDTH, FEED_FORWARD))
-    yield spec("layers/mlp/down/kernel", _residual_std(config), (LAYERS, FEED_FORWARD, WIDTH))
+        yield spec(f"layers/mlp/{part}/kernel", config.init_std, (LAYERS, WIDTH, FEED_FORWARD), 1)
+    yield spec("layers/mlp/down/kernel", _residual_std(config), (LAYERS, FEED_FORWARD, WIDTH), 1)
 
 
 def _residual_std(config):

@@ -143,7 +143,7 @@ def _checked_attention(run: Run) -> str:
 
 
 def _prepare_samples(run: Run) -> Callable[[Any], dict[str, str]]:
-    from stablelm_jax.generation.samples import prepare_texts  # only runs that sample need it
+    from stablelm_jax.generation.text import prepare_texts  # only runs that sample need it
 
     settings = run.config.samples
     return prepare_texts(

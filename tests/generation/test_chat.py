@@ -63,9 +63,9 @@ def test_chatml_s_turns_are_as_published():
 @pytest.mark.parametrize("answer", [True, False])
 def test_harmless_text_gets_the_ids_of_transformers(tokenizer_file, tokenizer, template, answer):
     transformers = pytest.importorskip("transformers")
-    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
-    peer.chat_template = CHAT_TEMPLATES[template]
-    expected = peer.apply_chat_template(
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+    reference.chat_template = CHAT_TEMPLATES[template]
+    expected = reference.apply_chat_template(
         CHAT, add_generation_prompt=answer, tokenize=True, return_dict=False
     )
     assert encode_chat(tokenizer, CHAT, template, answer=answer) == expected

@@ -51,7 +51,7 @@ def test_a_byte_is_spelled_as_tokenizers_spells_it():
     assert spelled("é x\n".encode()) == "Ã©ĠxĊ"
 
 
-def testranks_that_never_make_a_token_are_refused():
+def test_ranks_that_never_make_a_token_are_refused():
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
     assert merges(ranks) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
     with pytest.raises(ValueError, match=r"never join b'bcde' \(rank 259\)"):

@@ -39,10 +39,10 @@ def test_logits_of_the_export_in_transformers_equal_ours_to_1e_4(exported):
     model, params, _, out = exported
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer.encode(TEXT)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
-    assert peer.dtype == torch.float32
+    reference = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    assert reference.dtype == torch.float32
     with torch.no_grad():
-        theirs = peer.eval()(torch.tensor([ids])).logits[0].numpy()
+        theirs = reference.eval()(torch.tensor([ids])).logits[0].numpy()
     ours = verify.our_logits(model, nest(params), ids)
     assert np.abs(ours).max() > 1  # there is something to compare
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)

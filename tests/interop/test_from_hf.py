@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import KINDS, random_params, write_checkpoint
 
 from stablelm_jax import convert
-from stablelm_jax.interop import from_hf, hf_config
+from stablelm_jax.interop import conversions, from_hf, hf_config
 from stablelm_jax.interop.safetensors_files import INDEX, ONE_FILE
 from stablelm_jax.parallel.mesh import make_mesh
 
@@ -153,7 +153,7 @@ def test_a_file_cut_short_is_named(directory, capsys):
 
 
 def test_a_file_of_noise_is_named(directory, capsys):
-    (directory / ONE_FILE).write_bytes(np.random.default_rng().bytes(5000))
+    (directory / ONE_FILE).write_bytes(np.random.default_rng(0).bytes(5000))
     (line,) = refused(directory, capsys)
     assert ONE_FILE in line and "fetch it again" in line
 
@@ -214,7 +214,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(directory, tmp_path, capsys, monk
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(from_hf, "write_tokenizer", interrupted)  # once all else is written
+    monkeypatch.setattr(conversions, "prompt_ids", interrupted)  # once all is written
     assert convert.main(["from-hf", str(directory), str(tmp_path / "in")]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("convert: interrupted")
     assert not (tmp_path / "in").exists() or not list((tmp_path / "in").iterdir())

@@ -15,19 +15,13 @@ from small_models import KINDS, random_params, write_checkpoint
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from stablelm_jax import convert
-from stablelm_jax.interop import gguf_export, gguf_peer, gguf_reader, tokenizer_files, verify
-from stablelm_jax.interop.gguf_tensors import FILE_TYPES, stored_tensors
+from stablelm_jax.interop import conversions, gguf_export, gguf_reference, tokenizer_files, verify
+from stablelm_jax.interop.gguf_export import FILE_TYPES, LARGEST_ERRORS, stored_tensors
 from stablelm_jax.interop.gguf_tokens import vocabulary
-from stablelm_jax.interop.names import with_norm_biases
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.tokenizer.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer
 from stablelm_jax.tokenizer.train_tokenizer import train
 
-# Largest error of a value, as a share of the largest of its block: half a step of the type, and the
-# float16 of the step. The 16 steps of q4_0 reach the largest value on one side of zero only.
-STEP = 2**-11
-TINY = 2**-25  # half the smallest step of a float16
-ERRORS = {"f32": 0, "f16": STEP, "bf16": 2**-8, "q8_0": 1 / 254 + STEP, "q4_0": 1 / 8 + STEP}
 # Rows of 80 values are two and a half blocks of the types with blocks.
 MODEL = dataclasses.replace(KINDS["1.6b"], feed_forward_width=80)
 TEXT = "the path of the others, in 1889: ça y est\n\n  done"
@@ -68,12 +62,17 @@ def run(*arguments):
 
 def test_every_parameter_comes_back_and_biases_that_were_not_there_are_zero(written):
     model, params, out = written
-    read, leaves = gguf_reader.read_file(out)
-    assert read == dataclasses.replace(with_norm_biases(model), init_std=read.init_std)
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(out).tensors}
+    read = {name: np.full_like(values, np.nan) for name, values in params.items()}
     for stored in stored_tensors(model, "f32"):
-        name = stored.tensor.ours
-        found = leaf_of(leaves, name)
-        np.testing.assert_array_equal(found, params.get(name, np.zeros_like(found)), name)
+        values = found.pop(stored.name)
+        if stored.tensor.absent:
+            assert not values.any(), stored.name
+        else:
+            stored.tensor.put(read[stored.tensor.ours], values)
+    assert not found
+    for name, values in params.items():
+        np.testing.assert_array_equal(read[name], values, name)
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)
@@ -89,8 +88,8 @@ def test_values_are_off_by_no_more_than_the_step_of_the_type(
         block, _ = gguf.GGML_QUANT_SIZES[found.tensor_type]
         largest = np.abs(tensor.data).reshape(-1, block).max(-1, keepdims=True)
         off = np.abs(tensor.data - dequantized(found)).reshape(-1, block)
-        share = ERRORS[found.tensor_type.name.lower()]
-        assert (off <= share * largest + TINY).all(), tensor.name
+        share, least = LARGEST_ERRORS[found.tensor_type]
+        assert (off <= share * largest + least).all(), tensor.name
 
 
 def meant_type(tensor, file_type):
@@ -121,12 +120,12 @@ def test_transformers_computes_the_same_logits(written):
     model, params, out = written
     if model.qk_norm:
         pytest.skip("transformers 5.x reads no norms of query and key heads from GGUF files")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
         out.parent, gguf_file=out.name, dtype=torch.float32, attn_implementation="eager"
     )
     ids = list(range(5, 45))
     with torch.no_grad():
-        theirs = peer.eval()(torch.tensor([ids])).logits[0].numpy()
+        theirs = reference.eval()(torch.tensor([ids])).logits[0].numpy()
     ours = verify.our_logits(model, nest(params), ids)
     assert np.abs(ours).max() > 1  # there is something to compare
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
@@ -135,14 +134,14 @@ def test_transformers_computes_the_same_logits(written):
 def test_llama_cpp_computes_the_same_logits_and_tokens(written, tokenizer_file):
     pytest.importorskip("xllamacpp")
     model, params, out = written
-    llama = gguf_peer.LlamaCpp(out, 64)
+    llama = gguf_reference.LlamaCpp(out, 64)
     ids = load_tokenizer(tokenizer_file).encode(TEXT)
     assert llama.tokenize(TEXT) == ids
     new = llama.generate(ids, 8)
     logits = verify.our_logits(model, nest(params), ids + new)
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new
     positions = np.arange(0, len(ids), 5)
-    ours = gguf_peer.log_probabilities(logits, positions)
+    ours = gguf_reference.log_probabilities(logits, positions)
     assert np.ptp(ours) > 1  # there is something to compare
     theirs = llama.log_probabilities(ids, positions)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
@@ -225,7 +224,7 @@ def test_llama_cpp_makes_arcade100ks_tokens_of_real_text(tmp_path):
     )
     out = tmp_path / "model.gguf"
     assert run("to-gguf", source, out, "--type", "q8_0") == 0
-    llama = gguf_peer.LlamaCpp(out, 64)
+    llama = gguf_reference.LlamaCpp(out, 64)
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::4]:
         text = without_specials(path.read_text(encoding="utf-8"))
         assert llama.tokenize(text) == arcade.encode(text), path
@@ -257,10 +256,11 @@ def test_the_verb_offers_every_type():
 
 
 def test_a_file_is_checked_before_it_is_there(checkpoint, tmp_path, capsys):
+    pytest.importorskip("xllamacpp")
     out = tmp_path / "model.gguf"
     assert run("to-gguf", checkpoint, out, "--type", "q8_0") == 0
     said = capsys.readouterr()
-    assert f"checked by {gguf_peer.peer()}" in said.err.replace("\n", " ")
+    assert f"checked by {gguf_reference.reference_name()}: largest" in said.err.replace("\n", " ")
     assert f"llama-cli -m {out}" in said.out
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -282,15 +282,37 @@ def test_a_file_with_a_wrong_value_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_with_a_wrong_hyperparameter_is_not_kept(checkpoint, tmp_path, monkeypatch, capsys):
+    change_rope(monkeypatch)
+    assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", "f16") == 1
+    assert "stablelm.rope.freq_base was not written as" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", add_another_base)
+    pytest.importorskip("xllamacpp")
+    change_rope(monkeypatch)
+    monkeypatch.setattr(gguf_export, "check_file", lambda *_: None)  # llama.cpp alone is asked
     assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", "f16") == 1
     assert "What was written is wrong and was removed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def add_another_base(writer, base):
-    writer.add_float32("stablelm.rope.freq_base", base / 100)
+def change_rope(monkeypatch):
+    add = gguf.GGUFWriter.add_key_value
+
+    def add_another_base(writer, key, value, *kind):
+        add(writer, key, value / 100 if key == "stablelm.rope.freq_base" else value, *kind)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", add_another_base)
+
+
+def test_without_llama_cpp_every_value_is_read_back_and_it_is_said_what_was_not_done(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(conversions.gguf_reference, "installed", lambda: False)
+    assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", "q8_0") == 0
+    assert "`pip install xllamacpp` for llama.cpp" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_file_that_llama_cpp_does_not_load_is_a_mismatch(tmp_path, f32_file):
@@ -298,7 +320,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_a_mismatch(tmp_path, f32_file):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(f32_file.read_bytes()[:-1000])
     with pytest.raises(verify.Mismatch, match="does not load cut.gguf"):
-        gguf_peer.LlamaCpp(cut, 16)
+        gguf_reference.LlamaCpp(cut, 16)
 
 
 def test_a_file_that_is_there_is_kept_unless_forced(checkpoint, tmp_path, capsys):
@@ -308,9 +330,3 @@ def test_a_file_that_is_there_is_kept_unless_forced(checkpoint, tmp_path, capsys
     assert out.read_text() == "mine" and "--force" in capsys.readouterr().err
     assert run("to-gguf", checkpoint, out, "--no-verify", "--force") == 0
     assert out.read_bytes()[:4] == b"GGUF"
-
-
-def leaf_of(tree, name):
-    for part in name.split("/"):
-        tree = tree[part]
-    return np.asarray(tree)

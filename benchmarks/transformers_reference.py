@@ -1,8 +1,10 @@
-"""StableLM of transformers with AdamW, the peer of benchmarks/train_step.py."""
+"""StableLM of transformers with AdamW: what train_step.py and generate.py hold ours against."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from stablelm_jax.interop.hf_config import write_config
+from stablelm_jax.interop.tensor_map import tensors
 from stablelm_jax.model.config import ModelConfig
 
 INPUTS = ("tokens", "targets")
@@ -26,13 +30,7 @@ def make_step(
     torch.compile and fused AdamW. Attention is FlashAttention where `flash_attn` is installed, else
     PyTorch's own choice, told that it is causal. It knows no documents: each row is one. Where that
     needs more memory than there is, layers are checkpointed from then on, and a line says so.
-
-    Raises:
-      ValueError: for a model with norms of heads or a parallel residual, the 12B's, whose weights
-        this file does not rename.
     """
-    if model.qk_norm or model.parallel_residual:
-        raise ValueError("the peer takes models as the 1.6B and the 3B are: use --peer none")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     network = _network(model, params).to(device)
@@ -77,8 +75,18 @@ def peak_bytes() -> int | None:
 
 def _network(model: ModelConfig, params: Mapping[str, Any]) -> transformers.StableLmForCausalLM:
     network = transformers.StableLmForCausalLM(_config(model))
-    network.load_state_dict({name: torch.tensor(x) for name, x in _renamed(model, params)})
+    network.load_state_dict(dict(_renamed(model, params)))
     return network
+
+
+def _renamed(model: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter under its name in transformers; zeros for the biases that ours lack."""
+    for tensor in tensors(model):
+        values = np.zeros(tensor.shape, np.float32)
+        if not tensor.absent:
+            ours = functools.reduce(operator.getitem, tensor.ours.split("/"), params)
+            values = np.ascontiguousarray(tensor.theirs(ours))
+        yield tensor.name, torch.tensor(values)
 
 
 def _optimizer(network, adamw: Mapping[str, float], learning_rate: float, fused: bool):
@@ -97,73 +105,18 @@ def _config(model: ModelConfig) -> transformers.StableLmConfig:
     # Under torch.compile `sdpa` is handed a mask of T x T, which shuts out the fast kernels; under
     # a name without a function for masks it is told is_causal.
     transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+    values = write_config(model, dtype="float32", max_positions=4096, token_ids={})
+    attention = "flash_attention_2" if flash else "sdpa_causal"
     return transformers.StableLmConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.width,
-        num_hidden_layers=model.num_layers,
-        intermediate_size=model.feed_forward_width,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        layer_norm_eps=model.norm_epsilon,
-        use_qkv_bias=model.qkv_bias,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": model.rotary_theta,
-            "partial_rotary_factor": model.rotary_fraction,
-        },
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="flash_attention_2" if flash else "sdpa_causal",
+        **values | {"use_cache": False}, attn_implementation=attention
     )
-
-
-def _renamed(model: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in transformers, array [out, in]) for every parameter; zeros for its further biases."""
-    yield "model.embed_tokens.weight", params["embed"]["embedding"]
-    yield "lm_head.weight", np.ascontiguousarray(params["head"]["kernel"].T)
-    yield from _norm("model.norm", params["final_norm"])
-    layers = params["layers"]
-    for i in range(model.num_layers):
-        there = f"model.layers.{i}"
-        for ours, name in (
-            ("attention_norm", "input_layernorm"),
-            ("mlp_norm", "post_attention_layernorm"),
-        ):
-            norm = {leaf: value[i] for leaf, value in layers[ours].items()}
-            yield from _norm(f"{there}.{name}", norm)
-        for ours, name in (("query", "q"), ("key", "k"), ("value", "v")):
-            projection = layers["attention"][ours]
-            kernel_DNH = projection["kernel"][i]
-            yield f"{there}.self_attn.{name}_proj.weight", _transposed(kernel_DNH, model.width)
-            if "bias" in projection:
-                bias = np.ascontiguousarray(projection["bias"][i].reshape(-1))
-                yield f"{there}.self_attn.{name}_proj.bias", bias
-        out_ND = layers["attention"]["out"]["kernel"][i].reshape(-1, model.width)
-        yield f"{there}.self_attn.o_proj.weight", _transposed(out_ND, len(out_ND))
-        for name in ("gate", "up", "down"):
-            kernel = layers["mlp"][name]["kernel"][i]
-            yield f"{there}.mlp.{name}_proj.weight", _transposed(kernel, len(kernel))
-
-
-def _norm(name: str, norm: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    yield f"{name}.weight", norm["scale"]
-    yield f"{name}.bias", norm.get("bias", np.zeros_like(norm["scale"]))
-
-
-def _transposed(kernel: np.ndarray, inputs: int) -> np.ndarray:
-    return np.ascontiguousarray(kernel.reshape(inputs, -1).T)
 
 
 def make_writer(model: ModelConfig, params: Mapping[str, Any], dtype: str) -> Callable:
     """f(prompts, new tokens) -> the likeliest new tokens of each, and a time stamp after each step.
 
     On a GPU its static cache, with which it compiles the steps; else its dynamic cache.
-
-    Raises:
-      ValueError: as `make_step`.
     """
-    if model.qk_norm or model.parallel_residual:
-        raise ValueError("the peer takes models as the 1.6B and the 3B are: use --peer none")
     on_gpu = torch.cuda.is_available()
     network = _network(model, params).to("cuda" if on_gpu else "cpu", getattr(torch, dtype)).eval()
     network.config.use_cache = True

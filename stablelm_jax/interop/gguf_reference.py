@@ -1,6 +1,6 @@
-"""Who runs a GGUF file to check it: llama.cpp where PyPI `xllamacpp` brings it, else we.
+"""llama.cpp (PyPI `xllamacpp`), which runs a GGUF file to check it.
 
-T tokens, P positions, V vocabulary.
+P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stablelm_jax.interop.gguf_reader import read_file
-from stablelm_jax.interop.verify import PROMPT, Mismatch, log_softmax, our_logits
+from stablelm_jax.interop.verify import PROMPT, Mismatch, log_softmax
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 # llama.cpp hands its probabilities over as JSON, two seconds for 100,352 of them.
@@ -31,10 +30,8 @@ def installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def peer() -> str:
+def reference_name() -> str:
     """Its name, for a person."""
-    if not installed():
-        return "our own reader (`pip install xllamacpp` for llama.cpp)"
     return f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 
@@ -49,7 +46,7 @@ def log_probabilities(logits_TV: np.ndarray, positions: np.ndarray) -> np.ndarra
     return np.maximum(log_softmax(logits_TV[positions].astype(np.float64)), _LEAST)
 
 
-def peer_log_probabilities(
+def reference_log_probabilities(
     path: Path, tokenizer: Tokenizer, ids: Sequence[int], positions: np.ndarray
 ) -> np.ndarray:
     """Log probabilities [P, V] of what follows those positions of `ids`, the prompt's first.
@@ -57,9 +54,6 @@ def peer_log_probabilities(
     Raises:
       Mismatch: llama.cpp makes other tokens of the prompt than `tokenizer`.
     """
-    if not installed():
-        model, params = read_file(path)
-        return log_probabilities(our_logits(model, params, ids), positions)
     llama = LlamaCpp(path, len(ids))
     if llama.tokenize(PROMPT)[: len(ids)] != list(ids):
         raise Mismatch(
@@ -104,15 +98,7 @@ class LlamaCpp:
 
     def generate(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` tokens that follow, each the likeliest; an end of text does not end it."""
-        answer = self._call(
-            "/completion",
-            prompt=list(ids),
-            n_predict=count,
-            temperature=0.0,
-            ignore_eos=True,
-            return_tokens=True,
-        )
-        return answer["tokens"]
+        return self._complete(ids, count, ignore_eos=True, return_tokens=True)["tokens"]
 
     @functools.cached_property
     def _vocab_size(self) -> int:
@@ -129,19 +115,17 @@ class LlamaCpp:
         They are those before any bias. The answer lacks them where the token that was taken is a
         part of a character or ends the text, so one that does neither is taken.
         """
-        answer = self._call(
-            "/completion",
-            prompt=ids,
-            n_predict=1,
-            n_probs=self._vocab_size,
-            temperature=0.0,
-            logit_bias=[[self._plain_token, 1e6]],
-        )
+        bias = [[self._plain_token, 1e6]]
+        answer = self._complete(ids, 1, n_probs=self._vocab_size, logit_bias=bias)
         (step,) = answer["completion_probabilities"]
         found_V = np.full(self._vocab_size, np.nan)
         for token in step["top_logprobs"]:
             found_V[token["id"]] = token["logprob"]
         return np.maximum(found_V, _LEAST)
+
+    def _complete(self, ids: Sequence[int], count: int, **wanted: Any) -> dict[str, Any]:
+        wanted |= {"prompt": list(ids), "n_predict": count, "temperature": 0.0}
+        return self._call("/completion", **wanted)
 
     def _call(self, what: str, **wanted: Any) -> dict[str, Any]:
         request = urllib.request.Request(

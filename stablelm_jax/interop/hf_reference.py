@@ -10,7 +10,6 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,23 +20,24 @@ from stablelm_jax.interop.verify import our_logits
 from stablelm_jax.parallel.mesh import make_mesh
 
 
-def peer() -> str:
-    """Its name, for a person."""
-    if not _installed():
+def installed() -> bool:
+    """Whether `transformers` is, and PyTorch with it."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def reference_name() -> str:
+    """Who reads it, for a person."""
+    if not installed():
         return "our own reader (install the extra `parity` for transformers')"
     return f"transformers {importlib.metadata.version('transformers')}"
 
 
-def peer_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
+def reference_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
     """Logits [T, V] of a directory's weights, computed in float32."""
-    return _transformers_logits(folder, ids) if _installed() else _own_logits(folder, ids)
-
-
-def _installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-def _transformers_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
+    if not installed():
+        directory = from_hf.open_directory(folder)
+        params = from_hf.load_params(directory, make_mesh(devices=jax.local_devices()[:1]))
+        return our_logits(directory.model, params, ids)
     import torch
     import transformers
 
@@ -50,18 +50,10 @@ def _transformers_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
     if json.loads((folder / "config.json").read_text())["model_type"] == "stablelm":
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     else:  # of the first remote code, which no release contains: the same tensors
-        config = transformers.StableLmConfig(**_newer_config(folder))
+        ours = from_hf.open_directory(folder).model
+        config = transformers.StableLmConfig(
+            **write_config(ours, dtype="float32", max_positions=4096, token_ids={})
+        )
         model = transformers.StableLmForCausalLM.from_pretrained(folder, config=config, **options)
     with torch.no_grad():
         return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
-
-
-def _newer_config(folder: Path) -> dict[str, Any]:
-    model = from_hf.open_directory(folder).model
-    return write_config(model, dtype="float32", max_positions=4096, bos=0, eos=0, pad=0)
-
-
-def _own_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
-    directory = from_hf.open_directory(folder)
-    params = from_hf.load_params(directory, make_mesh(devices=jax.local_devices()[:1]))
-    return our_logits(directory.model, params, ids)
