@@ -88,17 +88,34 @@ class Beginning:
 def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beginning:
     """Finds what the run in this folder goes on with.
 
-    Damaged checkpoints newer than the one that was taken are set aside under another name.
-
     Raises:
       ValueError: config, data and checkpoint do not fit; nothing of the run is changed then.
     """
-    store, events = services.store, services.events
-    _check_parent(config)
+    store, parent, last_step = services.store, config.branch.parent, config.training.num_steps
+    if parent and checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is None:
+        raise config_lib.ConfigError(
+            f"config.branch.parent={parent!r}: is no checkpoint; write "
+            "WORKDIR/checkpoints/global_stepN of the run to start from"
+        )
     for name in store.unfinished:
-        events.tell("unfinished_checkpoint", f"{name} was never finished; removed", name=name)
+        text = f"{name} was never finished; removed"
+        services.events.tell("unfinished_checkpoint", text, name=name)
     store.agree(distributed.agreed_numbers(store.steps()))
-    damaged: dict[int, CheckpointError] = {}
+    if store.steps():
+        beginning = _newest_whole(config, services, options)
+    else:
+        beginning = _branch(config, services) if parent else _fresh(config, services)
+    if beginning.progress.step > last_step:
+        raise ResumeError(
+            f"config.training.num_steps={last_step}, but {store.folder} has step "
+            f"{beginning.progress.step} already: give more steps, or another --workdir"
+        )
+    return beginning
+
+
+def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions) -> Beginning:
+    """Resumes from the newest checkpoint that is whole; damaged ones get another name."""
+    store, damaged = services.store, {}
     for step in reversed(store.steps()):
         path = store.folder / checkpoint_name(step)
         beginning, error = None, None
@@ -107,7 +124,7 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
         except DamagedCheckpoint as caught:
             error = caught
         if not distributed.anywhere(error is not None):
-            events.print(f"resuming from {path}")
+            services.events.print(f"resuming from {path}")
             break
         damaged[step] = error or DamagedCheckpoint(f"{path} is damaged on another host")
         if options.strict:
@@ -115,40 +132,18 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
                 f"{damaged[step]} (--strict: without it the run goes on from the newest whole one)"
             )
     else:
-        if damaged:
-            raise CheckpointError(
-                f"no checkpoint in {store.folder} can be read: "
-                f"{'; '.join(map(str, damaged.values()))}. Give one of them back, "
-                "or move them all away to begin anew"
-            )
-        beginning = (_branch if config.branch.parent else _fresh)(config, services)
-    _set_aside(damaged, services)
-    if beginning.progress.step > config.training.num_steps:
-        raise ResumeError(
-            f"config.training.num_steps={config.training.num_steps}, but {store.folder} has step "
-            f"{beginning.progress.step} already: give more steps, or another --workdir"
+        raise CheckpointError(
+            f"no checkpoint in {store.folder} can be read: {'; '.join(map(str, damaged.values()))}."
+            " Give one of them back, or move them all away to begin anew"
         )
-    return beginning
-
-
-def _check_parent(config: ConfigDict) -> None:
-    parent = config.branch.parent
-    if parent and checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is None:
-        raise config_lib.ConfigError(
-            f"config.branch.parent={parent!r}: is no checkpoint; write "
-            "WORKDIR/checkpoints/global_stepN of the run to start from"
-        )
-
-
-def _set_aside(damaged: Mapping[int, CheckpointError], services: Services) -> None:
-    """Only now that another one could be read: before, it might be the disk, or this host."""
-    for step, error in damaged.items():
-        aside = services.store.set_aside(step)
+    for step, error in damaged.items():  # not before another one was read: it might be the disk
+        aside = store.set_aside(step)
         services.events.tell(
             "damaged_checkpoint",
             f"{error}; it is now called {aside}, and the run goes on from the newest whole one",
-            checkpoint=str(services.store.folder / checkpoint_name(step)),
+            checkpoint=str(store.folder / checkpoint_name(step)),
         )
+    return beginning
 
 
 def _fresh(config: ConfigDict, services: Services) -> Beginning:

@@ -48,8 +48,16 @@ class Faults:
             else:
                 self._tell(skipped)
         if losses.in_a_row >= self._most or self._held:
-            advice = self._advice(losses.in_a_row, step)
-            raise Stopped(advice, step - losses.in_a_row, losses.before_row)
+            whole = step - losses.in_a_row
+            raise Stopped(
+                f"{losses.in_a_row} updates in a row were left out, steps {whole + 1} to {step}; "
+                f"the checkpoint {checkpoint_name(whole)} is from before them. Look at what the "
+                f"first of them read: {inspection_command(whole + 1)}\nThen run the same command "
+                "again, or start a branch of that checkpoint with a lower learning rate or other "
+                "data",
+                whole,
+                losses.before_row,
+            )
 
     def _tell(self, skipped: Skipped) -> None:
         self._held |= skipped.why == SPIKE and self._run.config.guard.kind == "stop"
@@ -66,15 +74,6 @@ class Faults:
             sources=skipped.sources,
             grad_norm=repr(skipped.grad_norm),
             in_a_row=skipped.in_a_row,
-        )
-
-    def _advice(self, count: int, step: int) -> str:
-        first = step - count + 1
-        return (
-            f"{count} updates in a row were left out, steps {first} to {step}; the checkpoint "
-            f"{checkpoint_name(first - 1)} is from before them. Look at what the first of them "
-            f"read: {inspection_command(first)}\nThen run the same command again, or start a "
-            "branch of that checkpoint with a lower learning rate or other data"
         )
 
     def compare_replicas(self, state: TrainState, step: int) -> None:

@@ -108,13 +108,13 @@ class Run:
 
     def held_out(self) -> dict[str, HeldOut]:
         """The held-out text of each source."""
-        return {name: self._held_out(name) for name in self.sources}
-
-    def _held_out(self, name: str) -> HeldOut:
-        manifest = self.manifests[name]
-        languages, part = manifest.languages, manifest.held_out
-        language = languages[0] if len(languages) == 1 else None
-        return HeldOut(self._held_out_batches(name), part.tokens / part.text_bytes, language)
+        found = {}
+        for name, manifest in self.manifests.items():
+            languages, part = manifest.languages, manifest.held_out
+            language = languages[0] if len(languages) == 1 else None
+            batches = self._held_out_batches(name)
+            found[name] = HeldOut(batches, part.tokens / part.text_bytes, language)
+        return found
 
     def _held_out_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
@@ -210,17 +210,12 @@ def fingerprints(config: ConfigDict) -> dict[str, str]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     sources = open_data(config, tokenizer, mixture_of(config, DataPosition()).sources)
     manifests = {name: source.manifest for name, source in sources.items()}
-    return {
-        "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),
-        "code": code_hash(),
-        "data": data_hash(manifests) + tokenizer.sha256,
-    }
-
-
-def code_hash() -> str:
-    """Of the package's Python files and the version of jax."""
-    digest = hashlib.sha256(jax.__version__.encode())
+    code = hashlib.sha256(jax.__version__.encode())
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return {
+        "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),
+        "code": code.hexdigest(),
+        "data": data_hash(manifests) + tokenizer.sha256,
+    }
