@@ -9,10 +9,7 @@ from ml_collections import ConfigDict
 from stablelm_jax.config.access import flatten, get, refuse
 
 # What kernels/attention.py and kernels/cross_entropy.py have, without jax here.
-ATTENTION = (
-    *("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu"),
-    *("splash", "cudnn", "tokamax"),
-)
+ATTENTION = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "splash")
 CROSS_ENTROPY = ("auto", "reference", "saved", "tiled")
 _CHOICES = {
     "schedule.kind": ("hybrid", "cosine"),
