@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from stablelm_jax.model.flops import train_flops_per_token
-from stablelm_jax.run.metrics import peak_flops
+from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.training.setup import Run
 
 _SCALARS = ("learning_rate", "grad_norm", "param_norm", "updates_skipped")
