@@ -1,7 +1,6 @@
 """Causal attention inside documents: one function and a registry of ways to compute it.
 
-B batch, T queries, S keys, N query heads, K key/value heads, G = N / K query heads for each key
-head, H head size.
+B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size.
 """
 
 from __future__ import annotations
@@ -167,8 +166,8 @@ def _forward(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT):
     ids_B11T1 = _as_queries(segment_ids_BT)
     parts = []
     for group in _groups(q_BKGTH.shape[3]):
-        k, v, key_ids = k_BKSH[:, :, : group.stop], v_BKSH[:, :, : group.stop], segment_ids_BT
-        key_ids = key_ids[:, : group.stop]
+        k, v = k_BKSH[:, :, : group.stop], v_BKSH[:, :, : group.stop]
+        key_ids = segment_ids_BT[:, : group.stop]
 
         def attend(carry, first_query, q, ids, k=k, v=v, key_ids=key_ids):
             scores = jnp.where(_allowed(ids, key_ids, first_query), _scores(q, k), -jnp.inf)

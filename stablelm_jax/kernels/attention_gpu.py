@@ -1,8 +1,7 @@
 """Flash attention inside documents for A100 and Hopper, in Pallas with the Triton backend.
 
 After FlashAttention-2 (Dao 2023, arXiv 2307.08691): algorithm 1 forward, algorithm 2 backward, but
-as two kernels, so that no two programs add to the same place and gradients have the same bits in
-every run. `attention_gpu_kernels` has the kernels.
+as two kernels: no two programs add to the same place, gradients have the same bits in every run.
 
 B batch, T queries or keys of a row, N query heads, K key/value heads, G = N / K query heads for
 each key head, H head size; of one tile, Q queries and S keys.
@@ -27,11 +26,11 @@ from stablelm_jax.kernels.residuals import named
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The tiles of the forward kernel, of the one for dk and dv, and of the one for dq."""
+    """The tiles of each of the three kernels."""
 
     forward: Tile
-    keys: Tile
-    queries: Tile
+    keys: Tile  # for dk and dv
+    queries: Tile  # for dq
 
 
 # By compute capability and largest head size. These are ESTIMATES, none was measured on a chip: of
@@ -84,8 +83,7 @@ def pallas_gpu(
         raise ValueError(f"attention on GPUs: {reason}")
     blocks = blocks or blocks_for(q_BTNH.shape[3], q_BTNH.dtype)
     length = q_BTNH.shape[1]
-    # Padding keeps every test for the row's end out of the kernels' loops; it is the row's last
-    # document, which no token before it can see. T of a training run needs none.
+    # Padding keeps every test for the row's end out of the kernels' loops; training rows need none.
     multiple = max(max(t.queries, t.keys) for t in (blocks.forward, blocks.keys, blocks.queries))
     padding = (0, -length % multiple)
     q_BTNH, k_BTKH, v_BTKH = (
@@ -122,10 +120,8 @@ def blocks_for(head_size: int, dtype=jnp.bfloat16, generation: str | None = None
 
 def generation_of(device_kind: str) -> str | None:
     """The compute capability that BLOCKS has a table for; None for a device it has none for."""
-    for generation, names in _CHIPS.items():
-        if any(name in device_kind for name in names):
-            return generation
-    return None
+    known = (name for name, chips in _CHIPS.items() if any(chip in device_kind for chip in chips))
+    return next(known, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -19,13 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from stablelm_jax.kernels import attention_tpu_kernels as kernels
+from stablelm_jax.kernels import documents
 from stablelm_jax.kernels.attention_tpu_kernels import LANES
-from stablelm_jax.kernels.documents import (
-    Tile,
-    document_spans,
-    key_block_bounds,
-    query_block_bounds,
-)
+from stablelm_jax.kernels.documents import Tile, document_spans
 from stablelm_jax.kernels.residuals import named
 
 # For forward and backward. By the compilers' bundles for v5e, v5p and v6e, larger tiles cost 5 to
@@ -59,7 +55,6 @@ def pallas_tpu(
     length = q_BTNH.shape[1]
     whole = -(-length // LANES) * LANES
     tile = Tile(min(tile.queries, whole), min(tile.keys, whole))
-    # Padding is the row's last document, which no token before it can see.
     padding = (0, -length % math.lcm(tile.queries, tile.keys))
     start_BT, end_BT = document_spans(segment_ids_BT, padding[1])
     q_BNTH, k_BKTH, v_BKTH = (
@@ -130,6 +125,7 @@ def _output(inputs, tile, interpret):
         (None, None, length, size), lambda b, n, i, _: (b, jax.lax.div(n, group), 0, 0)
     )
     sums = pl.BlockSpec((None, None, None, 1, tile.queries), lambda b, n, i, _: (b, n, i, 0, 0))
+    bounds = documents.query_block_bounds(start_BT, tile).reshape(-1)
     return pl.pallas_call(
         partial(kernels.forward, tile=tile),
         out_shape=(
@@ -147,7 +143,7 @@ def _output(inputs, tile, interpret):
         ),
         name="attention_forward",
         **_options(q_BNTH, interpret),
-    )(query_block_bounds(start_BT, tile).reshape(-1), _in_blocks(start_BT, tile), *inputs[1:])
+    )(bounds, _in_blocks(start_BT, tile), *inputs[1:])
 
 
 def _gradients(inputs, end_BT, tile, interpret):
@@ -164,6 +160,7 @@ def _gradients(inputs, end_BT, tile, interpret):
     queries = pl.BlockSpec((None, None, length, size), lambda *at: (*head(*at), 0, 0))
     keys = pl.BlockSpec((None, None, length, size), lambda b, h, g, _: (b, h, 0, 0))
     sums = pl.BlockSpec((None, None, count, 1, tile.queries), lambda *at: (*head(*at), 0, 0, 0))
+    bounds = documents.key_block_bounds(end_BT, tile).reshape(-1)
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKTH, k_BKTH)]
     return pl.pallas_call(
         partial(kernels.backward, tile=tile),
@@ -177,7 +174,7 @@ def _gradients(inputs, end_BT, tile, interpret):
         ),
         name="attention_gradients",
         **_options(q_BNTH, interpret),
-    )(key_block_bounds(end_BT, tile).reshape(-1), _in_blocks(start_BT, tile), *inputs[1:])
+    )(bounds, _in_blocks(start_BT, tile), *inputs[1:])
 
 
 def _in_blocks(x_T, tile):

@@ -78,6 +78,5 @@ def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int
 def _by_block(found, exact) -> np.ndarray:
     """Root of the mean squared difference of every BLOCK tokens of a head: [B, T / BLOCK, N]."""
     difference = np.asarray(found, np.float64) - np.asarray(exact, np.float64)
-    rows, length, heads, size = difference.shape
-    blocks = difference.reshape(rows, length // BLOCK, BLOCK, heads, size)
+    blocks = difference.reshape(len(difference), -1, BLOCK, *difference.shape[2:])
     return np.sqrt(np.mean(blocks**2, axis=(2, 4)))

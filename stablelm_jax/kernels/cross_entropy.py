@@ -1,7 +1,6 @@
-"""Head and cross-entropy in one: hidden states in, the loss out, and a registry of ways to do it.
+"""Head and cross-entropy in one: hidden states in, the loss out; a registry of ways to do it.
 
-B batch, T sequence, R rows (tokens of the batch in one line), C chunks of rows, D width,
-V vocabulary.
+B batch, T sequence, R rows (all tokens of a batch), C chunks of rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ def cross_entropy(
       weights_BT: each token's weight in the loss, as mask / number of tokens.
       implementation: 'tiled' or 'saved', see there; 'auto': 'tiled' where the batch has more rows
         than a chunk, else 'saved'; 'reference': plain autodiff.
-      num_valid: how many columns of the kernel take part; the others, padding of the vocabulary,
-        get no probability and no gradient, and as a target an infinite loss. None: all, as
-        published.
+      num_valid: columns of the kernel that take part (None: all, as published); the others, padding
+        of the vocabulary, get no probability and no gradient, and as a target an infinite loss.
 
     Raises:
       ValueError: for an unknown implementation, or a num_valid that the vocabulary does not have.
@@ -149,8 +147,7 @@ def _tiled_forward(x_RD, kernel_DV, targets_R, weights_R, num_valid):
     chunks = _in_chunks(x_RD, targets_R, weights_R)
     zeros_DV = jnp.zeros(kernel_DV.shape, jnp.float32)
     if len(chunks[0]) == 1:
-        dkernel_DV, out = step(zeros_DV, [x[0] for x in chunks])
-        nll_R, dx_RD = out
+        dkernel_DV, (nll_R, dx_RD) = step(zeros_DV, [x[0] for x in chunks])
     else:
         dkernel_DV, out = jax.lax.scan(step, zeros_DV, chunks)
         nll_R, dx_RD = (_joined(x, len(targets_R)) for x in out)
@@ -193,10 +190,10 @@ def _saved_forward(num_valid, x_RD, kernel_DV, targets_R):
 
     chunks = _in_chunks(x_RD, targets_R)
     if len(chunks[0]) == 1:
-        out = step([x[0] for x in chunks])
+        losses_R, unscaled_RV, sum_R = step([x[0] for x in chunks])
     else:
-        out = (_joined(x, len(targets_R)) for x in jax.lax.map(step, chunks))
-    losses_R, unscaled_RV, sum_R = out
+        out = jax.lax.map(step, chunks)
+        losses_R, unscaled_RV, sum_R = (_joined(x, len(targets_R)) for x in out)
     return losses_R, (x_RD, kernel_DV, unscaled_RV, sum_R)
 
 

@@ -84,7 +84,7 @@ def test_a_document_is_the_same_bits_whatever_its_neighbours_hold():
 @pytest.mark.parametrize("tile", [Tile(16, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 64, 4, 2)])
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_just_the_tiles_with_a_visible_key_are_visited_and_full_ones_without_a_mask(tile, of_keys):
-    segments = np.concatenate([rows_of_documents(192) for _ in range(10)])
+    segments = np.concatenate([rows_of_documents(192, seed=seed) for seed in range(10)])
     start_BT, end_BT = documents.document_spans(jnp.asarray(segments))
     if of_keys:
         bounds = documents.key_block_bounds(end_BT, tile)
