@@ -7,7 +7,7 @@
 
 All work on the same random inputs, in one run, causal: with one document a row, then with documents
 of the mean lengths of --documents. Before the clock starts, output and gradients are held against
-`chunked` in float32 ("error": of all four arrays the largest relative distance). Who knows no
+`chunked` in float32 ("error": the largest relative distance of the four arrays). Who knows no
 documents takes part in the first round alone. Times are the least of --repeats calls.
 
 Beside ours, other people's kernels take part where they are installed and the chip is theirs
@@ -269,7 +269,7 @@ def time_of(implementation, inputs, repeats: int, backward: bool) -> float:
 
 
 def least(function: Callable[..., Any], inputs, repeats: int) -> float:
-    """Of a call, in seconds: ten are queued at a time, so that starting them costs nothing."""
+    """Seconds of the fastest call; ten are queued at a time, so that starting costs nothing."""
     jax.block_until_ready(function(*inputs))  # compiles
     queued = 10 if repeats >= 10 else 1
     seconds = []

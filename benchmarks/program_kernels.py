@@ -35,8 +35,9 @@ class Kernel:
     Attributes:
       name, op: in the program. path: jax's scopes around the operation that it ends with, the
         outermost first. count: how often it runs in a step.
-      read, written: bytes of one run. flops: of the matrix products of one run; 0 where the program
-        does not say, as of a kernel that is not the compiler's.
+      read, written: bytes of one run.
+      flops: the work of a run's matrix products; 0 where the program does not say it, as for a
+        kernel that is not the compiler's.
     """
 
     name: str

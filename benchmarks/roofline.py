@@ -68,7 +68,7 @@ class Rates:
     bytes: float
 
     def seconds(self, kernel: Kernel) -> float:
-        """Of all runs in a step, at best."""
+        """The time of all its runs in a step, at best."""
         once = max(kernel.flops / self.flops, (kernel.read + kernel.written) / self.bytes)
         return kernel.count * once
 

@@ -7,8 +7,8 @@ work, registers and shared memory.
 T queries or keys of a row, G query heads of one key head, H head size; of one tile, Q queries and
 S keys. Lists under a name in H hold the parts of a head. Refs, without a suffix:
   bounds [4]: borders of the blocks to visit (documents.query_block_bounds).
-  start: of each query, where its document starts.
-  logsumexp: of a query's scaled scores. delta: the sum over H of o * do.
+  start: where the document of each query starts.
+  logsumexp: that of a query's scaled scores. delta: the sum over H of o * do.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ T queries and keys of a row, H head size, L = 128 lanes; of one tile, Q queries 
 of each query stands in all lanes of its row, [Q, L], or along the lanes, [1, Q]. Refs, without a
 suffix:
   bounds [4 * blocks of all rows]: borders of the blocks to visit (documents.py), in scalar memory.
-  start: of each query, where its document starts. logsumexp: of its scaled scores.
+  start: where the document of each query starts. logsumexp: that of its scaled scores.
   delta: the sum over H of o * do.
 """
 

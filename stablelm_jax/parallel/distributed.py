@@ -41,7 +41,8 @@ class Processes:
 
     Attributes:
       coordinator: HOST:PORT of process 0, for jax; the meeting takes the port after it.
-      count: the number of processes. index: of this one, from 0.
+      count: the number of processes.
+      index: the number of this one, from 0.
       found_in: where this was read, for messages.
     """
 
