@@ -10,8 +10,10 @@ import fsspec
 import pytest
 from tiny import SOURCES, tiny_config, write_data
 
+from stablelm_jax import config as config_lib
 from stablelm_jax.data.manifest import read_manifest
 from stablelm_jax.planning import report
+from stablelm_jax.planning.compile import CompiledStep, DoesNotFit
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/stablelm_2_1_6b.py"
@@ -103,6 +105,23 @@ def test_what_needs_no_compiler_is_printed_without_a_target(plans, said):
 def test_a_model_split_over_two_devices_needs_no_target_either(plans):
     said = plans["--config=configs/stablelm_2_12b.py",][1]
     assert "12,142,976,000" in said and "data 1 x model 2" in said
+
+
+def test_all_gives_a_line_for_each_launch_config_and_1_where_one_does_not_fit(monkeypatch, capsys):
+    def compiled(config, target):
+        if target.chip == "v4":
+            raise DoesNotFit(f"{target}: a device needs 99 GiB")
+        mesh = config_lib.validate_mesh(config, target.num_devices)
+        return CompiledStep(target, mesh, 2, "chunked", 7.0, 1, 1, 5 * 2**30, [])
+
+    monkeypatch.setattr(report, "compile_for", compiled)
+    assert report.plan_all() == 1
+    said = capsys.readouterr()
+    table = said.out[said.out.index("┏") :]
+    for path in (ROOT / "configs" / "launch").glob("*.py"):
+        assert table.count(f" {path.stem} ") == (0 if "_v4_" in path.stem else 1), path.stem
+    assert "stablelm_2_1_6b_v4_4x8x8: v4:4x8x8: a device needs 99 GiB" in said.out
+    assert said.err.splitlines()[-1] == "error: 1 launch configs do not compile or do not fit"
 
 
 def test_tokens_of_data_behind_a_url_are_counted_and_what_is_missing_is_left_out(tmp_path):
