@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -71,9 +71,15 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
         f"{len(ordered)} ways to divide a step on {target}; {hopeless} need more than its "
         f"{available} by their shapes alone. Ctrl-C ranks what is done."
     )
-    # In a thread, because a compiler at work in this one would not hear Ctrl-C.
     compiler = ThreadPoolExecutor(1)
-    compile_aside = lambda *step: compiler.submit(compile_one, *step).result()  # noqa: E731
+
+    def compile_aside(config: ConfigDict, target: Target) -> CompiledStep:
+        """In a thread: a compiler at work in this one, or a wait without end, hears no Ctrl-C."""
+        compiled = compiler.submit(compile_one, config, target)
+        while not compiled.done():
+            wait([compiled], timeout=0.2)
+        return compiled.result()
+
     tried, interrupted = [], False
     try:
         with console.status("compiling, the most promising first"):

@@ -221,12 +221,12 @@ def test_ctrl_c_prints_the_ranking_so_far(config, capsys):
         calls.append(config)
         if len(calls) > 1:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)  # a compiler that does not listen
+            time.sleep(15)  # a compiler that does not listen
         return compiled(config, target)
 
     started = time.monotonic()
     assert sweep(config, H200, compile_one) == INTERRUPTED
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 12
     said = capsys.readouterr()
     assert "--config.training.remat=none" in said.out.splitlines()[-1]
     assert "interrupted: 1 compiled" in said.err
