@@ -7,15 +7,20 @@
 
 All work on the same random inputs, in one run, causal: with one document a row, then with documents
 of the mean lengths of --documents. Before the clock starts, output and gradients are held against
-`chunked` in float32 ("error": of all four arrays the largest relative distance). Who knows no
+`chunked` in float32 ("error": the largest relative distance of the four arrays). Who knows no
 documents takes part in the first round alone. Times are the least of --repeats calls.
+
+Beside ours, other people's kernels take part where they are installed and the chip is theirs
+(Hopper or newer): cuDNN's and tokamax's by their public functions, which know no documents, and
+both again by names that their packages keep private, because only there documents can be told
+without a T x T mask. No config can choose them for training.
 
 TFLOP/s count the causal triangle, documents or not: 2 H a head and pair of T * T forward, 5 H
 backward (arXiv 2307.08691, section 4.1, halved). So with documents they may pass the chip's peak.
 "area" is the unmasked part of the triangle, "of whole" the time of forward and backward against
 that of whole rows: ideal is that the two are equal.
 
-B rows, T tokens of a row, N query heads, K key/value heads, H head size.
+B rows, T tokens of a row, N query heads, K key/value heads, H head size, M most documents of a row.
 """
 
 from __future__ import annotations
@@ -93,8 +98,8 @@ def make_inputs(arguments: argparse.Namespace, mean: float | None) -> tuple[jax.
     return *arrays, jnp.asarray(typical_segments(rows, length, mean))
 
 
-def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Attention, bool]]:
-    """By name: how to call it, and whether it keeps documents apart."""
+def contestants(arguments: argparse.Namespace, inputs) -> dict[str, tuple[Attention, bool]]:
+    """By name: how to call it on `inputs`, and whether it keeps documents apart."""
     found = {name: (function, True) for name, function in attention.IMPLEMENTATIONS.items()}
     if arguments.smoke:
         blocks = Blocks(*3 * [Tile(32, 32, 4, 2)])
@@ -105,11 +110,14 @@ def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Attention, boo
         found["pallas_tpu"] = (partial(attention_tpu.pallas_tpu, interpret=True), True)
         found["splash"] = (partial(attention_splash.splash, interpret=True), True)
     found["jax's cudnn"] = (jax_cudnn, False)
+    most_documents = int(inputs[4].max())  # segment ids count from 1 in each row
+    found["cudnn, documents"] = (partial(cudnn, most_documents=most_documents), True)
     found["jax's triton"] = (jax_triton, True)
     if importlib.util.find_spec("tokamax"):
+        found["tokamax, documents"] = (tokamax, True)
         for name in ("mosaic", "triton"):
             found[f"tokamax's {name}"] = (partial(tokamax_public, name), False)
-    chosen, _ = attention.choose(traced_device(), *make_inputs(arguments, None)[:2])
+    chosen, _ = attention.choose(traced_device(), *inputs[:2])
     found = {(f"{n} (auto)" if n == chosen else n): v for n, v in found.items()}
     if arguments.implementations:
         wanted = set(arguments.implementations)
@@ -121,6 +129,52 @@ def jax_cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
     )
+
+
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, most_documents: int):
+    """cuDNN's fused attention with documents packed in rows.
+
+    For its backward pass it keeps B M N T float32, M the most documents of a row.
+    """
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    lengths_BM, offsets_BM = packed_documents(segment_ids_BT, most_documents)
+    # jax 0.10 counts the offsets of keys in heads of queries: with fewer of them it is wrong.
+    group = q_BTNH.shape[2] // k_BTKH.shape[2]
+    k_BTKH, v_BTKH = (jnp.repeat(x, group, axis=2) for x in (k_BTKH, v_BTKH))
+    return dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        q_seqlen=lengths_BM,
+        kv_seqlen=lengths_BM,
+        q_offsets=offsets_BM,
+        kv_offsets=offsets_BM,
+        scale=q_BTNH.shape[-1] ** -0.5,
+        mask_type=MaskType.PADDING_CAUSAL,
+    )
+
+
+def packed_documents(segment_ids_BT, most: int) -> tuple[jax.Array, jax.Array]:
+    """Lengths [B, M] and first tokens [B, M + 1] of each row's documents; -1 where is none."""
+    start_BT, end_BT = document_spans(segment_ids_BT)
+    is_first_BT = start_BT == jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    # Every other token's numbers are written past the end, where they are dropped.
+    place_BT = jnp.where(is_first_BT, jnp.cumsum(is_first_BT, axis=1) - 1, most + 1)
+    rows_B1 = jnp.arange(segment_ids_BT.shape[0])[:, None]
+    empty = jnp.full((segment_ids_BT.shape[0], most + 1), -1, jnp.int32)
+    offsets = empty.at[rows_B1, place_BT].set(start_BT, mode="drop")
+    lengths = empty.at[rows_B1, place_BT].set(end_BT - start_BT, mode="drop")[:, :most]
+    return lengths, offsets
+
+
+def tokamax(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    """tokamax's Mosaic kernels, which skip the keys before a document's start."""
+    from tokamax._src.ops.attention import api, base
+
+    start_BT, _ = document_spans(segment_ids_BT)
+    mask = base.Mask(k_start=start_BT[:, None, :], is_causal=True)
+    return api.IMPLEMENTATIONS["mosaic_gpu"](q_BTNH, k_BTKH, v_BTKH, mask=mask)
 
 
 def jax_triton(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
@@ -154,7 +208,7 @@ def compare(console: Console, arguments: argparse.Namespace) -> Table:
             expected = jax.jit(partial(gradients, attention.chunked))(*in_float32, inputs[4])
         flops = arguments.rows * arguments.heads * arguments.head_size * arguments.length**2
         first = ["whole rows" if mean is None else f"mean {mean:g}", f"{area:.3f}"]
-        for name, (implementation, keeps_documents) in contestants(arguments).items():
+        for name, (implementation, keeps_documents) in contestants(arguments, inputs).items():
             if mean is not None and not keeps_documents:
                 continue
             try:
@@ -215,7 +269,7 @@ def time_of(implementation, inputs, repeats: int, backward: bool) -> float:
 
 
 def least(function: Callable[..., Any], inputs, repeats: int) -> float:
-    """Of a call, in seconds: ten are queued at a time, so that starting them costs nothing."""
+    """Seconds of the fastest call; ten are queued at a time, so that starting costs nothing."""
     jax.block_until_ready(function(*inputs))  # compiles
     queued = 10 if repeats >= 10 else 1
     seconds = []

@@ -261,7 +261,7 @@ READERS = {"ours, waited for": ("ours", _read_ours), PLAIN: ("numpy.load", _read
 
 @dataclasses.dataclass
 class Results:
-    """Of all repeats: saves by who, seconds of restores by (who, where from), of checksums."""
+    """All repeats: saves by who, seconds of restores by (who, where from), and of checksums."""
 
     saves: dict[str, list[Save]] = dataclasses.field(default_factory=dict)
     restores: dict[tuple[str, str], list[float]] = dataclasses.field(default_factory=dict)

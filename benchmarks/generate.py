@@ -58,7 +58,7 @@ Write = Callable[[np.ndarray, int], tuple[list[list[int]], list[float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one contestant with one batch: seconds, and bytes that a step reads at least."""
+    """One contestant with one batch: seconds, and the bytes that a step reads at least."""
 
     prompt_seconds: float
     step_seconds: float

@@ -21,7 +21,7 @@ def random_segments(rows: int, length: int, mean: float | None, seed: int = 0) -
 
 
 def typical_segments(rows: int, length: int, mean: float | None) -> np.ndarray:
-    """Of 31 draws of `random_segments` that with the median number of visible pairs."""
+    """The one of 31 draws of `random_segments` with the median number of visible pairs."""
     draws = [random_segments(rows, length, mean, seed) for seed in range(31)]
     return sorted(draws, key=lambda segments: positions_of(segments).sum())[15]
 

@@ -61,7 +61,7 @@ def compare(arguments: argparse.Namespace, task: str) -> None:
 
 
 def difference(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
-    """Of log-likelihoods the largest, of texts how many are equal."""
+    """The largest difference of log-likelihoods, or the number of equal texts."""
     pairs = list(zip(ours, theirs))
     if pairs and isinstance(pairs[0][0], str):
         return {"equal_texts": sum(a == b for a, b in pairs)}

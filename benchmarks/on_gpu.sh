@@ -42,7 +42,7 @@ step attention 5 "$python" benchmarks/attention.py
 step train_step 9 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
     --also training.unroll=24 --also training.unroll=24,training.remat=none \
     --also training.remat=attention --also training.cross_entropy=saved \
-    --also training.attention=cudnn --also training.attention=chunked
+    --also training.attention=chunked
 step documents 2 "$python" benchmarks/train_step.py --config "$config" --rows "${ROWS:-8}" \
     --mean-document 1000 --peer none
 # what the same bits in every run cost

@@ -29,15 +29,14 @@ from collections.abc import Iterable
 import jax
 from inputs import fields
 from ml_collections import ConfigDict
+from program_kernels import Kernel, kernels
 from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
 from stablelm_jax.planning.estimate import elementwise_bytes, logit_bytes, update_bytes
-from stablelm_jax.planning.kernels import Kernel, kernels
-from stablelm_jax.planning.layout import Layout, layout_of
-from stablelm_jax.planning.search import divided
+from stablelm_jax.planning.layout import Layout, divided, layout_of
 from stablelm_jax.planning.targets import Target, parse_target
 
 # jax.named_scope in the model: (part of its matrix products, part of its other kernels).
@@ -69,7 +68,7 @@ class Rates:
     bytes: float
 
     def seconds(self, kernel: Kernel) -> float:
-        """Of all runs in a step, at best."""
+        """The time of all its runs in a step, at best."""
         once = max(kernel.flops / self.flops, (kernel.read + kernel.written) / self.bytes)
         return kernel.count * once
 
@@ -94,7 +93,7 @@ def main() -> None:
     if target.facts["kind"] != "gpu":
         parser.error(f"--target {target}: only programs of GPUs are read")
     rates = Rates(
-        1e12 * (arguments.tflops or target.facts["peak_tflops"]),
+        1e12 * arguments.tflops if arguments.tflops else target.peak_flops,
         1e9 * (arguments.gb_s or target.facts["bandwidth_gb_s"]),
     )
     console = Console(width=130)

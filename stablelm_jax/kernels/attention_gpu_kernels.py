@@ -1,14 +1,14 @@
-"""The programs of `attention_gpu`: each makes one block of one output, and no other writes there.
+"""The kernels of `attention_gpu`: a program makes a block of one output; no other writes there.
 
-Triton's arrays have powers of two for sizes. A head of 80 or 160 is handled as parts of 64 + 16 or
+Sizes of Triton's arrays are powers of two. A head of 80 or 160 is handled as parts of 64 + 16 or
 128 + 32, each with a product of its own: padded to 128 or 256 it would cost 1.6 times the matrix
 work, registers and shared memory.
 
 T queries or keys of a row, G query heads of one key head, H head size; of one tile, Q queries and
 S keys. Lists under a name in H hold the parts of a head. Refs, without a suffix:
   bounds [4]: borders of the blocks to visit (documents.query_block_bounds).
-  start: of each query, where its document starts.
-  logsumexp: of a query's scaled scores. delta: the sum over H of o * do.
+  start: where the document of each query starts.
+  logsumexp: that of a query's scaled scores. delta: the sum over H of o * do.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Tile(documents.Tile):
     """Size of one kernel's tiles and how its programs run.
 
     Attributes:
-      queries, keys: powers of two, 16 at least (the matrix instructions' least).
-      warps: of a program. stages: tiles that its loops load ahead, and one.
+      queries, keys: powers of two, at least the matrix instructions' 16.
+      warps: how many a program has. stages: one more than the tiles that its loops load ahead.
     """
 
     warps: int

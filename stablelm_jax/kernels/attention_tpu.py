@@ -1,8 +1,8 @@
-"""Flash attention inside documents for TPUs, in Pallas; the programs are `attention_tpu_kernels`.
+"""Flash attention inside documents for TPUs, in Pallas; `attention_tpu_kernels` has the kernels.
 
-Tiles outside of a document are never visited, and backward is one kernel: it computes the scores
-once and keeps the sums of all three gradients of a head's row in the core's vector memory, which is
-what bounds the length of a row.
+Tiles outside a document are never visited. Backward is one kernel: it computes the scores once and
+keeps the sums of all three gradients of a head's row in the core's vector memory, which bounds the
+length of a row.
 
 B batch, T queries or keys of a row, N query heads, K key/value heads, G = N / K query heads for
 each key head, H head size; of one tile, Q queries and S keys.
@@ -19,22 +19,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from stablelm_jax.kernels import attention_tpu_kernels as kernels
+from stablelm_jax.kernels import documents
 from stablelm_jax.kernels.attention_tpu_kernels import LANES
-from stablelm_jax.kernels.documents import (
-    Tile,
-    document_spans,
-    key_block_bounds,
-    query_block_bounds,
-)
+from stablelm_jax.kernels.documents import Tile, document_spans
 from stablelm_jax.kernels.residuals import named
 
-# Of forward and backward. By the bundles for v5e, v5p and v6e, larger tiles cost 5 to 15 % less
-# for each pair of query and key, and visit as much more of the triangle; of short documents they
-# visit more still.
+# For forward and backward. By the compilers' bundles for v5e, v5p and v6e, larger tiles cost 5 to
+# 15 % less for each pair of query and key, but visit as much more of the triangle, and still more
+# where documents are short.
 TILE = Tile(512, 512)
 
-# Vector memory of a core in MiB that a kernel may fill, by a part of jax's device_kind: what the
-# compilers say, less a tenth. A v4's 16 do not hold a head's row of 4,096 tokens.
+# The vector memory of a core, in MiB, that a kernel may fill, by a part of jax's device_kind: what
+# the compilers say, less a tenth. A v4 has 16, too little for a head's row of 4,096 tokens.
 VECTOR_MEMORY = {"TPU v5 lite": 115, "TPU v5e": 115, "TPU v5": 57, "TPU v6": 115}
 
 
@@ -47,12 +43,10 @@ def pallas_tpu(
     tile: Tile = TILE,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over earlier tokens of the same document, [B, T, N, H] as q.
+    """As `attention.attention`; the same id further on in a row is another document.
 
-    A document is a run of equal segment ids: the same id further on in a row is another document.
-    Any H goes in as it is, in whole 128 lanes. Matrix products take the inputs' dtype and add in
-    float32; scores and softmax are float32. Products of float32 run in the TPU's default precision,
-    bfloat16, unless `jax.default_matmul_precision` says more.
+    Any H goes in as it is, in whole 128 lanes. Products of float32 run in the TPU's default
+    precision, bfloat16, unless `jax.default_matmul_precision` says more.
 
     Args:
       tile: whole lanes; a short row takes smaller ones.
@@ -61,11 +55,8 @@ def pallas_tpu(
     length = q_BTNH.shape[1]
     whole = -(-length // LANES) * LANES
     tile = Tile(min(tile.queries, whole), min(tile.keys, whole))
-    # Padding is the row's last document, which no token before it can see.
     padding = (0, -length % math.lcm(tile.queries, tile.keys))
-    start_BT, end_BT = document_spans(segment_ids_BT)
-    start_BT = jnp.pad(start_BT, ((0, 0), padding), constant_values=length)
-    end_BT = jnp.pad(end_BT, ((0, 0), padding), constant_values=length + padding[1])
+    start_BT, end_BT = document_spans(segment_ids_BT, padding[1])
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), padding, (0, 0)))
         for x in (q_BTNH, k_BTKH, v_BTKH)
@@ -75,7 +66,7 @@ def pallas_tpu(
 
 
 def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
-    """What keeps the kernels from this chip and these rows; None if nothing does."""
+    """Why this chip's kernels cannot take these rows; None if they can."""
     memory = next((m for name, m in VECTOR_MEMORY.items() if name in device_kind), None)
     if memory is None:
         return f"{device_kind} has too little vector memory, or nobody has said how much"
@@ -84,7 +75,7 @@ def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
     length, size = q_BTNH.shape[1], q_BTNH.shape[3]
     padded = -(-length // TILE.queries) * TILE.queries
     values = padded * -(-size // LANES) * LANES
-    # Seven arrays that come and go, two of each at a time, three float32 sums, a tile's scores.
+    # Seven arrays come and go, two of each at a time; three float32 sums; a tile's scores.
     needed = values * (14 * q_BTNH.dtype.itemsize + 12) + 24 * TILE.queries * TILE.keys
     if needed > memory << 20:
         return (
@@ -120,7 +111,10 @@ _flash.defvjp(_flash_forward, _flash_backward)
 # jax drops a `jit` whose results nobody reads, a bare `pallas_call` it keeps.
 @partial(jax.jit, static_argnums=(1, 2))
 def _output(inputs, tile, interpret):
-    """The result, and log-sum-exp [B, N, T / Q, 1, Q]."""
+    """The result, and log-sum-exp [B, N, T / Q, 1, Q].
+
+    The bounds go in flat: scalar memory would pad an array of several dims.
+    """
     start_BT, q_BNTH, k_BKTH, v_BKTH = inputs
     batch, num_heads, length, size = q_BNTH.shape
     group, count = num_heads // k_BKTH.shape[1], length // tile.queries
@@ -131,6 +125,7 @@ def _output(inputs, tile, interpret):
         (None, None, length, size), lambda b, n, i, _: (b, jax.lax.div(n, group), 0, 0)
     )
     sums = pl.BlockSpec((None, None, None, 1, tile.queries), lambda b, n, i, _: (b, n, i, 0, 0))
+    bounds = documents.query_block_bounds(start_BT, tile).reshape(-1)
     return pl.pallas_call(
         partial(kernels.forward, tile=tile),
         out_shape=(
@@ -148,7 +143,7 @@ def _output(inputs, tile, interpret):
         ),
         name="attention_forward",
         **_options(q_BNTH, interpret),
-    )(_flat(query_block_bounds(start_BT, tile)), _in_blocks(start_BT, tile), *inputs[1:])
+    )(bounds, _in_blocks(start_BT, tile), *inputs[1:])
 
 
 def _gradients(inputs, end_BT, tile, interpret):
@@ -165,6 +160,7 @@ def _gradients(inputs, end_BT, tile, interpret):
     queries = pl.BlockSpec((None, None, length, size), lambda *at: (*head(*at), 0, 0))
     keys = pl.BlockSpec((None, None, length, size), lambda b, h, g, _: (b, h, 0, 0))
     sums = pl.BlockSpec((None, None, count, 1, tile.queries), lambda *at: (*head(*at), 0, 0, 0))
+    bounds = documents.key_block_bounds(end_BT, tile).reshape(-1)
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKTH, k_BKTH)]
     return pl.pallas_call(
         partial(kernels.backward, tile=tile),
@@ -178,17 +174,12 @@ def _gradients(inputs, end_BT, tile, interpret):
         ),
         name="attention_gradients",
         **_options(q_BNTH, interpret),
-    )(_flat(key_block_bounds(end_BT, tile)), _in_blocks(start_BT, tile), *inputs[1:])
+    )(bounds, _in_blocks(start_BT, tile), *inputs[1:])
 
 
 def _in_blocks(x_T, tile):
     """[..., T / Q, 1, Q]: a kernel reads a block of a row by its first index."""
     return x_T.reshape(*x_T.shape[:-1], -1, 1, tile.queries)
-
-
-def _flat(bounds):
-    """Scalar memory fills up arrays of several dims."""
-    return bounds.reshape(-1)
 
 
 def _options(q_BNTH, interpret):

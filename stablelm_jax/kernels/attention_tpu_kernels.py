@@ -1,14 +1,14 @@
-"""The programs of `attention_tpu`: forward a block of queries of a head, backward a head's row.
+"""The kernels of `attention_tpu`: forward a block of queries of a head, backward a head's row.
 
-What a tile costs on a TPU is matrix passes, which a head of 64 half fills, if the vector unit is
-kept below them: so tiles that need no mask have none, and backward computes scores once for all
+A tile costs a TPU its matrix passes, half empty for heads of 64, as long as the vector unit does
+less than that: so tiles that need no mask have none, and backward computes scores once for all
 three gradients, five products in place of seven.
 
 T queries and keys of a row, H head size, L = 128 lanes; of one tile, Q queries and S keys. A number
 of each query stands in all lanes of its row, [Q, L], or along the lanes, [1, Q]. Refs, without a
 suffix:
   bounds [4 * blocks of all rows]: borders of the blocks to visit (documents.py), in scalar memory.
-  start: of each query, where its document starts. logsumexp: of its scaled scores.
+  start: where the document of each query starts. logsumexp: that of its scaled scores.
   delta: the sum over H of o * do.
 """
 

@@ -1,4 +1,4 @@
-"""Is attention right on this device? A kernel that is wrong on one chip would ruin a run silently.
+"""Is attention right on this device? A kernel that is wrong on one chip ruins a run silently.
 
 B batch, T queries or keys, N query heads, K key/value heads, H head size.
 """
@@ -17,11 +17,10 @@ from stablelm_jax.kernels import attention
 LENGTH = 2048
 # Tokens of a head that are judged together.
 BLOCK = 64
-# How much more than the plain form in the same dtype a kernel may err in any block. Kernels that
-# are right stay below 3 (tests/kernels/test_check.py has some that are not).
+# How much more than the plain form in the same dtype a kernel may err in any block. Correct kernels
+# stay below 3 (tests/kernels/test_check.py has some that are wrong).
 LIMIT = 5.0
-# Squared relative errors that are rounding in another order, were the plain form exact: sums are
-# float32.
+# The squared relative error of float32 sums in another order, for where the plain form is exact.
 _ROUNDING = 1e-11
 _NAMES = ("the output", "the gradient of queries", "the gradient of keys", "the gradient of values")
 
@@ -34,8 +33,8 @@ def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int
     """Runs one implementation, forward and backward, on two rows of random documents here.
 
     Returns:
-      How many times the error of the plain form in `dtype` its error is, both against the plain
-      form in float32: the largest over all blocks of output and three gradients.
+      Its error divided by that of the plain form in `dtype`, both against the plain form in
+      float32: the largest ratio over all blocks of the output and the three gradients.
 
     Raises:
       WrongKernel: it is above LIMIT, or not a number.
@@ -61,8 +60,9 @@ def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int
     worst = 0.0
     for what, exact, usual, ours in zip(_NAMES, expected, plain, found):
         error, usual_error = _by_block(ours, exact), _by_block(usual, exact)
-        # In single blocks, as of a document's first tokens, the plain form may be exact by chance.
-        floor = max(_ROUNDING * _mean_square(exact), np.mean(usual_error**2)) ** 0.5 / 2
+        # In a single block, a document's first tokens for one, the plain form may be exact.
+        exact_square = np.mean(np.asarray(exact, np.float64) ** 2)
+        floor = max(_ROUNDING * exact_square, np.mean(usual_error**2)) ** 0.5 / 2
         ratio = float(np.max(error / np.maximum(usual_error, floor)))
         if not ratio <= LIMIT:  # also where it is not a number
             raise WrongKernel(
@@ -78,10 +78,5 @@ def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int
 def _by_block(found, exact) -> np.ndarray:
     """Root of the mean squared difference of every BLOCK tokens of a head: [B, T / BLOCK, N]."""
     difference = np.asarray(found, np.float64) - np.asarray(exact, np.float64)
-    rows, length, heads, size = difference.shape
-    blocks = difference.reshape(rows, length // BLOCK, BLOCK, heads, size)
+    blocks = difference.reshape(len(difference), -1, BLOCK, *difference.shape[2:])
     return np.sqrt(np.mean(blocks**2, axis=(2, 4)))
-
-
-def _mean_square(x) -> float:
-    return float(np.mean(np.asarray(x, np.float64) ** 2))

@@ -1,7 +1,6 @@
-"""Head and cross-entropy in one: hidden states in, the loss out, and a registry of ways to do it.
+"""Head and cross-entropy in one: hidden states in, the loss out; a registry of ways to do it.
 
-B batch, T sequence, R rows (tokens of the batch in one line), C chunks of rows, D width,
-V vocabulary.
+B batch, T sequence, R rows (all tokens of a batch), C chunks of rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Rows whose float32 logits are held at a time: 1.6 GB of 100,352. Fewer rows would read and write
-# the float32 sum of the kernel's gradient more often, twice its size for each chunk.
+# Rows whose float32 logits are held at a time: 1.6 GB with 100,352 ids. With fewer rows the float32
+# sum of the kernel's gradient would be read and written more often, once for each chunk.
 ROWS = 4096
 
 
@@ -28,16 +27,16 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss sum(weights * nll), and nll = -log softmax(x kernel)[target] in nats, [B, T].
 
-    Both are float32. The gradient goes to x and the kernel, and from the loss alone: nll is for
-    counting. That is what lets 'tiled' compute it beside the loss: all that can come back is one
-    number to scale it with. Matrix products run in the dtype of x, logits and softmax in float32.
+    Both are float32. Only the loss has a gradient, for x and the kernel; nll is for counting. So
+    'tiled' can compute the gradient beside the loss: all that comes back later is one number to
+    scale it with. Matrix products run in the dtype of x, logits and softmax in float32.
 
     Args:
-      weights_BT: of each token in the loss, as mask / number of tokens.
+      weights_BT: each token's weight in the loss, as mask / number of tokens.
       implementation: 'tiled' or 'saved', see there; 'auto': 'tiled' where the batch has more rows
         than a chunk, else 'saved'; 'reference': plain autodiff.
-      num_valid: columns of the kernel that take part; the rest, padding of the vocabulary, get no
-        probability and no gradient, and as a target an infinite loss. None: all, as published.
+      num_valid: columns of the kernel that take part (None: all, as published); the others, padding
+        of the vocabulary, get no probability and no gradient, and as a target an infinite loss.
 
     Raises:
       ValueError: for an unknown implementation, or a num_valid that the vocabulary does not have.
@@ -63,7 +62,7 @@ def cross_entropy(
 
 
 def reference(x_RD, kernel_DV, targets_R, weights_R, num_valid):
-    """Plain, to hold the others against: all logits in float32, gradients by autodiff."""
+    """Plain, what the others are compared with: all logits in float32, gradients by autodiff."""
     log_probs_RV = jax.nn.log_softmax(_logits(x_RD, kernel_DV, num_valid))
     nll_R = -jnp.take_along_axis(log_probs_RV, targets_R[:, None], 1)[:, 0]
     return jnp.sum(weights_R * nll_R), nll_R
@@ -82,8 +81,8 @@ def saved(x_RD, kernel_DV, targets_R, weights_R, num_valid):
 def tiled(x_RD, kernel_DV, targets_R, weights_R, num_valid):
     """Computes the gradient in the forward pass, chunk by chunk; nothing of R * V is ever held.
 
-    What stays for backward is the gradient itself, R * D and D * V values in float32, so that
-    scaling it by the loss's cotangent rounds but once. The matrix work is the same three products.
+    The gradient itself is kept for backward, R * D and D * V values in float32, so that scaling it
+    by the loss's cotangent rounds only once. The matrix work is the same three products.
     """
 
     def losses_of(chunk):
@@ -118,7 +117,7 @@ def _log_sum_exp_and_target(logits_RV, targets_R):
 
 
 def _in_chunks(*arrays_R_):
-    """[C, rows, ...] of each; the last chunk is filled up with zeros, rows of no weight."""
+    """Each as [C, rows, ...]; the last chunk is filled up with zeros, rows of no weight."""
     count = len(arrays_R_[0])
     rows = min(count, ROWS)
 
@@ -148,17 +147,12 @@ def _tiled_forward(x_RD, kernel_DV, targets_R, weights_R, num_valid):
     chunks = _in_chunks(x_RD, targets_R, weights_R)
     zeros_DV = jnp.zeros(kernel_DV.shape, jnp.float32)
     if len(chunks[0]) == 1:
-        dkernel_DV, out = step(zeros_DV, [x[0] for x in chunks])
-        nll_R, dx_RD = out
+        dkernel_DV, (nll_R, dx_RD) = step(zeros_DV, [x[0] for x in chunks])
     else:
         dkernel_DV, out = jax.lax.scan(step, zeros_DV, chunks)
         nll_R, dx_RD = (_joined(x, len(targets_R)) for x in out)
-    return (jnp.sum(weights_R * nll_R), nll_R), (
-        nll_R,
-        dx_RD,
-        dkernel_DV,
-        jnp.zeros(0, x_RD.dtype),
-    )  # the last for its dtype
+    like = jnp.zeros(0, x_RD.dtype)  # for its dtype
+    return (jnp.sum(weights_R * nll_R), nll_R), (nll_R, dx_RD, dkernel_DV, like)
 
 
 def _tiled_backward(num_valid, saved, cotangents):
@@ -177,11 +171,11 @@ def _row_losses(num_valid, x_RD, kernel_DV, targets_R):
 
 
 def _saved_forward(num_valid, x_RD, kernel_DV, targets_R):
-    """Turns the exponentials into the gradient of the logits where they lie.
+    """Turns the exponentials into the gradient of the logits, in their own memory.
 
-    The gradient is (exp / sum - one_hot) * g. Its row factor g / sum is left out here and given to
-    the small matrices in `_saved_backward`, so that no pass over all R * V values is spent on it:
-    only the target's value of each row changes.
+    The gradient is (exp / sum - one_hot) * g. Its row factor g / sum is left out here and applied
+    to the small matrices in `_saved_backward`, which saves a pass over all R * V values: only the
+    target's value of each row changes.
     """
 
     def step(chunk):
@@ -196,10 +190,10 @@ def _saved_forward(num_valid, x_RD, kernel_DV, targets_R):
 
     chunks = _in_chunks(x_RD, targets_R)
     if len(chunks[0]) == 1:
-        out = step([x[0] for x in chunks])
+        losses_R, unscaled_RV, sum_R = step([x[0] for x in chunks])
     else:
-        out = (_joined(x, len(targets_R)) for x in jax.lax.map(step, chunks))
-    losses_R, unscaled_RV, sum_R = out
+        out = jax.lax.map(step, chunks)
+        losses_R, unscaled_RV, sum_R = (_joined(x, len(targets_R)) for x in out)
     return losses_R, (x_RD, kernel_DV, unscaled_RV, sum_R)
 
 

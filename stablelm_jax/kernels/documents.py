@@ -19,23 +19,28 @@ class Tile:
     keys: int
 
 
-def document_spans(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each token the first index of its document and the index after its last: int32 [B, T]."""
+def document_spans(segment_ids_BT: jax.Array, padding: int = 0) -> tuple[jax.Array, jax.Array]:
+    """For each token the first index of its document and the index after its last: int32 [B, T].
+
+    Both get `padding` more tokens, the row's last document, which no token before it can see.
+    """
     changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     positions = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     is_first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
     is_last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
     start_BT = jax.lax.cummax(jnp.where(is_first, positions, 0), axis=1)
     end_BT = jax.lax.cummin(jnp.where(is_last, positions + 1, positions.size), axis=1, reverse=True)
-    return start_BT, end_BT
+    more, length = ((0, 0), (0, padding)), positions.size
+    start_BT = jnp.pad(start_BT, more, constant_values=length)
+    return start_BT, jnp.pad(end_BT, more, constant_values=length + padding)
 
 
 def query_block_bounds(start_BT: jax.Array, tile: Tile) -> jax.Array:
     """Key blocks that each block of queries visits: int32 [B, T / queries, 4].
 
     The four are borders b0 <= b1 <= b2 <= b3: blocks b0..b1 and b2..b3 need a mask, in b1..b2 every
-    query may see every key. b0 holds the start of the first query's document, b3 follows the
-    diagonal.
+    query may see every key. Block b0 holds the start of the first query's document, b3 comes after
+    the diagonal.
     """
     first = jnp.arange(0, start_BT.shape[1], tile.queries, dtype=jnp.int32)
     last = first + tile.queries - 1

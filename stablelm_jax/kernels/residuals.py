@@ -1,11 +1,11 @@
-"""What attention's forward pass keeps for its backward pass, by name: every kernel tags these."""
+"""What attention's forward pass keeps for its backward pass: every kernel gives it these names."""
 
 from __future__ import annotations
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# What a rematerialisation policy saves, by name, to spare backward the attention itself.
+# If a rematerialisation policy saves these, backward does not compute attention again.
 SAVED_NAMES = ("attention_output", "attention_logsumexp")
 
 

@@ -16,7 +16,7 @@ from stablelm_jax.model.parameters import ParameterSpec, nest, parameter_table
 def make_optimizer(
     settings: Mapping[str, float], schedule: optax.Schedule, model: ModelConfig
 ) -> optax.GradientTransformation:
-    """AdamW with the fields of the group `optimizer` of a config, for the parameters of `model`."""
+    """AdamW for the parameters of `model`, with the fields of a config's group `optimizer`."""
     return adamw(schedule, decay_mask(parameter_table(model)), **settings)
 
 

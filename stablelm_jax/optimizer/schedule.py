@@ -18,7 +18,7 @@ import optax
 
 
 def make_schedule(settings: Any) -> optax.Schedule:
-    """The schedule of the group `schedule` of a config (any object with its fields)."""
+    """The schedule that a config's group `schedule` (any object with its fields) describes."""
     shared = dict(
         peak=settings.peak,
         minimum=settings.minimum,
@@ -130,7 +130,7 @@ def with_cooldown(
     def cooled(step: jax.Array | int) -> jax.Array:
         i = _float(step)
         first = schedule(start) if start_value is None else start_value
-        share = jnp.clip((start + steps - i) / steps, 0, 1)  # of `first`, what is left of it
+        share = jnp.clip((start + steps - i) / steps, 0, 1)  # how much of `first` is left
         return jnp.where(i < start, schedule(step), first * share + end_value * (1 - share))
 
     return cooled

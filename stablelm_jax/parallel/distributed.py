@@ -15,7 +15,6 @@ import os
 import re
 import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 
@@ -26,7 +25,7 @@ from jax.experimental import multihost_utils
 # How long a host may come later than another; machines of a large job do not boot alike.
 MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS", "60"))
 DEFAULT_PORT = 8476
-METADATA_HOST = "metadata.google.internal"
+METADATA_HOST = "metadata.google.internal"  # tells a machine of Google's about itself
 _METADATA_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _LONGEST_MESSAGE = 1 << 20
@@ -42,7 +41,8 @@ class Processes:
 
     Attributes:
       coordinator: HOST:PORT of process 0, for jax; the meeting takes the port after it.
-      count, index: of processes, and of this one from 0.
+      count: the number of processes.
+      index: the number of this one, from 0.
       found_in: where this was read, for messages.
     """
 
@@ -79,10 +79,10 @@ def find_processes(
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [name for name, value in given.items() if value is None]
-    if len(missing) < len(given):
-        if missing:
-            raise MeetingError(f"{', '.join(missing)}: missing; the three belong together")
+    if not missing:
         return Processes(coordinator, count, index, "flags")
+    if len(missing) < len(given):
+        raise MeetingError(f"{', '.join(missing)}: missing; the three belong together")
     return _from_slurm(os.environ) or _from_tpu(os.environ)
 
 
@@ -109,20 +109,17 @@ def _from_tpu(environment: Mapping[str, str]) -> Processes | None:
     """The workers of a slice, from what its machines set or their metadata server says."""
     if "TPU_WORKER_HOSTNAMES" in environment and "TPU_WORKER_ID" in environment:
         hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
-        index = int(environment["TPU_WORKER_ID"])
-    elif not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
-        return None
-    else:
+        number = environment["TPU_WORKER_ID"]
+    elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
         # Each endpoint reads NAME:PORT:ADDRESS.
-        endpoints = _metadata("worker-network-endpoints")
-        number = _metadata("agent-worker-number")
-        if not endpoints or not number:
-            return None
+        endpoints = _metadata("worker-network-endpoints") or ""
         hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
-        index = int(number)
-    if len(hosts) < 2:
+        number = _metadata("agent-worker-number")
+    else:
         return None
-    return Processes(f"{hosts[0]}:{DEFAULT_PORT}", len(hosts), index, "the TPU's metadata")
+    if len(hosts) < 2 or not number:
+        return None
+    return Processes(f"{hosts[0]}:{DEFAULT_PORT}", len(hosts), int(number), "the TPU's metadata")
 
 
 def metadata_request(path: str, host: str = METADATA_HOST) -> urllib.request.Request:
@@ -136,7 +133,7 @@ def _metadata(name: str) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode()
-    except (urllib.error.URLError, OSError):
+    except OSError:  # also what urllib raises
         return None
 
 
@@ -170,35 +167,33 @@ def meet(
     Raises:
       MeetingError: someone is missing after `seconds`, came twice, or differs.
     """
-    if processes.index == 0:
-        _host_meeting(processes, dict(fingerprints), seconds)
-    else:
-        _attend_meeting(processes, dict(fingerprints), seconds)
+    attend = _host_meeting if processes.index == 0 else _attend_meeting
+    if problem := attend(processes, dict(fingerprints), seconds):
+        raise MeetingError(problem)
 
 
-def _host_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> None:
+def _host_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> str | None:
+    """Process 0 hears the others and tells them what is wrong, or None."""
     deadline = time.monotonic() + seconds
     present = {0: fingerprints}
     with contextlib.ExitStack() as connections:
         server = connections.enter_context(_listen(processes))
         guests: list[socket.socket] = []
-        while len(present) < processes.count and time.monotonic() < deadline:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
+        while len(present) < processes.count and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
             try:
-                guest, _ = server.accept()
-                guests.append(connections.enter_context(guest))
-                guest.settimeout(max(0.01, deadline - time.monotonic()))
-                said = _receive(guest)
-            except (TimeoutError, OSError, ValueError):
+                guests.append(connections.enter_context(server.accept()[0]))
+                guests[-1].settimeout(max(0.01, deadline - time.monotonic()))
+                said = _receive(guests[-1])
+            except (OSError, ValueError):
                 continue  # a port scanner, or a process that died: it is missing
             if said.get("count") == processes.count:
                 present[said["index"]] = said["fingerprints"]
-        verdict = _verdict(processes, present, seconds)
+        problem = _problem(processes, present, seconds)
         for guest in guests:
             with contextlib.suppress(OSError):
-                _send(guest, {"error": verdict})
-    if verdict:
-        raise MeetingError(verdict)
+                _send(guest, {"error": problem})
+    return problem
 
 
 def _listen(processes: Processes) -> socket.socket:
@@ -212,8 +207,7 @@ def _listen(processes: Processes) -> socket.socket:
         ) from error
 
 
-def _verdict(processes: Processes, present: dict[int, dict], seconds: float) -> str | None:
-    """What is wrong, or None."""
+def _problem(processes: Processes, present: dict[int, dict], seconds: float) -> str | None:
     missing = sorted(set(range(processes.count)) - set(present))
     if missing:
         return (
@@ -231,19 +225,19 @@ def _verdict(processes: Processes, present: dict[int, dict], seconds: float) -> 
     return None
 
 
-def _attend_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> None:
-    # The host answers at its own deadline, which may be later by as much as it started later.
+def _attend_meeting(
+    processes: Processes, fingerprints: dict[str, str], seconds: float
+) -> str | None:
+    """Another process tells process 0 what it is about to run, and gives back the answer."""
+    hello = {"index": processes.index, "count": processes.count, "fingerprints": fingerprints}
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with socket.create_connection(
-                processes.meeting_place, timeout=_RETRY_SECONDS * 5
-            ) as to:
-                to.settimeout(seconds + 5)
-                hello = {"index": processes.index, "count": processes.count}
-                _send(to, {**hello, "fingerprints": fingerprints})
-                answer = _receive(to)
-            break
+            with socket.create_connection(processes.meeting_place, 5 * _RETRY_SECONDS) as host:
+                # Process 0 answers at its own deadline: it may have started later than this one.
+                host.settimeout(seconds + 5)
+                _send(host, hello)
+                return _receive(host)["error"]
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise MeetingError(
@@ -251,35 +245,40 @@ def _attend_meeting(processes: Processes, fingerprints: dict[str, str], seconds:
                     f"{processes.coordinator} within {seconds:.0f} s ({error}); is it running?"
                 ) from error
             time.sleep(_RETRY_SECONDS)
-    if answer["error"]:
-        raise MeetingError(answer["error"])
 
 
-def _send(to: socket.socket, message: dict) -> None:
-    to.sendall(json.dumps(message).encode() + b"\n")
+def _send(connection: socket.socket, message: dict) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(come_from: socket.socket) -> dict:
-    """One line of JSON; ValueError for anything else."""
-    data = b""
-    while not data.endswith(b"\n"):
-        piece = come_from.recv(1 << 16)
-        data += piece
-        if not piece or len(data) > _LONGEST_MESSAGE:
-            raise ValueError("the other side hung up")
-    return json.loads(data)
+def _receive(connection: socket.socket) -> dict:
+    """One line that holds a JSON object; ValueError for anything else."""
+    with connection.makefile("rb") as stream:
+        message = json.loads(stream.readline(_LONGEST_MESSAGE))
+    if not isinstance(message, dict):
+        raise ValueError("no message of ours")
+    return message
 
 
 def is_first() -> bool:
-    """Whether this process writes the files and talks to the person."""
+    """Whether this process writes the files and talks to the user."""
     return jax.process_index() == 0
 
 
 def agreed(value: bool) -> bool:
     """Process 0's value, on every process."""
-    if jax.process_count() == 1:
-        return value
-    return bool(_everywhere(value)[0])
+    return value if jax.process_count() == 1 else bool(_everywhere(value)[0])
+
+
+def anywhere(value: bool) -> bool:
+    """Whether the value is true on any process."""
+    return value if jax.process_count() == 1 else bool(_everywhere(value).any())
+
+
+def _everywhere(value: bool) -> np.ndarray:
+    """The value of every process, bool [processes]."""
+    with jax.transfer_guard("allow"):
+        return multihost_utils.process_allgather(np.array([value])).reshape(-1)
 
 
 def agreed_numbers(values: Sequence[int]) -> list[int]:
@@ -323,16 +322,3 @@ class Agreement:
             if len(self._asked) <= self.LAG:
                 return [False] * len(values)
             return np.asarray(self._asked.popleft()).tolist()
-
-
-def anywhere(value: bool) -> bool:
-    """Whether the value is true on any process."""
-    if jax.process_count() == 1:
-        return value
-    return bool(_everywhere(value).any())
-
-
-def _everywhere(value: bool) -> np.ndarray:
-    """The value of every process, bool [processes]."""
-    with jax.transfer_guard("allow"):
-        return multihost_utils.process_allgather(np.array([value])).reshape(-1)

@@ -25,10 +25,12 @@ class CompiledStep:
     """What a compiler says of one training step on one device.
 
     Attributes:
-      mesh: sizes of its axes. rows: of one device in one microbatch. attention: its implementation.
-      seconds: tracing and compiling. argument_bytes: weights, moments and batch, which the results
-        take the place of. temporary_bytes: everything else at its height.
-      peak_bytes: of both, as the compiler counts it; available_bytes: of the target.
+      mesh: the sizes of its axes. rows: how many a device has in one microbatch.
+      attention: the name of the implementation.
+      seconds: the time of tracing and compiling.
+      argument_bytes: weights, moments and batch, whose memory the results take over.
+      temporary_bytes: everything else at its height.
+      peak_bytes: both together, as the compiler counts them.
       text: the compiled program.
     """
 

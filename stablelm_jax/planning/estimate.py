@@ -1,4 +1,4 @@
-"""An estimate of a step's time and of the least memory it needs, from the shapes.
+"""A step's time, and the least that it must send and hold, from the shapes alone.
 
 The time is a roofline (Williams et al. 2009) at the data sheet's rates: matrix products at the
 chip's peak or at the speed their weights are read, whichever is slower; all other work at the speed
@@ -8,12 +8,11 @@ slower than its data sheet, so a real step takes longer. Good for comparing, not
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from stablelm_jax.kernels.cross_entropy import ROWS
 from stablelm_jax.model.flops import flops_per_token
-from stablelm_jax.planning.communication import least_sent
 from stablelm_jax.planning.layout import Layout
 from stablelm_jax.planning.program import Collective
 from stablelm_jax.planning.targets import Target
@@ -34,44 +33,45 @@ _NORMS, _ROTARY, _SWIGLU = (8, 10), (4, 4), (3, 6)
 
 # Bytes of a logit: float32 exponentials written and read, their gradient written and read twice.
 _LOGIT_BYTES = 4 + 4 + 3 * 2
-# Of a parameter: AdamW reads gradient, weight and two moments, writes three and the copy in
-# bfloat16 (30), clipping reads the gradient (4).
-_UPDATE_BYTES = 34
-# Of a parameter and microbatch: the float32 sum read and written, the new gradient read.
-_ACCUMULATE_BYTES = 12
-_STATE_BYTES = 12  # float32 weight and two moments
-_AGAIN = ("full", "attention")  # what remat runs the layers' projections twice
+# Bytes of a parameter. AdamW reads gradient, weight and two moments, writes three and the copy in
+# bfloat16 (30), clipping reads the gradient (4). A microbatch reads and writes the float32 sum and
+# reads its own gradient. A float32 weight and two moments are held.
+_UPDATE_BYTES, _ACCUMULATE_BYTES, _STATE_BYTES = 34, 12, 12
+_PROJECTS_AGAIN = ("full", "attention")  # remat that runs the layers' projections twice
 
 
-@dataclasses.dataclass(frozen=True)
-class StepTime:
-    """Seconds of one step by part; see the module's text for what they leave out."""
+class StepTime(NamedTuple):
+    """Seconds of one step by part, which add up; the module's text says what they leave out."""
 
     matrices: float
     memory: float
     communication: float
 
-    @property
-    def total(self) -> float:
-        return self.matrices + self.memory + self.communication
-
 
 def step_time(
     layout: Layout, target: Target, collectives: Iterable[Collective] | None = None
 ) -> StepTime:
-    """The estimate; `collectives` of the compiled program, else the least bytes stand in."""
+    """The estimate; without the `collectives` of a compiled program, the least bytes are sent."""
     if collectives is None:
         sent = least_sent(layout).items()
     else:
         sent = [(found.axis, found.sent) for found in collectives]
     bandwidth = target.facts["bandwidth_gb_s"] * 1e9
+    # Weights are read forward, again where remat says so, and backward.
+    passes = 3 if layout.remat in _PROJECTS_AGAIN else 2
+    weight_bytes = passes * layout.dtype_bytes * layout.parameters
+    matrices = max(matrix_flops(layout) / target.peak_flops, weight_bytes / bandwidth)
+
+    forward, backward = (sum(part) for part in zip(*elementwise_bytes(layout).values()))
+    microbatch = forward + backward + (0 if layout.remat == "none" else forward)
+    microbatch += logit_bytes(layout)
+    if layout.accumulation > 1:
+        held = layout.master_parameters if layout.fsdp else layout.parameters
+        microbatch += _ACCUMULATE_BYTES * held
+    other_bytes = layout.accumulation * microbatch + update_bytes(layout)
     return StepTime(
-        matrices=layout.accumulation
-        * max(
-            matrix_flops(layout) / (target.facts["peak_tflops"] * 1e12),
-            _weight_bytes(layout) / bandwidth,
-        ),
-        memory=_other_bytes(layout) / bandwidth,
+        matrices=layout.accumulation * matrices,
+        memory=other_bytes / bandwidth,
         communication=sum(size / link_bandwidth(target, layout, axis) for axis, size in sent),
     )
 
@@ -84,29 +84,26 @@ def matrix_flops(layout: Layout) -> float:
     again.
     """
     parts = flops_per_token(layout.sizes, layout.sequence_length)
-    again = 1 if layout.remat in _AGAIN else 0
+    again = 1 if layout.remat in _PROJECTS_AGAIN else 0
     scores_again = 1 if layout.remat == "full" else 0
-    layers = parts["attention_projections"] + parts["mlp"]
     operations = (
-        layers * (1 + _BACKWARD + again)
+        (parts["attention_projections"] + parts["mlp"]) * (1 + _BACKWARD + again)
         + parts["attention_scores"] / 2 * (1 + _ATTENTION_BACKWARD + scores_again)
         + parts["head"] * (1 + _BACKWARD)
     )
     return operations * layout.tokens / layout.model
 
 
-def _weight_bytes(layout: Layout) -> float:
-    """Weights are read forward, again where remat says so, and backward."""
-    passes = 3 if layout.remat in _AGAIN else 2
-    return passes * layout.dtype_bytes * layout.parameters
-
-
-def _other_bytes(layout: Layout) -> float:
-    """Memory traffic of one device in one step beside the matrix products."""
-    held = layout.master_parameters if layout.fsdp else layout.parameters
-    accumulate = _ACCUMULATE_BYTES * held if layout.accumulation > 1 else 0
-    microbatch = _elementwise_bytes(layout) + logit_bytes(layout) + accumulate
-    return layout.accumulation * microbatch + update_bytes(layout)
+def elementwise_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
+    """{part: (forward, backward)}: the layers' traffic of a microbatch beside the products."""
+    sizes = layout.sizes
+    width = sizes.num_layers * sizes.width * layout.tokens * layout.dtype_bytes
+    feed_forward = sizes.num_layers * sizes.feed_forward_width * layout.tokens * layout.dtype_bytes
+    return {
+        "norms, residual": tuple(passes * width for passes in _NORMS),
+        "rotary": tuple(passes * width / layout.model for passes in _ROTARY),
+        "SwiGLU": tuple(passes * feed_forward / layout.model for passes in _SWIGLU),
+    }
 
 
 def logit_bytes(layout: Layout) -> float:
@@ -117,27 +114,6 @@ def logit_bytes(layout: Layout) -> float:
 def update_bytes(layout: Layout) -> float:
     """Traffic of a step's update: clipping, AdamW and the copy in the compute type."""
     return _UPDATE_BYTES * layout.master_parameters
-
-
-def _elementwise_bytes(layout: Layout) -> float:
-    forward, backward = (sum(part) for part in zip(*elementwise_bytes(layout).values()))
-    return forward + backward + (0 if layout.remat == "none" else forward)
-
-
-def elementwise_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
-    """{part: (forward, backward)}: the layers' traffic of a microbatch beside the products."""
-    sizes = layout.sizes
-    width = sizes.width * layout.tokens * layout.dtype_bytes
-    feed_forward = sizes.feed_forward_width * layout.tokens * layout.dtype_bytes
-
-    def all_layers(passes, size):
-        return tuple(sizes.num_layers * number * size for number in passes)
-
-    return {
-        "norms, residual": all_layers(_NORMS, width),
-        "rotary": all_layers(_ROTARY, width / layout.model),
-        "SwiGLU": all_layers(_SWIGLU, feed_forward / layout.model),
-    }
 
 
 def link_bandwidth(target: Target, layout: Layout, axis: str) -> float:
@@ -161,34 +137,80 @@ def link_bandwidth(target: Target, layout: Layout, axis: str) -> float:
     return min(facts["nvlink_gb_s"], members * facts["network_gb_s"]) * 1e9
 
 
+def least_sent(layout: Layout) -> dict[str, float]:
+    """Bytes that a device must send in one step, by mesh axis.
+
+    An all-gather or a reduce-scatter of S bytes over n devices makes each send S (n - 1) / n, an
+    all-reduce is one of each: no algorithm sends less (Patarasuk and Yuan 2009, "Bandwidth optimal
+    all-reduce algorithms for clusters of workstations"). Sums of a few numbers are left out.
+    """
+
+    def over(axis_size: int, total: float) -> float:
+        return total * (axis_size - 1) / axis_size
+
+    times = layout.accumulation if layout.fsdp else 1
+    gradients_left = times * layout.reduce_bytes * layout.master_parameters
+    return {
+        # The gradients that a device is left with after its group's reduce-scatter, summed.
+        "replica": over(layout.replica, 2 * gradients_left),
+        "data": over(layout.data, _over_data(layout)),
+        "model": over(layout.model, 2 * _over_model(layout)),
+    }
+
+
+def _over_data(layout: Layout) -> float:
+    """Weights out, gradients back.
+
+    Whole masters: one all-reduce of the gradients. ZeRO-1 (Rajbhandari et al. 2020, arXiv
+    1910.02054): one reduce-scatter of the gradients, one all-gather of the weights in the compute
+    type. FSDP: both once a microbatch, and the layers gathered again in the backward pass;
+    embedding, final norm and head are used once and kept.
+    """
+    weights = layout.dtype_bytes * layout.parameters
+    gradients = layout.reduce_bytes * layout.parameters
+    if layout.fsdp:
+        again = layout.dtype_bytes * layout.layer_parameters
+        return layout.accumulation * (gradients + weights + again)
+    return gradients + weights if layout.zero1 else 2 * gradients
+
+
+def _over_model(layout: Layout) -> float:
+    """Sums of partial activations, each tokens x width in the compute type.
+
+    A layer sums what attention and feed-forward put out, and in the backward pass the gradient of
+    what they read (Shoeybi et al. 2019, arXiv 1909.08053, section 3): 4, or 2 where the two stand
+    side by side. Remat 'full' and 'attention' project attention's result once more to reach the
+    feed-forward: one more sum. The embedding's output and the gradient that the head gives back are
+    one each; the softmax over a split vocabulary sums three float32 a token (maximum, sum, target).
+    """
+    sums = 2 if layout.sizes.parallel_residual else 4
+    if layout.remat in ("full", "attention") and not layout.sizes.parallel_residual:
+        sums += 1
+    values = (sums * layout.sizes.num_layers + 2) * layout.tokens * layout.sizes.width
+    return layout.accumulation * (layout.dtype_bytes * values + 3 * 4 * layout.tokens)
+
+
 def least_bytes(layout: Layout) -> float:
     """Memory that a device cannot do without, in bytes: a lower bound, to spare compilations.
 
     Weights and moments; without FSDP the whole copy in the compute type, and with several
-    microbatches the float32 sum of gradients; what backward finds saved of each layer; a chunk's
-    logits in float32.
+    microbatches the float32 sum of gradients; a chunk's logits in float32; and what backward finds
+    saved of each layer: always its input, for 'attention' also the result of that, for 'dots' also
+    queries, keys, values, gate and up, for 'none' the other operands of products.
     """
-    sizes = layout.sizes
-    layers = sizes.num_layers * _saved_values(layout) * layout.tokens * layout.dtype_bytes
-    logits = 4 * min(layout.tokens, ROWS) * sizes.vocab_size / layout.model
-    copy = 0 if layout.fsdp else layout.dtype_bytes * layout.parameters
-    gradients = 0
-    if layout.accumulation > 1:
-        gradients = 4 * (layout.master_parameters if layout.fsdp else layout.parameters)
-    return _STATE_BYTES * layout.master_parameters + copy + gradients + layers + logits
-
-
-def _saved_values(layout: Layout) -> float:
-    """Of a token and layer, at least: what goes into the layer; for 'attention' its result too; for
-    'dots' also queries, keys, values, gate and up; for 'none' the other operands of products."""
-    sizes = layout.sizes
-    whole, split = sizes.width, 0
-    if layout.remat != "full":
+    sizes, remat = layout.sizes, layout.remat
+    whole, split = sizes.width, 0  # values of a token and layer; `split` by `model`
+    if remat != "full":
         split += sizes.num_heads * sizes.head_size
-    if layout.remat in ("dots", "none"):
+    if remat in ("dots", "none"):
         split += (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_size
         split += 2 * sizes.feed_forward_width
-    if layout.remat == "none":
+    if remat == "none":
         whole += sizes.width * (1 if sizes.parallel_residual else 2)  # the norms' results
-        split += sizes.feed_forward_width  # SwiGLU's
-    return whole + split / layout.model
+        split += sizes.feed_forward_width  # SwiGLU's result
+    saved = sizes.num_layers * (whole + split / layout.model) * layout.tokens * layout.dtype_bytes
+    held = layout.master_parameters if layout.fsdp else layout.parameters
+    copy = 0 if layout.fsdp else layout.dtype_bytes * layout.parameters
+    gradients = 4 * held if layout.accumulation > 1 else 0
+    logits = 4 * min(layout.tokens, ROWS) * sizes.vocab_size / layout.model
+    return _STATE_BYTES * layout.master_parameters + copy + gradients + saved + logits

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.parameters import ParameterSpec, parameter_table
 from stablelm_jax.parallel.sharding import mesh_axes
-
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Layout:
     """One step of a run on a mesh of replica x data x model devices.
 
     Attributes:
-      rows: of one device in one microbatch, shared by the devices along `model`.
-      dtype_bytes: of a value in the compute type; reduce_bytes: of a gradient on its way.
-      The others are the config's.
+      rows: rows of one device in one microbatch; the devices along `model` share them.
+      dtype_bytes: bytes of a value in the compute type.
+      reduce_bytes: bytes of a gradient's value on its way to another device.
     """
 
     sizes: ModelConfig
@@ -39,49 +40,56 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of one device in one microbatch."""
+        """Tokens of one device in one microbatch."""
         return self.rows * self.sequence_length
 
     @property
     def layer_parameters(self) -> int:
-        """Of all layers; a device's share where they are split over `model`."""
-        return self._count(stacked=True)
-
-    @property
-    def other_parameters(self) -> int:
-        """Embedding, final norm and head; a device's share, as above."""
-        return self._count(stacked=False)
+        """Parameters of all layers; of those that `model` splits, one device's part."""
+        return self._count(row for row in parameter_table(self.sizes) if row.stacked)
 
     @property
     def parameters(self) -> int:
-        """A device's share of all, before anything is split over `data`."""
-        return self.layer_parameters + self.other_parameters
+        """All parameters, counted in the same way; `data` splits nothing here."""
+        return self._count(parameter_table(self.sizes))
 
     @property
     def master_parameters(self) -> float:
-        """What a device holds in float32, with two moments of each."""
+        """Parameters that a device holds in float32, with two moments of each."""
         return self.parameters / (self.data if self.zero1 else 1)
 
-    def _count(self, stacked: bool) -> int:
-        rows = (row for row in parameter_table(self.sizes) if row.stacked == stacked)
+    def _count(self, rows: Iterable[ParameterSpec]) -> int:
         return sum(r.count // (self.model if "model" in mesh_axes(r.axes) else 1) for r in rows)
 
 
 def layout_of(config: ConfigDict, num_devices: int) -> Layout:
     """The layout of `config` on that many devices; `ConfigError` where it does not fit them."""
-    sizes = config_lib.validate_mesh(config, num_devices)
-    parts = sizes["replica"] * sizes["data"]
+    mesh = config_lib.validate_mesh(config, num_devices)
     parallel, training = config.parallel, config.training
-    dtype_bytes = _DTYPE_BYTES[training.dtype]
+    dtype_bytes = {"bfloat16": 2, "float32": 4}[training.dtype]
+    batch_parts = mesh["replica"] * mesh["data"] * training.accumulation
     return Layout(
         sizes=config_lib.model_config(config),
         sequence_length=config.data.sequence_length,
-        rows=config.data.batch_size // parts // training.accumulation,
+        rows=config.data.batch_size // batch_parts,
         accumulation=training.accumulation,
         remat=training.remat,
         zero1=parallel.zero1,
         fsdp=parallel.fsdp,
         dtype_bytes=dtype_bytes,
         reduce_bytes=4 if parallel.float32_reduce else dtype_bytes,
-        **sizes,
+        **mesh,
     )
+
+
+def divided(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config` with other values at some of its dotted keys."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        config_lib.set_value(config, key, value)
+    return config
+
+
+def mode_text(split: Layout | ConfigDict) -> str:
+    """How weights and moments are split over `data`, by a layout or by the group `parallel`."""
+    return "FSDP" if split.fsdp else "ZeRO-1" if split.zero1 else "whole"

@@ -21,6 +21,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(r"\b(?:body|calls|to_apply|async_execution_thread_body)=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,12 @@ class Collective:
     """One kind of communication of a step.
 
     Attributes:
-      kind: of `KINDS`. axis: of the mesh, or several as in 'data+model'; 'other': groups of devices
-        that are no axes.
-      dtype: as the program spells it. size: bytes of the whole array, summed over `count` runs.
-      devices: that take part in each. count: how often it runs in a step; in a loop whose number of
-        turns cannot be read, it counts once.
+      kind: one of `KINDS`.
+      axis: the mesh axis, or several as in 'data+model'; 'other' for groups that are no axes.
+      dtype: as the program spells it.
+      size: bytes of the whole array, summed over `count` runs.
+      devices: how many take part in each run.
+      count: how often it runs in a step; once, where a loop's turns cannot be read.
     """
 
     kind: str
@@ -49,32 +51,6 @@ class Collective:
             return self.size
         rounds = 2 if self.kind == "all-reduce" else 1
         return int(rounds * self.size * (self.devices - 1) / self.devices)
-
-
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a program compiled for `mesh`, equal ones together.
-
-    Args:
-      text: `compiled.as_text()`.
-      mesh: sizes of the mesh axes by name, outermost first.
-    """
-    computations, entry = computations_of(text)
-    total: dict[tuple[str, str, str, int], list[int]] = {}
-    for _, instruction, times in walk(computations, entry, lambda i: i.kind is not None):
-        kind = instruction.kind
-        axis, devices = _axis(instruction.rest, mesh)
-        if devices == 1 and kind != "collective-permute":
-            continue
-        for dtype, size in _payload(instruction).items():
-            entry_ = total.setdefault((kind, axis, dtype, devices), [0, 0])
-            entry_[0] += size * times
-            entry_[1] += times
-    return [
-        Collective(kind, axis, dtype, size, devices, count)
-        for (kind, axis, dtype, devices), (size, count) in sorted(
-            total.items(), key=lambda item: -item[1][0]
-        )
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,21 +70,37 @@ class Instruction:
         return kind if kind in KINDS else None
 
     @property
-    def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
-        inside = re.sub(r"/\*.*?\*/", "", re.split(r"\)(?:, |$)", self.rest)[0])
-        return [part.split()[-1].lstrip("%") for part in inside.split(", ") if part]
-
-    @property
     def called(self) -> list[str]:
-        """Names of the computations that run inside it, but for a loop's condition."""
-        pattern = r"\b(?:body|calls|to_apply|async_execution_thread_body)=%?([\w.\-]+)"
-        one = re.findall(pattern, self.rest)
+        """Names of the computations that run inside it, except a loop's condition."""
         many = re.findall(r"\bbranch_computations=\{([^}]*)\}", self.rest)
-        return one + [name.strip().lstrip("%") for group in many for name in group.split(",")]
+        branches = [name.strip().lstrip("%") for group in many for name in group.split(",")]
+        return _CALLED.findall(self.rest) + branches
 
 
 Computations = dict[str, list[Instruction]]
+
+
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a program compiled for `mesh`, equal ones together, largest first.
+
+    Args:
+      text: `compiled.as_text()`.
+      mesh: sizes of the mesh axes by name, outermost first.
+    """
+    total: dict[tuple[str, str, str, int], list[int]] = {}
+    for _, instruction, times in walk(*computations_of(text), lambda i: i.kind is not None):
+        axis, devices = _axis(instruction.rest, mesh)
+        if devices == 1 and instruction.kind != "collective-permute":
+            continue
+        for dtype, size in _payload(instruction).items():
+            sums = total.setdefault((instruction.kind, axis, dtype, devices), [0, 0])
+            sums[0] += size * times
+            sums[1] += times
+    found = (
+        Collective(kind, axis, dtype, size, devices, count)
+        for (kind, axis, dtype, devices), (size, count) in total.items()
+    )
+    return sorted(found, key=lambda collective: -collective.size)
 
 
 def computations_of(text: str) -> tuple[Computations, str]:
@@ -129,10 +121,7 @@ def computations_of(text: str) -> tuple[Computations, str]:
 
 
 def walk(
-    computations: Computations,
-    name: str,
-    wanted: Callable[[Instruction], bool],
-    times: int = 1,
+    computations: Computations, name: str, wanted: Callable[[Instruction], bool], times: int = 1
 ) -> Iterator[tuple[str, Instruction, int]]:
     """Every wanted instruction reached from a computation: where it stands, and how often it runs.
 
@@ -149,16 +138,14 @@ def walk(
 
 def array_bytes(type_text: str) -> list[tuple[str, int]]:
     """(dtype, bytes) of each array of a type, as in `(f32[8], s32[])`."""
-    return [(dtype, _bytes(dtype, dims)) for dtype, dims in _SHAPE.findall(type_text)]
+    found = []
+    for dtype, dims in _SHAPE.findall(type_text):
+        bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+        found.append((dtype, math.prod(map(int, dims.split(",") if dims else ())) * bits // 8))
+    return found
 
 
-def dims_of(type_text: str) -> list[int]:
-    """Dims of the first array of a type."""
-    dims = _SHAPE.search(type_text)[2]
-    return [int(n) for n in dims.split(",")] if dims else []
-
-
-def _turns(rest: str, computations) -> int:
+def _turns(rest: str, computations: Computations) -> int:
     """How often a loop turns: said by the GPU compiler; the TPU's condition is i < constant."""
     if stated := _TRIPS.search(rest):
         return int(stated[1])
@@ -179,8 +166,7 @@ def _payload(instruction: Instruction) -> dict[str, int]:
     if paired:  # (inputs, outputs), and for a permute two words of context
         shapes = [s for s in shapes if s != ("u32", 4)] or shapes
         half = len(shapes) // 2
-        inputs, outputs = shapes[:half], shapes[half:]
-        shapes = max(inputs, outputs, key=lambda side: sum(size for _, size in side))
+        shapes = max(shapes[:half], shapes[half:], key=lambda side: sum(size for _, size in side))
     elif instruction.kind == "reduce-scatter":  # the type is that of the part that stays
         devices = _groups(instruction.rest).shape[1]
         shapes = [(dtype, size * devices) for dtype, size in shapes]
@@ -188,11 +174,6 @@ def _payload(instruction: Instruction) -> dict[str, int]:
     for dtype, size in shapes:
         totals[dtype] = totals.get(dtype, 0) + size
     return totals
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
-    return math.prod(map(int, dims.split(","))) * bits // 8 if dims else bits // 8
 
 
 def _axis(rest: str, mesh: Mapping[str, int]) -> tuple[str, int]:
@@ -225,10 +206,8 @@ def _groups(rest: str) -> np.ndarray:
     if found := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         along = re.findall(r"'(\w+)'", found[2])
+        order = sorted(range(len(sizes)), key=lambda i: list(sizes)[i] in along)
         ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        names = list(sizes)
-        order = [i for i, name in enumerate(names) if name not in along]
-        order += [i for i, name in enumerate(names) if name in along]
         return ids.transpose(order).reshape(-1, math.prod(sizes[name] for name in along))
     found = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if not found:

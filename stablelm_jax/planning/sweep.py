@@ -1,165 +1,219 @@
-"""`plan --sweep`: compiles the promising ways to divide a step, says each, ranks what fits."""
+"""`plan --sweep`: which way to divide a step on a target is the fastest, by an estimate.
+
+Tried are rows of a microbatch (powers of two), remat, sizes of the mesh axis `model` and, where it
+can help, FSDP. The most promising by the estimate is compiled first, and most never are:
+
+* what cannot fit by its shapes alone (`estimate.least_bytes`);
+* what needs more than something that did not fit: as many rows or more, as little remat or less;
+* fewer rows than what fits: the same work in more microbatches;
+* what the estimate puts more than half again behind the best that fits.
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.flops import train_flops_per_token
-from stablelm_jax.planning.compile import DoesNotFit, compile_for
-from stablelm_jax.planning.estimate import FORMULA
-from stablelm_jax.planning.layout import Layout
-from stablelm_jax.planning.search import Candidate, Compile, Outcome, candidates, search
+from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
+from stablelm_jax.planning.estimate import FORMULA, StepTime, least_bytes, step_time
+from stablelm_jax.planning.layout import Layout, divided, layout_of, mode_text
+from stablelm_jax.planning.report import table
 from stablelm_jax.planning.targets import Target
 
 INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
+_REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
+_SLACK = 1.5  # estimates may err, but hardly by that much against each other
 _GIB = 2**30
+
+Compile = Callable[[ConfigDict, Target], CompiledStep]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to divide a step, and what compiling it gave: a step that fits, or the problem.
+
+    Attributes:
+      settings: config key -> value.
+      needed: the bytes that a device needs at least.
+      time: the estimate, of the shapes alone until the step is compiled.
+    """
+
+    settings: dict[str, Any]
+    layout: Layout
+    needed: float
+    time: StepTime
+    step: CompiledStep | None = None
+    problem: Exception | None = None
 
 
 def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for) -> int:
-    """Prints each result as it comes and the ranking of what fits, also after Ctrl-C.
-
-    Returns 0, or 130 after Ctrl-C.
+    """Prints each result as it comes and the ranking of what fits; returns 0, or 130 after Ctrl-C.
 
     Raises:
-      ConfigError: the batch does not divide over the devices.
-      CompilerError: the target's compiler is not installed.
+      ConfigError, CompilerError: as `compile_for`.
       DoesNotFit: nothing fits.
     """
     console = Console(width=None if sys.stdout.isatty() else 140)
     ordered = candidates(config, target)
-    hopeless = sum(c.needed > target.available_bytes for c in ordered)
+    hopeless = sum(candidate.needed > target.available_bytes for candidate in ordered)
+    available = f"{target.available_bytes / _GIB:.1f} GiB"
     console.print(
         f"{len(ordered)} ways to divide a step on {target}; {hopeless} need more than its "
-        f"{target.available_bytes / _GIB:.1f} GiB by their shapes alone. Ctrl-C ranks what is done."
+        f"{available} by their shapes alone. Ctrl-C ranks what is done."
     )
-    outcomes: list[Outcome] = []
-    heard = functools.partial(_in_background, compile_one)
+    compiler = ThreadPoolExecutor(1)
+
+    def compile_aside(config: ConfigDict, target: Target) -> CompiledStep:
+        """In a thread: a compiler at work in this one, or a wait without end, hears no Ctrl-C."""
+        compiled = compiler.submit(compile_one, config, target)
+        while not compiled.done():
+            wait([compiled], timeout=0.2)
+        return compiled.result()
+
+    tried, interrupted = [], False
     try:
         with console.status("compiling, the most promising first"):
-            for outcome in search(config, target, ordered, heard):
-                outcomes.append(outcome)
-                console.print(_line(len(outcomes), outcome), soft_wrap=True, highlight=False)
-        interrupted = False
+            for candidate in search(config, target, ordered, compile_aside):
+                tried.append(candidate)
+                console.print(_line(len(tried), candidate), soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         interrupted = True
-    return _conclude(console, config, target, ordered, outcomes, interrupted)
-
-
-def _conclude(
-    console: Console,
-    config: ConfigDict,
-    target: Target,
-    ordered: Sequence[Candidate],
-    outcomes: Sequence[Outcome],
-    interrupted: bool,
-) -> int:
-    ranked = sorted((o for o in outcomes if o.time), key=lambda o: o.time.total)
-    if not ranked and not interrupted:
-        raise DoesNotFit(_nothing_fits(target, ordered, outcomes))
+    ranked = sorted((c for c in tried if c.step), key=lambda c: sum(c.time))
     if ranked:
         console.print(_ranking(config, target, ranked))
         console.print("the best by this estimate:")
-        console.print(overrides(config, ranked[0].candidate), soft_wrap=True, highlight=False)
+        console.print(overrides(ranked[0]), soft_wrap=True, highlight=False)
+    elif not interrupted:
+        least = min(candidate.needed for candidate in ordered) / _GIB
+        last = f"; the last that was compiled: {tried[-1].problem}" if tried else ""
+        raise DoesNotFit(
+            f"{target}: nothing fits: of {len(ordered)} ways to divide the step, the smallest "
+            f"needs at least {least:.1f} of {available} by its shapes alone; use more devices, a "
+            f"chip with more memory or a shorter data.sequence_length{last}"
+        )
     if interrupted:
         print(
-            f"interrupted: {len(outcomes)} compiled, the ranking is of those that fit among them",
+            f"interrupted: {len(tried)} compiled, the ranking is of those that fit among them",
             file=sys.stderr,
         )
     return INTERRUPTED if interrupted else 0
 
 
-def overrides(config: ConfigDict, candidate: Candidate) -> str:
-    """The flags that make `config` divide its step like `candidate`."""
-    settings = candidate.settings
-    if config.parallel.data == settings["parallel.data"]:
-        del settings["parallel.data"]
-    return " ".join(f"--config.{key}={value}" for key, value in settings.items())
+def candidates(config: ConfigDict, target: Target) -> list[Candidate]:
+    """All ways to divide a step of `config` on `target`, the least estimated time first.
+
+    Raises:
+      ConfigError: the batch cannot be divided over the devices in any of them.
+    """
+    found = []
+    for settings in _all_settings(config, target):
+        layout = layout_of(divided(config, settings), target.num_devices)
+        found.append(Candidate(settings, layout, least_bytes(layout), step_time(layout, target)))
+    if not found:
+        raise config_lib.ConfigError(
+            f"config.data.batch_size={config.data.batch_size}: does not divide over the "
+            f"{target.num_devices} devices of {target}, whatever parallel.model is; use a "
+            "multiple of their number, or another --target"
+        )
+    return sorted(found, key=lambda c: (sum(c.time), c.needed))
 
 
-def _nothing_fits(target: Target, ordered: Sequence[Candidate], outcomes: Sequence[Outcome]) -> str:
-    least = min(candidate.needed for candidate in ordered)
-    last = f"; the last that was compiled: {outcomes[-1].problem}" if outcomes else ""
-    return (
-        f"{target}: nothing fits: of {len(ordered)} ways to divide the step, the smallest needs at "
-        f"least {least / _GIB:.1f} of {target.available_bytes / _GIB:.1f} GiB by its shapes alone; "
-        f"use more devices, a chip with more memory or a shorter data.sequence_length{last}"
-    )
+def _all_settings(config: ConfigDict, target: Target) -> Iterator[dict[str, Any]]:
+    replica, batch_size = config.parallel.replica, config.data.batch_size
+    fit_data = {} if config.parallel.data == -1 else {"parallel.data": -1}
+    per_host = target.num_devices // target.num_hosts
+    sizes = [config.model[name] for name in ("num_heads", "num_kv_heads", "feed_forward_width")]
+    sizes += [config.model.vocab_size, per_host]  # `model` divides them all, and stays in a host
+    for model in range(1, per_host + 1):
+        if any(size % model for size in sizes) or target.num_devices % (model * replica):
+            continue
+        batch_parts = rows = target.num_devices // model
+        while batch_size % rows == 0:  # a microbatch has 1, 2, 4, ... rows on a device
+            for remat in _REMAT:
+                fsdp_helps = batch_parts > replica and config.parallel.zero1 and remat != "none"
+                for fsdp in (False, True) if fsdp_helps else (False,):
+                    yield fit_data | {
+                        "training.accumulation": batch_size // rows,
+                        "training.remat": remat,
+                        "parallel.model": model,
+                        "parallel.fsdp": fsdp,
+                    }
+            rows *= 2
 
 
-def _line(number: int, outcome: Outcome) -> str:
-    layout, step = outcome.candidate.layout, outcome.step
+def search(
+    config: ConfigDict, target: Target, ordered: Sequence[Candidate], compile_one: Compile
+) -> Iterator[Candidate]:
+    """Compiles candidates in turn, leaving out what the module's text says."""
+    tried: list[Candidate] = []
+    for candidate in ordered:
+        if candidate.needed > target.available_bytes:
+            continue
+        if any(_rules_out(other, candidate) for other in tried):
+            continue
+        try:
+            step = compile_one(divided(config, candidate.settings), target)
+            time = step_time(candidate.layout, target, step.collectives)
+            tried.append(dataclasses.replace(candidate, step=step, time=time))
+        except (DoesNotFit, jax.errors.JaxRuntimeError) as error:  # neither ends the sweep
+            tried.append(dataclasses.replace(candidate, problem=error))
+        yield tried[-1]
+
+
+def _rules_out(tried: Candidate, new: Candidate) -> bool:
+    """Whether compiling `new` can bring nothing, after what `tried` gave."""
+    old, layout = tried.layout, new.layout
+    alike = (layout.model, layout.fsdp) == (old.model, old.fsdp)
+    if isinstance(tried.problem, DoesNotFit):
+        more_kept = _REMAT.index(layout.remat) >= _REMAT.index(old.remat)
+        return alike and more_kept and layout.rows >= old.rows
+    if tried.problem:
+        return False
+    fewer_rows = alike and layout.remat == old.remat and layout.rows < old.rows
+    return fewer_rows or sum(new.time) > _SLACK * sum(tried.time)
+
+
+def overrides(candidate: Candidate) -> str:
+    """The flags that make the config divide its step like `candidate`."""
+    return " ".join(f"--config.{key}={value}" for key, value in candidate.settings.items())
+
+
+def _line(number: int, candidate: Candidate) -> str:
+    layout, step = candidate.layout, candidate.step
     text = (
-        f"{number:3}  model {layout.model}  {_mode(layout):6}  remat {layout.remat:4}  "
+        f"{number:3}  model {layout.model}  {mode_text(layout):6}  remat {layout.remat:4}  "
         f"{layout.rows:3} rows x {layout.accumulation:<4}"
     )
     if step is None:
-        return f"{text}  {outcome.problem.split('; use more')[0]}"
+        return f"{text}  {str(candidate.problem).splitlines()[0].split('; use more')[0][:200]}"
     return (
         f"{text}  {step.peak_bytes / _GIB:6.1f} of {step.available_bytes / _GIB:.1f} GiB  "
-        f"{outcome.time.total:8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
+        f"{sum(candidate.time):8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
     )
 
 
-def _mode(layout: Layout) -> str:
-    return "FSDP" if layout.fsdp else "ZeRO-1" if layout.zero1 else "whole"
-
-
-def _ranking(config: ConfigDict, target: Target, ranked: Sequence[Outcome]) -> Table:
-    title = f"what fits on {target}, by an ESTIMATE of a step's seconds: {FORMULA}"
-    table = Table(title=title, title_justify="left")
+def _ranking(config: ConfigDict, target: Target, ranked: Sequence[Candidate]) -> Table:
+    tokens, peak = config_lib.tokens_per_step(config), target.num_devices * target.peak_flops
+    rows = []
+    for candidate in ranked:
+        layout, time, step = candidate.layout, candidate.time, candidate.step
+        flops = tokens * train_flops_per_token(layout.sizes, layout.sequence_length, causal=False)
+        sent = sum(found.sent for found in step.collectives)
+        how = (layout.model, mode_text(layout), layout.rows, layout.accumulation, layout.remat)
+        bytes_ = (f"{step.peak_bytes / _GIB:.1f}", f"{sent / 1e9:.2f}")
+        parts = (f"{seconds:.4g}" for seconds in (*time, sum(time)))
+        rows.append((*how, *bytes_, *parts, f"{flops / sum(time) / peak:.1%}"))
     columns = ("model", "mode", "rows", "accumulation", "remat", "peak GiB", "sent GB")
-    parts = ("matrices", "memory", "links", "step s", "MFU at most")
-    for column in columns + parts:
-        table.add_column(column, justify="right")
-    for outcome in ranked:
-        table.add_row(*_row(config, target, outcome))
-    return table
-
-
-def _row(config: ConfigDict, target: Target, outcome: Outcome) -> tuple[str, ...]:
-    layout, time = outcome.candidate.layout, outcome.time
-    flops = train_flops_per_token(layout.sizes, layout.sequence_length, causal=False)
-    peak = target.num_devices * target.facts["peak_tflops"] * 1e12
-    mfu = config_lib.tokens_per_step(config) * flops / time.total / peak
-    return (
-        str(layout.model),
-        _mode(layout),
-        str(layout.rows),
-        str(layout.accumulation),
-        layout.remat,
-        f"{outcome.step.peak_bytes / _GIB:.1f}",
-        f"{sum(found.sent for found in outcome.step.collectives) / 1e9:.2f}",
-        f"{time.matrices:.4g}",
-        f"{time.memory:.4g}",
-        f"{time.communication:.4g}",
-        f"{time.total:.4g}",
-        f"{mfu:.1%}",
-    )
-
-
-def _in_background(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments) in a thread: a compiler at work in this one would not hear Ctrl-C."""
-    done: dict[str, Any] = {}
-
-    def work():
-        try:
-            done["result"] = function(*arguments)
-        except BaseException as error:  # raised below, where somebody waits for it
-            done["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-    if "error" in done:
-        raise done["error"]
-    return done["result"]
+    columns += ("matrices", "memory", "links", "step s", "MFU at most")
+    title = f"what fits on {target}, by an ESTIMATE of a step's seconds: {FORMULA}"
+    return table(title, columns, rows)

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from stablelm_jax.parallel.chips import peak_of_kind
+
 # A GPU shares its memory with the driver's context and the buffers of NCCL.
 _GPU_SHARE_OF_MEMORY = 0.94
 _GIB = 2**30
@@ -57,6 +59,11 @@ class Target:
         if self.facts["kind"] == "gpu":
             return self.shape[0]
         return max(1, self.num_devices // self.facts["chips_per_host"])
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s of one device."""
+        return peak_of_kind(self.facts["name"])
 
     @property
     def available_bytes(self) -> int:

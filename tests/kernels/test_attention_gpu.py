@@ -84,7 +84,7 @@ def test_a_document_is_the_same_bits_whatever_its_neighbours_hold():
 @pytest.mark.parametrize("tile", [Tile(16, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 64, 4, 2)])
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_just_the_tiles_with_a_visible_key_are_visited_and_full_ones_without_a_mask(tile, of_keys):
-    segments = np.concatenate([rows_of_documents(192) for _ in range(10)])
+    segments = np.concatenate([rows_of_documents(192, seed=seed) for seed in range(10)])
     start_BT, end_BT = documents.document_spans(jnp.asarray(segments))
     if of_keys:
         bounds = documents.key_block_bounds(end_BT, tile)
@@ -145,7 +145,7 @@ def test_where_the_compiler_splits_heads_each_device_runs_its_own(monkeypatch):
     mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("data", "model"))
 
     split = jax.shard_map(
-        attention.pallas_gpu,
+        attention.IMPLEMENTATIONS["pallas_gpu"],
         mesh=mesh,
         in_specs=P("data"),
         out_specs=P("data"),
@@ -173,7 +173,6 @@ def test_backward_runs_the_forward_kernel_again_unless_the_policy_saved_its_resu
         ([(1, 8, 2, 72), (1, 8, 2, 72)], jnp.float32, "head size 72 is no multiple of 16"),
         ([(1, 8, 2, 176), (1, 8, 2, 176)], jnp.float32, "head size 176"),
         ([(1, 8, 4, 64), (1, 8, 3, 64)], jnp.float32, "4 query heads cannot share 3 key heads"),
-        ([(1, 8, 4, 64), (1, 8, 4, 80)], jnp.float32, "do not match"),
         ([(1, 8, 4, 64), (1, 8, 4, 64)], jnp.int8, "no matrix product for int8"),
     ],
 )

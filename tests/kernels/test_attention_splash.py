@@ -40,7 +40,7 @@ def in_float64(q, k, v, segments, g):
 
 def random_inputs(length, size, heads, kv_heads, dtype=jnp.float32, batch=2):
     """The first row is one document, the others are up to 40."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng([length, size, heads, kv_heads, batch])
     q, g = rng.normal(size=(2, batch, length, heads, size))
     k, v = rng.normal(size=(2, batch, length, kv_heads, size))
     starts = rng.random((batch, length)) < rng.uniform(0, 40, (batch, 1)) / length

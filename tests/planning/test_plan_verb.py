@@ -1,5 +1,6 @@
 """The verb as a user meets it; compiling is tested beside it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,29 +10,80 @@ import fsspec
 import pytest
 from tiny import SOURCES, tiny_config, write_data
 
+from stablelm_jax import config as config_lib
 from stablelm_jax.data.manifest import read_manifest
 from stablelm_jax.planning import report
+from stablelm_jax.planning.compile import CompiledStep, DoesNotFit
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/stablelm_2_1_6b.py"
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.py"))
+
+# A command line after the other, each in a fork of a process that has imported everything.
+CHILD = """
+import json, os, sys
+from stablelm_jax import plan
+from stablelm_jax.planning import sweep
+
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        for descriptor, name in (1, "out"), (2, "err"):
+            os.dup2(os.open(f"{sys.argv[2]}/{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+        sys.argv = ["plan", *arguments]
+        plan.main()
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+BAD = {
+    (CONFIG, "--target=v9:2x2"): "no chip 'v9'; known are",
+    (CONFIG, "--target=v5p:4x4"): "v5p needs 3 sizes",
+    (CONFIG, "--target=a100-40gb:3x8"): "config.data.batch_size=2048",
+    (): "--config: is missing",
+    (CONFIG, "--sweep"): "--sweep: needs the machine to compile for; write --target",
+    ("--all", "--sweep"): "--sweep: is of one config",
+    (CONFIG, "--sweep", "--target=h200:1x1", "--mfu=0.4"): "--mfu: has no effect with",
+    (CONFIG, "--sweep", "--target=h200:1x7"): "config.data.batch_size=2048: does not divide",
+}
 
 
-def plan(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "stablelm_jax.plan", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def environment():
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def without_target():
-    done = plan(CONFIG)
+def plans(tmp_path_factory):
+    """{arguments: (exit code, stdout, stderr)} of every command line of this file."""
+    folder = tmp_path_factory.mktemp("plans")
+    cases = [*BAD, *((f"--config={path}",) for path in CONFIGS)]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(cases), str(folder)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    codes = map(int, done.stdout.split())
+    return {
+        case: (code, *((folder / f"{number}.{name}").read_text() for name in ("out", "err")))
+        for number, (case, code) in enumerate(zip(cases, codes, strict=True))
+    }
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_bad_arguments_are_one_line_and_exit_2(plans, arguments):
+    code, _, errors = plans[arguments]
+    assert code == 2
+    assert BAD[arguments] in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_is_planned_without_data_and_without_a_tokenizer(plans, path):
+    code, said, errors = plans[f"--config={path}",]
+    assert code == 0, errors
+    assert "training FLOPs a token" in said and "its weights alone" in said
 
 
 @pytest.mark.parametrize(
@@ -46,14 +98,30 @@ def without_target():
         "no --target: memory, communication, time and cost were left out",
     ],
 )
-def test_what_needs_no_compiler_is_printed_without_a_target(without_target, said):
-    assert said in without_target
+def test_what_needs_no_compiler_is_printed_without_a_target(plans, said):
+    assert said in plans[CONFIG,][1]
 
 
-def test_a_model_split_over_two_devices_needs_no_target_either():
-    done = plan("--config=configs/stablelm_2_12b.py")
-    assert done.returncode == 0, done.stderr
-    assert "12,142,976,000" in done.stdout and "data 1 x model 2" in done.stdout
+def test_a_model_split_over_two_devices_needs_no_target_either(plans):
+    said = plans["--config=configs/stablelm_2_12b.py",][1]
+    assert "12,142,976,000" in said and "data 1 x model 2" in said
+
+
+def test_all_gives_a_line_for_each_launch_config_and_1_where_one_does_not_fit(monkeypatch, capsys):
+    def compiled(config, target):
+        if target.chip == "v4":
+            raise DoesNotFit(f"{target}: a device needs 99 GiB")
+        mesh = config_lib.validate_mesh(config, target.num_devices)
+        return CompiledStep(target, mesh, 2, "chunked", 7.0, 1, 1, 5 * 2**30, [])
+
+    monkeypatch.setattr(report, "compile_for", compiled)
+    assert report.plan_all() == 1
+    said = capsys.readouterr()
+    table = said.out[said.out.index("┏") :]
+    for path in (ROOT / "configs" / "launch").glob("*.py"):
+        assert table.count(f" {path.stem} ") == (0 if "_v4_" in path.stem else 1), path.stem
+    assert "stablelm_2_1_6b_v4_4x8x8: v4:4x8x8: a device needs 99 GiB" in said.out
+    assert said.err.splitlines()[-1] == "error: 1 launch configs do not compile or do not fit"
 
 
 def test_tokens_of_data_behind_a_url_are_counted_and_what_is_missing_is_left_out(tmp_path):
@@ -65,28 +133,13 @@ def test_tokens_of_data_behind_a_url_are_counted_and_what_is_missing_is_left_out
     assert report._prepared_tokens(config) == held
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ((CONFIG, "--target=v9:2x2"), "no chip 'v9'; known are"),
-        ((CONFIG, "--target=v5p:4x4"), "v5p needs 3 sizes"),
-        ((CONFIG, "--target=a100-40gb:3x8"), "config.data.batch_size=2048"),
-        ((), "--config: is missing"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_2(arguments, said):
-    done = plan(*arguments)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
-
-
 def test_without_the_compiler_it_names_the_extra_after_all_the_rest():
     hidden = "import sys; sys.modules['libtpu'] = None; sys.argv[0] = 'plan'; "
     code = hidden + "from stablelm_jax.plan import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, CONFIG, "--target=v5p:4x4x4"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -6,7 +6,7 @@ import pytest
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters
-from stablelm_jax.planning.communication import least_sent
+from stablelm_jax.planning.estimate import least_sent
 from stablelm_jax.planning.layout import Layout
 
 SIZES = ModelConfig(

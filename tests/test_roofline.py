@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stablelm_jax.planning.kernels import Kernel, kernels
+from benchmarks.program_kernels import Kernel, kernels
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LAYERS = 6
 
 # Two turns of a loop: a slice of a stack of weights goes through a product, and the result into a

@@ -17,7 +17,6 @@ from stablelm_jax.planning.program import (
     Instruction,
     array_bytes,
     computations_of,
-    dims_of,
     walk,
 )
 
@@ -36,8 +35,9 @@ class Kernel:
     Attributes:
       name, op: in the program. path: jax's scopes around the operation that it ends with, the
         outermost first. count: how often it runs in a step.
-      read, written: bytes of one run. flops: of the matrix products of one run; 0 where the program
-        does not say, as of a kernel that is not the compiler's.
+      read, written: bytes of one run.
+      flops: the work of a run's matrix products; 0 where the program does not say it, as for a
+        kernel that is not the compiler's.
     """
 
     name: str
@@ -61,13 +61,25 @@ def kernels(text: str) -> list[Kernel]:
             count=times,
             read=sum(
                 _read(scopes[where], instruction, operand, scopes)
-                for operand in dict.fromkeys(instruction.operands)
+                for operand in dict.fromkeys(operands_of(instruction))
             ),
             written=_written(scopes[where], instruction, scopes),
             flops=_flops(scopes[where], instruction, scopes),
         )
         for where, instruction, times in walk(computations, entry, _runs)
     ]
+
+
+def operands_of(instruction: Instruction) -> list[str]:
+    """Names of the instructions whose results it takes."""
+    inside = re.sub(r"/\*.*?\*/", "", re.split(r"\)(?:, |$)", instruction.rest)[0])
+    return [part.split()[-1].lstrip("%") for part in inside.split(", ") if part]
+
+
+def dims_of(type_text: str) -> list[int]:
+    """Dims of the first array of a type."""
+    dims = re.search(r"\[([\d,]*)\]", type_text)[1]
+    return [int(n) for n in dims.split(",")] if dims else []
 
 
 def _runs(instruction: Instruction) -> bool:
@@ -84,15 +96,15 @@ def _read(scope: Scope, user: Instruction, operand: str, scopes: dict[str, Scope
     whole = _size(scope.get(operand))
     if user.op == "fusion":
         inner = scopes[user.called[0]]
-        places = [i for i, name in enumerate(user.operands) if name == operand]
+        places = [i for i, name in enumerate(operands_of(user)) if name == operand]
         return min(whole, sum(_read_inside(inner, f"{place})", scopes) for place in places))
-    first = user.operands[0] == operand
+    first = operands_of(user)[0] == operand
     if first and user.op in _SLICES:
         return _size(user)
     if first and user.op == "dynamic-update-slice":
         return 0
     if first and user.op == "scatter":
-        return _size(scope.get(user.operands[-1]))
+        return _size(scope.get(operands_of(user)[-1]))
     return whole
 
 
@@ -103,7 +115,7 @@ def _read_inside(inner: Scope, place: str, scopes: dict[str, Scope]) -> int:
     def of_users(name: str) -> int:
         total = 0
         for user in inner.values():
-            if name in user.operands:
+            if name in operands_of(user):
                 same = user.op in _SAME_BYTES
                 total += of_users(user.name) if same else _read(inner, user, name, scopes)
         return min(_size(inner[name]), total)
@@ -116,26 +128,26 @@ def _written(scope: Scope, instruction: Instruction, scopes: dict[str, Scope]) -
         inner = scopes[instruction.called[0]]
         return _written(inner, next(i for i in inner.values() if i.root), scopes)
     if instruction.op == "tuple":
-        return sum(_written(scope, scope[name], scopes) for name in instruction.operands)
-    if instruction.op in _SAME_BYTES and instruction.operands[0] in scope:
-        return _written(scope, scope[instruction.operands[0]], scopes)
+        return sum(_written(scope, scope[name], scopes) for name in operands_of(instruction))
+    if instruction.op in _SAME_BYTES and operands_of(instruction)[0] in scope:
+        return _written(scope, scope[operands_of(instruction)[0]], scopes)
     if instruction.op in ("dynamic-update-slice", "scatter") and _in_place(scope, instruction):
         new = 1 if instruction.op == "dynamic-update-slice" else -1
-        return _size(scope.get(instruction.operands[new]))
+        return _size(scope.get(operands_of(instruction)[new]))
     return _size(instruction)
 
 
 def _in_place(scope: Scope, update: Instruction) -> bool:
     """Whether what is updated comes from outside of the fusion, not from the fusion itself."""
-    found = scope[update.operands[0]]
+    found = scope[operands_of(update)[0]]
     while found.op in _SAME_BYTES:
-        found = scope[found.operands[0]]
+        found = scope[operands_of(found)[0]]
     return found.op in ("parameter", "get-tuple-element", "while", "copy")
 
 
 def _flops(scope: Scope, instruction: Instruction, scopes: dict[str, Scope]) -> int:
     if instruction.op == "dot":
-        left = dims_of(scope[instruction.operands[0]].type)
+        left = dims_of(scope[operands_of(instruction)[0]].type)
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
         depth = math.prod(left[int(dim)] for dim in contracted.split(",") if dim)
         return 2 * depth * math.prod(dims_of(instruction.type))
