@@ -42,11 +42,7 @@ class TasksFailed(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """Which executor, with how many tasks at a time, and what SLURM wants to know.
-
-    Attributes:
-      slurm_options: further options of sbatch, name to value.
-    """
+    """Which executor, with how many tasks at a time, and what SLURM wants to know."""
 
     kind: str = "local"
     workers: int = 1

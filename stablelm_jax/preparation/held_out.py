@@ -34,34 +34,22 @@ def content_hash(data: bytes) -> int:
 
 
 class HeldOutRule(NamedTuple):
-    """Says of a content hash whether the document is held out.
+    """Says of a content hash whether the document is held out."""
 
-    Attributes:
-      threshold: documents of a smaller hash are held out, 0 to 2**64.
-      passed_over: hashes below the threshold that are not held out all the same.
-      reason: how the threshold was found, for people.
-    """
-
-    threshold: int
-    passed_over: Sequence[int]
-    reason: str
+    threshold: int  # documents of a smaller hash are held out, 0 to 2**64
+    passed_over: Sequence[int]  # hashes below the threshold that are not held out all the same
+    reason: str  # how the threshold was found, for people
 
     def holds_out(self, value: int) -> bool:
         return value < self.threshold and value not in self.passed_over
 
 
 class Look(NamedTuple):
-    """What the first look saw of a source.
+    """What the first look saw of a source."""
 
-    Attributes:
-      found: {content hash: [copies, bytes of text of all copies]}.
-      share: how much of the input was read, 0 to 1.
-      whole: whether nothing follows.
-    """
-
-    found: dict[int, list[int]]
-    share: float = 1.0
-    whole: bool = True
+    found: dict[int, list[int]]  # content hash: [copies, bytes of text of all copies]
+    share: float = 1.0  # how much of the input was read, 0 to 1
+    whole: bool = True  # whether nothing follows
 
 
 def look(chunks: Sequence[Chunk], text_key: str) -> Look:

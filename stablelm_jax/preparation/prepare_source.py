@@ -27,7 +27,7 @@ from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, inputs, tokenize_chunk
 from stablelm_jax.preparation.executors import Executor
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
-from stablelm_jax.storage.files import replacing
+from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # Changes when the same inputs and settings would give other bytes.
@@ -157,7 +157,7 @@ class Preparation:
             seen = held_out.look(cut, self.job.text_key)
             rule = held_out.choose(seen, self.job.held_out)
             self.plan = Plan(self._settings, rule, cut)
-            self.plan.write(self._plan_path)
+            write_json(self._plan_path, self.plan)
         self.outputs.mkdir(exist_ok=True)
         return resumed
 

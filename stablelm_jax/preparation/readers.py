@@ -80,10 +80,7 @@ def read_jsonl(
 ) -> Iterator[str | Rejected]:
     """One document a line, its text under `text_key`.
 
-    Args:
-      compression: None, 'gzip' or 'zstd'.
-      start, end: of an uncompressed file, the lines that begin in these bytes.
-      meter: told how much was read.
+    `start` and `end`: only the lines that begin in these bytes, of a file that is not compressed.
     """
     meter = meter or Meter()
     with open_input(path, seekable=bool(start or end)) as file:

@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
@@ -44,8 +44,7 @@ _BATCH_CHARACTERS = 1 << 20
 _PROGRESS_SECONDS = 1.0
 
 
-@dataclasses.dataclass
-class Plan:
+class Plan(NamedTuple):
     """What is fixed before anything is tokenised, as it stands in `plan.json`."""
 
     settings: dict[str, Any]  # all that the bytes of the source follow from
@@ -54,13 +53,8 @@ class Plan:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Plan:
-        fields = json.loads(path.read_text())
-        rule = HeldOutRule(**fields["held_out"])
-        return cls(fields["settings"], rule, chunks_from_json(fields["chunks"]))
-
-    def write(self, path: pathlib.Path) -> None:
-        fields = {"settings": self.settings, "held_out": self.held_out._asdict()}
-        write_json(path, {**fields, "chunks": self.chunks})
+        settings, rule, saved = json.loads(path.read_text())
+        return cls(settings, HeldOutRule(*rule), chunks_from_json(saved))
 
 
 @dataclasses.dataclass
