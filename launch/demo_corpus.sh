@@ -60,12 +60,12 @@ for language in "${languages[@]}"; do
     fetch_help "$code"
     text="$downloads/libreoffice_help_$language.jsonl"
     # Left out: the names of menus on a Mac (each page has both), lists of links, names of icons.
-    [[ -f $text ]] || (cd "$root" && "$python" -m stablelm_jax.preparation.html_text \
+    [[ -f $text ]] || (cd "$root" && "$python" launch/corpora/html_text.py \
         --input "$downloads/libreoffice-help-$code/usr/share/libreoffice/help" --output "$text" \
         --skip .MAC --skip .relatedtopics --skip .howtoget --skip .noteicon)
     texts+=("$text")
 done
-(cd "$root" && "$python" -m stablelm_jax.preparation.smoke_corpus --output "$downloads")
+(cd "$root" && "$python" launch/corpora/smoke_corpus.py --output "$downloads")
 
 say 'Training a tokenizer of 8,192 tokens on them'
 (cd "$root" && "$python" -m stablelm_jax.tokenizer.train_tokenizer --rows 8192 --output "$tokenizer" \

@@ -57,7 +57,7 @@ fi
 cd "$root"
 
 say 'Collecting text that is on this machine already: the standard library, package descriptions'
-"$python" -m stablelm_jax.preparation.smoke_corpus --output "$workdir/corpus"
+"$python" launch/corpora/smoke_corpus.py --output "$workdir/corpus"
 tokenizer="$workdir/corpus/tokenizer.json"
 say 'Training a small tokenizer on it'
 "$python" -m stablelm_jax.tokenizer.train_tokenizer --output "$tokenizer" \

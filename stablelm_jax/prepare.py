@@ -14,18 +14,18 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 from datatrove.utils.logging import logger
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
@@ -44,55 +44,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the verb; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     logger.remove()  # datatrove's messages stay in its files
     flags = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    slurm = flags.slurm_partition, flags.slurm_time, dict(flags.slurm_option)
+    executor = Executor(flags.executor, flags.workers, *slurm)
+    begun = False
     try:
         preparation = Preparation(_job(flags))
-    except (ValueError, OSError) as error:
-        return _fail(error, 2)
-    options = dict(flags.slurm_option)
-    executor = Executor(
-        flags.executor, flags.workers, flags.slurm_partition, flags.slurm_time, options
-    )
-    try:
+        begun = True
         with preparation.locked():
-            _prepare(preparation, executor, console)
+            _prepare(preparation, executor, Console(highlight=False, soft_wrap=True))
     except (ValueError, OSError, TasksFailed) as error:
-        return _fail(error, 1)
+        print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 1 if begun else 2
     except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to go on from here", 1)
+        print("prepare: interrupted; run the same command again to go on", file=sys.stderr)
+        return 1
     return 0
 
 
-def _fail(error, code: int) -> int:
-    print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
-    return code
-
-
 def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True)
-
+    directory = preparation.directory
     if found := preparation.finished():
-        line = f"{preparation.directory}: already prepared, {_counts(found)}"
+        line = f"{directory}: already prepared, {_counts(found)}"
         if found.provenance["settings"].get("recipe") != RECIPE:
-            line += f", by an earlier release; remove {preparation.directory} to do it anew"
-        say(line)
+            line += f", by an earlier release; remove {directory} to do it anew"
+        console.print(line)
         return
     started = time.monotonic()
     resumed = preparation.begin()
-    say(_plan(preparation, executor, resumed))
+    console.print(_plan(preparation, executor, resumed))
     with _progress(preparation, console) as watch:
-        preparation.tokenize(executor)
-    made = preparation.collate()
+        outputs = preparation.tokenize(executor)
+    made = preparation.collate(outputs)
     console.print(_table(made))
-    say(f"held out: {preparation.rule.reason}")
-    say(_rejected(preparation, made))
-    say(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
+    console.print(f"held out: {preparation.plan.held_out.reason}")
+    console.print(_rejected(preparation, made))
+    console.print(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
     seconds = time.monotonic() - started
     speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
-    say(f"{seconds:.1f} s from the first byte to the last{speed}")
-    path = preparation.directory / manifest.MANIFEST_NAME
-    say(f"prepared {made.source}: {_counts(made)} -> {path}")
+    console.print(f"{seconds:.1f} s from the first byte to the last{speed}")
+    console.print(
+        f"prepared {made.source}: {_counts(made)} -> {directory / manifest.MANIFEST_NAME}"
+    )
 
 
 def _counts(made: SourceManifest) -> str:
@@ -109,23 +101,18 @@ def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
     files = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
     tokenizer = preparation.tokenizer
     return (
-        f"{preparation.job.source}: {files} file{_s(kinds.total())},"
-        f" {preparation.input_bytes / 1e6:,.1f} MB, in {len(preparation.chunks):,}"
-        f" chunk{_s(len(preparation.chunks))} for {executor.workers} {executor.kind}"
-        f" worker{_s(executor.workers)}; tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
+        f"{preparation.job.source}: files: {files}; {preparation.input_bytes / 1e6:,.1f} MB;"
+        f" chunks: {len(preparation.plan.chunks):,}; {executor.kind} workers: {executor.workers};"
+        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
         + ("; going on with what was begun" if resumed else "")
     )
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
 
 
 class _Watch:
     """Adds up the outputs as they appear: how much is done, and how fast since this call began."""
 
     def __init__(self, preparation: Preparation):
-        self._preparation = preparation
+        self._folder, self._chunks = preparation.outputs, preparation.plan.chunks
         self._outputs: dict[tuple[int, int], Output] = {}
         self._finished: set[str] = set()
         self._started, self._before = time.monotonic(), self._look()
@@ -133,21 +120,19 @@ class _Watch:
 
     def _look(self) -> tuple[float, int, int, int]:
         """(share of the input, bytes of text, tokens, rejected records) that are done."""
-        folder, chunks = self._preparation.outputs, self._preparation.chunks
-        for name in set(os.listdir(folder)) - self._finished:
+        for name in set(os.listdir(self._folder)) - self._finished:
             with contextlib.suppress(FileNotFoundError):  # just begun, or just renamed
-                output = read_output(folder / name)
+                output = read_output(self._folder / name)
                 self._outputs[output.chunk, output.number] = output
                 if not name.startswith(SCRATCH):
                     self._finished.add(name)
-        consumed: dict[int, int] = {}
-        for output in self._outputs.values():
-            size = chunks[output.chunk].size
+        consumed, outputs = collections.Counter(), self._outputs.values()
+        for output in outputs:
+            size = self._chunks[output.chunk].size
             done = size if output.last else min(output.consumed, size)
-            consumed[output.chunk] = max(done, consumed.get(output.chunk, 0))
-        outputs = self._outputs.values()
+            consumed[output.chunk] = max(done, consumed[output.chunk])
         return (
-            sum(consumed.values()) / max(sum(chunk.size for chunk in chunks), 1),
+            consumed.total() / max(sum(chunk.size for chunk in self._chunks), 1),
             sum(sum(output.text_bytes.values()) for output in outputs),
             sum(sum(output.tokens.values()) for output in outputs),
             sum(output.rejected for output in outputs),
@@ -165,23 +150,19 @@ class _Watch:
             line += f", {left} left"
         return line + (f", {rejected:,} rejected" if rejected else "")
 
+    def show(self, console: Console, stop: threading.Event) -> None:
+        """Until `stop` is set, says it in place, or by a line now and then."""
+        with console.status("tokenizing") as status:
+            while not stop.wait(_POLL_SECONDS if console.is_terminal else _LINE_SECONDS):
+                status.update(self.line()) if console.is_terminal else console.print(self.line())
+        console.print(self.line())
+
 
 @contextlib.contextmanager
 def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
-    """Shows how far the tokenising is, whoever does it: in place, or by a line now and then."""
+    """Shows how far the tokenising is, whoever does it."""
     watch, stop = _Watch(preparation), threading.Event()
-
-    def show() -> None:
-        stopped = False
-        with console.status("tokenizing") as status:
-            while not stopped:
-                stopped = stop.wait(_POLL_SECONDS if console.is_terminal else _LINE_SECONDS)
-                line = watch.line()
-                status.update(line)
-                if stopped or not console.is_terminal:
-                    console.print(line, soft_wrap=True)
-
-    thread = threading.Thread(target=show, daemon=True)
+    thread = threading.Thread(target=watch.show, args=(console, stop), daemon=True)
     thread.start()
     try:
         yield watch
@@ -191,10 +172,8 @@ def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
 
 
 def _table(made: SourceManifest) -> Table:
-    table = Table(box=box.SIMPLE)
-    for name in ("", "train", "held out"):
-        table.add_column(name, justify="right" if name else "left")
-    train, held = made.train, made.held_out
+    columns = [Column(name, justify="right") for name in ("train", "held out")]
+    table, train, held = Table("", *columns, box=box.SIMPLE), made.train, made.held_out
     table.add_row("documents", f"{train.documents:,}", f"{held.documents:,}")
     table.add_row("tokens", f"{train.tokens:,}", f"{held.tokens:,}")
     table.add_row("bytes of text", f"{train.text_bytes:,}", f"{held.text_bytes:,}")
@@ -213,9 +192,10 @@ def _rejected(preparation: Preparation, made: SourceManifest) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="stablelm prepare", description=__doc__.split("\n")[0].split(":")[0] + "."
-    )
+    # Cores this process may use, which a container or taskset may have made fewer.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    parser = argparse.ArgumentParser("stablelm prepare", description=__doc__.split(":")[0] + ".")
     add = parser.add_argument
     add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
     add('--input', dest='inputs', required=True, nargs='+', metavar='PATH',
@@ -228,9 +208,9 @@ def _parser() -> argparse.ArgumentParser:
         help='auto: by the name; what has no known one is one document a file')  # fmt: skip
     add('--text-key', default='text', metavar='KEY',
         help='key (jsonl) or column (parquet) of the text (default text)')  # fmt: skip
-    add('--held-out', type=_fraction, default=0.001, metavar='FRACTION',
+    add('--held-out', type=float, default=0.001, metavar='FRACTION',
         help='of the text, kept out of training at least (default 0.001)')  # fmt: skip
-    add('--shard-tokens', type=_positive, default=SHARD_TOKENS, metavar='N',
+    add('--shard-tokens', type=int, default=SHARD_TOKENS, metavar='N',
         help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
     add('--language', dest='languages', nargs='+', default=[], metavar='CODE',
         help='ISO 639-1, for the manifest')  # fmt: skip
@@ -238,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
     add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
-    add('--workers', type=_positive, default=_cores(), metavar='N',
+    add('--workers', type=int, default=cores, metavar='N',
         help='tasks at a time (default: the cores of this machine)')  # fmt: skip
     slurm = parser.add_argument_group("SLURM (the output must be on a disk that all nodes share)")
     slurm.add_argument("--slurm-partition", default="", metavar="NAME")
@@ -246,26 +226,6 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument('--slurm-option', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
                        help='further options of sbatch, such as account=NAME')  # fmt: skip
     return parser
-
-
-def _cores() -> int:
-    """Cores this process may use, which a container or taskset may have made fewer."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 1 up")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= MAX_FRACTION:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 to {MAX_FRACTION}")
-    return value
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -277,18 +237,20 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _job(flags: argparse.Namespace) -> Job:
     """The job that the flags ask for; ValueError for what argparse cannot see."""
-    if not manifest.SOURCE_NAME.fullmatch(flags.source):
-        raise ValueError(
-            f"--source {flags.source}: use lower case letters, digits and _, a letter first"
-        )
-    if "://" in flags.output:
-        raise ValueError(f"--output {flags.output}: shards are memory-mapped, give a local folder")
-    if flags.executor == "slurm" and not flags.slurm_partition:
-        raise ValueError("--executor slurm needs --slurm-partition NAME (`sinfo` lists them)")
-    if flags.executor == "slurm" and not shutil.which("sbatch"):
-        raise ValueError("--executor slurm needs sbatch: run this where jobs can be submitted")
-    if flags.executor == "ray" and not importlib.util.find_spec("ray"):
-        raise ValueError('--executor ray needs Ray: pip install "datatrove[ray]"')
+    slurm, ray = flags.executor == "slurm", flags.executor == "ray"
+    has_name = manifest.SOURCE_NAME.fullmatch(flags.source)
+    for is_wrong, problem in [
+        (not has_name, "--source: use lower case letters, digits and _, a letter first"),
+        ("://" in flags.output, "--output: shards are memory-mapped, give a local folder"),
+        (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),
+        (flags.shard_tokens < 1, "--shard-tokens: give a number from 1 up"),
+        (flags.workers < 1, "--workers: give a number from 1 up"),
+        (slurm and not flags.slurm_partition, "give --slurm-partition (`sinfo` lists them)"),
+        (slurm and not shutil.which("sbatch"), "no sbatch: run this where jobs can be submitted"),
+        (ray and not find_spec("ray"), 'Ray is missing: pip install "datatrove[ray]"'),
+    ]:
+        if is_wrong:
+            raise ValueError(problem)
     fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
     return Job(**{**fields, "provenance": dict(flags.provenance)})
 

@@ -26,33 +26,22 @@ _FOOTER_THREADS = 16
 
 
 class Chunk(NamedTuple):
-    """Files to be read whole, or a range (bytes or row groups) of one file.
-
-    Attributes:
-      size: bytes of input, for progress.
-      start, end: the range.
-      first: rows of the file that lie before the range.
-    """
+    """Files to be read whole, or a range (bytes or row groups) of one file."""
 
     files: tuple[InputFile, ...]
-    size: int
+    size: int  # bytes of input, for progress
     start: int = 0
     end: int | None = None
-    first: int = 0
+    first: int = 0  # rows of the parquet file that lie before the range
 
 
 class Record(NamedTuple):
-    """A record of a chunk: where it lies, and its text or why there is none.
-
-    Attributes:
-      line: counted from 1; in a byte range of a file it counts from the start of the range.
-      consumed: bytes of the chunk's files read so far.
-    """
+    """A record of a chunk: where it lies, and its text or why there is none."""
 
     file: InputFile
-    line: int
+    line: int  # from 1 on; in a byte range of a file it counts from the start of the range
     content: str | readers.Rejected
-    consumed: int
+    consumed: int  # bytes of the chunk's files read so far
 
 
 def cut(files: Sequence[InputFile]) -> list[Chunk]:
@@ -61,12 +50,12 @@ def cut(files: Sequence[InputFile]) -> list[Chunk]:
     size = min(_MAX_CHUNK_BYTES, max(_MIN_CHUNK_BYTES, total // _CHUNKS_PER_SOURCE))
     large = [file for file in files if file.kind == "parquet" and (file.size or size) >= size]
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = dict(zip([file.path for file in large], pool.map(_row_groups, large)))
+        row_groups = dict(zip(large, pool.map(lambda file: _row_groups(file, size), large)))
     chunks: list[Chunk] = []
     group: list[InputFile] = []
     held = 0
     for file in files:
-        ranges = _ranges(file, size, footers.get(file.path))
+        ranges = row_groups.get(file) or _byte_ranges(file, size)
         alone = len(ranges) > 1 or file.size is None
         if group and (alone or held + file.size > size):
             chunks.append(Chunk(tuple(group), held))
@@ -79,36 +68,30 @@ def cut(files: Sequence[InputFile]) -> list[Chunk]:
     return chunks + ([Chunk(tuple(group), held)] if group else [])
 
 
-def _ranges(file: InputFile, size: int, row_groups: list[tuple[int, int]] | None) -> list[Chunk]:
+def _byte_ranges(file: InputFile, size: int) -> list[Chunk]:
     """The chunks of one file; a single one where it is small or cannot be divided."""
-    if row_groups:
-        return list(_row_group_ranges(file, size, row_groups))
     if file.kind == "jsonl" and file.divisible and file.size and not file.compression:
         edges = [*range(0, file.size, size), file.size]
         return [Chunk((file,), end - start, start, end) for start, end in zip(edges, edges[1:])]
     return [Chunk((file,), file.size or 0)]
 
 
-def _row_group_ranges(file: InputFile, size: int, row_groups) -> Iterator[Chunk]:
-    start = first = held = rows = 0
-    for number, (group_bytes, group_rows) in enumerate(row_groups):
-        if held and held + group_bytes > size:
-            yield Chunk((file,), held, start, number, first)
-            start, first, held, rows = number, first + rows, 0, 0
-        held += group_bytes
-        rows += group_rows
-    yield Chunk((file,), held, start, len(row_groups), first)
-
-
-def _row_groups(file: InputFile) -> list[tuple[int, int]] | None:
-    """(bytes, rows) of each row group; None for a damaged file: its reader says so."""
+def _row_groups(file: InputFile, size: int) -> list[Chunk]:
+    """Runs of row groups of a file; none if it is damaged, which its reader will say."""
     with readers.open_input(file.path, seekable=True) as opened:
         try:
             footer = pq.ParquetFile(opened).metadata
         except readers.PARQUET_ERRORS:
-            return None
-    groups = map(footer.row_group, range(footer.num_row_groups))
-    return [(group.total_byte_size, group.num_rows) for group in groups]
+            return []
+    ranges: list[Chunk] = []
+    start = first = held = rows = 0
+    for number, group in enumerate(map(footer.row_group, range(footer.num_row_groups))):
+        if held and held + group.total_byte_size > size:
+            ranges.append(Chunk((file,), held, start, number, first))
+            start, first, held = number, rows, 0
+        held += group.total_byte_size
+        rows += group.num_rows
+    return [*ranges, Chunk((file,), held, start, footer.num_row_groups, first)]
 
 
 def read_chunk(chunk: Chunk, text_key: str, skip: int = 0) -> Iterator[Record]:
@@ -130,6 +113,6 @@ def read_chunk(chunk: Chunk, text_key: str, skip: int = 0) -> Iterator[Record]:
                 yield Record(file, line, content, meter.consumed)
 
 
-def from_json(saved: list) -> list[Chunk]:
+def chunks_from_json(saved: list) -> list[Chunk]:
     """Chunks that were written as JSON."""
     return [Chunk(tuple(InputFile(*file) for file in files), *rest) for files, *rest in saved]

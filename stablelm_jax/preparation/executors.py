@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
@@ -33,6 +33,7 @@ _SLURM_POLL_SECONDS = 5.0
 _SLURM_GRACE_SECONDS = 60.0
 # Everything a worker imports: its tasks, and what `prepare`, the main module, brings along.
 _PRELOADED = ["stablelm_jax.preparation.prepare_source", "rich.table"]
+_AGAIN = "run the same command again to go on from here"
 
 
 class TasksFailed(RuntimeError):
@@ -41,11 +42,7 @@ class TasksFailed(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """Which executor, with how many tasks at a time, and what SLURM wants to know.
-
-    Attributes:
-      slurm_options: further options of sbatch, name to value.
-    """
+    """Which executor, with how many tasks at a time, and what SLURM wants to know."""
 
     kind: str = "local"
     workers: int = 1
@@ -53,55 +50,43 @@ class Executor:
     slurm_time: str = "24:00:00"
     slurm_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def run(self, pipeline: Sequence[PipelineStep], tasks: int, logs: pathlib.Path) -> None:
-        """Runs `pipeline` for the ranks 0 to tasks-1, except those that `logs` knows as done.
+    def run(self, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
+        """Runs `step` for the ranks 0 to tasks-1, except those that `logs` knows as done.
 
         Raises:
           TasksFailed: some task was not done.
         """
-        pipeline = list(pipeline)
-        if self.kind == "local":
-            _LocalExecutor(pipeline, tasks, min(self.workers, tasks), str(logs)).run()
-        elif self.kind == "slurm":
-            _run_slurm(self, pipeline, tasks, logs)
-        else:
-            _run_ray(self, pipeline, tasks, logs)
+        run = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[self.kind]
+        run(self, step, tasks, logs)
 
 
-class _LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, on a pool that breaks when a worker dies."""
-
-    def run(self) -> None:
-        ranks = self.get_incomplete_ranks()
-        if not ranks:
-            return
-        output = pathlib.Path(self.logging_dir.path) / "workers.log"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Workers fork from a server that has imported what they need, and so start at once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(self.workers, context, _start_worker, (str(output),))
-        try:
-            futures = [pool.submit(self._run_for_rank, rank, 1) for rank in ranks]
-            for future in as_completed(futures):
-                future.result()
-        except BrokenProcessPool:
-            raise TasksFailed(
-                "a worker was killed (by the kernel, if memory ran out): run the same command again"
-                " to go on from here, with fewer --workers if it was memory"
-            ) from None
-        except BaseException as error:
-            for child in set(multiprocessing.active_children()) - others:
-                child.kill()
-            if not isinstance(error, Exception):
-                raise
-            raise TasksFailed(
-                f"{type(error).__name__}: {error} (details: {output.parent / 'logs'}); run the same"
-                " command again to go on from here"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
+    logs.mkdir(parents=True, exist_ok=True)
+    workers = min(options.workers, tasks)
+    executor = LocalPipelineExecutor([step], tasks, workers, str(logs))
+    # Workers fork from a server that has imported what they need, and so start at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (str(logs / "workers.log"),))
+    try:
+        ranks = executor.get_incomplete_ranks()
+        futures = [pool.submit(executor._run_for_rank, rank, 1) for rank in ranks]
+        for future in as_completed(futures):
+            future.result()
+    except BrokenProcessPool:
+        raise TasksFailed(
+            f"a worker was killed (by the kernel, if memory ran out): {_AGAIN}, with fewer"
+            " --workers if it was memory"
+        ) from None
+    except BaseException as error:
+        for worker in pool._processes.values():  # what they are doing is not waited for
+            worker.kill()
+        if not isinstance(error, Exception):
+            raise
+        name = type(error).__name__
+        raise TasksFailed(f"{name}: {error} (details: {logs / 'logs'}); {_AGAIN}") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(output: str) -> None:
@@ -118,19 +103,25 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_slurm(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
+class _SlurmExecutor(SlurmPipelineExecutor):
+    """datatrove's, without the job that adds up its statistics: the manifest holds ours."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+
+def _run_slurm(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
     # The job gets this Python and this package.
     path, root = pathlib.Path(sys.executable).parent, pathlib.Path(__file__).parents[2]
-    environment = f'export PATH="{path}:$PATH" PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"'
     executor = _SlurmExecutor(
-        pipeline,
+        [step],
         tasks=tasks,
         time=options.slurm_time,
         partition=options.slurm_partition,
         workers=options.workers,
         job_name="stablelm_prepare",
         qos="",
-        env_command=environment,
+        env_command=f'export PATH="{path}:$PATH" PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"',
         sbatch_args=dict(options.slurm_options),
         logging_dir=str(logs),
         tasks_per_job=math.ceil(tasks / (options.workers * _ARRAY_ROUNDS)),
@@ -144,30 +135,21 @@ def _run_slurm(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path
         except subprocess.CalledProcessError as error:
             code = error.returncode
             raise TasksFailed(f"sbatch failed with exit code {code}, see above") from None
-        job = executor.job_id
-        note.write_text(str(job))
-    _wait_for_slurm(executor, str(job), logs)
-
-
-class _SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's, without the job that adds up its statistics: the manifest holds ours."""
-
-    def launch_merge_stats(self) -> None:
-        pass
+        job = str(executor.job_id)
+        note.write_text(job)
+    _wait_for_slurm(executor, job, logs)
 
 
 def _wait_for_slurm(executor: SlurmPipelineExecutor, job: str, logs: pathlib.Path) -> None:
-    left_at = None
+    seen = time.monotonic()
     while missing := executor.get_incomplete_ranks():
         time.sleep(_SLURM_POLL_SECONDS)
         if _is_queued(job):
-            left_at = None
-            continue
-        left_at = left_at or time.monotonic()
-        if time.monotonic() - left_at > _SLURM_GRACE_SECONDS:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _SLURM_GRACE_SECONDS:
             raise TasksFailed(
                 f"SLURM job {job} left the queue with {len(missing)} of {executor.world_size} tasks"
-                f" not done (see {logs / 'slurm_logs'}); run the same command again to go on"
+                f" not done (see {logs / 'slurm_logs'}); {_AGAIN}"
             )
 
 
@@ -177,17 +159,16 @@ def _is_queued(job: str) -> bool:
     return queue.returncode == 0 and bool(queue.stdout.strip())
 
 
-def _run_ray(options: Executor, pipeline: list, tasks: int, logs: pathlib.Path) -> None:
+def _run_ray(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
     import ray
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
     executor = RayPipelineExecutor(
-        pipeline, tasks=tasks, workers=options.workers, logging_dir=str(logs)
+        [step], tasks=tasks, workers=options.workers, logging_dir=str(logs)
     )
     executor.run()
     if missing := executor.get_incomplete_ranks():
         raise TasksFailed(
-            f"{len(missing)} of {tasks} Ray tasks were not done; see {logs / 'logs'}, then run the"
-            " same command again to go on"
+            f"{len(missing)} of {tasks} Ray tasks were not done (see {logs / 'logs'}); {_AGAIN}"
         )

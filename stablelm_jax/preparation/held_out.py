@@ -1,33 +1,18 @@
 """Which documents are held out from training: those whose content hash lies below a threshold.
 
-The hash is 64 bits of BLAKE2b of a document's UTF-8 text. So copies of a document are all on the
-same side, and adding documents to a source moves few others. The threshold is fixed before anything
-is tokenised; then each chunk of the input can be split by itself, in one pass.
+So copies of a document are all on the same side, and adding documents to a source moves few others.
+The threshold is fixed by a first look at the beginning of the source, before anything is tokenised;
+then each chunk of the input can be split by itself, in one pass.
 
-**How much.** At least 50 documents, 256 kB of text, and the fraction of the text that `--held-out`
-asks for (0.001); but at most 5 % of the documents (or that fraction of them, if it is larger), and
-at least one.
-
-**The first look** reads documents from the beginning, without tokenising them, until it has seen
-256 MiB of text and 1,000 different documents, or 100,000 different documents, or everything.
-
-* A source that ends before that is known exactly. Documents are taken in the order of their hashes
-  until there is enough. A document is passed over if with it more than 5 % of the documents (its
-  copies count) or more than a quarter of the text would be held out. If that leaves none, the one
-  of least text is held out.
-* Of a longer source the look sees a part. The documents and the text of the whole are estimated in
-  proportion to the bytes of input. The threshold is the share of all hashes that should give 1.25
-  times enough, because the number of documents below a threshold varies by its square root.
-
-The split can still come out with an empty side: the tokenizer refused the only document held out,
-or the beginning of the source was unlike the rest of it. Then the threshold moves just beyond the
-smallest hash (or down to the largest), and the source is tokenised once more.
+At least 50 documents are held out, 256 kB of text, and the fraction of the text that `--held-out`
+asks for; but at most 5 % of the documents (or that fraction of them, if it is larger), and at least
+one. docs/preparation.md shows what this gives.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from stablelm_jax.preparation.chunks import Chunk, read_chunk
@@ -41,7 +26,6 @@ _MARGIN = 1.25
 _LOOK_BYTES = 256 << 20
 _LOOK_DOCUMENTS = 1_000
 _LOOK_DOCUMENTS_MOST = 100_000
-_HASHES = 2**64
 
 
 def content_hash(data: bytes) -> int:
@@ -50,38 +34,29 @@ def content_hash(data: bytes) -> int:
 
 
 class HeldOutRule(NamedTuple):
-    """Says of a content hash whether the document is held out.
+    """Says of a content hash whether the document is held out."""
 
-    Attributes:
-      threshold: documents of a smaller hash are held out, 0 to 2**64.
-      passed_over: hashes below the threshold that are not held out all the same.
-      reason: how the threshold was found, for people.
-    """
-
-    threshold: int
-    passed_over: Sequence[int]
-    reason: str
+    threshold: int  # documents of a smaller hash are held out, 0 to 2**64
+    passed_over: Sequence[int]  # hashes below the threshold that are not held out all the same
+    reason: str  # how the threshold was found, for people
 
     def holds_out(self, value: int) -> bool:
         return value < self.threshold and value not in self.passed_over
 
 
 class Look(NamedTuple):
-    """What the first look saw of a source.
+    """What the first look saw of a source."""
 
-    Attributes:
-      found: {content hash: [copies, bytes of text of all copies]}.
-      share: how much of the input was read, 0 to 1.
-      whole: whether nothing follows.
-    """
-
-    found: dict[int, list[int]]
-    share: float = 1.0
-    whole: bool = True
+    found: dict[int, list[int]]  # content hash: [copies, bytes of text of all copies]
+    share: float = 1.0  # how much of the input was read, 0 to 1
+    whole: bool = True  # whether nothing follows
 
 
 def look(chunks: Sequence[Chunk], text_key: str) -> Look:
-    """Reads a source from its beginning, as far as the threshold needs it."""
+    """Reads a source from its beginning, as far as the threshold needs it.
+
+    That is 256 MiB of text and 1,000 different documents, or 100,000 of them, or everything.
+    """
     found: dict[int, list[int]] = {}
     text_bytes = earlier_bytes = 0
     for chunk in chunks:
@@ -109,7 +84,11 @@ def choose(seen: Look, fraction: float) -> HeldOutRule:
 
 
 def _smallest_hashes(found: dict[int, list[int]], fraction: float) -> HeldOutRule:
-    """The documents of smallest hash, exactly as many as are enough."""
+    """The documents of smallest hash, exactly as many as are enough.
+
+    A document is passed over if with it too many documents (its copies count) or too much of the
+    text would be held out. If that leaves none, the document of least text is held out.
+    """
     documents, text_bytes = (sum(column) for column in zip((0, 0), *found.values()))
     most_documents = max(1, int(max(MOST_DOCUMENTS, fraction) * documents))
     most_bytes = max(_MOST_TEXT, 2 * fraction) * text_bytes
@@ -126,22 +105,19 @@ def _smallest_hashes(found: dict[int, list[int]], fraction: float) -> HeldOutRul
         chosen = [min(found, key=lambda value: (found[value][1], value))]
     threshold = chosen[-1] + 1 if chosen else 0
     passed_over = sorted({value for value in found if value < threshold}.difference(chosen))
-    return HeldOutRule(
-        threshold, passed_over, f"the smallest hashes of all {documents:,} documents"
-    )
+    reason = f"the smallest hashes of all {documents:,} documents"
+    return HeldOutRule(threshold, passed_over, reason)
 
 
 def _by_share(seen: Look, fraction: float) -> HeldOutRule:
-    """Every hash below a share of all hashes."""
+    """Every hash below a share of all hashes, after an estimate of how much the whole source holds.
+
+    The share would give 1.25 times enough: how many documents it really gives varies by the square
+    root of their number.
+    """
     documents = len(seen.found) / seen.share
     text_bytes = sum(size for _, size in seen.found.values()) / seen.share
     enough = _MARGIN * max(ENOUGH_DOCUMENTS / documents, ENOUGH_BYTES / text_bytes)
     share = max(fraction, min(MOST_DOCUMENTS, enough))
     reason = f"hashes in the lowest {share:.3%}, for about {documents:,.0f} documents"
-    return HeldOutRule(int(share * _HASHES), [], reason)
-
-
-def moved(rule: HeldOutRule, hashes: Iterable[int], *, nothing_held_out: bool) -> HeldOutRule:
-    """The rule after a split with an empty side, given hashes of at least two documents."""
-    threshold = min(hashes) + 1 if nothing_held_out else max(hashes)
-    return HeldOutRule(threshold, [], f"{rule.reason}; moved, because one side was empty")
+    return HeldOutRule(int(share * 2**64), [], reason)

@@ -23,25 +23,15 @@ class InputError(ValueError):
 
 
 class InputFile(NamedTuple):
-    """A file to read.
+    """A file to read."""
 
-    Attributes:
-      path: what is opened, an absolute path or a URL.
-      name: the file as the user wrote it, for messages.
-      size: bytes; None where a server does not tell.
-      version: changes when the file does.
-      kind: 'jsonl', 'parquet' or 'text'.
-      compression: None, 'gzip' or 'zstd'.
-      divisible: whether parts of it can be read.
-    """
-
-    path: str
-    name: str
-    size: int | None
-    version: str
-    kind: str
-    compression: str | None
-    divisible: bool = True
+    path: str  # what is opened, an absolute path or a URL
+    name: str  # the file as the user wrote it, for messages
+    size: int | None  # in bytes; None where a server does not tell
+    version: str  # changes when the file does
+    kind: str = ""  # 'jsonl', 'parquet' or 'text'
+    compression: str | None = None  # 'gzip' or 'zstd'
+    divisible: bool = True  # whether parts of it can be read
 
 
 def find_files(inputs: Sequence[str], file_format: str = "auto") -> list[InputFile]:
@@ -52,17 +42,16 @@ def find_files(inputs: Sequence[str], file_format: str = "auto") -> list[InputFi
     Raises:
       InputError: nothing is found under a name, or a file is reached twice.
     """
-    files, seen = [], set()
+    files: dict[str, InputFile] = {}
     for written in inputs:
         found = list(_remote_files(written) if is_url(written) else _local_files(written))
         if not found:
             raise InputError(f"--input {written}: nothing there; check the path")
         for file in found:
-            if file.path in seen:
+            if file.path in files:
                 raise InputError(f"--input: {file.name} is reached twice; name it once")
-            seen.add(file.path)
-            files.append(_classified(file, file_format))
-    return files
+            files[file.path] = _classified(file, file_format)
+    return list(files.values())
 
 
 def _local_files(written: str) -> Iterator[InputFile]:
@@ -72,7 +61,7 @@ def _local_files(written: str) -> Iterator[InputFile]:
             status = os.stat(name)
             if stat.S_ISREG(status.st_mode):
                 version = str(status.st_mtime_ns)
-                yield InputFile(os.path.abspath(name), name, status.st_size, version, "", None)
+                yield InputFile(os.path.abspath(name), name, status.st_size, version)
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -98,11 +87,10 @@ def _remote_files(url: str) -> Iterator[InputFile]:
         raise InputError(f"--input {error}") from error
     for found in sorted(fs.glob(path)) if glob.has_magic(path) else [path]:
         for name in _walk_remote(fs, found):
-            full = fs.unstrip_protocol(name)
-            info = fs.info(name)
+            full, info = fs.unstrip_protocol(name), fs.info(name)
             version = info.get("ETag") or info.get("Last-Modified") or fs.ukey(name)
-            divisible = _gives_ranges(fs, name)
-            yield InputFile(full, full, info.get("size"), str(version), "", None, divisible)
+            file = InputFile(full, full, info.get("size"), str(version))
+            yield file._replace(divisible=_gives_ranges(fs, name))
 
 
 def _walk_remote(fs, path: str) -> list[str]:
@@ -160,9 +148,6 @@ def fingerprint(files: Sequence[InputFile]) -> str:
 
     The folder that all files share is left out: moving it as a whole keeps the hash.
     """
-    parents = [os.path.dirname(file.path) + "/" for file in files]
-    shared = len(os.path.commonprefix(parents))
-    rows = [
-        [file.path[shared:], file.size, file.version, file.kind, file.compression] for file in files
-    ]
+    shared = len(os.path.commonprefix([os.path.dirname(file.path) + "/" for file in files]))
+    rows = [[f.path[shared:], f.size, f.version, f.kind, f.compression] for f in files]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

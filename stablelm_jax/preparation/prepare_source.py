@@ -26,8 +26,7 @@ from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, inputs, tokenize_chunk
 from stablelm_jax.preparation.executors import Executor
-from stablelm_jax.preparation.held_out import HeldOutRule
-from stablelm_jax.preparation.tokenize_chunk import Output, TokenizeChunk
+from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -64,16 +63,19 @@ class Preparation:
 
     Attributes:
       directory: the folder of the source.
+      outputs: where the workers leave what they make.
       files, input_bytes: what is read, and its size as it lies on disk.
-      chunks, rule: how the input is cut, and what is held out; known from `begin` on.
+      plan: how the input is cut, and what is held out; known from `begin` on.
       reasons: how often what was rejected; known from `tokenize` on.
     """
+
+    plan: Plan
 
     def __init__(self, job: Job):
         self.job = job
         self.directory = pathlib.Path(os.path.abspath(job.output)) / job.source
         self._work = self.directory / ".work"
-        self._plan = self._work / "plan.json"
+        self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
         self.files = inputs.find_files(job.inputs, job.format)
         for file in self.files:
@@ -82,8 +84,6 @@ class Preparation:
                     f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
                 )
         self.input_bytes = sum(file.size or 0 for file in self.files)
-        self.chunks: list[chunks.Chunk] = []
-        self.rule = HeldOutRule(0, [], "")
         self.reasons: collections.Counter = collections.Counter()
         # All that the bytes of the source follow from.
         self._settings = {
@@ -94,11 +94,6 @@ class Preparation:
         }
         for name in ("source", "inputs", "output", "tokenizer", "ranks"):
             del self._settings[name]
-
-    @property
-    def outputs(self) -> pathlib.Path:
-        """Where the workers leave what they make; another place when the rule changes."""
-        return self._work / f"outputs-{self.rule.threshold:x}"
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
@@ -118,136 +113,128 @@ class Preparation:
         return found
 
     def _compare(self, theirs: Mapping, what: str) -> None:
-        names = {
-            "inputs_sha256": "input files (names, sizes or dates)",
-            "tokenizer_sha256": "tokenizer",
-        }
         for key, ours in self._settings.items():
-            if theirs.get(key) != ours:
-                values = "" if key.endswith("sha256") else f" ({theirs.get(key)!r}, not {ours!r})"
-                raise PreparationError(
-                    f"{what} with other {names.get(key, key)}{values}: ask for the same, choose"
-                    f" another --source, or remove {self.directory}"
-                )
+            if theirs.get(key) == ours:
+                continue
+            differs = {
+                "inputs_sha256": "input files (names, sizes or dates)",
+                "tokenizer_sha256": "tokenizer",
+            }.get(key, f"{key} ({theirs.get(key)!r}, not {ours!r})")
+            raise PreparationError(
+                f"{what} with other {differs}: ask for the same, choose another --source, or remove"
+                f" {self.directory}"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process from working on the same source at the same time."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
+        with contextlib.ExitStack() as stack:
+            descriptor = os.open(self.directory, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise PreparationError(
-                    f"{self.directory}: another process is preparing this source; wait for it or"
-                    " end it"
+                    f"{self.directory}: another process is preparing this source; wait or end it"
                 ) from None
             yield
-        finally:
-            os.close(descriptor)
 
     def begin(self) -> bool:
         """Cuts the inputs and decides what is held out; True if earlier work is gone on with."""
-        resumed = self._plan.exists()
+        resumed = self._plan_path.exists()
         if resumed:
-            plan = json.loads(self._plan.read_text())
-            self._compare(plan["settings"], f"{self.directory} was begun, not finished,")
-            self.chunks = chunks.from_json(plan["chunks"])
-            self.rule = HeldOutRule(**plan["held_out"])
+            self.plan = Plan.read(self._plan_path)
+            self._compare(self.plan.settings, f"{self.directory} was begun, not finished,")
         else:
             shutil.rmtree(self._work, ignore_errors=True)
+            # Shards of a preparation whose manifest somebody deleted to make it anew.
+            for split in SPLITS:
+                for path in self.directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].*"):
+                    path.unlink()
             self._work.mkdir()
-            self.chunks = chunks.cut(self.files)
-            seen = held_out.look(self.chunks, self.job.text_key)
-            self._follow(held_out.choose(seen, self.job.held_out))
+            cut = chunks.cut(self.files)
+            seen = held_out.look(cut, self.job.text_key)
+            rule = held_out.choose(seen, self.job.held_out)
+            self.plan = Plan(self._settings, rule, cut)
+            write_json(self._plan_path, self.plan)
+        self.outputs.mkdir(exist_ok=True)
         return resumed
 
-    def _follow(self, rule: HeldOutRule) -> None:
-        """Writes the plan with this rule, and makes room for what follows from it."""
-        self.rule = rule
-        self.outputs.mkdir(exist_ok=True)
-        plan = {"settings": self._settings, "held_out": rule._asdict(), "chunks": self.chunks}
-        write_json(self._plan, plan)
-
-    def tokenize(self, executor: Executor) -> None:
-        """Makes the outputs of every chunk, so that both splits have documents.
+    def tokenize(self, executor: Executor) -> list[Output]:
+        """The outputs of every chunk, in order, made where they are not there yet.
 
         Raises:
-          PreparationError: there are not two different documents.
+          PreparationError: a split has no document.
+          TasksFailed: some chunk was not done.
         """
-        outputs = self._tokenize(executor)
-        self._list_rejected(outputs)
-        hashes = {value for output in outputs for value in output.hashes}
-        if not hashes:
-            raise PreparationError(self._no_document())
-        if len(hashes) == 1:
-            raise PreparationError(
-                "all there is is one document, and a source needs two different ones, one of them"
-                " to hold out: add documents, or cut this one into several"
-            )
-        held = any(output.tokens["held_out"] for output in outputs)
-        if not held or not any(output.tokens["train"] for output in outputs):
-            self._follow(held_out.moved(self.rule, hashes, nothing_held_out=not held))
-            self._tokenize(executor)
-
-    def _tokenize(self, executor: Executor) -> list[Output]:
-        job, name = self.job, self.job.tokenizer
-        # Workers may have another working directory.
-        tokenizer = (
-            os.path.abspath(name) if os.path.exists(name) else name,
-            job.ranks and os.path.abspath(job.ranks),
-        )
-        step = TokenizeChunk(
-            self._plan, self.outputs, self.rule, tokenizer, job.text_key, job.shard_tokens
-        )
         if executor.kind == "local":  # the workers of an earlier call ended with it
             for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*"):
                 shutil.rmtree(path)
-        executor.run([step], len(self.chunks), self._work / "logs" / self.outputs.name)
-        return tokenize_chunk.all_outputs(self.outputs, len(self.chunks))
+        job, name = self.job, self.job.tokenizer
+        # Workers may have another working directory.
+        name = os.path.abspath(name) if os.path.exists(name) else name
+        ranks = job.ranks and os.path.abspath(job.ranks)
+        step = TokenizeChunk(self._plan_path, self.outputs, name, ranks)
+        executor.run(step, len(self.plan.chunks), self._work / "logs")
+        outputs = []
+        for chunk in range(len(self.plan.chunks)):
+            outputs += tokenize_chunk.outputs_of_chunk(self.outputs, chunk)
+            if not outputs or outputs[-1].chunk != chunk or not outputs[-1].last:
+                raise PreparationError(
+                    f"{self.outputs}: chunk {chunk} is marked as done, but some of it is gone;"
+                    f" remove {self._work} and begin again"
+                )
+        self._list_rejected(outputs)
+        self._check_documents(outputs)
+        return outputs
 
     def _list_rejected(self, outputs: list[Output]) -> None:
         """Writes what gave no document, `file`, `line` and `reason` a line, and counts reasons."""
         self.reasons.clear()
-        lines: dict[str, int] = {}
+        earlier_lines = 0
         path = self.directory / "rejected.jsonl"
         with replacing(path) as aside, open(aside, "w", encoding="utf-8") as listed:
             for output in outputs:
-                chunk = self.chunks[output.chunk]
-                # Lines of a byte range are counted from its own start.
-                is_range = chunk.start and chunk.files[0].kind == "jsonl"
-                earlier = lines.get(chunk.files[0].name, 0) if is_range else 0
+                chunk = self.plan.chunks[output.chunk]
+                # In a byte range of a file, lines are counted from the start of the range.
+                if chunk.start == 0 or chunk.files[0].kind != "jsonl":
+                    earlier_lines = 0
                 with open(self.outputs / output.name / "rejected.jsonl", encoding="utf-8") as rows:
                     for row in map(json.loads, rows):
-                        row["line"] += earlier
+                        row["line"] += earlier_lines
                         listed.write(json.dumps(row, ensure_ascii=False) + "\n")
                         self.reasons[re.split(r"[:(]", row["reason"])[0].strip()] += 1
                 if output.last:
-                    lines[chunk.files[0].name] = earlier + output.records
+                    earlier_lines += output.records
 
-    def _no_document(self) -> str:
-        if not self.reasons:
-            return f"no document in {len(self.files)} files: all are empty"
-        (reason, count), total = self.reasons.most_common(1)[0], self.reasons.total()
-        hint = "; --text-key names the key" if reason.startswith(("no key", "no column")) else ""
-        return (
-            f'no usable document: {total} rejected, {count} of them "{reason}"{hint}'
-            f" (all listed in {self.directory / 'rejected.jsonl'})"
-        )
+    def _check_documents(self, outputs: list[Output]) -> None:
+        filled = {split for output in outputs for split in output.shards}
+        if len(filled) == len(SPLITS):
+            return
+        if filled:
+            side = "train on" if "held_out" in filled else "hold out"
+            problem = (
+                f"no document to {side}: a source needs two different ones, one of them held out;"
+                " add documents, or cut long ones into several"
+            )
+        elif not self.reasons:
+            problem = f"no document in {len(self.files)} files: all are empty"
+        else:
+            reason, count = self.reasons.most_common(1)[0]
+            problem = (
+                f'no usable document: {self.reasons.total()} rejected, {count} of them "{reason}"'
+            )
+            if reason.startswith(("no key", "no column")):
+                problem += "; --text-key names the key"
+        if self.reasons:
+            problem += f" (what was rejected is listed in {self.directory / 'rejected.jsonl'})"
+        raise PreparationError(problem)
 
-    def collate(self) -> SourceManifest:
+    def collate(self, outputs: list[Output]) -> SourceManifest:
         """Gives the shards their names, writes the manifest, removes what only the work needed."""
-        outputs = tokenize_chunk.all_outputs(self.outputs, len(self.chunks))
         counts = sum(np.load(self.outputs / output.name / "counts.npy") for output in outputs)
         tokenizer, job = self.tokenizer, self.job
-        provenance = {
-            "inputs": job.inputs,
-            "input_files": len(self.files),
-            "input_bytes": self.input_bytes,
-            "settings": self._settings,
-            "held_out": self.rule._asdict(),
-        }
         made = SourceManifest(
             source=job.source,
             tokenizer=TokenizerInfo(
@@ -258,7 +245,14 @@ class Preparation:
             unigram_entropy=manifest.unigram_entropy(counts),
             languages=tuple(job.languages),
             licence=job.licence,
-            provenance={**job.provenance, **provenance},
+            provenance={
+                **job.provenance,
+                "inputs": job.inputs,
+                "input_files": len(self.files),
+                "input_bytes": self.input_bytes,
+                "settings": self._settings,
+                "held_out": self.plan.held_out._asdict(),
+            },
             rejected=self.reasons.total(),
         )
         manifest.verify(self.directory, made)
@@ -273,14 +267,10 @@ class Preparation:
             if split not in output.shards:
                 continue
             name = f"{split}-{len(infos):05d}"
-            infos.append(dataclasses.replace(output.shards[split], file=f"{name}.bin"))
+            infos.append(ShardInfo(**{**output.shards[split], "file": f"{name}.bin"}))
             for suffix in (".idx", ".bin"):
                 # What is not there was moved by an earlier call, which was stopped.
                 with contextlib.suppress(FileNotFoundError):
                     source = self.outputs / output.name / (split + suffix)
                     os.replace(source, self.directory / (name + suffix))
-        # Shards of a preparation whose manifest somebody deleted to make it anew.
-        for path in self.directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].*"):
-            if f"{path.stem}.bin" not in {info.file for info in infos}:
-                path.unlink()
         return Split.of(infos, sum(output.text_bytes[split] for output in outputs))

@@ -37,6 +37,10 @@ _PARQUET_ROWS = 256
 # Published dumps are written with `zstd --long=31`; the decoder has to be allowed such a window.
 _ZSTD_WINDOW = 2**31
 _BOM = b"\xef\xbb\xbf"
+_TEXT_TYPES = (
+    pa.string(), pa.large_string(), pa.string_view(),
+    pa.binary(), pa.large_binary(), pa.binary_view(),
+)  # fmt: skip
 _JSON_NAMES = {
     dict: 'object', list: 'array', str: 'string', int: 'number', float: 'number',
     bool: 'boolean', type(None): 'null',
@@ -76,10 +80,7 @@ def read_jsonl(
 ) -> Iterator[str | Rejected]:
     """One document a line, its text under `text_key`.
 
-    Args:
-      compression: None, 'gzip' or 'zstd'.
-      start, end: of an uncompressed file, the lines that begin in these bytes.
-      meter: told how much was read.
+    `start` and `end`: only the lines that begin in these bytes, of a file that is not compressed.
     """
     meter = meter or Meter()
     with open_input(path, seekable=bool(start or end)) as file:
@@ -88,12 +89,9 @@ def read_jsonl(
         else:
             blocks = _plain(file, *line_range(file, start, end), meter)
         for number, line in enumerate(_lines(blocks)):
-            if isinstance(line, Rejected):
-                yield line
-            elif number == 0 and start == 0:
-                yield parse_json_line(line.removeprefix(_BOM), text_key)
-            else:
-                yield parse_json_line(line, text_key)
+            if isinstance(line, bytes) and start == number == 0:
+                line = line.removeprefix(_BOM)
+            yield line if isinstance(line, Rejected) else parse_json_line(line, text_key)
 
 
 def read_parquet(
@@ -287,9 +285,18 @@ def _row_group(
     before, done = meter.consumed, 0
     try:
         rest = _no_text_column(table.schema_arrow, text_key)
-        for cells in _text_batches(table, group, text_key) if rest is None else ():
-            yield from (_text_of_cell(cell, text_key) for cell in cells)
-            done += len(cells)
+        options = {"row_groups": [group], "columns": [text_key]}
+        for batch in table.iter_batches(_PARQUET_ROWS, **options) if rest is None else ():
+            column = batch.column(0)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            # Arrow does not promise that strings are UTF-8: take the bytes and look.
+            for cell in column.cast(pa.large_binary()).to_pylist():
+                if cell is None:
+                    yield Rejected(f"{text_key!r} is null")
+                else:
+                    yield decode(cell) if len(cell) <= MAX_DOCUMENT_BYTES else _too_long()
+            done += len(column)
             meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
     except PARQUET_ERRORS as error:
         rest = Rejected(f"row group {group} damaged: {_damage(error)}")
@@ -304,26 +311,9 @@ def _no_text_column(schema: pa.Schema, text_key: str) -> Rejected | None:
         return Rejected(f"no column {text_key!r} (columns: {', '.join(schema.names)[:120]})")
     kind = schema.field(text_key).type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    tests = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
-    tests += [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
-    if not any(test(values) for test in tests):
+    if values not in _TEXT_TYPES:
         return Rejected(f"column {text_key!r} holds {kind}, not strings")
     return None
-
-
-def _text_batches(table: pq.ParquetFile, group: int, text_key: str) -> Iterator[list[bytes | None]]:
-    for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_key]):
-        column = batch.column(0)
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        # Arrow does not promise that strings are UTF-8: take the bytes and look.
-        yield column.cast(pa.large_binary()).to_pylist()
-
-
-def _text_of_cell(cell: bytes | None, text_key: str) -> str | Rejected:
-    if cell is None:
-        return Rejected(f"{text_key!r} is null")
-    return decode(cell) if len(cell) <= MAX_DOCUMENT_BYTES else _too_long()
 
 
 def _damage(error: Exception) -> str:

@@ -9,8 +9,9 @@ same one. It holds
     rejected.jsonl   file, line and reason of each record that gave no document
     record.json      the fields of `Output`
 
-A chunk of more than `--shard-tokens` tokens has several outputs. A worker that goes on with a chunk
-skips the records of those that are finished, so a kill loses one output at most.
+A chunk of more than `--shard-tokens` tokens, such as a large compressed file, has several outputs.
+A worker that goes on with a chunk skips the records of those that are finished, so a kill loses one
+output at most.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
-from stablelm_jax.data.shards import ShardInfo, ShardWriter
-from stablelm_jax.preparation import chunks
-from stablelm_jax.preparation.chunks import Record
+from stablelm_jax.data.shards import ShardWriter
+from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
 from stablelm_jax.preparation.held_out import HeldOutRule, content_hash
 from stablelm_jax.preparation.readers import Rejected
 from stablelm_jax.storage.files import write_json
@@ -43,42 +44,47 @@ _BATCH_CHARACTERS = 1 << 20
 _PROGRESS_SECONDS = 1.0
 
 
+class Plan(NamedTuple):
+    """What is fixed before anything is tokenised, as it stands in `plan.json`."""
+
+    settings: dict[str, Any]  # all that the bytes of the source follow from
+    held_out: HeldOutRule
+    chunks: list[Chunk]
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Plan:
+        settings, rule, saved = json.loads(path.read_text())
+        return cls(settings, HeldOutRule(*rule), chunks_from_json(saved))
+
+
 @dataclasses.dataclass
 class Output:
     """What an output holds. While it is written, its record is rewritten now and then.
 
     Attributes:
-      chunk, number: which output of which chunk, from 0.
       records, consumed: records and bytes of the chunk that were read up to the end of this output.
-      last: whether nothing of the chunk follows.
-      rejected: records that gave no document.
-      tokens, text_bytes: counts of each split.
-      shards: what the manifest keeps of the shard of each split that has documents.
-      hashes: the smallest and the largest content hash, empty without a document.
+      shards: the fields of `ShardInfo` for each split that has documents.
     """
 
     chunk: int
-    number: int
+    number: int  # of the outputs of this chunk, from 0
     records: int = 0
     consumed: int = 0
-    last: bool = False
-    rejected: int = 0
+    last: bool = False  # nothing of the chunk follows
+    rejected: int = 0  # records that gave no document
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    shards: dict[str, ShardInfo] = dataclasses.field(default_factory=dict)
-    hashes: list[int] = dataclasses.field(default_factory=list)
+    shards: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The name of its folder; names sort as outputs do."""
+        """The name of its folder."""
         return f"{self.chunk:08d}-{self.number:04d}"
 
 
 def read_output(folder: pathlib.Path) -> Output:
     """The record of one output, finished or not."""
-    fields = json.loads((folder / "record.json").read_text())
-    shards = {split: ShardInfo(**info) for split, info in fields.pop("shards").items()}
-    return Output(shards=shards, **fields)
+    return Output(**json.loads((folder / "record.json").read_text()))
 
 
 def outputs_of_chunk(folder: pathlib.Path, chunk: int) -> list[Output]:
@@ -89,29 +95,11 @@ def outputs_of_chunk(folder: pathlib.Path, chunk: int) -> list[Output]:
     return found
 
 
-def all_outputs(folder: pathlib.Path, num_chunks: int) -> list[Output]:
-    """The outputs of all chunks, in order.
-
-    Raises:
-      ValueError: a chunk is not finished.
-    """
-    outputs = []
-    for chunk in range(num_chunks):
-        found = outputs_of_chunk(folder, chunk)
-        if not found or not found[-1].last:
-            raise ValueError(
-                f"{folder}: chunk {chunk} is marked as done, but some of it is gone;"
-                f" remove {folder.parent} and begin again"
-            )
-        outputs += found
-    return outputs
-
-
 class OutputWriter:
     """Writes one output aside; `close` gives it its name."""
 
-    def __init__(self, folder: pathlib.Path, output: Output, rule: HeldOutRule, vocab_size: int):
-        self.output, self._rule, self._final = output, rule, folder / output.name
+    def __init__(self, folder: pathlib.Path, output: Output, plan: Plan, vocab_size: int):
+        self.output, self._plan, self._final = output, plan, folder / output.name
         prefix = f"{SCRATCH}{output.name}-"
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
@@ -120,29 +108,29 @@ class OutputWriter:
         self._counts = np.zeros(vocab_size, np.int64)
         self._record_due = 0.0
 
-    def add(self, text: str, tokens: np.ndarray, shard_tokens: int) -> bool:
-        """Adds a document; False, and nothing is added, where it would make a shard too long.
+    def add(self, record: Record, tokens: np.ndarray | Rejected) -> bool:
+        """Takes a record; False, and nothing is taken, where it would make a shard too long.
 
         Args:
-          tokens: int32, the one that ends the document included.
+          tokens: int32, the one that ends the document included; or why there are none.
         """
-        data = text.encode()
-        value = content_hash(data)
-        split = "held_out" if self._rule.holds_out(value) else "train"
         output = self.output
-        if output.tokens[split] and output.tokens[split] + len(tokens) > shard_tokens:
-            return False
-        output.tokens[split] += len(tokens)
-        output.text_bytes[split] += len(data)
-        output.hashes.append(value)
-        self._waiting[split].append(tokens)
+        if isinstance(tokens, Rejected):
+            row = {"file": record.file.name, "line": record.line, "reason": tokens.reason}
+            self._rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
+            output.rejected += 1
+        else:
+            data = record.content.encode()
+            split = "held_out" if self._plan.held_out.holds_out(content_hash(data)) else "train"
+            total = output.tokens[split] + len(tokens)
+            if output.tokens[split] and total > self._plan.settings["shard_tokens"]:
+                return False
+            output.tokens[split] = total
+            output.text_bytes[split] += len(data)
+            self._waiting[split].append(tokens)
+        output.records += 1
+        output.consumed = record.consumed
         return True
-
-    def reject(self, record: Record, reason: str) -> None:
-        """Notes a record that gives no document."""
-        row = {"file": record.file.name, "line": record.line, "reason": reason}
-        self._rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.output.rejected += 1
 
     def flush(self) -> None:
         """Writes the documents that wait and, about once a second, the record for the progress."""
@@ -156,22 +144,19 @@ class OutputWriter:
             if split == "train":
                 self._counts += np.bincount(flat, minlength=len(self._counts))
             documents.clear()
-        if hashes := self.output.hashes:
-            self.output.hashes = [min(hashes), max(hashes)]
         if time.monotonic() > self._record_due:
             write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
             self._record_due = time.monotonic() + _PROGRESS_SECONDS
 
     def close(self, last: bool) -> None:
         """Makes the output visible, whole."""
-        self._record_due = float("inf")
         self.flush()
         self._rejected.close()
-        output = self.output
-        output.last = last
-        output.shards = {split: writer.close() for split, writer in self._writers.items()}
+        self.output.last = last
+        for split, writer in self._writers.items():
+            self.output.shards[split] = dataclasses.asdict(writer.close())
         np.save(self._scratch / "counts.npy", self._counts)
-        write_json(self._scratch / "record.json", dataclasses.asdict(output))
+        write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
         try:
             os.rename(self._scratch, self._final)
         except OSError:
@@ -191,44 +176,39 @@ class TokenizeChunk(PipelineStep):
     type = "TOKENIZER"
 
     def __init__(
-        self,
-        plan: pathlib.Path,
-        outputs: pathlib.Path,
-        rule: HeldOutRule,
-        tokenizer: tuple[str, str | None],
-        text_key: str,
-        shard_tokens: int,
+        self, plan: pathlib.Path, outputs: pathlib.Path, tokenizer: str, ranks: str | None
     ):
-        """`plan`: the JSON file with the chunks. `tokenizer`: its name or file, and its ranks."""
         super().__init__()
-        self.plan, self.outputs, self.rule = plan, outputs, rule
-        self.tokenizer, self.text_key, self.shard_tokens = tokenizer, text_key, shard_tokens
+        self.plan, self.outputs, self.tokenizer, self.ranks = plan, outputs, tokenizer, ranks
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         done = outputs_of_chunk(self.outputs, rank)
         if done and done[-1].last:
             return
-        chunk, tokenizer = _chunks(self.plan)[rank], _tokenizer(*self.tokenizer)
+        plan, tokenizer = _loaded(self.plan, self.tokenizer, self.ranks)
 
-        def new_writer(number: int, records: int, consumed: int) -> OutputWriter:
+        def writer_after(earlier: Output) -> OutputWriter:
+            number, records, consumed = earlier.number + 1, earlier.records, earlier.consumed
             output = Output(rank, number, records, consumed)
-            return OutputWriter(self.outputs, output, self.rule, tokenizer.vocab_size)
+            return OutputWriter(self.outputs, output, plan, tokenizer.vocab_size)
 
-        earlier = done[-1] if done else Output(rank, 0)
-        writer = new_writer(len(done), earlier.records, earlier.consumed)
-        for batch in _batches(chunks.read_chunk(chunk, self.text_key, skip=earlier.records)):
+        earlier = done[-1] if done else Output(rank, number=-1)
+        writer = writer_after(earlier)
+        records = read_chunk(plan.chunks[rank], plan.settings["text_key"], skip=earlier.records)
+        for batch in _batches(records):
             for record, tokens in [(record, _encoded(record, tokenizer)) for record in batch]:
-                if isinstance(tokens, Rejected):
-                    writer.reject(record, tokens.reason)
-                elif not writer.add(record.content, tokens, self.shard_tokens):
+                if not writer.add(record, tokens):
                     writer.close(last=False)
-                    full = writer.output
-                    writer = new_writer(full.number + 1, full.records, full.consumed)
-                    writer.add(record.content, tokens, self.shard_tokens)
-                writer.output.records += 1
-                writer.output.consumed = record.consumed
+                    writer = writer_after(writer.output)
+                    writer.add(record, tokens)
             writer.flush()
         writer.close(last=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(plan: pathlib.Path, tokenizer: str, ranks: str | None) -> tuple[Plan, Tokenizer]:
+    """Loaded once a process: a worker runs many tasks."""
+    return Plan.read(plan), load_tokenizer(tokenizer, ranks=ranks)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -248,7 +228,6 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _encoded(record: Record, tokenizer: Tokenizer) -> np.ndarray | Rejected:
-    """The tokens of a record, the one that ends it included; or why there are none."""
     if isinstance(record.content, Rejected):
         return record.content
     try:
@@ -258,14 +237,3 @@ def _encoded(record: Record, tokenizer: Tokenizer) -> np.ndarray | Rejected:
     if not len(tokens):
         return Rejected("the tokenizer makes no token of it")
     return np.append(tokens, np.int32(tokenizer.eod))
-
-
-@functools.lru_cache(maxsize=1)
-def _chunks(plan: pathlib.Path) -> list[chunks.Chunk]:
-    return chunks.from_json(json.loads(plan.read_text())["chunks"])
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(name: str, ranks: str | None) -> Tokenizer:
-    """Loaded once a process: a worker runs many tasks."""
-    return load_tokenizer(name, ranks=ranks)

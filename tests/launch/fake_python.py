@@ -1,7 +1,8 @@
 """Stands in for `python3` under the launch scripts: notes each call and does little.
 
 Calls that say `-c` go to the real Python. `-m venv DIR` copies FAKE_SELF, the program that starts
-this file, to DIR/bin/python. All calls of modules are noted in FAKE_LOG, a JSON list a line.
+this file, to DIR/bin/python. All calls of modules and
+scripts are noted in FAKE_LOG, a JSON list a line.
 `train` makes the checkpoints global_step<N> for the numbers in FAKE_STEPS and exits with
 FAKE_TRAIN_EXIT; with FAKE_TRAIN_EXIT=signal it waits for a signal, notes it and exits with 75, as
 the real one does.
@@ -63,7 +64,7 @@ def main():
     if ARGUMENTS[:2] == ["-m", "venv"]:
         make_venv(ARGUMENTS[-1])
     if ARGUMENTS[1:3] != ["pip", "--version"]:
-        note(ARGUMENTS[1:])
+        note(ARGUMENTS[1:] if ARGUMENTS[0] == "-m" else ARGUMENTS)
     if ARGUMENTS[1] == "pip" and os.environ.get("FAKE_PIP_FAILS"):
         return 1
     return train() if ARGUMENTS[1] == "stablelm_jax.train" else 0

@@ -14,7 +14,7 @@ from stablelm_jax import config as config_lib
 
 STEPS = [
     "venv", "pip", "pip",
-    "stablelm_jax.preparation.smoke_corpus", "stablelm_jax.tokenizer.train_tokenizer",
+    "launch/corpora/smoke_corpus.py", "stablelm_jax.tokenizer.train_tokenizer",
     "stablelm_jax.prepare", "stablelm_jax.prepare", "stablelm_jax.train", "stablelm_jax.evaluate",
     "stablelm_jax.generate",
 ]  # fmt: skip
@@ -44,7 +44,7 @@ def test_every_folder_it_names_at_the_end_is_the_one_the_steps_used(checkout):
     assert f"--config.data.tokenizer={workdir}/corpus/tokenizer.json" in train
     (trained,) = checkout.calls("stablelm_jax.tokenizer.train_tokenizer")
     assert value(trained, "--output") == f"{workdir}/corpus/tokenizer.json"
-    (corpus,) = checkout.calls("stablelm_jax.preparation.smoke_corpus")
+    (corpus,) = checkout.calls("launch/corpora/smoke_corpus.py")
     assert value(corpus, "--output") == f"{workdir}/corpus"
     for path in ("corpus", "data", "run", "run/checkpoints/global_step100", "held_out.json"):
         assert f" {workdir}/{path}" in done.stdout.split("Everything lies here")[1]

@@ -1,20 +1,14 @@
 """Task data out of a package that looks like the real one."""
 
 import gzip
-import importlib.util
 import io
 import json
 import zipfile
-from pathlib import Path
 
 import pyarrow
 import pytest
+import task_data
 from pyarrow import parquet
-
-SCRIPT = Path(__file__).parents[2] / "launch/corpora/task_data.py"
-spec = importlib.util.spec_from_file_location("task_data", SCRIPT)
-task_data = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(task_data)
 
 SHOT = "Question: Two and two?\nAnswer: 2 + 2 is $4. So the answer is $4."
 

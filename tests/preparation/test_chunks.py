@@ -134,7 +134,7 @@ def test_every_document_is_in_one_chunk_in_order_whatever_the_size_of_chunks(
     cut = chunks.cut(find_files(inputs))
     assert [record.content for record in read(cut)] == texts
     assert (len(cut) == 1) == (size > 1_000_000)
-    assert chunks.from_json(json.loads(json.dumps(cut))) == cut
+    assert chunks.chunks_from_json(json.loads(json.dumps(cut))) == cut
 
 
 def test_small_files_share_a_chunk_and_large_ones_are_cut(tmp_path, monkeypatch):

@@ -157,11 +157,3 @@ def test_the_first_look_reads_a_small_source_whole_and_a_large_one_in_part(tmp_p
     monkeypatch.undo()
     monkeypatch.setattr(held_out, "_LOOK_BYTES", 10)
     assert len(held_out.look(source, "text").found) == 1_000
-
-
-@pytest.mark.parametrize("nothing_held_out", [True, False])
-def test_a_split_with_an_empty_side_is_moved_by_one_document(nothing_held_out):
-    hashes = [2**40, 2**60, 2**63, 2**63 + 1]
-    rule = held_out.HeldOutRule(0, hashes[:1], "a reason")
-    rule = held_out.moved(rule, hashes, nothing_held_out=nothing_held_out)
-    assert sum(map(rule.holds_out, hashes)) == (1 if nothing_held_out else 3)

@@ -27,8 +27,9 @@ from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks, executors, held_out, tokenize_chunk
+from stablelm_jax.preparation.inputs import find_files
 from stablelm_jax.preparation.prepare_source import Preparation
-from stablelm_jax.tokenizer.tokenizer import load_tokenizer
+from stablelm_jax.tokenizer.tokenizer import TokenizerError, load_tokenizer
 
 SMALL_CHUNKS = str(pathlib.Path(__file__).with_name("in_small_chunks.py"))
 # Less than the text of a compressed file, which is one chunk.
@@ -239,10 +240,11 @@ def test_killed_at_any_moment_it_goes_on_where_it_was_and_gives_the_same_bytes(
     flags = ("--tokenizer", tokenizer_file, "--shard-tokens", SHARD_TOKENS, "--workers", 2)
     start = command("mixed", inputs[0], tmp_path, *flags, script=SMALL_CHUNKS)
     work = target / ".work"
+    rng = random.Random(1)
     moments = [
         (work / "plan.json").exists,
-        lambda: len(finished(target)) >= random.randint(1, 10),
-        lambda: len(finished(target)) >= random.randint(10, 20),
+        lambda: len(finished(target)) >= rng.randint(1, 10),
+        lambda: len(finished(target)) >= rng.randint(10, 20),
         (target / "train-00003.bin").exists,
         (target / "manifest.json.partial").exists,
     ]
@@ -250,7 +252,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was_and_gives_the_same_bytes(
         before = finished(target)
         process = start_slowly(start)
         wait_for(lambda: reached() or process.poll() is not None, 60)  # noqa: B023
-        time.sleep(random.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
         # In turn the whole group, as a terminal or a scheduler does, and the first process alone.
         os.killpg(process.pid, signal.SIGKILL) if number % 2 else process.kill()
         assert process.wait() == -signal.SIGKILL or number == len(moments) - 1
@@ -271,7 +273,7 @@ def start_slowly(start, delay="0.02"):
 
 def finished(target):
     """Finished outputs with the times of their records: what is made again has a new time."""
-    whole = (target / ".work").glob("outputs-*/[0-9]*/record.json")
+    whole = (target / ".work").glob("outputs/[0-9]*/record.json")
     return {(path.parent.name, path.stat().st_mtime_ns) for path in whole}
 
 
@@ -395,6 +397,9 @@ def test_bad_arguments_exit_with_2_and_one_line_that_says_what_to_do(
         ("--output", tmp_path.parent, ""),
         ("--tokenizer", "nonsense", "no tokenizer 'nonsense'"),
         ("--executor", "slurm", "--slurm-partition"),
+        ("--held-out", "0.9", "give 0 to 0.25"),
+        ("--workers", "0", "from 1 up"),
+        ("--shard-tokens", "0", "from 1 up"),
     ]:
         if message:
             arguments = [part for pair in {**good, flag: value}.items() for part in pair]
@@ -402,10 +407,9 @@ def test_bad_arguments_exit_with_2_and_one_line_that_says_what_to_do(
             assert code == 2
             assert message in err
             assert err.count("\n") == 1
-    for flag, value in [("--held-out", "0.9"), ("--workers", "0"), ("--provenance", "nokey")]:
-        with pytest.raises(SystemExit) as exit_info:
-            call(capsys, *[part for pair in {**good, flag: value}.items() for part in pair])
-        assert exit_info.value.code == 2
+    with pytest.raises(SystemExit) as exit_info:
+        call(capsys, *[part for pair in good.items() for part in pair], "--provenance", "nokey")
+    assert exit_info.value.code == 2
     assert not (tmp_path / "data").exists()
 
 
@@ -459,34 +463,35 @@ def test_two_short_documents_make_a_source_and_the_split_is_said(tmp_path, capsy
     assert made.provenance["input_files"] == 1
 
 
-@pytest.mark.parametrize(("threshold", "held"), [(0, 1), (2**64, 39)])
-def test_a_split_with_an_empty_side_is_made_again_with_one_document_there(
-    tmp_path, capsys, tokenizer_file, monkeypatch, threshold, held
+@pytest.mark.parametrize(("threshold", "side"), [(0, "hold out"), (2**64, "train on")])
+def test_a_split_without_a_document_is_an_error_that_says_what_to_do(
+    tmp_path, capsys, tokenizer_file, monkeypatch, threshold, side
 ):
-    write_jsonl(tmp_path / "a.jsonl", some_texts(40))
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
     rule = held_out.HeldOutRule(threshold, [], "a bad guess")
     monkeypatch.setattr(held_out, "choose", lambda look, fraction: rule)
-    code, out, _ = call(
+    code, _, err = call(
         capsys, '--source', 'a', '--input', tmp_path / 'a.jsonl', '--output', tmp_path / 'data',
         '--tokenizer', tokenizer_file, '--workers', 1,
     )  # fmt: skip
-    assert code == 0
-    assert "held out: a bad guess; moved" in out
-    made = manifest.read_manifest(tmp_path / "data" / "a")
-    check_contents(tmp_path / "data" / "a", made)
-    assert (made.train.documents, made.held_out.documents) == (40 - held, held)
+    assert code == 1
+    assert f"no document to {side}" in err and "add documents" in err and "rejected.jsonl" in err
+    assert not (tmp_path / "data" / "a" / "manifest.json").exists()
+
+
+def plan_of(folder, texts):
+    """The file of a plan that holds nothing out, for documents in one chunk."""
+    write_jsonl(folder / "a.jsonl", texts)
+    cut = chunks.cut(find_files([str(folder / "a.jsonl")]))
+    settings = {"text_key": "text", "shard_tokens": 100}
+    path = folder / "plan.json"
+    path.write_text(json.dumps([settings, held_out.HeldOutRule(0, [], ""), cut]))
+    return path
 
 
 def test_a_document_that_the_tokenizer_cannot_take_is_rejected_and_no_other(
     tmp_path, monkeypatch, tokenizer_file
 ):
-    from stablelm_jax.preparation.inputs import find_files
-    from stablelm_jax.tokenizer.tokenizer import TokenizerError
-
-    write_jsonl(tmp_path / "a.jsonl", ["one", "poison", "two"])
-    plan = tmp_path / "plan.json"
-    cut = chunks.cut(find_files([str(tmp_path / "a.jsonl")]))
-    plan.write_text(json.dumps({"chunks": cut}))
     tokenizer = load_tokenizer(tokenizer_file)
     encode = tokenizer.encode_document
 
@@ -496,27 +501,29 @@ def test_a_document_that_the_tokenizer_cannot_take_is_rejected_and_no_other(
         return encode(text)
 
     tokenizer.encode_document = fragile
-    monkeypatch.setattr(tokenize_chunk, "_tokenizer", lambda name, ranks: tokenizer)
-    rule = held_out.HeldOutRule(0, [], "")
-    tokenize_chunk.TokenizeChunk(plan, tmp_path, rule, ("any", None), "text", 100).run()
+    monkeypatch.setattr(tokenize_chunk, "load_tokenizer", lambda name, ranks: tokenizer)
+    path = plan_of(tmp_path, ["one", "poison", "two"])
+    tokenize_chunk.TokenizeChunk(path, tmp_path, "any", None).run()
     (output,) = tokenize_chunk.outputs_of_chunk(tmp_path, 0)
-    assert output.shards["train"].documents == 2
+    assert output.shards["train"]["documents"] == 2
     (row,) = map(json.loads, open(tmp_path / output.name / "rejected.jsonl"))
     assert (row["line"], row["reason"]) == (2, "text that cannot be encoded: a panic")
 
 
 def test_an_output_made_twice_is_kept_once(tmp_path):
-    rule = held_out.HeldOutRule(0, [], "")
+    plan = tokenize_chunk.Plan.read(plan_of(tmp_path, ["first", "the second"]))
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
     writers = [
-        tokenize_chunk.OutputWriter(tmp_path, tokenize_chunk.Output(3, 0), rule, 10)
+        tokenize_chunk.OutputWriter(outputs, tokenize_chunk.Output(3, 0), plan, 10)
         for _ in range(2)
     ]
-    for writer, text in zip(writers, ("first", "second"), strict=True):
-        writer.add(text, np.array([1, 7], np.int32), 100)
+    for writer, record in zip(writers, chunks.read_chunk(plan.chunks[0], "text"), strict=True):
+        writer.add(record, np.array([1, 7], np.int32))
         writer.close(last=True)
-    (output,) = tokenize_chunk.outputs_of_chunk(tmp_path, 3)
-    assert output.hashes == 2 * [held_out.content_hash(b"first")]
-    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    (output,) = tokenize_chunk.outputs_of_chunk(outputs, 3)
+    assert output.text_bytes["train"] == len("first")
+    assert [path.name for path in outputs.iterdir()] == [output.name]
 
 
 def test_a_chunk_whose_last_output_is_gone_is_noticed(tmp_path, tokenizer_file):
@@ -587,7 +594,7 @@ def test_slurm_runs_the_array_to_its_end_and_gives_the_same_bytes(
     monkeypatch.setattr(executors, "_SLURM_POLL_SECONDS", 0.1)
     flags = ("--executor", "slurm", "--slurm-partition", "cpu", "--slurm-option", "account=us")
     out = in_small_chunks(inputs, tmp_path, tokenizer_file, *flags, "--workers", 1)
-    assert "for 1 slurm worker;" in out
+    assert "slurm workers: 1;" in out
     assert digests(tmp_path / "mixed") == digests(undisturbed[0])
     assert len((slurm / "calls").read_text().splitlines()) == 1
     script = (slurm / "script").read_text()

@@ -1,7 +1,6 @@
 """Pages of HTML into documents that `prepare` reads: one JSON line a page.
 
-    python -m stablelm_jax.preparation.html_text --input DIR --output FILE.jsonl
-        [--skip SELECTOR ...]
+    python launch/corpora/html_text.py --input DIR --output FILE.jsonl [--skip SELECTOR ...]
 
 Needs resiliparse (extra `demo`). Headers, footers, sidebars and navigation are always left out, and
 so is what matches a SELECTOR (CSS).

@@ -1,4 +1,6 @@
-"""Real text that every Python holds: `python -m stablelm_jax.preparation.smoke_corpus --output DIR`
+"""Real text that every Python holds.
+
+    python launch/corpora/smoke_corpus.py --output DIR
 
 Writes two sources' documents as jsonl, one document a line with its `text` and its `id`:
 
@@ -78,7 +80,8 @@ def write(directory: pathlib.Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
+    """Returns the exit code: 0, or 2 for bad arguments (argparse)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
     for line in write(parser.parse_args(arguments).output):
         print(line)

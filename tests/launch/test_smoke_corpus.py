@@ -7,8 +7,7 @@ import sys
 import sysconfig
 
 import pytest
-
-from stablelm_jax.preparation import smoke_corpus
+import smoke_corpus
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +73,9 @@ def test_files_that_are_there_are_kept_and_written_anew_they_are_the_same(corpus
 def test_writing_it_needs_nothing_but_python(tmp_path):
     import subprocess
 
-    root = str(pathlib.Path(smoke_corpus.__file__).parents[2])
+    corpora = pathlib.Path(smoke_corpus.__file__).parent
     code = (
-        f"import sys; sys.path.insert(0, {root!r}); import stablelm_jax.preparation.smoke_corpus;"
-        ' sys.exit(bool({"numpy", "jax"} & set(sys.modules)))'
+        f"import sys; sys.path[:0] = {[str(corpora), str(corpora.parents[1])]};"
+        ' import smoke_corpus; sys.exit(bool({"numpy", "jax"} & set(sys.modules)))'
     )
     subprocess.run([sys.executable, "-S", "-c", code], check=True)

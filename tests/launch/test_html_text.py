@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("resiliparse.extract.html2text")
 
-from stablelm_jax.preparation.html_text import main, page_text
+from html_text import main, page_text
 
 PAGE = """<!DOCTYPE html><html lang="de"><head><title>Titel</title></head><body>
 <header>Hilfe</header><aside>Index</aside><nav>Module</nav>
