@@ -9,32 +9,28 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import FlagOrderError
 
-from stablelm_jax.config.access import ConfigError, field_type, get, unknown_key
+from stablelm_jax.config.access import ConfigError, field_type, get
 from stablelm_jax.config.files import load
 from stablelm_jax.config.rules import validate
-from stablelm_jax.config.tree import flatten
 
 
 class _ConfigFile(flags.ArgumentParser):
     """Reads the file of `--config`, and refuses overrides of fields that it does not have."""
 
-    def __init__(self, argv: Sequence[str] | None):
+    def __init__(self, argv: Sequence[str]):
         self._argv = argv
 
     def parse(self, path: str) -> ConfigDict:
         config = load(path)
-        known = {key for key, _ in flatten(config)}
-        groups = {key.rsplit(".", depth)[0] for key in known for depth in (1, 2)}
-        for argument in sys.argv if self._argv is None else self._argv:
-            override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-            if override and override[1] not in known | groups:
-                raise unknown_key(override[1])
+        for argument in self._argv:
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+                field_type(config, override[1])  # raises for an unknown key
         return config
 
     def flag_type(self) -> str:
@@ -43,28 +39,26 @@ class _ConfigFile(flags.ArgumentParser):
 
 def define_flags(argv: Sequence[str] | None = None, required: bool = True) -> None:
     """Defines `--config`. `argv`: the command line that will be parsed, if not `sys.argv`."""
+    argv = list(sys.argv if argv is None else argv)
     flags.disclaim_key_flags()  # --help lists the flag under the verb that calls this
     config_flags.DEFINE_config_file(
         "config",
         help_string="Config file, FILE.py or FILE.py:text; fields after it as "
         "--config.group.field=value.",
-        sys_argv=None if argv is None else list(argv),
+        sys_argv=argv,
     )
     flags.FLAGS["config"].parser = _ConfigFile(argv)
     if required:
         flags.mark_flag_as_required("config")
 
 
-def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """`absl.app.run`; every `ConfigError`, of flags or of `main`, is one line and exit code 2."""
-
-    def guarded(args: list[str]) -> int | None:
-        try:
-            return main(args)
-        except ConfigError as error:
-            _exit(error)
-
-    app.run(guarded, None if argv is None else list(argv), flags_parser=parse_flags)
+    try:
+        app.run(main, None if argv is None else list(argv), flags_parser=_parse)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def config_from_flags(*, data: bool = True) -> ConfigDict:
@@ -79,25 +73,19 @@ def overrides_from_flags() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """The `flags_parser` of `absl.app.run`: parses, or says what is wrong and exits with 2."""
+def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except SystemExit:
         raise SystemExit(0) from None  # absl exits with 1 after --help
     except Exception as error:  # from the user's file, ml_collections or absl
-        _exit(_explain(error))
+        raise _explained(error) from None
     if rest[1:]:
-        _exit(ConfigError(f"argument {rest[1]!r}: is no flag; write --flag=value, without spaces"))
+        raise ConfigError(f"argument {rest[1]!r}: is no flag; write --flag=value, without spaces")
     return rest
 
 
-def _exit(error: ConfigError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _explain(error: Exception) -> ConfigError:
+def _explained(error: Exception) -> ConfigError:
     """One line for an error of the flag libraries, with the remedy."""
     cause = error.__context__  # absl wraps what a parser raises
     if isinstance(cause, ConfigError):
@@ -106,24 +94,18 @@ def _explain(error: Exception) -> ConfigError:
         return ConfigError(f"{error}; write --config FILE.py first, its fields after it")
     if isinstance(error, flags.UnrecognizedFlagError):
         return ConfigError(f"{error}; see --help, and --config.group.field=value for the config")
-    missing = re.match(r"flag --(\w+)=None: .* must have a value", str(error))
-    if missing:
+    if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         example = "configs/smoke.py" if missing[1] == "config" else "VALUE"
         return ConfigError(f"--{missing[1]}: is missing; write --{missing[1]} {example}")
     wrong = re.match(r"flag --config\.([^=]+)=(.*)", str(error), re.DOTALL)
-    if wrong:
-        return _wrong_type(wrong[1], wrong[2].removesuffix(f": {cause}"))
-    return ConfigError(str(error))
-
-
-def _wrong_type(key: str, value: str) -> ConfigError:
-    config = flags.FLAGS["config"].value
+    if not wrong:
+        return ConfigError(str(error))
+    config, key = flags.FLAGS["config"].value, wrong[1]
     kind, now = field_type(config, key), get(config, key)
+    remedy = f"give a value of type {kind.__name__}{'' if now is None else f', like {now!r}'}"
     if kind is ConfigDict:
         remedy = f"set its fields one by one, as in --config.{key}.FIELD=VALUE"
     elif key.startswith("data.weights.") and kind is int:
         remedy = "write the weight as a float in the config file, 1.0 for 1"
-    else:
-        example = "" if now is None else f", like {now!r}"
-        remedy = f"give a value of type {kind.__name__}{example}"
+    value = wrong[2].removesuffix(f": {cause}")
     return ConfigError(f"config.{key}={value!r}: is of the wrong type; {remedy}")

@@ -40,36 +40,26 @@ class Field:
     def type(self) -> type:
         return self.default if isinstance(self.default, type) else type(self.default)
 
-    @property
-    def value(self) -> Any:
-        """The default as ml_collections needs it: a plain None could not be set by a flag."""
-        return placeholder(self.default) if isinstance(self.default, type) else self.default
-
-    def problem(self, value: Any) -> tuple[str, str] | None:
-        """Why a value is refused, and the remedy; None where it is allowed."""
+    def problem(self, value: Any) -> str:
+        """Why a value is refused, and the remedy; '' where it is allowed."""
         if type(value) is not self.type and not (self.type is float and type(value) is int):
-            kind = type(value).__name__
-            return f"is of type {kind}", f"give a value of type {self.type.__name__}"
+            return f"is of type {type(value).__name__}; give a value of type {self.type.__name__}"
         choices = self.choices() if callable(self.choices) else self.choices
         if choices and value not in choices:
-            return "is not known", f"use one of: {', '.join(choices)}"
+            return f"is not known; use one of: {', '.join(choices)}"
         if self.filled and not value:
-            return "is empty", "name one"
-        if isinstance(value, float) and not math.isfinite(value):
-            return "is not a finite number", "give one"
-        if isinstance(value, (int, float)):
-            if not (self.least <= value <= self.most and self.above < value < self.below):
-                return "is out of range", f"use {self._range()}"
-        return None
-
-    def _range(self) -> str:
+            return "is empty; name one"
+        if self.type not in (int, float):
+            return ""
+        if not math.isfinite(value):
+            return "is not a finite number; give one"
+        if self.least <= value <= self.most and self.above < value < self.below:
+            return ""
+        lower = f"{self.least} or more" if self.least > -math.inf else f"above {self.above}"
         if self.most < math.inf:
-            return f"{self.least} to {self.most}"
-        if self.above > -math.inf:
-            lower = f"a number above {self.above}"
-        else:
-            lower = f"{self.least} or more"
-        return lower if self.below == math.inf else f"{lower} and below {self.below}"
+            return f"is out of range; use {self.least} to {self.most}"
+        upper = f" and below {self.below}" if self.below < math.inf else ""
+        return f"is out of range; use a number {lower}{upper}"
 
 
 def _kernels(name: str) -> Callable[[], tuple[str, ...]]:
@@ -206,11 +196,11 @@ FIELDS = {key: entry for key, entry in flatten(TREE) if isinstance(entry, Field)
 def default_config() -> ConfigDict:
     """The whole tree, locked but for the names of sources."""
 
-    def values(tree):
-        return {
-            name: entry.value if isinstance(entry, Field) else values(entry)
-            for name, entry in tree.items()
-        }
+    def values(entry):
+        if not isinstance(entry, Field):
+            return {name: values(part) for name, part in entry.items()}
+        # A plain None could not be set by a flag.
+        return placeholder(entry.default) if isinstance(entry.default, type) else entry.default
 
     return locked(ConfigDict(values(TREE)))
 
