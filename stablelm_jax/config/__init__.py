@@ -26,7 +26,12 @@ from stablelm_jax.config.derived import (
     profiled_steps,
     tokens_per_step,
 )
-from stablelm_jax.config.files import load
-from stablelm_jax.config.flags import config_from_flags, define_flags, overrides_from_flags, run
+from stablelm_jax.config.reading import (
+    config_from_flags,
+    define_flags,
+    load,
+    overrides_from_flags,
+    run,
+)
 from stablelm_jax.config.rules import validate, validate_mesh
 from stablelm_jax.config.tree import default_config, flatten

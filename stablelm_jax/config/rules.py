@@ -62,24 +62,21 @@ def _mixture(config: ConfigDict, data: bool) -> None:
             "or start from --config configs/own_text.py:mine=1"
         )
         refuse(config, "data.weights", f"no source to train on; {remedy}")
-    for source, weight in weights.items():
-        key = f"data.weights.{source}"
-        if not is_source_name(source):
-            refuse(config, key, "is no source name; use a-z, 0-9 and _, a letter first")
-        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-            refuse(config, key, "is no finite number or negative; give a weight of 0 or more")
-    if weights and not any(weights.values()):
-        refuse(config, "data.weights", "all weights are 0; give at least one above 0")
     stages = mixture_stages(config)
     steps = [step for step, _ in stages]
     if steps != sorted(set(steps)) or 0 in steps:
         why = "the steps at which stages begin must rise, from 1 on"
         refuse(config, "data.stages", f"{why}; put them in order, each once")
-    for step, weights in stages:
-        bad = [name for name, weight in weights.items() if not 0 <= weight < math.inf]
-        if bad or not any(weights.values()):
-            why = f"the stage at step {step} has {'a negative' if bad else 'no positive'} weight"
-            refuse(config, "data.stages", f"{why}; give weights of 0 or more, one of them above 0")
+    for step, stage in [(0, weights), *stages]:
+        key = "data.stages" if step else "data.weights"
+        for source, weight in stage.items():
+            if not is_source_name(source):
+                refuse(config, key, f"{source!r}: use a-z, 0-9 and _, a letter first")
+            if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+                why = f"the weight of {source}, {weight!r}, is no finite number or negative"
+                refuse(config, key, f"{why}; give a weight of 0 or more")
+        if stage and not any(stage.values()):
+            refuse(config, key, f"from step {step} on all weights are 0; give one above 0")
 
 
 def _tokenizer(config: ConfigDict) -> None:
@@ -199,8 +196,8 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     microbatches = replica * rest * config.training.accumulation
     if config.data.batch_size % microbatches:
         why = (
-            f"config.training.accumulation={config.training.accumulation} on {replica * rest} "
-            f"device(s) with rows of their own makes {microbatches} equal parts of it"
+            f"does not divide into config.training.accumulation={config.training.accumulation} "
+            f"microbatches on {replica * rest} device(s) with rows of their own"
         )
         remedy = f"use a multiple of {microbatches}, fewer devices or another accumulation"
         refuse(config, "data.batch_size", f"{why}; {remedy}")

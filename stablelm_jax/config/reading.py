@@ -1,23 +1,66 @@
-"""The command line: `--config FILE.py[:text]` and `--config.group.field=value`.
+"""Where a config comes from: its file, and the command line.
 
-A verb calls `define_flags` and then `run(main)`, and `main` begins with `config_from_flags`.
-Whatever is wrong with flags or config becomes one line on stderr and exit code 2.
+`--config FILE.py[:text]` names the file, `--config.group.field=value` sets a field. A verb calls
+`define_flags` and then `run(main)`, and `main` begins with `config_from_flags`. Whatever is wrong
+with flags or config becomes one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import FlagOrderError
 
-from stablelm_jax.config.access import ConfigError, field_type, get
-from stablelm_jax.config.files import load
+from stablelm_jax.config.access import ConfigError, field_type, get, nearest, set_value
 from stablelm_jax.config.rules import validate
+from stablelm_jax.config.tree import locked
+
+
+def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of `FILE.py` or `FILE.py:text` with `overrides` by dotted key; not validated."""
+    file, colon, text = os.fspath(path).partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", file)
+        if spec is None:
+            raise ConfigError(f"config file {file}: is no Python file; give one with get_config()")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"config {path}: takes no text after the colon; write {file}")
+        config = module.get_config(*([text] if colon else []))
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"config file {file}: get_config() returns no config; return one")
+        config = locked(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file is the user's program: anything may come out of it
+        raise ConfigError(f"config file {file}: {_what_failed(file, error)}") from error
+    for key, value in (overrides or {}).items():
+        set_value(config, key, value)
+    return config
+
+
+def _what_failed(file: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and not os.path.exists(file):
+        folder = os.path.dirname(file) or "."
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        files = ", ".join(name for name in names if name.endswith(".py"))
+        return f"there is no such file; {folder} holds: {files or 'no config file'}"
+    what = f"{type(error).__name__}: {error}"
+    if unknown := re.match(r'[\'"]?Key "(\w+)" does not exist and cannot be added', str(error)):
+        what = f"there is no field {unknown[1]!r}; did you mean config.{nearest(unknown[1])}?"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f"line {lines[-1]}: {what}" if lines else what
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -43,8 +86,7 @@ def define_flags(argv: Sequence[str] | None = None, required: bool = True) -> No
     flags.disclaim_key_flags()  # --help lists the flag under the verb that calls this
     config_flags.DEFINE_config_file(
         "config",
-        help_string="Config file, FILE.py or FILE.py:text; fields after it as "
-        "--config.group.field=value.",
+        help_string="FILE.py or FILE.py:text; fields after it as --config.group.field=value.",
         sys_argv=argv,
     )
     flags.FLAGS["config"].parser = _ConfigFile(argv)
