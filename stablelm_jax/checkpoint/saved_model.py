@@ -98,9 +98,9 @@ def load_own_tokenizer(
     path = checkpoint_path(path)
     trained_with = run["config"]["data"]["tokenizer"] if "config" in run else ARCADE100K
     kept = [path / TOKENIZER_FILE, path.parent.parent / TOKENIZER_FILE]  # the second: its run's
-    places = [trained_with, *(str(file) for file in kept if file.exists())]
+    places = [named] if named else [trained_with, *(str(f) for f in kept if f.exists())]
     errors = []
-    for place in [named] if named else places:
+    for place in places:
         try:
             tokenizer = load_tokenizer(place)
         except ValueError as error:

@@ -110,10 +110,11 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
     defaults = dict(flatten(default_config()))
     origins = {}
     for key, value in flatten(config):
-        as_default = key in defaults and defaults[key] == value
-        origins[key] = "default" if as_default else "file"
         if _within(key, overrides):
             origins[key] = "command line"
+        else:
+            as_default = key in defaults and defaults[key] == value
+            origins[key] = "default" if as_default else "file"
     return origins
 
 
