@@ -25,7 +25,7 @@ def checkpoint_step(name: str) -> int | None:
 
 
 def checkpoint_path(path: epath.PathLike) -> epath.Path:
-    """A path of this machine made absolute, or a `gs://` URL, as Orbax can write it.
+    """A path of this machine made absolute, or a `gs://` URL: what Orbax can write.
 
     Raises:
       ValueError: a URL of another store, or its driver is missing.
@@ -44,10 +44,9 @@ def checkpoint_path(path: epath.PathLike) -> epath.Path:
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in a folder `checkpoints/`, ascending; [] without it."""
-    found = ((checkpoint_step(path.name), path) for path in entries(folder))
-    return sorted(
-        step for step, path in found if step is not None and ocp.path.step.is_path_finalized(path)
-    )
+    found = {checkpoint_step(path.name): path for path in entries(folder)}
+    found.pop(None, None)  # other names
+    return sorted(step for step, path in found.items() if ocp.path.step.is_path_finalized(path))
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:

@@ -37,7 +37,11 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
       DamagedCheckpoint: its bytes have changed, or it cannot be read.
       CheckpointError: not a finished checkpoint, or of another format.
     """
-    path = _finished(path)
+    path = checkpoint_path(path)
+    if checkpoint_step(path.name) is None or not retried(f"looking for {path}", path.exists):
+        raise CheckpointError(f"{path} is not a checkpoint; {REMEDY}")
+    if not ocp.path.step.is_path_finalized(path):
+        raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")
     try:
         text = retried(f"reading {path}", (path / "run" / "metadata").read_text)
         run = json.loads(text)
@@ -54,9 +58,8 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
             "version of stablelm_jax that wrote it"
         )
     if not whole:
-        raise DamagedCheckpoint(
-            f"{path} is damaged: run/metadata does not match its own checksum; {_ELSE}"
-        )
+        why = "run/metadata does not match its own checksum"
+        raise DamagedCheckpoint(f"{path} is damaged: {why}; {_ELSE}")
     if run.get("step", checkpoint_step(path.name)) != checkpoint_step(path.name):
         raise CheckpointError(f"{path} holds step {run['step']}: give it back its own name")
     return run
@@ -76,7 +79,7 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
     Raises:
       DamagedCheckpoint: a leaf is missing, has another shape, or its bits have changed.
     """
-    path = _finished(path)
+    path = checkpoint_path(path)
     wanted = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     restored = _restore(path, wanted)
     arrays = {name: restored[name] for name in abstract}
@@ -87,20 +90,17 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
 def read_leaves(
     path: epath.PathLike, shapes: Mapping[str, tuple[int, ...]], run: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The float32 parameters of these names and shapes, one after the other, each compared with
-    its checksum in `run`: the host holds one at a time.
+    """The float32 parameters of these names and shapes; the host holds one at a time.
 
-    Raises:
-      DamagedCheckpoint: a leaf is missing, has another shape, or its bits have changed.
+    Checked, and refused, as by `read_arrays`.
     """
-    path = _finished(path)
+    path = checkpoint_path(path)
     for name, shape in shapes.items():
         wanted = nest({name: jax.ShapeDtypeStruct(shape, "float32")})
         # Without `restore_args` Orbax would give jax arrays, on the devices of the run.
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         restore = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
-        restored = _restore(path, {"params": restore})["params"]
-        (leaf,) = jax.tree.leaves(restored)
+        (leaf,) = jax.tree.leaves(_restore(path, {"params": restore})["params"])
         if leaf.shape != shape:
             raise DamagedCheckpoint(f"{path}: params/{name} is {leaf.shape}, not {shape}; {_ELSE}")
         _compare(path, run["checksums"], {f"params/{name}": host_checksum(leaf)})
@@ -122,23 +122,13 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
 
 
 def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) -> None:
-    changed = differing({name: recorded.get(name) for name in found}, found)
-    if changed:
+    if changed := differing({name: recorded.get(name) for name in found}, found):
+        named = ", ".join(changed[:5]) + (" and others" if len(changed) > 5 else "")
         raise DamagedCheckpoint(
-            f"{path} is damaged: the bits of {', '.join(changed[:5])}"
-            f"{' and others' if len(changed) > 5 else ''} do not match their checksums; {_ELSE}"
+            f"{path} is damaged: the bits of {named} do not match their checksums; {_ELSE}"
         )
 
 
 def state_hash(recorded: Mapping[str, int]) -> str:
     """One sha256 for all arrays that have these checksums: two states with one hash are equal."""
     return hashlib.sha256(json.dumps(dict(sorted(recorded.items()))).encode()).hexdigest()
-
-
-def _finished(path: epath.PathLike) -> epath.Path:
-    path = checkpoint_path(path)
-    if checkpoint_step(path.name) is None or not retried(f"looking for {path}", path.exists):
-        raise CheckpointError(f"{path} is not a checkpoint; {REMEDY}")
-    if not ocp.path.step.is_path_finalized(path):
-        raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")
-    return path

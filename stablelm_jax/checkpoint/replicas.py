@@ -24,25 +24,15 @@ def make_replica_check(abstract: Any, mesh: Mesh) -> Any:
     `abstract`: a nested dict of `ShapeDtypeStruct`s with their shardings on `mesh`. Devices are in
     the order of the mesh.
     """
-    leaves = flatten(abstract)
 
-    def own_sums(tree):
+    def gathered_sums(tree):
         sums = jnp.stack([leaf_checksum(leaf) for leaf in flatten(tree).values()])
-        return jax.lax.all_gather(sums, mesh.axis_names)
+        by_device = jax.lax.all_gather(sums, mesh.axis_names).reshape(mesh.size, -1)
+        return dict(zip(flatten(tree), by_device.T))
 
-    gathered = jax.shard_map(
-        own_sums,
-        mesh=mesh,
-        in_specs=(jax.tree.map(lambda leaf: leaf.sharding.spec, abstract),),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-
-    def check(tree):
-        sums = gathered(tree).reshape(mesh.size, len(leaves))
-        return dict(zip(leaves, sums.T))
-
-    return jax.jit(check)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract)
+    placed = dict(mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec())
+    return jax.jit(jax.shard_map(gathered_sums, **placed, check_vma=False))
 
 
 def diverged(sums: Any, abstract: Any, mesh: Mesh) -> dict[str, list[int]]:

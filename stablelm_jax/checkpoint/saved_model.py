@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, find_checkpoint
 from stablelm_jax.checkpoint.reading import read_arrays, read_leaves, read_run
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
-from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.sharding import mesh_axes
 from stablelm_jax.tokenizer.tokenizer import ARCADE100K, Tokenizer, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"  # in an imported checkpoint, or in the folder of a run
@@ -24,11 +24,7 @@ TOKENIZER_FILE = "tokenizer.json"  # in an imported checkpoint, or in the folder
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """The model of a checkpoint, its arrays not yet read.
-
-    Attributes:
-      run: the checkpoint's item `run`.
-    """
+    """The model of a checkpoint, its arrays not yet read. `run`: the checkpoint's item `run`."""
 
     path: epath.Path
     run: Mapping[str, Any]
@@ -37,10 +33,7 @@ class SavedModel:
 
     @classmethod
     def open(cls, path: str | Path, tokenizer: str | None = None) -> SavedModel:
-        """Reads all but the arrays.
-
-        Args:
-          tokenizer: where it lies, if no longer where the training had it.
+        """Reads all but the arrays. `tokenizer`: where it lies, if not where the training had it.
 
         Raises:
           ValueError: there is no checkpoint, it is damaged, or its tokenizer is not to be found.
@@ -78,22 +71,15 @@ class SavedModel:
         return self.run.get("config", {}).get("training", {}).get("num_valid_ids")
 
     def load(self, mesh: Mesh) -> dict[str, Any]:
-        """Our parameters in float32, split over the mesh's `model` axis.
-
-        Raises:
-          DamagedCheckpoint: a parameter is missing, has another shape, or its bits have changed.
-        """
-        table = parameter_table(self.model)
-        shapes = nest({row.name: jax.ShapeDtypeStruct(row.shape, "float32") for row in table})
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            sharding.named(mesh, sharding.parameter_specs(table)),
-        )
-        return read_arrays(self.path, {"params": abstract}, self.run)["params"]
+        """Our parameters in float32, split over the mesh's `model` axis; errors: `read_arrays`."""
+        leaves = {}
+        for row in parameter_table(self.model):
+            place = NamedSharding(mesh, mesh_axes(row.axes))
+            leaves[row.name] = jax.ShapeDtypeStruct(row.shape, "float32", sharding=place)
+        return read_arrays(self.path, {"params": nest(leaves)}, self.run)["params"]
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Our parameters in float32, one at a time, each compared with its checksum."""
+        """Our parameters in float32, one at a time; errors: `read_leaves`."""
         shapes = {row.name: row.shape for row in parameter_table(self.model)}
         return read_leaves(self.path, shapes, self.run)
 
@@ -103,16 +89,18 @@ def load_own_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that the checkpoint `path`, whose item `run` this is, was trained with.
 
-    It is looked for where the training had it, in the checkpoint and in the folder of its run.
-
-    Args:
-      named: look here alone: a name or a tokenizer.json.
+    It is looked for where the training had it, in the checkpoint and in the folder of its run; or,
+    if `named`, a name or the path of a tokenizer.json, there alone.
 
     Raises:
       ValueError: it is not there, or another than the checkpoint was trained with.
     """
+    path = checkpoint_path(path)
+    trained_with = run["config"]["data"]["tokenizer"] if "config" in run else ARCADE100K
+    kept = [path / TOKENIZER_FILE, path.parent.parent / TOKENIZER_FILE]  # the second: its run's
+    places = [named] if named else [trained_with, *(str(f) for f in kept if f.exists())]
     errors = []
-    for place in [named] if named else _tokenizer_places(checkpoint_path(path), run):
+    for place in places:
         try:
             tokenizer = load_tokenizer(place)
         except ValueError as error:
@@ -125,16 +113,3 @@ def load_own_tokenizer(
         f"the tokenizer that {path} was trained with is not to be found: {'; '.join(errors)}; "
         "name it with --tokenizer"
     )
-
-
-def _tokenizer_places(path: epath.Path, run: Mapping[str, Any]) -> Iterator[str]:
-    trained_with = run.get("config", {}).get("data", {}).get("tokenizer")
-    if trained_with:
-        yield trained_with
-    if trained_with == ARCADE100K:
-        return
-    if "config" not in run:
-        yield ARCADE100K
-    for folder in (path, path.parent.parent):  # the second is that of its run
-        if (folder / TOKENIZER_FILE).exists():
-            yield str(folder / TOKENIZER_FILE)

@@ -53,19 +53,16 @@ class Saver:
                             +-- it fails: told, removed --> waiting -- 60 s, or save --> writing
 
     `look` and `due_by_time` are asked at every step and never wait.
-
-    Attributes:
-      last_step: step of the newest save that was started; -1 before the first.
     """
 
     def __init__(self, config: Any, store: CheckpointStore, events: Any):
-        """`config`: the group `checkpoint` of a config. `events`: tells, as `run.events.Events`."""
+        """`config`: the group `checkpoint` of a config. `events`: a `run.events.Events`."""
         self._config, self._store, self._events = config, store, events
         self._writer = ocp.AsyncCheckpointer(_handlers(), timeout_secs=config.timeout_seconds)
         self._writing = False
         self._began_at = time.monotonic()  # the newest save, or this start of the run
         self._retry_at: float | None = None
-        self.last_step = -1
+        self.last_step = -1  # of the newest save that was started; -1 before the first
 
     def due_by_time(self) -> bool:
         """Whether a temporary checkpoint, or another try, is due by this process's clock."""
@@ -92,13 +89,11 @@ class Saver:
             seconds = time.monotonic() - self._began_at
             if seconds > SLOW_SECONDS and not told:
                 told = True
-                self._events.tell(
-                    "slow_save",
-                    f"{checkpoint_name(self.last_step)} is still being written, for "
-                    f"{seconds:.0f} s; the training waits for it before it saves "
-                    f"{checkpoint_name(step)}",
-                    step=step,
+                text = (
+                    f"{checkpoint_name(self.last_step)} is still being written, for {seconds:.0f} "
+                    f"s; the training waits for it before it saves {checkpoint_name(step)}"
                 )
+                self._events.tell("slow_save", text, step=step)
             time.sleep(0.01)
         self._settle()
         if step not in self._store.steps():
@@ -166,14 +161,12 @@ class Saver:
         cause = os.strerror(int(found[1])) if found else described(error)
         kept = self._store.steps()
         older = f"{checkpoint_name(kept[-1])} is whole" if kept else "there is no older one"
-        self._events.tell(
-            "save_failed",
-            f"{checkpoint_name(self.last_step)} COULD NOT BE SAVED ({cause}); the run "
-            f"goes on, {older}, and another try follows within {RETRY_SECONDS:.0f} s. Look at the "
-            f"disk of {self._store.folder}",
-            style="bold red",
-            step=self.last_step,
+        text = (
+            f"{checkpoint_name(self.last_step)} COULD NOT BE SAVED ({cause}); the run goes on, "
+            f"{older}, and another try follows within {RETRY_SECONDS:.0f} s. Look at the disk of "
+            f"{self._store.folder}"
         )
+        self._events.tell("save_failed", text, style="bold red", step=self.last_step)
 
 
 def write_checkpoint(path: epath.PathLike, checkpoint: Checkpoint) -> None:

@@ -14,13 +14,8 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.path import step as orbax_step
 
-from stablelm_jax.checkpoint.names import (
-    checkpoint_name,
-    checkpoint_path,
-    checkpoint_step,
-    entries,
-    finished_steps,
-)
+from stablelm_jax.checkpoint import names
+from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.storage.remote import is_url
 
 _TEMPORARY = orbax_step.TMP_DIR_SUFFIX  # in the name of a save that is under way
@@ -32,9 +27,6 @@ class CheckpointStore:
     """The finished checkpoints in the folder `checkpoints/` of a run.
 
     Every process of a run calls every method, in the same order; process 0 renames and deletes.
-
-    Attributes:
-      unfinished: names of the saves that an earlier start did not finish, removed on opening.
     """
 
     def __init__(
@@ -45,36 +37,28 @@ class CheckpointStore:
         keep_every: int | None = None,
         first_process: bool = True,
     ):
-        """Opens `folder`, or makes it.
-
-        Args:
-          keep_latest: how many of the newest checkpoints stay.
-          keep_every: checkpoints whose step is a multiple of this stay for good.
-          first_process: whether this is the process that renames and deletes.
-        """
-        self.folder = checkpoint_path(folder)
+        """Opens `folder`, or makes it. `keep_latest` and `keep_every` are those of the config."""
+        self.folder = names.checkpoint_path(folder)
         self._keep_latest, self._keep_every, self._first = keep_latest, keep_every, first_process
-        self.unfinished: list[str] = []
+        self.unfinished: list[str] = []  # saves that an earlier start did not finish: now removed
         self._steps: set[int] = set()
         self._kept: set[int] = set()
         if first_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.unfinished = self._clean_up()
-            self._steps = set(finished_steps(self.folder))
+            self._clean_up()
+            self._steps = set(names.finished_steps(self.folder))
 
-    def _clean_up(self) -> list[str]:
-        """Removes what an interrupted save or deletion left; returns the names of the saves."""
-        interrupted = []
-        for path in entries(self.folder):
+    def _clean_up(self) -> None:
+        """Removes what an interrupted save or deletion left."""
+        for path in sorted(names.entries(self.folder)):
             name, dot, _ = path.name.partition(".")
             if checkpoint_step(name) is None:
                 continue
             if _TEMPORARY in path.name or (not dot and not orbax_step.is_path_finalized(path)):
-                interrupted.append(name)
+                self.unfinished.append(name)
                 path.rmtree()
             elif path.name.endswith(_DELETING):
                 path.rmtree()
-        return sorted(interrupted)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -89,10 +73,9 @@ class CheckpointStore:
         self._kept.add(step)
 
     def set_aside(self, step: int, ending: str = ".damaged") -> str:
-        """Gives a checkpoint another name, under which no run finds it; returns the name."""
+        """Gives a checkpoint a name under which no run finds it; returns the name."""
         path = self.folder / checkpoint_name(step)
-        target = self.folder / f"{path.name}{ending}"
-        number = 1
+        target, number = self.folder / f"{path.name}{ending}", 1
         while target.exists():
             number += 1
             target = self.folder / f"{path.name}{ending}{number}"
@@ -115,10 +98,7 @@ class CheckpointStore:
                     logging.error("%s was not deleted: %s", checkpoint_name(old), error)
 
     def remove_unfinished(self, step: int) -> None:
-        """Removes what a save that failed, here or on another host, has written.
-
-        What cannot be removed now is removed when the run starts the next time.
-        """
+        """Removes what a save that failed has written; what it cannot, the next start removes."""
         if not self._first:
             return
         path = self.folder / checkpoint_name(step)

@@ -9,13 +9,14 @@ names of the user's sources, takes new keys.
 # ruff: noqa: F401
 from stablelm_jax.config.access import (
     ConfigError,
+    config_changes,
     from_dict,
-    get,
+    rounding_changes,
     set_by,
     set_value,
+    show_changes,
     to_dict,
 )
-from stablelm_jax.config.changes import config_changes, rounding_changes, show_changes
 from stablelm_jax.config.derived import (
     format_stages,
     mixture_stages,
@@ -24,14 +25,12 @@ from stablelm_jax.config.derived import (
     parse_weights,
     profiled_steps,
     tokens_per_step,
-    transition_step,
 )
-from stablelm_jax.config.files import load
-from stablelm_jax.config.flags import (
+from stablelm_jax.config.reading import (
     config_from_flags,
     define_flags,
+    load,
     overrides_from_flags,
-    parse_flags,
     run,
 )
 from stablelm_jax.config.rules import validate, validate_mesh

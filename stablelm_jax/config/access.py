@@ -1,15 +1,34 @@
-"""A config by its dotted keys, as text and as a plain dict."""
+"""A config by its dotted keys: read, set, compared with another one, as a plain dict."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from stablelm_jax.config.tree import FIELDS, default_config, flatten
+
+# Fields that change nothing of what a step computes; a group stands for all its fields.
+HARMLESS = (
+    *("name", "checkpoint", "evaluation", "samples", "writers", "profile", "branch"),
+    *("data.root", "data.cache", "data.cache_gb", "data.prefetch_batches", "data.check_shards"),
+    *("training.num_steps", "training.log_every", "training.hang_seconds", "parallel.target"),
+    *("training.check_replicas_every", "training.stop_after_skipped"),
+)
+# Fields that change the order in which sums are taken: the losses stay equal up to rounding.
+ROUNDING = (
+    *("parallel.data", "parallel.model", "parallel.replica", "parallel.zero1", "parallel.fsdp"),
+    *("training.accumulation", "training.remat", "training.unroll", "training.attention"),
+    *("training.cross_entropy", "training.deterministic"),
+)
+# Fields that a resuming run compares by what follows from them: the model's shape, the tokenizer's
+# hash, the order of rows.
+_CHECKED_BY_RESULT = (
+    *("model", "seed", "data.tokenizer", "data.sequence_length", "data.loss_on_first_token"),
+)
 
 
 class ConfigError(ValueError):
@@ -27,22 +46,21 @@ def get(config: ConfigDict, key: str) -> Any:
 
 
 def field_type(config: ConfigDict, key: str) -> type:
-    """The type of the field at a dotted key, also where it is unset."""
+    """The type of the field at a dotted key, also where it is unset; `ConfigError` if unknown."""
     *groups, name = key.split(".")
-    for group in groups:
-        config = config[group]
-    return config.get_type(name)
+    try:
+        for group in groups:
+            config = config[group]
+        return config.get_type(name)
+    except (KeyError, AttributeError, TypeError):
+        raise unknown_key(key) from None
 
 
 def unknown_key(key: str) -> ConfigError:
     """The error for a key that is not in the tree; names the nearest one."""
+    remedy = f"did you mean config.{nearest(key)}?"
     if key.startswith("data.weights."):
-        remedy = (
-            "a new source is named in the config file or after its name, as in "
-            "--config configs/own_text.py:mine=1,other=0.5"
-        )
-    else:
-        remedy = f"did you mean config.{nearest(key)}?"
+        remedy = "name a new source in the config file, or after it: configs/own_text.py:mine=1"
     return ConfigError(f"config.{key}: there is no such field; {remedy}")
 
 
@@ -82,26 +100,54 @@ def set_value(config: ConfigDict, key: str, value: Any) -> None:
     except (KeyError, AttributeError):
         raise unknown_key(key) from None
     except TypeError:
-        kind, given = field_type(config, key).__name__, type(value).__name__
-        raise ConfigError(
-            f"config.{key}={value!r}: is of type {given}; give a value of type {kind}"
-        ) from None
+        why = f"is of type {type(value).__name__}"
+        remedy = f"give a value of type {field_type(config, key).__name__}"
+        raise ConfigError(f"config.{key}={value!r}: {why}; {remedy}") from None
 
 
 def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
     """Dotted key -> 'command line' | 'file' | 'default' (also where a file repeats the default)."""
     defaults = dict(flatten(default_config()))
+    origins = {}
+    for key, value in flatten(config):
+        if _within(key, overrides):
+            origins[key] = "command line"
+        else:
+            as_default = key in defaults and defaults[key] == value
+            origins[key] = "default" if as_default else "file"
+    return origins
 
-    def origin(key: str, value: Any) -> str:
-        if any(key == given or key.startswith(given + ".") for given in overrides):
-            return "command line"
-        return "default" if key in defaults and defaults[key] == value else "file"
 
-    return {key: origin(key, value) for key, value in flatten(config)}
-
-
-def refuse(config: ConfigDict, key: str, why: str, remedy: str) -> NoReturn:
-    """Raises the `ConfigError` of one field."""
+def refuse(config: ConfigDict, key: str, problem: str) -> NoReturn:
+    """Raises the `ConfigError` of one field. `problem`: "why; remedy"."""
     value = get(config, key)
-    shown = "not set" if value is None else repr(value)
-    raise ConfigError(f"config.{key}={shown}: {why}; {remedy}")
+    raise ConfigError(f"config.{key}={'not set' if value is None else repr(value)}: {problem}")
+
+
+def config_changes(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[Any]]:
+    """{key: [was, now]} of the fields that differ and change what a step computes.
+
+    `saved`: the config in a checkpoint's item `run`.
+    """
+    skipped = (*HARMLESS, *ROUNDING, *_CHECKED_BY_RESULT)
+    return {k: v for k, v in _differing(saved, config).items() if not _within(k, skipped)}
+
+
+def rounding_changes(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """The differing fields after which losses stay equal up to rounding only."""
+    return [key for key in _differing(saved, config) if _within(key, ROUNDING)]
+
+
+def show_changes(found: Mapping[str, Any]) -> str:
+    """What `config_changes` found, in one line."""
+    return "; ".join(f"config.{key} was {was!r}, now {now!r}" for key, (was, now) in found.items())
+
+
+def _differing(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[Any]]:
+    was, now = dict(flatten(from_dict(saved))), dict(flatten(config))
+    keys = sorted(was.keys() | now.keys())
+    return {key: [was.get(key), now.get(key)] for key in keys if was.get(key) != now.get(key)}
+
+
+def _within(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)

@@ -56,26 +56,20 @@ def is_source_name(name: str) -> bool:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """`mine=0.7,other=0.3` -> {'mine': 0.7, 'other': 0.3}; a source without a weight has 1.
-
-    No text gives no weights, which `validate` refuses.
-    """
+    """`mine=0.7,other=0.3` -> {'mine': 0.7, 'other': 0.3}; a source without a weight has 1."""
     weights = {}
     for part in text.split(",") if text else []:
         source, equals, weight = part.partition("=")
         source = source.strip()
-        if not is_source_name(source) or source in weights:
-            why = "is named twice" if source in weights else "is no source name (a-z, 0-9, _)"
-            raise ConfigError(
-                f"weights {text!r}: {source!r} {why}; write them as mine=0.7,other=0.3"
-            )
         try:
+            if not is_source_name(source):
+                raise ValueError("is no source name (a-z, 0-9, _)")
+            if source in weights:
+                raise ValueError("is named twice")
             weights[source] = float(weight) if equals else 1.0
-        except ValueError:
-            raise ConfigError(
-                f"weights {text!r}: the weight {weight!r} of {source} is not a number; "
-                "write them as mine=0.7,other=0.3"
-            ) from None
+        except ValueError as error:
+            remedy = "write them as mine=0.7,other=0.3"
+            raise ConfigError(f"weights {text!r}: {source!r}: {error}; {remedy}") from None
     return weights
 
 

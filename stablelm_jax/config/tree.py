@@ -19,57 +19,41 @@ from stablelm_jax.model.config import ModelConfig
 class Field:
     """What one value of the config may be; the rules for several together are in `rules`.
 
-    Attributes:
-      default: the value, or a type (int, float, str) where there is none and a run must set it.
-      optional: it may stay unset.
-      filled: an empty text is refused.
-      least, most: bounds that are allowed themselves; `above`, `below`: bounds that are not.
-      choices: the values allowed, or what gives them once somebody asks.
+    A text may be empty where its default is.
     """
 
-    default: Any
-    optional: bool = False
-    filled: bool = False
-    least: float = -math.inf
+    default: Any  # or a type (int, float, str) where there is none and a run must set it
+    optional: bool = False  # it may stay unset
+    least: float = -math.inf  # allowed itself, as `most` is
     most: float = math.inf
-    above: float = -math.inf
+    above: float = -math.inf  # not allowed itself, as `below` is not
     below: float = math.inf
-    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()  # or what gives them when asked
 
     @property
     def type(self) -> type:
         return self.default if isinstance(self.default, type) else type(self.default)
 
-    @property
-    def value(self) -> Any:
-        """The default as ml_collections needs it: a plain None could not be set by a flag."""
-        return placeholder(self.default) if isinstance(self.default, type) else self.default
-
-    def problem(self, value: Any) -> tuple[str, str] | None:
-        """Why a value is refused, and the remedy; None where it is allowed."""
+    def problem(self, value: Any) -> str:
+        """Why a value is refused, and the remedy; '' where it is allowed."""
         if type(value) is not self.type and not (self.type is float and type(value) is int):
-            kind = type(value).__name__
-            return f"is of type {kind}", f"give a value of type {self.type.__name__}"
+            return f"is of type {type(value).__name__}; give a value of type {self.type.__name__}"
         choices = self.choices() if callable(self.choices) else self.choices
         if choices and value not in choices:
-            return "is not known", f"use one of: {', '.join(choices)}"
-        if self.filled and not value:
-            return "is empty", "name one"
-        if isinstance(value, float) and not math.isfinite(value):
-            return "is not a finite number", "give one"
-        if isinstance(value, (int, float)):
-            if not (self.least <= value <= self.most and self.above < value < self.below):
-                return "is out of range", f"use {self._range()}"
-        return None
-
-    def _range(self) -> str:
+            return f"is not known; use one of: {', '.join(choices)}"
+        if isinstance(self.default, str) and self.default and not value:
+            return "is empty; name one"
+        if self.type not in (int, float):
+            return ""
+        if not math.isfinite(value):
+            return "is not a finite number; give one"
+        if self.least <= value <= self.most and self.above < value < self.below:
+            return ""
         if self.most < math.inf:
-            return f"{self.least} to {self.most}"
-        if self.above > -math.inf:
-            lower = f"a number above {self.above}"
-        else:
-            lower = f"{self.least} or more"
-        return lower if self.below == math.inf else f"{lower} and below {self.below}"
+            return f"is out of range; use {self.least} to {self.most}"
+        low = f"{self.least} or more" if self.least > -math.inf else f"a number above {self.above}"
+        high = f" and below {self.below}" if self.below < math.inf else ""
+        return f"is out of range; use {low}{high}"
 
 
 def _kernels(name: str) -> Callable[[], tuple[str, ...]]:
@@ -88,14 +72,14 @@ def _model_fields() -> dict[str, Field]:
 
 
 TREE = {
-    "name": Field("run", filled=True),  # shown in logs and by the writers
+    "name": Field("run"),  # shown in logs and by the writers
     "seed": Field(1234, least=0, most=2**32 - 1),  # of the initial weights and the data order
     "model": _model_fields(),
     "data": {
-        "root": Field("data", filled=True),  # folder or URL that holds what `prepare` wrote
-        "cache": Field("~/.cache/stablelm_jax/shards", filled=True),  # of shards behind a URL
+        "root": Field("data"),  # folder or URL that holds what `prepare` wrote
+        "cache": Field("~/.cache/stablelm_jax/shards"),  # of shards behind a URL
         "cache_gb": Field(50.0, least=0),  # its bound in 10^9 bytes; past it: read by range
-        "tokenizer": Field("arcade100k", filled=True),  # or the path of a tokenizer.json
+        "tokenizer": Field("arcade100k"),  # or the path of a tokenizer.json
         "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
         "stages": Field(""),  # later weights: 'STEP:a=0.7,b=0.3; STEP:b=1'
         "check_shards": Field(True),  # on resuming, read shards whose time of change differs
@@ -176,7 +160,7 @@ TREE = {
     "writers": {  # beside metrics.jsonl, which is always written
         "tensorboard": Field(False),
         "wandb": Field(False),
-        "wandb_project": Field("stablelm_jax", filled=True),
+        "wandb_project": Field("stablelm_jax"),
     },
     "guard": {  # against spikes of the loss
         "kind": Field("off", choices=("off", "skip", "stop")),  # skip the update, stop the run
@@ -206,11 +190,11 @@ FIELDS = {key: entry for key, entry in flatten(TREE) if isinstance(entry, Field)
 def default_config() -> ConfigDict:
     """The whole tree, locked but for the names of sources."""
 
-    def values(tree):
-        return {
-            name: entry.value if isinstance(entry, Field) else values(entry)
-            for name, entry in tree.items()
-        }
+    def values(entry):
+        if not isinstance(entry, Field):
+            return {name: values(part) for name, part in entry.items()}
+        # A plain None could not be set by a flag.
+        return placeholder(entry.default) if isinstance(entry.default, type) else entry.default
 
     return locked(ConfigDict(values(TREE)))
 
