@@ -1,10 +1,10 @@
-"""lm-eval's tasks on a checkpoint, with a bar, a table and JSON: what `evaluate --tasks` does."""
+"""lm-eval's tasks on a checkpoint (`evaluate --tasks`), and on a run as it trains."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,22 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+try:
+    import lm_eval  # noqa: F401
+except ImportError as error:
+    raise ImportError("tasks need lm-eval: pip install -e '.[eval]'") from error
+
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.lm_eval_model import CheckpointLM, Told
 from stablelm_jax.evaluation.scores import published_models, scores_to_json, table_of_scores
 from stablelm_jax.evaluation.scoring import Scorer
-from stablelm_jax.evaluation.suite import load_tasks, run_tasks
+from stablelm_jax.evaluation.suite import Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
+from stablelm_jax.parallel import sharding
 from stablelm_jax.storage.remote import described
+from stablelm_jax.training.setup import Run
+
+COMPARED = "stablelm-2-1_6b"  # its published scores stand beside, where nobody asks for another's
 
 
 def evaluate_tasks(
@@ -74,32 +83,30 @@ def lm_of_checkpoint(
     saved: SavedModel,
     mesh: Mesh,
     *,
+    batch_tokens: int,
     dtype: Any = None,
     max_length: int | None = None,
     told: Told = lambda what, done, count: None,
-    **options: Any,
 ) -> CheckpointLM:
     """A checkpoint as lm-eval's model; reads the weights onto the mesh.
 
     Args:
+      batch_tokens: that of `Scorer`.
       dtype: type of matrix products; by default bfloat16, float32 on a CPU.
       max_length: tokens of the longest input; by default the model's context.
       told: that of `CheckpointLM`.
-      options: other arguments of `Scorer`.
 
     Raises:
       CheckpointError: it is damaged.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
     scorer = Scorer(
         saved.model,
         mesh,
         max_length=max_length or saved.max_positions,
-        compute=Compute(
-            dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
-            num_valid_ids=saved.num_valid_ids,
-        ),
-        **options,
+        compute=Compute(dtype=dtype, num_valid_ids=saved.num_valid_ids),
+        batch_tokens=batch_tokens,
     )
     model = CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids)
     model.load(saved.load(mesh))
@@ -118,3 +125,62 @@ def _bar(console: Console) -> Iterator[Told]:
             progress.update(progress.task_ids[-1], completed=done)
 
         yield told
+
+
+class TrainingTasks:
+    """The tasks of a run's config; their programs are kept from one time to the next."""
+
+    def __init__(self, run: Run, left: Callable[[], bool]):
+        """Loads the tasks and their data.
+
+        Args:
+          left: asked after each batch, on every process alike; whether to leave the evaluation.
+
+        Raises:
+          ValueError: those of `load_tasks`.
+        """
+
+        def leave_if_asked(*_: Any) -> None:
+            if left():
+                raise Left
+
+        config = run.config
+        self._limit = config.evaluation.tasks_limit or None
+        self._asked = load_tasks(config.evaluation.tasks, config.evaluation.task_data or None)
+        parts = sharding.batch_parts(run.mesh) * config.training.accumulation
+        length = config.data.sequence_length
+        scorer = Scorer(
+            run.model,
+            run.mesh,
+            max_length=length,
+            compute=run.compute,
+            # A training step has room for so many, and a forward pass needs less.
+            batch_tokens=max(1, config.data.batch_size // parts) * length,
+        )
+        self._model = CheckpointLM(scorer, run.tokenizer, told=leave_if_asked)
+
+    def evaluate(
+        self, params: Any, step: int, console: Console, failed: Callable[[str, Exception], None]
+    ) -> dict[str, float] | None:
+        """Prints a table; returns {TASK/METRIC: score}, None where the evaluation was left.
+
+        `failed`: told of each task that has no scores, and of what ended all of them.
+        """
+        try:
+            self._model.load(params)
+            scores = run_tasks(
+                self._model,
+                self._asked,
+                limit=self._limit,
+                bootstraps=0,
+                failed=lambda name, error: failed(f"task {name}", error),
+            )
+        except Left:
+            return None
+        except Exception as error:  # of any library, or too little memory: the run can do without
+            failed("tasks", error)
+            return {}
+        finally:
+            self._model.unload()
+        console.print(table_of_scores(scores, COMPARED, f"tasks after step {step:,}"))
+        return {score.key: score.value for score in scores if not score.is_detail}

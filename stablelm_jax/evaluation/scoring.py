@@ -46,6 +46,13 @@ class _Row:
     def scored(self) -> int:
         return sum(len(targets) for _, targets in self.spans)
 
+    def padded_shape(self, max_length: int) -> tuple[int, int]:
+        """T and S, of few sizes: a program is compiled for each. S is a power of 4, T at most."""
+        length, scored = min(padded_length(len(self.tokens)), max_length), 4
+        while scored < self.scored:
+            scored *= 4
+        return length, min(scored, length)
+
     def answers(self, logprobs_S: np.ndarray, greedy_S: np.ndarray) -> Iterator[tuple[int, Answer]]:
         """(number of the request, its answer), from the scores of this row's places."""
         start = 0
@@ -78,20 +85,19 @@ class Scorer:
         batch_tokens: tokens of a batch on each device, padding included; at least one row.
         """
         self.model, self.mesh, self.max_length = model, mesh, max_length
-        self.compute, self.dtype = compute.forward_only(), jnp.dtype(compute.dtype)
-        self.batch_tokens, self._parts = batch_tokens, sharding.batch_parts(mesh)
+        self.compute, self.batch_tokens = compute.forward_only(), batch_tokens
         self._places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
         self._score = _make_score(model, mesh, self.compute)
 
     def compute_copy(self, params: Any) -> Any:
         """`params` in the compute type, whole but for the axis `model`; themselves if they are."""
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(self._places))
+        dtype, places = self.compute.dtype, self._places
         if all(
-            leaf.dtype == self.dtype and leaf.sharding.is_equivalent_to(place, leaf.ndim)
-            for leaf, place in pairs
+            leaf.dtype == dtype and leaf.sharding.is_equivalent_to(place, leaf.ndim)
+            for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places))
         ):
             return params
-        return jax.jit(lambda p: sharding.gathered(p, self.dtype, self._places))(params)
+        return jax.jit(lambda p: sharding.gathered(p, dtype, places))(params)
 
     def score(
         self,
@@ -108,8 +114,12 @@ class Scorer:
         Raises:
           ValueError: a continuation longer than its input, or an input that is too long.
         """
+        # The largest shapes first: what needs most memory fails first.
+        groups = collections.defaultdict(list)
+        for row in _rows(requests, self.max_length):
+            groups[row.padded_shape(self.max_length)].append(row)
         answers: dict[int, Answer] = {}
-        for (length, scored), rows in self._groups(_rows(requests, self.max_length)):
+        for (length, scored), rows in sorted(groups.items(), reverse=True):
             size = self._batch_size(length, len(rows))
             for start in range(0, len(rows), size):
                 batch = rows[start : start + size]
@@ -120,33 +130,18 @@ class Scorer:
         # A continuation of no tokens is certain.
         return [answers.get(number, (0.0, True)) for number in range(len(requests))]
 
-    def _groups(self, rows: Sequence[_Row]) -> list[tuple[tuple[int, int], list[_Row]]]:
-        """Rows by the shape they are padded to, the largest first: what needs most fails first."""
-        groups = collections.defaultdict(list)
-        for row in rows:
-            length = min(padded_length(len(row.tokens)), self.max_length)
-            groups[length, _padded_scored(row.scored, length)].append(row)
-        return sorted(groups.items(), reverse=True)
-
     def _batch_size(self, length: int, wanted: int) -> int:
         """Rows on the whole mesh; a power of two on each part where fewer are left than fit."""
+        parts = sharding.batch_parts(self.mesh)
         most = max(1, self.batch_tokens // length)
-        needed = -(-wanted // self._parts)
-        return min(most, 1 << (needed - 1).bit_length()) * self._parts
+        needed = -(-wanted // parts)
+        return min(most, 1 << (needed - 1).bit_length()) * parts
 
     def _run(self, params: Any, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         index, count = sharding.process_share(self.mesh, len(arrays["tokens"]))
         share = len(arrays["tokens"]) // count
         part = {k: v[index * share : (index + 1) * share] for k, v in arrays.items()}
         return jax.device_get(self._score(params, sharding.put_batch(part, self.mesh)))
-
-
-def _padded_scored(scored: int, length: int) -> int:
-    """The next power of 4, the row's length at most."""
-    size = 4
-    while size < scored:
-        size *= 4
-    return max(scored, min(size, length))
 
 
 def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
@@ -177,19 +172,25 @@ def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
 def _arrays(rows: Sequence[_Row], size: int, length: int, scored: int) -> dict[str, np.ndarray]:
     """Padded to [size, length] and [size, scored]; the padding lies behind, unseen."""
     tokens_BT = np.zeros((size, length), np.int32)
-    places_BS, targets_BS = (np.zeros((size, scored), np.int32) for _ in range(2))
+    places_BS, targets_BS = np.zeros((2, size, scored), np.int32)
     for b, row in enumerate(rows):
         end = len(row.tokens)
         tokens_BT[b, :end] = row.tokens
-        places = np.concatenate([np.arange(end - len(t), end) for _, t in row.spans])
-        places_BS[b, : row.scored] = places
-        targets_BS[b, : row.scored] = np.concatenate([t for _, t in row.spans])
+        places = [np.arange(end - len(targets), end) for _, targets in row.spans]
+        places_BS[b, : row.scored] = np.concatenate(places)
+        targets_BS[b, : row.scored] = np.concatenate([targets for _, targets in row.spans])
     return {"tokens": tokens_BT, "places": places_BS, "targets": targets_BS}
 
 
 def _make_score(model: ModelConfig, mesh: Mesh, compute: Compute):
     """Jitted f(params, arrays) -> log-probability and whether it is the greatest, [B, S] each."""
     num_valid = compute.num_valid_ids or model.vocab_size
+
+    def score_place(kernel_DV, x_D, target):
+        logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
+        if num_valid < model.vocab_size:
+            logits_V = jnp.where(jnp.arange(model.vocab_size) < num_valid, logits_V, -jnp.inf)
+        return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V) == target
 
     def score(params, arrays):
         tokens_BT, targets_BS = arrays["tokens"], arrays["targets"]
@@ -199,22 +200,12 @@ def _make_score(model: ModelConfig, mesh: Mesh, compute: Compute):
         x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
         x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
         kernel_DV = params["head"]["kernel"].astype(x_RD.dtype)
-        found = _target_scores(x_RD, kernel_DV, targets_BS.reshape(-1), num_valid)
+        found = jax.lax.map(
+            lambda place: score_place(kernel_DV, *place),
+            (x_RD, targets_BS.reshape(-1)),
+            batch_size=_CHUNK,
+        )
         return tuple(value_R.reshape(targets_BS.shape) for value_R in found)
 
     score = sharding.map_rows(score, mesh, out_specs=sharding.mesh_axes(["batch"]))
     return jax.jit(score, out_shardings=sharding.replicated(mesh))
-
-
-def _target_scores(x_RD, kernel_DV, targets_R, num_valid: int):
-    """log softmax(x kernel)[target], float32 [R], and whether no other logit is greater."""
-    vocab_size = kernel_DV.shape[1]
-
-    def of_place(place):
-        x_D, target = place
-        logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
-        if num_valid < vocab_size:
-            logits_V = jnp.where(jnp.arange(vocab_size) < num_valid, logits_V, -jnp.inf)
-        return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V) == target
-
-    return jax.lax.map(of_place, (x_RD, targets_R), batch_size=_CHUNK)
