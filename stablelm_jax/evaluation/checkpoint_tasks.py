@@ -20,7 +20,7 @@ except ImportError as error:
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.lm_eval_model import CheckpointLM, Told
-from stablelm_jax.evaluation.scores import published_models, scores_to_json, table_of_scores
+from stablelm_jax.evaluation.scores import published_scores, scores_to_json, table_of_scores
 from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
@@ -45,9 +45,8 @@ def evaluate_tasks(
     """Prints a table to stderr and returns what goes into the JSON.
 
     Args:
-      names, data: those of `load_tasks`.
+      names, data: those of `load_tasks`; limit, num_fewshot: of `run_tasks`.
       compared: the published model whose scores stand beside.
-      limit, num_fewshot: those of `run_tasks`.
       options: those of `lm_of_checkpoint`.
 
     Returns:
@@ -56,11 +55,10 @@ def evaluate_tasks(
     Raises:
       ValueError: an unknown task or published model, data that is missing, a damaged checkpoint.
     """
-    if compared not in published_models():
-        raise ValueError(
-            f"--compare {compared}: nothing published is known here; choose one of "
-            f"{', '.join(published_models())}"
-        )
+    models = dict.fromkeys(model for row in published_scores() for model in row["scores"])
+    if compared not in models:
+        known = ", ".join(models)
+        raise ValueError(f"--compare {compared}: no published scores; choose one of {known}")
     console, failed = Console(stderr=True), {}
     asked = load_tasks(names, data)
     with _bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints

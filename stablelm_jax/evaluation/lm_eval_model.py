@@ -104,7 +104,7 @@ class CheckpointLM(TemplateLM):
             self.cut += len(whole) > most + 1
             pairs.append((whole[-most - 1 : -1], continuation[-most:]))
         return self._scorer.score(
-            self._params, pairs, on_answers=lambda done: self._told("scoring", done, count)
+            self._params, pairs, lambda done: self._told("scoring", done, count)
         )
 
     def loglikelihood_rolling(

@@ -54,15 +54,17 @@ class TaskScore:
 
 
 @functools.cache
-def published_suites() -> list[dict[str, Any]]:
-    """Each with its group of tasks, where it was read, and its scores in percent."""
-    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+def published_scores() -> list[dict[str, Any]]:
+    """In percent: "group" of tasks, "task", "metric", "shots", "how", "source", "scores" by model.
 
-
-def published_models() -> list[str]:
-    """The models with a score."""
-    rows = (row for suite in published_suites() for row in suite["scores"])
-    return list(dict.fromkeys(model for row in rows for model in row["scores"]))
+    Of two metrics of a task the first is that of the group's published mean.
+    """
+    suites = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    return [
+        {"group": suite["group"], "source": suite["source"], "how": "none", **row}
+        for suite in suites
+        for row in suite["scores"]
+    ]
 
 
 def published_score(score: TaskScore, model: str) -> tuple[float, str] | None:
@@ -71,18 +73,16 @@ def published_score(score: TaskScore, model: str) -> tuple[float, str] | None:
     Two suites may know the same task: that of the group by which it was asked for goes first.
     """
     what = score.task, score.metric, score.shots, score.how
-    for suite in sorted(published_suites(), key=lambda suite: suite["group"] != score.asked):
-        for row in suite["scores"]:
-            known = row["task"], row["metric"], row["shots"], row.get("how", "none")
-            if known == what and model in row["scores"]:
-                return row["scores"][model], suite["source"]
+    for row in sorted(published_scores(), key=lambda row: row["group"] != score.asked):
+        known = row["task"], row["metric"], row["shots"], row["how"]
+        if known == what and model in row["scores"]:
+            return row["scores"][model], row["source"]
     return None
 
 
 def published_metric(task: str) -> str | None:
     """The metric that the published suites give first for a task; None for other tasks."""
-    rows = (row for suite in published_suites() for row in suite["scores"])
-    return next((row["metric"] for row in rows if row["task"] == task), None)
+    return next((row["metric"] for row in published_scores() if row["task"] == task), None)
 
 
 def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks") -> Table:

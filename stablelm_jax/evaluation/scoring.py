@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from stablelm_jax.parallel import sharding
 
 # Places whose float32 logits are held at a time: 0.2 GB of a vocabulary of 100,352.
 _CHUNK = 512
-BATCH_TOKENS = 16_384  # on each device, by default
 
 # (input, continuation): the last len(continuation) places of the input predict it.
 Request = tuple[Sequence[int], Sequence[int]]
@@ -76,8 +75,8 @@ class Scorer:
         mesh: Mesh,
         *,
         max_length: int,
-        compute: Compute = Compute(),
-        batch_tokens: int = BATCH_TOKENS,
+        compute: Compute,
+        batch_tokens: int,
     ):
         """Args:
         max_length: tokens of the longest input.
@@ -100,30 +99,29 @@ class Scorer:
         return jax.jit(lambda p: sharding.gathered(p, dtype, places))(params)
 
     def score(
-        self,
-        params: Any,
-        requests: Sequence[Request],
-        on_answers: Callable[[int], None] = lambda count: None,
+        self, params: Any, requests: Sequence[Request], on_answers: Callable[[int], None]
     ) -> list[Answer]:
         """For each request: its log-likelihood in nats, and whether greedy choice would say it.
 
         Args:
           params: as `compute_copy` gives them.
+          requests: continuations no longer than their inputs, inputs of `max_length` at most.
           on_answers: called after each batch with the number of requests answered so far.
-
-        Raises:
-          ValueError: a continuation longer than its input, or an input that is too long.
         """
         # The largest shapes first: what needs most memory fails first.
         groups = collections.defaultdict(list)
-        for row in _rows(requests, self.max_length):
+        for row in _rows(requests):
             groups[row.padded_shape(self.max_length)].append(row)
         answers: dict[int, Answer] = {}
         for (length, scored), rows in sorted(groups.items(), reverse=True):
             size = self._batch_size(length, len(rows))
+            index, count = sharding.process_share(self.mesh, size)
+            share = size // count
             for start in range(0, len(rows), size):
                 batch = rows[start : start + size]
-                scores = self._run(params, _arrays(batch, size, length, scored))
+                mine = batch[index * share : (index + 1) * share]
+                arrays = sharding.put_batch(_arrays(mine, share, length, scored), self.mesh)
+                scores = jax.device_get(self._score(params, arrays))
                 for row, logprobs_S, greedy_S in zip(batch, *scores):
                     answers.update(row.answers(logprobs_S, greedy_S))
                 on_answers(len(answers))
@@ -137,14 +135,8 @@ class Scorer:
         needed = -(-wanted // parts)
         return min(most, 1 << (needed - 1).bit_length()) * parts
 
-    def _run(self, params: Any, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        index, count = sharding.process_share(self.mesh, len(arrays["tokens"]))
-        share = len(arrays["tokens"]) // count
-        part = {k: v[index * share : (index + 1) * share] for k, v in arrays.items()}
-        return jax.device_get(self._score(params, sharding.put_batch(part, self.mesh)))
 
-
-def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
+def _rows(requests: Sequence[Request]) -> list[_Row]:
     """One row for all requests of the same input, as the four letters of a question with choices.
 
     A row takes no more places than its input has tokens; then another one begins. Requests for
@@ -155,12 +147,8 @@ def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     for number, (tokens, targets) in enumerate(requests):
         if not targets:
             continue
-        if not len(targets) <= len(tokens) <= max_length:
-            raise ValueError(
-                f"request {number}: {len(targets)} tokens to score on an input of {len(tokens)}, "
-                f"where 1 to {max_length} fit; cut it first"
-            )
         key = tuple(tokens)
+        assert len(targets) <= len(key), "CheckpointLM cuts what is too long"
         row = open_rows.get(key)
         if row is None or row.scored + len(targets) > len(key):
             row = open_rows[key] = _Row(key, [])
