@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
 
 try:
     import lm_eval  # noqa: F401
@@ -27,8 +27,6 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
 from stablelm_jax.storage.remote import described
 from stablelm_jax.training.setup import Run
-
-COMPARED = "stablelm-2-1_6b"  # its published scores stand beside, where nobody asks for another's
 
 
 def evaluate_tasks(
@@ -74,7 +72,7 @@ def evaluate_tasks(
     if model.cut:
         console.print(f"{model.cut} inputs lost their beginning: {model.max_length} tokens fit")
     found = scores_to_json(scores, compared) | {"inputs_cut": model.cut}
-    return found | ({"failed": failed} if failed else {})
+    return found | {"failed": failed} if failed else found
 
 
 def lm_of_checkpoint(
@@ -89,10 +87,9 @@ def lm_of_checkpoint(
     """A checkpoint as lm-eval's model; reads the weights onto the mesh.
 
     Args:
-      batch_tokens: that of `Scorer`.
+      batch_tokens: that of `Scorer`; told: that of `CheckpointLM`.
       dtype: type of matrix products; by default bfloat16, float32 on a CPU.
       max_length: tokens of the longest input; by default the model's context.
-      told: that of `CheckpointLM`.
 
     Raises:
       CheckpointError: it is damaged.
@@ -114,8 +111,7 @@ def lm_of_checkpoint(
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Told]:
     """A line on the console for each task and kind of request; gives what moves it."""
-    columns = *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
 
         def told(what: str, done: int, count: int) -> None:
             if done == 0:
@@ -129,13 +125,9 @@ class TrainingTasks:
     """The tasks of a run's config; their programs are kept from one time to the next."""
 
     def __init__(self, run: Run, left: Callable[[], bool]):
-        """Loads the tasks and their data.
+        """Loads the tasks and their data, with the errors of `load_tasks`.
 
-        Args:
-          left: asked after each batch, on every process alike; whether to leave the evaluation.
-
-        Raises:
-          ValueError: those of `load_tasks`.
+        `left`: asked after each batch, on every process alike; whether to leave the evaluation.
         """
 
         def leave_if_asked(*_: Any) -> None:
@@ -180,5 +172,5 @@ class TrainingTasks:
             return {}
         finally:
             self._model.unload()
-        console.print(table_of_scores(scores, COMPARED, f"tasks after step {step:,}"))
+        console.print(table_of_scores(scores, "stablelm-2-1_6b", f"tasks after step {step:,}"))
         return {score.key: score.value for score in scores if not score.is_detail}

@@ -25,7 +25,6 @@ from stablelm_jax.generation.generator import Generator
 from stablelm_jax.parallel import sharding
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 256  # where a task names no number, as in lm-eval's own class
 _AT_A_TIME = 64  # prompts that are continued before somebody may ask to leave
 # f(what is done, requests answered so far, requests in all); it may raise to end the evaluation.
 Told = Callable[[str, int, int], None]
@@ -84,7 +83,7 @@ class CheckpointLM(TemplateLM):
         """`add_special_tokens` changes nothing: this model's texts have no first token."""
         return self._text.encode(string, specials=True)
 
-    def tok_decode(self, tokens: Iterable[int]) -> str:
+    def _decoded(self, tokens: Iterable[int]) -> str:
         """Without special tokens."""
         return self._text.decode([token for token in tokens if token not in self._text.special_ids])
 
@@ -138,7 +137,7 @@ class CheckpointLM(TemplateLM):
         )
         for batch in alike.get_batched(n=_AT_A_TIME):
             prompts, settings = zip(*batch)
-            texts += self._continued(prompts, normalize_gen_kwargs(settings[0], MAX_NEW_TOKENS))
+            texts += self._continued(prompts, normalize_gen_kwargs(settings[0]))
             self._told("generating", len(texts), count)
         return alike.get_original(texts)
 
@@ -155,7 +154,7 @@ class CheckpointLM(TemplateLM):
             )
 
         def has_ended(_: int, tokens: list[int]) -> bool:
-            text = self.tok_decode(tokens)
+            text = self._decoded(tokens)
             return any(word and word in text for word in until)
 
         draw = {"temperature": 0.0}  # the likeliest token, or as a task that samples says
@@ -171,7 +170,7 @@ class CheckpointLM(TemplateLM):
             stopped=has_ended,
             **draw,
         )
-        return [postprocess_generated_text(self.tok_decode(new), until, None) for new in done]
+        return [postprocess_generated_text(self._decoded(new), until, None) for new in done]
 
     def _make_generator(self) -> Generator:
         scorer = self._scorer

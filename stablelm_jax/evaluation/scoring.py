@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,41 +63,65 @@ class _Row:
             start = span.stop
 
 
+@dataclasses.dataclass(frozen=True)
 class Scorer:
     """Scores continuations with one model on one mesh; its programs are compiled when first met.
 
     Rows are split over `replica` and `data`, the model over `model`. Several processes call it
     with the same requests, and each gets all answers.
+
+    Attributes:
+      max_length: tokens of the longest input.
+      compute: of the model; logits and softmax are float32.
+      batch_tokens: tokens of a batch on each device, padding included; at least one row.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        mesh: Mesh,
-        *,
-        max_length: int,
-        compute: Compute,
-        batch_tokens: int,
-    ):
-        """Args:
-        max_length: tokens of the longest input.
-        compute: of the model; logits and softmax are float32.
-        batch_tokens: tokens of a batch on each device, padding included; at least one row.
-        """
-        self.model, self.mesh, self.max_length = model, mesh, max_length
-        self.compute, self.batch_tokens = compute.forward_only(), batch_tokens
-        self._places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
-        self._score = _make_score(model, mesh, self.compute)
+    model: ModelConfig
+    mesh: Mesh
+    max_length: int
+    compute: Compute
+    batch_tokens: int
 
     def compute_copy(self, params: Any) -> Any:
         """`params` in the compute type, whole but for the axis `model`; themselves if they are."""
-        dtype, places = self.compute.dtype, self._places
+        specs = sharding.parameter_specs(parameter_table(self.model))
+        dtype, places = self.compute.dtype, sharding.named(self.mesh, specs)
         if all(
             leaf.dtype == dtype and leaf.sharding.is_equivalent_to(place, leaf.ndim)
             for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places))
         ):
             return params
         return jax.jit(lambda p: sharding.gathered(p, dtype, places))(params)
+
+    @functools.cached_property
+    def _score(self):
+        """Jitted f(params, arrays) -> log-probability and whether it is the greatest, [B, S]."""
+        model, compute = self.model, self.compute.forward_only()
+        num_valid = compute.num_valid_ids or model.vocab_size
+
+        def score_place(kernel_DV, x_D, target):
+            logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
+            if num_valid < model.vocab_size:
+                logits_V = jnp.where(jnp.arange(model.vocab_size) < num_valid, logits_V, -jnp.inf)
+            return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V) == target
+
+        def score(params, arrays):
+            tokens_BT, targets_BS = arrays["tokens"], arrays["targets"]
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            inputs_BT = tokens_BT, jnp.ones_like(tokens_BT), positions_BT
+            x_BTD = hidden_states(model, params, *inputs_BT, compute)
+            x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
+            x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
+            kernel_DV = params["head"]["kernel"].astype(x_RD.dtype)
+            found = jax.lax.map(
+                lambda place: score_place(kernel_DV, *place),
+                (x_RD, targets_BS.reshape(-1)),
+                batch_size=_CHUNK,
+            )
+            return tuple(value_R.reshape(targets_BS.shape) for value_R in found)
+
+        score = sharding.map_rows(score, self.mesh, out_specs=sharding.mesh_axes(["batch"]))
+        return jax.jit(score, out_shardings=sharding.replicated(self.mesh))
 
     def score(
         self, params: Any, requests: Sequence[Request], on_answers: Callable[[int], None]
@@ -168,32 +193,3 @@ def _arrays(rows: Sequence[_Row], size: int, length: int, scored: int) -> dict[s
         places_BS[b, : row.scored] = np.concatenate(places)
         targets_BS[b, : row.scored] = np.concatenate([targets for _, targets in row.spans])
     return {"tokens": tokens_BT, "places": places_BS, "targets": targets_BS}
-
-
-def _make_score(model: ModelConfig, mesh: Mesh, compute: Compute):
-    """Jitted f(params, arrays) -> log-probability and whether it is the greatest, [B, S] each."""
-    num_valid = compute.num_valid_ids or model.vocab_size
-
-    def score_place(kernel_DV, x_D, target):
-        logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
-        if num_valid < model.vocab_size:
-            logits_V = jnp.where(jnp.arange(model.vocab_size) < num_valid, logits_V, -jnp.inf)
-        return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V) == target
-
-    def score(params, arrays):
-        tokens_BT, targets_BS = arrays["tokens"], arrays["targets"]
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        inputs_BT = tokens_BT, jnp.ones_like(tokens_BT), positions_BT
-        x_BTD = hidden_states(model, params, *inputs_BT, compute)
-        x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
-        x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        kernel_DV = params["head"]["kernel"].astype(x_RD.dtype)
-        found = jax.lax.map(
-            lambda place: score_place(kernel_DV, *place),
-            (x_RD, targets_BS.reshape(-1)),
-            batch_size=_CHUNK,
-        )
-        return tuple(value_R.reshape(targets_BS.shape) for value_R in found)
-
-    score = sharding.map_rows(score, mesh, out_specs=sharding.mesh_axes(["batch"]))
-    return jax.jit(score, out_shardings=sharding.replicated(mesh))

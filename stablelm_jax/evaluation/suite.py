@@ -204,18 +204,15 @@ def _scores(asked: Asked, found: Mapping[str, Any]) -> Iterator[TaskScore]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """lm-eval without its noise and its effects on the process.
+    """Python's and numpy's random numbers as lm-eval starts them; as they were afterwards.
 
-    It warns of every task that is ours, and `datasets` has a bar for every file. Python's and
-    numpy's own random numbers start as lm-eval starts them, and are as they were afterwards.
+    Inside and after it lm-eval and its data are quiet.
     """
     # For its standard errors lm-eval would fork, which a process with jax's threads must not.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that is ours
+    datasets.disable_progress_bars()  # one for every file
     states = random.getstate(), np.random.get_state()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
     random.seed(0)
     np.random.seed(SEED)
     try:
@@ -223,6 +220,3 @@ def _undisturbed() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
