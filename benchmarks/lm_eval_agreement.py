@@ -42,7 +42,8 @@ def compare(arguments: argparse.Namespace, task: str) -> None:
     for name, model in (("ours", ours(arguments)), ("theirs", theirs(arguments))):
         answers = remembered(model)
         began = time.monotonic()
-        scores = run_tasks(model, load_tasks([task], arguments.task_data), limit=limit)
+        asked = load_tasks([task], arguments.task_data)
+        scores = run_tasks(model, asked, limit=limit, failed=end_all)
         found[name] = scores, answers, time.monotonic() - began
     (our_scores, our_answers, our_time), (scores, answers, their_time) = found.values()
     compared = difference(our_answers, answers)
@@ -58,6 +59,10 @@ def compare(arguments: argparse.Namespace, task: str) -> None:
                 "seconds": [round(our_time, 1), round(their_time, 1)],
             }
             print(json.dumps(line), flush=True)
+
+
+def end_all(name: str, error: Exception) -> None:
+    raise error
 
 
 def difference(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:

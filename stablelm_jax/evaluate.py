@@ -7,13 +7,14 @@ or --data says where held-out text lies.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stablelm_jax.run.metrics import finite
+from stablelm_jax.storage.files import write_json
 
 if TYPE_CHECKING:
     from stablelm_jax.checkpoint.saved_model import SavedModel
@@ -23,13 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     arguments = _parser().parse_args(argv)
     try:
-        found = _evaluate(arguments)
-        text = json.dumps(_finite(found), indent=1, allow_nan=False)
+        found = finite(_evaluate(arguments))  # what one task found must not cost the others
         if arguments.output:
-            arguments.output.write_text(text + "\n", encoding="utf-8")
+            write_json(arguments.output, found)
         else:
-            print(text)
-    except (ValueError, OSError) as error:
+            print(json.dumps(found, indent=1, allow_nan=False))
+    except (ValueError, OSError, ImportError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     if failed := found.get("failed"):
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("held-out text").add_argument
     add("--config", help="config file; default: the one in the checkpoint")
     add("--data", help="folder or URL of the prepared sources; default: the config's")
-    add("--max-rows", type=_count, help="held-out rows a source; default: all")
+    add("--max-rows", type=_count, default=2**31 - 1, help="held-out rows a source; default: all")
 
     add = parser.add_argument_group("tasks").add_argument
     add(
@@ -88,47 +88,39 @@ def _count(text: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from stablelm_jax.checkpoint.saved_model import SavedModel
+    from stablelm_jax.parallel.mesh import make_mesh
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
     found = {"checkpoint": str(saved.path), "step": saved.run["step"]}
     if arguments.tasks:
-        found |= _tasks(arguments, saved)
+        from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
+
+        found |= evaluate_tasks(
+            saved,
+            make_mesh(model=arguments.model),
+            arguments.tasks.split(","),
+            data=arguments.task_data,
+            compared=arguments.compare,
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            dtype=arguments.dtype,
+            max_length=arguments.max_length,
+            batch_tokens=arguments.batch_tokens,
+        )
     if not arguments.tasks or arguments.config or arguments.data:
         found |= _held_out(arguments, saved)
     return found
 
 
-def _finite(value: Any) -> Any:
-    """With None for numbers that JSON lacks: what one task found must not cost the others."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
+    import jax
     from rich.console import Console
 
+    from stablelm_jax import config as config_lib
     from stablelm_jax.data.position import DataPosition
     from stablelm_jax.reporting.console import show_evaluation
     from stablelm_jax.training.held_out import evaluate_held_out
     from stablelm_jax.training.setup import prepare_run
-
-    config = _config(arguments, saved)
-    run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
-    if saved.model != run.model:
-        raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
-    line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
-    show_evaluation(Console(stderr=True), run, saved.run["step"], line)
-    return line
-
-
-def _config(arguments: argparse.Namespace, saved: SavedModel) -> Any:
-    """The config of the training, but for what depends on the machine: rows and devices."""
-    import jax
-
-    from stablelm_jax import config as config_lib
 
     if arguments.config:
         config = config_lib.load(arguments.config)
@@ -143,33 +135,18 @@ def _config(arguments: argparse.Namespace, saved: SavedModel) -> Any:
     config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
     config.training.dtype = arguments.dtype or config.training.dtype
     config.branch.parent = ""
+    # Rows and devices are those of this machine, not of the training.
     config.parallel.update(data=-1, model=arguments.model, replica=1, fsdp=False)
     config.training.accumulation = 1
-    parts = max(1, jax.device_count() // arguments.model)
     rows = max(1, arguments.batch_tokens // config.data.sequence_length)
-    config.data.batch_size = rows * parts
-    config.evaluation.max_rows = arguments.max_rows or 2**31 - 1
-    return config
-
-
-def _tasks(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("tasks need lm-eval: pip install -e '.[eval]'")
-    from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
-    from stablelm_jax.parallel.mesh import make_mesh
-
-    return evaluate_tasks(
-        saved,
-        make_mesh(model=arguments.model),
-        arguments.tasks.split(","),
-        data=arguments.task_data,
-        compared=arguments.compare,
-        limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
-        dtype=arguments.dtype,
-        max_length=arguments.max_length,
-        batch_tokens=arguments.batch_tokens,
-    )
+    config.data.batch_size = rows * max(1, jax.device_count() // arguments.model)
+    config.evaluation.max_rows = arguments.max_rows
+    run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
+    if saved.model != run.model:
+        raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
+    line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
+    show_evaluation(Console(stderr=True), run, saved.run["step"], line)
+    return line
 
 
 if __name__ == "__main__":

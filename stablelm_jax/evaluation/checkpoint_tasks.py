@@ -1,25 +1,32 @@
-"""lm-eval's tasks on a checkpoint, with a bar, a table and JSON: what `evaluate --tasks` does."""
+"""lm-eval's tasks on a checkpoint (`evaluate --tasks`), and on a run as it trains."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
+
+try:
+    import lm_eval  # noqa: F401
+except ImportError as error:
+    raise ImportError("tasks need lm-eval: pip install -e '.[eval]'") from error
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.lm_eval_model import CheckpointLM, Told
-from stablelm_jax.evaluation.scores import published_models, scores_to_json, table_of_scores
+from stablelm_jax.evaluation.scores import published_scores, scores_to_json, table_of_scores
 from stablelm_jax.evaluation.scoring import Scorer
-from stablelm_jax.evaluation.suite import load_tasks, run_tasks
+from stablelm_jax.evaluation.suite import Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
+from stablelm_jax.parallel import sharding
 from stablelm_jax.storage.remote import described
+from stablelm_jax.training.setup import Run
 
 
 def evaluate_tasks(
@@ -36,9 +43,8 @@ def evaluate_tasks(
     """Prints a table to stderr and returns what goes into the JSON.
 
     Args:
-      names, data: those of `load_tasks`.
+      names, data: those of `load_tasks`; limit, num_fewshot: of `run_tasks`.
       compared: the published model whose scores stand beside.
-      limit, num_fewshot: those of `run_tasks`.
       options: those of `lm_of_checkpoint`.
 
     Returns:
@@ -47,11 +53,10 @@ def evaluate_tasks(
     Raises:
       ValueError: an unknown task or published model, data that is missing, a damaged checkpoint.
     """
-    if compared not in published_models():
-        raise ValueError(
-            f"--compare {compared}: nothing published is known here; choose one of "
-            f"{', '.join(published_models())}"
-        )
+    models = dict.fromkeys(model for row in published_scores() for model in row["scores"])
+    if compared not in models:
+        known = ", ".join(models)
+        raise ValueError(f"--compare {compared}: no published scores; choose one of {known}")
     console, failed = Console(stderr=True), {}
     asked = load_tasks(names, data)
     with _bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
@@ -67,39 +72,36 @@ def evaluate_tasks(
     if model.cut:
         console.print(f"{model.cut} inputs lost their beginning: {model.max_length} tokens fit")
     found = scores_to_json(scores, compared) | {"inputs_cut": model.cut}
-    return found | ({"failed": failed} if failed else {})
+    return found | {"failed": failed} if failed else found
 
 
 def lm_of_checkpoint(
     saved: SavedModel,
     mesh: Mesh,
     *,
+    batch_tokens: int,
     dtype: Any = None,
     max_length: int | None = None,
     told: Told = lambda what, done, count: None,
-    **options: Any,
 ) -> CheckpointLM:
     """A checkpoint as lm-eval's model; reads the weights onto the mesh.
 
     Args:
+      batch_tokens: that of `Scorer`; told: that of `CheckpointLM`.
       dtype: type of matrix products; by default bfloat16, float32 on a CPU.
       max_length: tokens of the longest input; by default the model's context.
-      told: that of `CheckpointLM`.
-      options: other arguments of `Scorer`.
 
     Raises:
       CheckpointError: it is damaged.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
     scorer = Scorer(
         saved.model,
         mesh,
         max_length=max_length or saved.max_positions,
-        compute=Compute(
-            dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
-            num_valid_ids=saved.num_valid_ids,
-        ),
-        **options,
+        compute=Compute(dtype=dtype, num_valid_ids=saved.num_valid_ids),
+        batch_tokens=batch_tokens,
     )
     model = CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids)
     model.load(saved.load(mesh))
@@ -109,8 +111,7 @@ def lm_of_checkpoint(
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Told]:
     """A line on the console for each task and kind of request; gives what moves it."""
-    columns = *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
 
         def told(what: str, done: int, count: int) -> None:
             if done == 0:
@@ -118,3 +119,58 @@ def _bar(console: Console) -> Iterator[Told]:
             progress.update(progress.task_ids[-1], completed=done)
 
         yield told
+
+
+class TrainingTasks:
+    """The tasks of a run's config; their programs are kept from one time to the next."""
+
+    def __init__(self, run: Run, left: Callable[[], bool]):
+        """Loads the tasks and their data, with the errors of `load_tasks`.
+
+        `left`: asked after each batch, on every process alike; whether to leave the evaluation.
+        """
+
+        def leave_if_asked(*_: Any) -> None:
+            if left():
+                raise Left
+
+        config = run.config
+        self._limit = config.evaluation.tasks_limit or None
+        self._asked = load_tasks(config.evaluation.tasks, config.evaluation.task_data or None)
+        parts = sharding.batch_parts(run.mesh) * config.training.accumulation
+        length = config.data.sequence_length
+        scorer = Scorer(
+            run.model,
+            run.mesh,
+            max_length=length,
+            compute=run.compute,
+            # A training step has room for so many, and a forward pass needs less.
+            batch_tokens=max(1, config.data.batch_size // parts) * length,
+        )
+        self._model = CheckpointLM(scorer, run.tokenizer, told=leave_if_asked)
+
+    def evaluate(
+        self, params: Any, step: int, console: Console, failed: Callable[[str, Exception], None]
+    ) -> dict[str, float] | None:
+        """Prints a table; returns {TASK/METRIC: score}, None where the evaluation was left.
+
+        `failed`: told of each task that has no scores, and of what ended all of them.
+        """
+        try:
+            self._model.load(params)
+            scores = run_tasks(
+                self._model,
+                self._asked,
+                limit=self._limit,
+                bootstraps=0,
+                failed=lambda name, error: failed(f"task {name}", error),
+            )
+        except Left:
+            return None
+        except Exception as error:  # of any library, or too little memory: the run can do without
+            failed("tasks", error)
+            return {}
+        finally:
+            self._model.unload()
+        console.print(table_of_scores(scores, "stablelm-2-1_6b", f"tasks after step {step:,}"))
+        return {score.key: score.value for score in scores if not score.is_detail}

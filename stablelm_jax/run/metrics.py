@@ -13,9 +13,13 @@ from typing import Any
 from stablelm_jax.storage.files import write_text
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN: a value that is not finite is written as null."""
-    return float(value) if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """`value` with None for each number in it that JSON lacks: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsFile:
@@ -66,8 +70,7 @@ class MetricsFile:
         Raises:
           OSError: the disk takes nothing more. The line is written with the next one.
         """
-        clean = {k: finite(v) if isinstance(v, float) else v for k, v in line.items()}
-        self._unwritten.append(_as_line(clean))
+        self._unwritten.append(_as_line(finite(dict(line))))
         if len(self._unwritten) > 1:  # the last time left half a line, or none
             self.cut_back(2**62)
         with self.path.open("a", encoding="utf-8") as file:

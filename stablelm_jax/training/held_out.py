@@ -45,15 +45,10 @@ def make_eval_step(
 ) -> EvalStep:
     """Jitted f(params, batch), whose results every device holds whole.
 
-    Args:
-      eod: id of `<|endoftext|>`.
-      compute: of the training; only what a forward pass needs is taken.
-
-    The results are "nll" and "tokens", float32 [S] sums over the whole batch, and "by_token",
-    arrays [B, T]: "nll", "counted" (the loss mask), "ends" (whether the input ends a document).
+    They are "nll" and "tokens", float32 [S] sums over the whole batch, and "by_token", arrays
+    [B, T]: "nll", "counted" (the loss mask), "ends" (whether the input is `eod`).
     """
     places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
-    whole, rows = PartitionSpec(), sharding.mesh_axes(["batch"])
 
     def local_sums(params, batch):
         _, nll_BT = batch_loss(model, params, batch, compute=compute.forward_only())
@@ -61,7 +56,8 @@ def make_eval_step(
         by_token = {"nll": nll_BT, "counted": batch["loss_mask"], "ends": ends_BT}
         return sum_over(source_sums(nll_BT, batch, num_sources)), by_token
 
-    local_sums = sharding.map_rows(local_sums, mesh, out_specs=(whole, rows))
+    out_specs = PartitionSpec(), sharding.mesh_axes(["batch"])
+    local_sums = sharding.map_rows(local_sums, mesh, out_specs=out_specs)
 
     def eval_step(params, batch):
         sums, by_token = local_sums(sharding.gathered(params, compute.dtype, places), batch)
@@ -95,7 +91,7 @@ def evaluate_held_out(
     Raises:
       HeldOutError: on every process, where one of them cannot read.
     """
-    nll, tokens = np.zeros(len(sources)), np.zeros(len(sources))
+    nll, tokens = np.zeros((2, len(sources)))
     documents = []
     for source in sources.values():
         documents_2D = np.zeros((2, 1))
@@ -149,9 +145,8 @@ def held_out_line(
     """The metrics of sums by source.
 
     Args:
-      nll: nats over the counted tokens of each source, float64 [S].
-      tokens: how many these are, [S].
-      documents: for each source, nats and counted tokens of each of its documents, [2, D].
+      nll, tokens: of each source, nats over its counted tokens and how many these are, float64 [S].
+      documents: for each source the same of each of its documents, [2, D].
 
     Returns:
       "eval/loss" (nats a token), "eval/perplexity", "eval/documents" (how many were scored) and
@@ -195,26 +190,11 @@ def _means(suffix: str, sums: Sequence[Any]) -> dict[str, float | None]:
     if not tokens:
         return {}
     loss = float(nll / tokens)
-    line = {f"eval/loss{suffix}": loss, f"eval/perplexity{suffix}": _exp(loss)}
+    perplexity = math.exp(loss) if loss < 709 else None  # too large for a float
+    line = {f"eval/loss{suffix}": loss, f"eval/perplexity{suffix}": perplexity}
     if bytes_ is not None:
         line[f"eval/bits_per_byte{suffix}"] = float(nll / math.log(2) / bytes_)
     line[f"eval/documents{suffix}"] = int(documents)
     if math.isfinite(variance):
         line[f"eval/loss_stderr{suffix}"] = float(math.sqrt(variance) / tokens)
-    return line
-
-
-def _exp(loss: float) -> float | None:
-    """None where it is too large for a float: JSON has no infinity."""
-    return math.exp(loss) if loss < 709 else None
-
-
-def mean_losses(
-    prefix: str, sources: Sequence[str], nll: np.ndarray, tokens: np.ndarray
-) -> dict[str, float | None]:
-    """Token-weighted means in nats: over all, and of each source that has tokens."""
-    line = {prefix: float(nll.sum() / tokens.sum()) if tokens.sum() else None}
-    for name, source_nll, source_tokens in zip(sources, nll, tokens):
-        if source_tokens:
-            line[f"{prefix}/{name}"] = float(source_nll / source_tokens)
     return line

@@ -1,18 +1,28 @@
-"""What a run does at intervals besides saving: evaluations and samples."""
+"""What a run does at intervals besides saving: held-out text, tasks, samples.
+
+No evaluation ends the run: what fails becomes an event.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.services import Services
+from stablelm_jax.storage.remote import described
 from stablelm_jax.training.begin import Progress
-from stablelm_jax.training.evaluations import PATIENCE, TASKS, Evaluations
+from stablelm_jax.training.held_out import HeldOutError, evaluate_held_out
 from stablelm_jax.training.programs import Programs
 from stablelm_jax.training.setup import Run
+
+# While tasks run, this long without an answer is no hang: their data may come over the network.
+PATIENCE = 1800.0
+TASKS = "eval/tasks/"  # their metrics begin so
 
 
 class Intervals:
@@ -20,8 +30,7 @@ class Intervals:
 
     def __init__(self, run: Run, services: Services, step: int):
         """`step`: where the run begins; what the metrics hold of later steps is cut off."""
-        self._run, self._services = run, services
-        self._evaluations = Evaluations(run, services.events, services.console, self._left)
+        self._run, self._services, self._tasks = run, services, None
         kept = services.log.cut_back(step)
         # An evaluation that is in the metrics already is not repeated.
         self._done = {
@@ -30,9 +39,22 @@ class Intervals:
         }
 
     def prepare(self, programs: Programs) -> None:
-        """Takes the compiled programs, and loads the tasks of the config."""
+        """Takes the compiled programs, and loads the tasks: missing data is told at once."""
         self._programs = programs
-        self._evaluations.prepare()
+        if not self._run.config.evaluation.tasks_every:
+            return
+        tasks, error = None, None
+        try:
+            from stablelm_jax.evaluation.checkpoint_tasks import TrainingTasks
+
+            tasks = TrainingTasks(self._run, self._left)
+        except Exception as caught:  # of any library: the run can do without
+            error = caught
+        if distributed.anywhere(error is not None):
+            text = str(error) if error else "another host cannot load them; see its output"
+            self._failed(0, f"tasks will not be evaluated: {text}")
+        else:
+            self._tasks = tasks
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that is done every so many steps, and after the last, is due."""
@@ -40,34 +62,61 @@ class Intervals:
 
     def evaluate(self, params: Any, progress: Progress) -> bool:
         """Held-out text and tasks; False where a signal was heard meanwhile and they were left."""
-        settings, step = self._run.config.evaluation, progress.step
-        eval_step = self._programs.eval_step
-        return self._evaluate(
-            "held_out",
-            settings.every,
-            step,
-            lambda: self._evaluations.held_out(eval_step, params, step),
-        ) and self._evaluate(
-            "tasks", settings.tasks_every, step, lambda: self._evaluations.tasks(params, step)
-        )
+        settings, services, step = self._run.config.evaluation, self._services, progress.step
+        for kind, every, patience, evaluated in (
+            ("held_out", settings.every, 0.0, self._held_out),
+            ("tasks", settings.tasks_every, PATIENCE, self._task_scores),
+        ):
+            if not self.due(every, step) or distributed.agreed(step in self._done[kind]):
+                continue
+            with services.stop.phase("evaluating"), services.watchdog.patient(patience):
+                found = evaluated(params, step)
+            if found:
+                services.log.write({"step": step, "time": time.time(), **found})
+                self.draw()
+            self._done[kind].add(step)
+            if found is None:
+                return False
+        return True
 
-    def _evaluate(self, what: str, every: int, step: int, evaluate: Callable[[], Any]) -> bool:
-        if not self.due(every, step) or distributed.agreed(step in self._done[what]):
-            return True
-        services = self._services
-        bound = PATIENCE if what == "tasks" else 0.0
-        with services.stop.phase("evaluating"), services.watchdog.patient(bound):
-            found = evaluate()
-        if found:
-            services.log.write({"step": step, "time": time.time(), **found})
-            self.draw()
-        self._done[what].add(step)
-        return found is not None
+    def _held_out(self, params: Any, step: int) -> Mapping[str, float | None] | None:
+        """Metrics: {} where it failed, None where a signal was heard meanwhile."""
+        run, began = self._run, time.monotonic()
+        eval_step = self._programs.eval_step
+        try:
+            line = evaluate_held_out(eval_step, params, run.held_out(), run.mesh, self._left)
+        except (HeldOutError, jax.errors.JaxRuntimeError) as error:  # the latter: too little memory
+            self._failed(step, f"step {step}: {error}; the run goes on", began)
+            return {}
+        if line is not None:
+            from stablelm_jax.reporting.console import show_evaluation
+
+            show_evaluation(self._services.console, run, step, line)
+        return line
+
+    def _task_scores(self, params: Any, step: int) -> Mapping[str, float] | None:
+        """Metrics of the tasks that end well; None where a signal was heard meanwhile."""
+        if self._tasks is None:
+            return {}
+        began = time.monotonic()
+
+        def failed(what: str, error: Exception) -> None:
+            text = f"step {step}: {what} failed ({described(error)}); the run goes on"
+            self._failed(step, text, began)
+
+        found = self._tasks.evaluate(params, step, self._services.console, failed)
+        return found and {f"{TASKS}{key}": value for key, value in found.items()}
 
     def _left(self) -> bool:
         """Between two batches of an evaluation: whether to leave it for a signal."""
         self._services.watchdog.moved()
         return distributed.anywhere(self._services.stop.name is not None)
+
+    def _failed(self, step: int, text: str, began: float | None = None) -> None:
+        seconds = None if began is None else time.monotonic() - began
+        self._services.events.tell(
+            "evaluation_failed", text, style="bold red", step=step, after_seconds=seconds
+        )
 
     def draw(self) -> None:
         """Draws the losses so far."""

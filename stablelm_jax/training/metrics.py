@@ -12,7 +12,6 @@ import numpy as np
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.run.metrics import finite
-from stablelm_jax.training.held_out import mean_losses
 from stablelm_jax.training.setup import Run
 
 _SCALARS = ("learning_rate", "grad_norm", "param_norm", "updates_skipped")
@@ -108,7 +107,11 @@ class LossSums:
     def take(self) -> dict[str, float | None]:
         """{"loss": mean, "loss/<source>": mean of each source seen}; starts again from zero."""
         self._fetch()
-        means = mean_losses("loss", self._sources, self._nll, self._tokens)
+        total = self._tokens.sum()
+        means = {"loss": float(self._nll.sum() / total) if total else None}
+        for name, nll, tokens in zip(self._sources, self._nll, self._tokens):
+            if tokens:
+                means[f"loss/{name}"] = float(nll / tokens)
         self._nll[:] = 0.0
         self._tokens[:] = 0.0
         return means

@@ -61,39 +61,37 @@ def by_hand(params, tokens, targets):
     return picked.sum(), bool((scores.argmax(-1) == targets).all())
 
 
+def scored(params, requests, mesh, on_answers=lambda count: None, **compute):
+    scorer = Scorer(
+        MODEL, mesh, max_length=LENGTH, compute=Compute(**compute), batch_tokens=2 * LENGTH
+    )
+    return scorer.score(scorer.compute_copy(params), requests, on_answers)
+
+
 @pytest.mark.parametrize("data, model", [(8, 1), (2, 4)])
 def test_log_likelihoods_are_those_of_plain_logits_on_any_mesh(
     params, requests, expected, data, model
 ):
-    mesh = make_mesh(data, model, jax.devices()[: data * model])
-    scorer = Scorer(MODEL, mesh, max_length=LENGTH, batch_tokens=160)
     seen = []
-    found = scorer.score(scorer.compute_copy(params), requests, seen.append)
+    mesh = make_mesh(data, model, jax.devices()[: data * model])
+    found = scored(params, requests, mesh, seen.append)
     np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], atol=2e-4)
     assert [f[1] for f in found] == [e[1] for e in expected]
     assert seen == sorted(seen) and seen[-1] == len(requests)
 
 
 def test_what_greedy_choice_says_is_called_greedy(params, requests):
-    scorer = Scorer(MODEL, make_mesh(1, 1, jax.devices()[:1]), max_length=LENGTH)
     tokens = requests[0][0]
     row = np.zeros((1, LENGTH), np.int32)
     row[0, : len(tokens)] = tokens
     best = int(np.asarray(plain_logits(params, row))[len(tokens) - 1].argmax())
     pairs = [(tokens, [best]), (tokens, [(best + 1) % 96]), (tokens, [])]
-    found = scorer.score(scorer.compute_copy(params), pairs)
+    found = scored(params, pairs, make_mesh(1, 1, jax.devices()[:1]))
     assert [greedy for _, greedy in found] == [True, False, True]
     assert found[2][0] == 0.0
 
 
 def test_rows_of_the_vocabulary_that_stand_for_nothing_get_no_probability(params):
     mesh = make_mesh(1, 1, jax.devices()[:1])
-    scorer = Scorer(MODEL, mesh, max_length=LENGTH, compute=Compute(num_valid_ids=90))
-    found = scorer.score(scorer.compute_copy(params), [([4, 5], [t]) for t in range(90)])
+    found = scored(params, [([4, 5], [t]) for t in range(90)], mesh, num_valid_ids=90)
     assert np.exp([logprob for logprob, _ in found]).sum() == pytest.approx(1, abs=1e-5)
-
-
-def test_an_input_that_is_too_long_is_refused(params):
-    scorer = Scorer(MODEL, make_mesh(1, 1, jax.devices()[:1]), max_length=8)
-    with pytest.raises(ValueError, match="request 0: 1 tokens to score on an input of 9"):
-        scorer.score(params, [([1] * 9, [1])])

@@ -23,7 +23,7 @@ def test_data_that_lies_here_takes_the_place_of_the_hubs(tmp_path):
     changes = {"training_split": None}
     write_index(tmp_path, "piqa", [row], changes=changes, note="one item")
     (asked,) = suite.load_tasks(["piqa"], tmp_path)
-    (task,) = asked.parts
+    (task,) = asked.loaded["tasks"].values()
     assert asked.notes == {"piqa": "one item"}
     (document,) = task.eval_docs
     assert task.doc_to_text(document) == "Question: Open a jar\nAnswer:"  # lm-eval's own prompt
@@ -63,4 +63,4 @@ def test_our_groups_name_tasks_that_lm_eval_has(monkeypatch):
 def test_a_path_is_a_task_file(tmp_path):
     path = write_task(tmp_path, "my_own", items=3)
     (asked,) = suite.load_tasks([str(path)])
-    assert [task.task_name for task in asked.parts] == ["my_own"]
+    assert list(asked.loaded["tasks"]) == ["my_own"]

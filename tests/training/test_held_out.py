@@ -15,7 +15,6 @@ from stablelm_jax.training.held_out import (
     evaluate_held_out,
     held_out_line,
     make_eval_step,
-    mean_losses,
 )
 from stablelm_jax.training.setup import prepare_run
 
@@ -142,8 +141,3 @@ def test_held_out_text_that_cannot_be_read_is_an_error_of_its_own(run):
     sources = {"a": HeldOut(unreadable(), 0.5)}
     with pytest.raises(HeldOutError, match="cannot be read: the disk is gone"):
         evaluate_held_out(None, None, sources, run.mesh)
-
-
-def test_means_weigh_tokens_and_leave_out_sources_without_any():
-    line = mean_losses("eval/loss", ["a", "b", "c"], np.array([8.0, 3.0, 0.0]), np.array([2, 3, 0]))
-    assert line == {"eval/loss": 2.2, "eval/loss/a": 4.0, "eval/loss/b": 1.0}

@@ -10,7 +10,6 @@ from tiny import losses, tiny_config, train
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.data import shards
 from stablelm_jax.model.transformer import init_params
-from stablelm_jax.training.evaluations import Evaluations
 from stablelm_jax.training.setup import prepare_run
 
 FEW = {"evaluation.every": 0, "samples.every": 0, "training.num_steps": 6, "checkpoint.every": 6}
@@ -49,14 +48,13 @@ def test_scores_of_tasks_are_metrics_and_change_nothing(data, undisturbed, tmp_p
 
 
 def test_tasks_are_left_without_scores_where_a_signal_was_heard(data, tmp_path):
-    pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("stablelm_jax.evaluation.checkpoint_tasks")
     task = write_task(tmp_path, "too_late", items=2)
     settings = {"evaluation.tasks": (str(task),), "evaluation.tasks_every": 3}
     run = prepare_run(tiny_config(data, **FEW, **settings))
     params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(0))
-    evaluations = Evaluations(run, events=None, console=None, left=lambda: True)
-    evaluations.prepare()
-    assert evaluations.tasks(params, 3) is None
+    left = tasks.TrainingTasks(run, left=lambda: True)
+    assert left.evaluate(params, 3, console=None, failed=None) is None
 
 
 def test_a_task_that_is_missing_is_told_and_the_run_goes_on(data, undisturbed, tmp_path):
@@ -90,12 +88,12 @@ def test_a_task_that_fails_half_way_is_told_and_the_run_goes_on(
 def test_too_little_memory_for_held_out_text_is_told_and_the_run_goes_on(
     data, undisturbed, tmp_path, monkeypatch
 ):
-    from stablelm_jax.training import evaluations
+    from stablelm_jax.training import intervals
 
     def out_of_memory(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(evaluations, "evaluate_held_out", out_of_memory)
+    monkeypatch.setattr(intervals, "evaluate_held_out", out_of_memory)
     settings = FEW | {"evaluation.every": 6}
     code, lines = train(tiny_config(data, **settings), tmp_path / "run")
     assert code == 0 and end_of(tmp_path / "run", lines) == undisturbed
