@@ -14,10 +14,7 @@ from stablelm_jax.parallel.distributed import METADATA_HOST, metadata_request
 
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 # What the metadata server is asked, and the answer that announces the end.
-_NOTICES = {
-    "preempted": "TRUE",
-    "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
-}
+_NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 _WAIT_SECONDS = 60  # the server answers when the value changes, or after this
 _PAUSE_SECONDS = 1.0  # after a server that did not wait, or gave no answer
 
@@ -31,7 +28,7 @@ def watch(hear: Callable[[str], None]) -> None:
     if host is not None:
         for what, announces in _NOTICES.items():
             arguments = host, what, announces, hear
-            threading.Thread(target=_wait_for, args=arguments, name=what, daemon=True).start()
+            threading.Thread(target=_wait_for, args=arguments, daemon=True).start()
 
 
 def _wait_for(host: str, what: str, announces: str, hear: Callable[[str], None]) -> None:
@@ -44,7 +41,7 @@ def _wait_for(host: str, what: str, announces: str, hear: Callable[[str], None])
                 announced = answer.read().decode().strip() == announces
                 etag = answer.headers.get("ETag", "0")
             path = f"{what}?wait_for_change=true&timeout_sec={_WAIT_SECONDS}&last_etag={etag}"
-            # Maintenance is announced long before: a run that starts meanwhile is not to leave.
+            # Maintenance is announced long before: a run that starts meanwhile does not leave.
             if announced and not (first and what == "maintenance-event"):
                 hear(f"Google Cloud's notice {what}={announces}")
                 return

@@ -1,4 +1,4 @@
-"""Compiled programs kept from one start of a run to the next, beside the run folder."""
+"""How XLA compiles the programs of a run, and where they are kept from one start to the next."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ import jax
 from stablelm_jax.checkpoint.names import checkpoint_path
 
 _EVENTS = "/jax/compilation_cache/"
+
+
+def make_deterministic() -> None:
+    """The same bits from the same operation each time, on a GPU too.
+
+    Call it before jax looks for its devices: XLA reads `XLA_FLAGS` once, then.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
 
 
 class CompilationCache:
