@@ -18,8 +18,6 @@ from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.storage.remote import is_url
 from stablelm_jax.training.setup import Run
 
-_YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
-
 
 def show_decisions(console: Console, run: Run) -> None:
     """The parameter table, and what was decided for model, devices, data and schedule."""
@@ -38,13 +36,16 @@ def _decisions(run: Run) -> dict[str, str]:
     length = spec.sequence_length
     full = train_flops_per_token(run.model, length, causal=False)
     causal = train_flops_per_token(run.model, length, causal=True)
+    placement = "split over data (ZeRO-1)" if config.parallel.zero1 else "on every device"
+    if config.parallel.fsdp:
+        placement = "split over data, gathered a layer at a time (FSDP)"
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": mesh_text(run.mesh.shape),
         "rows": f"{spec.batch_size} of {length} tokens a step = "
         f"{spec.batch_size // parts // config.training.accumulation} a device in a microbatch "
         f"x {config.training.accumulation} microbatches x {parts}",
-        "weights and moments": f"float32, {_placement(config.parallel)}",
+        "weights and moments": f"float32, {placement}",
         "compute": f"{config.training.dtype}, remat {config.training.remat}, "
         f"attention {config.training.attention}",
         "parameters": f"{sum(row.count for row in parameter_table(run.model)):,}",
@@ -60,7 +61,7 @@ def _decisions(run: Run) -> dict[str, str]:
 
 
 def _cached(run: Run) -> str:
-    """What becomes of shards behind a URL; nothing of local ones."""
+    """How shards behind a URL are read; nothing of local ones."""
     data = run.config.data
     if not is_url(data.root):
         return ""
@@ -70,12 +71,6 @@ def _cached(run: Run) -> str:
         f"; of {total / 1e9:.3g} GB of shards up to {data.cache_gb:g} GB are kept whole in "
         f"{data.cache}, the others read by range"
     )
-
-
-def _placement(parallel: Any) -> str:
-    if parallel.fsdp:
-        return "split over data, gathered a layer at a time (FSDP)"
-    return "split over data (ZeRO-1)" if parallel.zero1 else "on every device"
 
 
 def _source_table(run: Run) -> Table:
@@ -103,25 +98,33 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
     """Held-out loss of each source, with its standard error, beside its unigram entropy."""
     table = Table(title=f"held-out text after step {step:,}", title_justify="left")
     table.add_column("source", no_wrap=True)
-    columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
-    for column in columns:
+    for column in (
+        "documents",
+        "loss (nats)",
+        "bits a byte",
+        "unigram entropy",
+        "loss below it by",
+    ):
         table.add_column(column, justify="right")
     for name, manifest in run.manifests.items():
         loss = line.get(f"eval/loss/{name}")
         if loss is None:
-            table.add_row(name, "none", "", "", "", "")
+            table.add_row(name, "none")
             continue
-        error = line.get(f"eval/loss_stderr/{name}")
-        loss_text = f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
-        entropy = manifest.unigram_entropy
-        bits = line[f"eval/bits_per_byte/{name}"]
-        numbers = (loss_text, f"{bits:.4f}", f"{entropy:.3f}", f"{entropy - loss:+.3f}")
-        table.add_row(name, f"{line[f'eval/documents/{name}']:,}", *numbers)
+        error, entropy = line.get(f"eval/loss_stderr/{name}"), manifest.unigram_entropy
+        table.add_row(
+            name,
+            f"{line[f'eval/documents/{name}']:,}",
+            f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}",
+            f"{line[f'eval/bits_per_byte/{name}']:.4f}",
+            f"{entropy:.3f}",
+            f"{entropy - loss:+.3f}",
+        )
     console.print(table)
 
 
 def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str) -> None:
-    """The continuation of each prompt, with a line on how much the model has read."""
+    """The continuation of each prompt, above the line `note`."""
     body = "\n\n".join(
         f"[bold]{escape(prompt)}[/bold]{escape(text)}" for prompt, text in texts.items()
     )
@@ -132,4 +135,5 @@ def reading_note(run: Run, rows: int) -> str:
     """How much the model has read after so many rows, for whoever reads its samples."""
     share = rows * run.spec.sequence_length / count_parameters(run.model)
     note = f"{share:.2g} tokens read for each parameter"
-    return f"{note}: not yet language" if share < _YOUNG else note
+    # Before about one token a parameter nobody should expect language.
+    return f"{note}: not yet language" if share < 1 else note

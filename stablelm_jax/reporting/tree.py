@@ -40,9 +40,7 @@ class FoundRun:
 
 
 def show_runs(folder: str, picture: str | None = None) -> None:
-    """Prints the runs below a folder as a tree, a branch under the checkpoint it started from.
-
-    `picture`: a PNG that gets the curves of all of them.
+    """Prints the runs below a folder as a tree; the PNG `picture` gets the curves of all of them.
 
     Raises:
       ValueError: there are none.
@@ -61,8 +59,8 @@ def show_runs(folder: str, picture: str | None = None) -> None:
     curves = {}
     for run in runs:
         lines = MetricsFile(run.path / "metrics.jsonl").read()
-        name = str(run.path.relative_to(folder))
-        curves[name] = [line for line in lines if line["step"] >= first]
+        kept = [line for line in lines if line["step"] >= first]
+        curves[str(run.path.relative_to(folder))] = kept
     draw_runs(curves, Path(picture))
 
 

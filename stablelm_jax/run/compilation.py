@@ -11,8 +11,6 @@ import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 
-_EVENTS = "/jax/compilation_cache/"
-
 
 def make_deterministic() -> None:
     """The same bits from the same operation each time, on a GPU too.
@@ -41,8 +39,8 @@ class CompilationCache:
         jax.monitoring.register_event_listener(self._count)
 
     def _count(self, event: str, **_: object) -> None:
-        self.hits += event == f"{_EVENTS}cache_hits"
-        self.misses += event == f"{_EVENTS}cache_misses"
+        self.hits += event == "/jax/compilation_cache/cache_hits"
+        self.misses += event == "/jax/compilation_cache/cache_misses"
 
     def __str__(self) -> str:
         return f"{self.hits} programs from {self.folder}, {self.misses} compiled"

@@ -69,8 +69,8 @@ class ProgressLine:
         text = f"loss {loss}  {speed}  ETA {datetime.timedelta(seconds=int(left))}"
         if self._console.is_terminal:
             self.bar.update(self._task, completed=line["step"], description=text)
-        elif (
-            line["step"] == self._num_steps or time.monotonic() >= self._printed_at + _PLAIN_SECONDS
-        ):
-            self._printed_at = time.monotonic()
+            return
+        now, last = time.monotonic(), line["step"] == self._num_steps
+        if last or now - self._printed_at >= _PLAIN_SECONDS:
+            self._printed_at = now
             self._console.print(f"step {line['step']:,}/{self._num_steps:,}  {text}")

@@ -120,13 +120,10 @@ class RunFolder:
     ) -> None:
         """Writes `config.json` and `tokenizer.json`, and adds this start to `environment.json`.
 
-        Args:
-          config: the resolved tree.
-          set_by: {key: default | file | command line}.
-          tokenizer: written where it is a file; Arcade100k comes with this package.
+        `set_by`: {key: default | file | command line}.
         """
         write_json(self.path / "config.json", {"config": config, "set_by": set_by})
-        if isinstance(tokenizer, HuggingFaceTokenizer):
+        if isinstance(tokenizer, HuggingFaceTokenizer):  # Arcade100k comes with this package
             write_text(self.path / "tokenizer.json", tokenizer.content.decode())
         path = self.path / "environment.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -151,10 +148,10 @@ def _environment() -> dict[str, Any]:
 @functools.cache
 def git_commit() -> str | None:
     """The commit of the source tree this package lies in, `-dirty` if changed; None outside git."""
-    here = str(Path(__file__).resolve().parent)
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+    here = Path(__file__).resolve().parent
     try:
-        found = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.strip() or None
+    return found.stdout.strip() or None

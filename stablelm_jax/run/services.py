@@ -14,13 +14,12 @@ from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.saving import Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel import distributed
-from stablelm_jax.run import notices
 from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.run.metrics import RunLog, Writers
 from stablelm_jax.run.profile import Profiler
-from stablelm_jax.run.signals import StopRequest
+from stablelm_jax.run.signals import StopRequest, watch_notices
 from stablelm_jax.run.watchdog import Watchdog, end_hung_run
 
 
@@ -49,9 +48,7 @@ class Services:
 
 @contextlib.contextmanager
 def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Iterator[Services]:
-    """Enters the services of the run in the folder `workdir`; they are left in reverse order.
-
-    `stop` listens to signals already.
+    """Enters the services of a run; they are left in reverse order. `stop` is entered already.
 
     Raises:
       ValueError: the folder cannot be used, or a service that the config asks for is missing.
@@ -61,7 +58,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         # jax takes SIGTERM for itself where several processes meet: it is taken back.
         stop.listen()
         # Google's notice that this machine is about to go asks for what a signal asks for.
-        notices.watch(stop.hear)
+        watch_notices(stop.hear)
         console = Console(quiet=not first)
         # Before anything is compiled.
         cache = CompilationCache(workdir)
