@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -77,11 +77,9 @@ def _source_table(run: Run) -> Table:
     given = run.tokens_by_source(run.last_row())
     spans = run.mixture.spans()
     periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
-    table = Table(title=f"mixture, repeating every {periods} rows", title_justify="left")
-    table.add_column("source", no_wrap=True)
-    weights = ["weight", *(f"from row {row:,}" for row, _ in spans[1:])]
-    for column in (*weights, "tokens in it", "tokens of the run", "epochs", "unigram entropy"):
-        table.add_column(column, justify="right")
+    later = [f"from row {row:,}" for row, _ in spans[1:]]
+    columns = ("weight", *later, "tokens in it", "tokens of the run", "epochs", "unigram entropy")
+    table = _sources(f"mixture, repeating every {periods} rows", columns)
     for name, manifest in run.manifests.items():
         table.add_row(
             name,
@@ -94,18 +92,19 @@ def _source_table(run: Run) -> Table:
     return table
 
 
+def _sources(title: str, columns: Iterable[str]) -> Table:
+    """A table that will have a row for each source."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
 def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
     """Held-out loss of each source, with its standard error, beside its unigram entropy."""
-    table = Table(title=f"held-out text after step {step:,}", title_justify="left")
-    table.add_column("source", no_wrap=True)
-    for column in (
-        "documents",
-        "loss (nats)",
-        "bits a byte",
-        "unigram entropy",
-        "loss below it by",
-    ):
-        table.add_column(column, justify="right")
+    columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
+    table = _sources(f"held-out text after step {step:,}", columns)
     for name, manifest in run.manifests.items():
         loss = line.get(f"eval/loss/{name}")
         if loss is None:

@@ -17,9 +17,7 @@ def draw_losses(
     """Draws metrics lines into the PNG `path`.
 
     Bars around a held-out loss are its standard error over documents, where its line has that.
-
-    Args:
-      unigram_entropy: nats of each source: what knowing token frequencies alone would give.
+    `unigram_entropy`: nats of each source, the loss of knowing token frequencies alone.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -32,8 +30,8 @@ def draw_losses(
         left.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
         left.plot(steps, _smooth(losses), color=colour)
         dots = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": colour}
-        left.plot(*_series(lines, f"eval/loss/{source}"), linewidth=0, **dots)
         loss, error = f"eval/loss/{source}", f"eval/loss_stderr/{source}"
+        left.plot(*_series(lines, loss), linewidth=0, **dots)
         known = [line for line in lines if None not in (line.get(loss), line.get(error))]
         bars = _series(known, error)[1]
         left.errorbar(*_series(known, loss), yerr=bars, fmt="none", ecolor=colour, capsize=3)

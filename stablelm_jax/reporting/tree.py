@@ -23,20 +23,13 @@ _NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
 
 @dataclasses.dataclass
 class FoundRun:
-    """A run folder with checkpoints.
-
-    Attributes:
-      steps: the steps of its finished checkpoints, ascending.
-      hashes: {step: state hash} of the checkpoints that could be read.
-      start: where the run began, and from which parent.
-      config: the config in its newest checkpoint.
-    """
+    """A run folder with checkpoints."""
 
     path: Path
-    steps: list[int]
-    hashes: dict[int, str]
-    start: DataPosition
-    config: dict[str, Any]
+    steps: list[int]  # of its finished checkpoints, ascending
+    hashes: dict[int, str]  # {step: state hash} of the checkpoints that could be read
+    start: DataPosition  # where the run began, and from which parent
+    config: dict[str, Any]  # in its newest checkpoint
 
 
 def show_runs(folder: str, picture: str | None = None) -> None:
@@ -87,15 +80,16 @@ def run_tree(runs: list[FoundRun], title: str) -> Tree:
     tree = Tree(escape(str(title)), guide_style="dim")
     nodes: dict[tuple[Path, int], Tree] = {}  # (run folder, step) -> where its branches hang
     for run in sorted(runs, key=lambda run: (run.start.parent_step, run.path)):
-        parent = _parent(runs, run)
-        label = _label(run)
-        if run.start.parent and parent is None:
+        above, label = tree, _label(run)
+        if parent := _parent(runs, run):
+            above = nodes.get((parent.path, run.start.parent_step), tree)
+        elif run.start.parent:
             label += f" [yellow]from {escape(run.start.parent)}, which is not here[/yellow]"
-        node = nodes.get((parent.path, run.start.parent_step), tree) if parent else tree
-        node = node.add(label)
+        node = above.add(label)
         for step in run.steps:
-            known = step in run.hashes
-            mark = f"[dim]{run.hashes[step][:12]}[/dim]" if known else "[red]damaged[/red]"
+            mark = "[red]damaged[/red]"
+            if step in run.hashes:
+                mark = f"[dim]{run.hashes[step][:12]}[/dim]"
             nodes[run.path, step] = node.add(f"{checkpoint_name(step)} {mark}")
     return tree
 
