@@ -49,7 +49,7 @@ from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.run.compiler_flags import make_deterministic
+from stablelm_jax.run.compilation import make_deterministic
 from stablelm_jax.training.state import abstract_state, init_state
 from stablelm_jax.training.step import make_train_step
 

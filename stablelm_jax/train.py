@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.run.compiler_flags import make_deterministic
 from stablelm_jax.run.signals import StopRequest
 
 
@@ -36,14 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(argv: Sequence[str], stop: StopRequest) -> int:
     config = config_lib.config_from_flags()
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
-    if config.training.deterministic:
-        make_deterministic()
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
-    from stablelm_jax.parallel import distributed  # starts jax: after its flags
+    # Importing these takes seconds.
+    from stablelm_jax.parallel import distributed
+    from stablelm_jax.run.compilation import make_deterministic
     from stablelm_jax.training.begin import ResumeOptions
     from stablelm_jax.training.run import run_training
     from stablelm_jax.training.setup import fingerprints
 
+    if config.training.deterministic:
+        make_deterministic()
     given, processes = flags.FLAGS, None
     try:
         processes = distributed.find_processes(

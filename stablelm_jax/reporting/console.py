@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,6 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.storage.remote import is_url
 from stablelm_jax.training.setup import Run
-
-_YOUNG = 1.0  # tokens read for each parameter; before that nobody should expect language
 
 
 def show_decisions(console: Console, run: Run) -> None:
@@ -38,13 +36,16 @@ def _decisions(run: Run) -> dict[str, str]:
     length = spec.sequence_length
     full = train_flops_per_token(run.model, length, causal=False)
     causal = train_flops_per_token(run.model, length, causal=True)
+    placement = "split over data (ZeRO-1)" if config.parallel.zero1 else "on every device"
+    if config.parallel.fsdp:
+        placement = "split over data, gathered a layer at a time (FSDP)"
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": mesh_text(run.mesh.shape),
         "rows": f"{spec.batch_size} of {length} tokens a step = "
         f"{spec.batch_size // parts // config.training.accumulation} a device in a microbatch "
         f"x {config.training.accumulation} microbatches x {parts}",
-        "weights and moments": f"float32, {_placement(config.parallel)}",
+        "weights and moments": f"float32, {placement}",
         "compute": f"{config.training.dtype}, remat {config.training.remat}, "
         f"attention {config.training.attention}",
         "parameters": f"{sum(row.count for row in parameter_table(run.model)):,}",
@@ -60,7 +61,7 @@ def _decisions(run: Run) -> dict[str, str]:
 
 
 def _cached(run: Run) -> str:
-    """What becomes of shards behind a URL; nothing of local ones."""
+    """How shards behind a URL are read; nothing of local ones."""
     data = run.config.data
     if not is_url(data.root):
         return ""
@@ -72,21 +73,13 @@ def _cached(run: Run) -> str:
     )
 
 
-def _placement(parallel: Any) -> str:
-    if parallel.fsdp:
-        return "split over data, gathered a layer at a time (FSDP)"
-    return "split over data (ZeRO-1)" if parallel.zero1 else "on every device"
-
-
 def _source_table(run: Run) -> Table:
     given = run.tokens_by_source(run.last_row())
     spans = run.mixture.spans()
     periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
-    table = Table(title=f"mixture, repeating every {periods} rows", title_justify="left")
-    table.add_column("source", no_wrap=True)
-    weights = ["weight", *(f"from row {row:,}" for row, _ in spans[1:])]
-    for column in (*weights, "tokens in it", "tokens of the run", "epochs", "unigram entropy"):
-        table.add_column(column, justify="right")
+    later = [f"from row {row:,}" for row, _ in spans[1:]]
+    columns = ("weight", *later, "tokens in it", "tokens of the run", "epochs", "unigram entropy")
+    table = _sources(f"mixture, repeating every {periods} rows", columns)
     for name, manifest in run.manifests.items():
         table.add_row(
             name,
@@ -99,29 +92,38 @@ def _source_table(run: Run) -> Table:
     return table
 
 
-def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
-    """Held-out loss of each source, with its standard error, beside its unigram entropy."""
-    table = Table(title=f"held-out text after step {step:,}", title_justify="left")
+def _sources(title: str, columns: Iterable[str]) -> Table:
+    """A table that will have a row for each source."""
+    table = Table(title=title, title_justify="left")
     table.add_column("source", no_wrap=True)
-    columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
     for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
+    """Held-out loss of each source, with its standard error, beside its unigram entropy."""
+    columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
+    table = _sources(f"held-out text after step {step:,}", columns)
     for name, manifest in run.manifests.items():
         loss = line.get(f"eval/loss/{name}")
         if loss is None:
-            table.add_row(name, "none", "", "", "", "")
+            table.add_row(name, "none")
             continue
-        error = line.get(f"eval/loss_stderr/{name}")
-        loss_text = f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
-        entropy = manifest.unigram_entropy
-        bits = line[f"eval/bits_per_byte/{name}"]
-        numbers = (loss_text, f"{bits:.4f}", f"{entropy:.3f}", f"{entropy - loss:+.3f}")
-        table.add_row(name, f"{line[f'eval/documents/{name}']:,}", *numbers)
+        error, entropy = line.get(f"eval/loss_stderr/{name}"), manifest.unigram_entropy
+        table.add_row(
+            name,
+            f"{line[f'eval/documents/{name}']:,}",
+            f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}",
+            f"{line[f'eval/bits_per_byte/{name}']:.4f}",
+            f"{entropy:.3f}",
+            f"{entropy - loss:+.3f}",
+        )
     console.print(table)
 
 
 def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str) -> None:
-    """The continuation of each prompt, with a line on how much the model has read."""
+    """The continuation of each prompt, above the line `note`."""
     body = "\n\n".join(
         f"[bold]{escape(prompt)}[/bold]{escape(text)}" for prompt, text in texts.items()
     )
@@ -132,4 +134,5 @@ def reading_note(run: Run, rows: int) -> str:
     """How much the model has read after so many rows, for whoever reads its samples."""
     share = rows * run.spec.sequence_length / count_parameters(run.model)
     note = f"{share:.2g} tokens read for each parameter"
-    return f"{note}: not yet language" if share < _YOUNG else note
+    # Before about one token a parameter nobody should expect language.
+    return f"{note}: not yet language" if share < 1 else note

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,37 @@ def draw_losses(
     """Draws metrics lines into the PNG `path`.
 
     Bars around a held-out loss are its standard error over documents, where its line has that.
-
-    Args:
-      unigram_entropy: nats of each source: what knowing token frequencies alone would give.
+    `unigram_entropy`: nats of each source, the loss of knowing token frequencies alone.
     """
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    with _figure(path, 1, 2, figsize=(13, 5.5), width_ratios=(3, 2)) as (left, right):
-        for number, (source, entropy) in enumerate(unigram_entropy.items()):
-            colour = f"C{number % 10}"
-            steps, losses = _series(lines, f"loss/{source}")
-            left.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-            left.plot(steps, _smooth(losses), color=colour)
-            dots = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": colour}
-            left.plot(*_series(lines, f"eval/loss/{source}"), linewidth=0, **dots)
-            loss, error = f"eval/loss/{source}", f"eval/loss_stderr/{source}"
-            known = [line for line in lines if None not in (line.get(loss), line.get(error))]
-            bars = _series(known, error)[1]
-            left.errorbar(*_series(known, loss), yerr=bars, fmt="none", ecolor=colour, capsize=3)
-            left.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
-            right.plot(*_series(lines, f"eval/bits_per_byte/{source}"), label=source, **dots)
-        left.set(xlabel="step", ylabel="nats a token", title="Loss of each source")
-        right.set(xlabel="step", ylabel="bits a byte of text", title="Held-out text")
-        dot = {"marker": "o", "markeredgecolor": "black", "lw": 0}
-        meaning = (
-            Line2D([], [], color="black", label="training"),
-            Line2D([], [], color="black", label="held-out", **dot),
-            Line2D([], [], color="black", linestyle=":", label="unigram entropy"),
-        )
-        left.legend(handles=meaning, fontsize=9)
-        right.legend(fontsize=9)
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for number, (source, entropy) in enumerate(unigram_entropy.items()):
+        colour = f"C{number % 10}"
+        steps, losses = _series(lines, f"loss/{source}")
+        left.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        left.plot(steps, _smooth(losses), color=colour)
+        dots = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": colour}
+        loss, error = f"eval/loss/{source}", f"eval/loss_stderr/{source}"
+        left.plot(*_series(lines, loss), linewidth=0, **dots)
+        known = [line for line in lines if None not in (line.get(loss), line.get(error))]
+        bars = _series(known, error)[1]
+        left.errorbar(*_series(known, loss), yerr=bars, fmt="none", ecolor=colour, capsize=3)
+        left.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
+        right.plot(*_series(lines, f"eval/bits_per_byte/{source}"), label=source, **dots)
+    left.set(xlabel="step", ylabel="nats a token", title="Loss of each source")
+    right.set(xlabel="step", ylabel="bits a byte of text", title="Held-out text")
+    dot = {"marker": "o", "markeredgecolor": "black", "lw": 0}
+    meaning = (
+        Line2D([], [], color="black", label="training"),
+        Line2D([], [], color="black", label="held-out", **dot),
+        Line2D([], [], color="black", linestyle=":", label="unigram entropy"),
+    )
+    left.legend(handles=meaning, fontsize=9)
+    right.legend(fontsize=9)
+    _save(figure, path)
 
 
 def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -55,36 +55,29 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
 
     `runs`: metrics lines by the run's name.
     """
-    with _figure(path, 2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(3, 1)) as (top, bottom):
-        for number, (name, lines) in enumerate(runs.items()):
-            colour = f"C{number % 10}"
-            steps, losses = _series(lines, "loss")
-            top.plot(steps, _smooth(losses), color=colour, alpha=0.35, linewidth=0.9)
-            dots = {"marker": "o", "markersize": 4, "markeredgecolor": "black", "color": colour}
-            top.plot(*_series(lines, "eval/loss"), label=name, **dots)
-            bottom.plot(*_series(lines, "learning_rate"), color=colour)
-        top.set(ylabel="nats a token", title="Loss: held-out (dots), training (thin, smoothed)")
-        top.legend(fontsize=9)
-        bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for number, (name, lines) in enumerate(runs.items()):
+        colour = f"C{number % 10}"
+        steps, losses = _series(lines, "loss")
+        top.plot(steps, _smooth(losses), color=colour, alpha=0.35, linewidth=0.9)
+        dots = {"marker": "o", "markersize": 4, "markeredgecolor": "black", "color": colour}
+        top.plot(*_series(lines, "eval/loss"), label=name, **dots)
+        bottom.plot(*_series(lines, "learning_rate"), color=colour)
+    top.set(ylabel="nats a token", title="Loss: held-out (dots), training (thin, smoothed)")
+    top.legend(fontsize=9)
+    bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    _save(figure, path)
 
 
-@contextlib.contextmanager
-def _figure(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Sequence[Any]]:
-    """The axes of a figure, which becomes the PNG `path` when the block ends well."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, every = pyplot.subplots(rows, columns, layout="constrained", **options)
-    try:
-        yield every
-        for axes in every:
-            axes.grid(alpha=0.3)
-        with replacing(path) as aside:
-            figure.savefig(aside, dpi=130, format="png")
-    finally:
-        pyplot.close(figure)
+def _save(figure: Any, path: Path) -> None:
+    """Writes a figure, with a grid, as the PNG `path`."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=130, format="png")
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -23,26 +23,17 @@ _NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
 
 @dataclasses.dataclass
 class FoundRun:
-    """A run folder with checkpoints.
-
-    Attributes:
-      steps: the steps of its finished checkpoints, ascending.
-      hashes: {step: state hash} of the checkpoints that could be read.
-      start: where the run began, and from which parent.
-      config: the config in its newest checkpoint.
-    """
+    """A run folder with checkpoints."""
 
     path: Path
-    steps: list[int]
-    hashes: dict[int, str]
-    start: DataPosition
-    config: dict[str, Any]
+    steps: list[int]  # of its finished checkpoints, ascending
+    hashes: dict[int, str]  # {step: state hash} of the checkpoints that could be read
+    start: DataPosition  # where the run began, and from which parent
+    config: dict[str, Any]  # in its newest checkpoint
 
 
 def show_runs(folder: str, picture: str | None = None) -> None:
-    """Prints the runs below a folder as a tree, a branch under the checkpoint it started from.
-
-    `picture`: a PNG that gets the curves of all of them.
+    """Prints the runs below a folder as a tree; the PNG `picture` gets the curves of all of them.
 
     Raises:
       ValueError: there are none.
@@ -61,8 +52,8 @@ def show_runs(folder: str, picture: str | None = None) -> None:
     curves = {}
     for run in runs:
         lines = MetricsFile(run.path / "metrics.jsonl").read()
-        name = str(run.path.relative_to(folder))
-        curves[name] = [line for line in lines if line["step"] >= first]
+        kept = [line for line in lines if line["step"] >= first]
+        curves[str(run.path.relative_to(folder))] = kept
     draw_runs(curves, Path(picture))
 
 
@@ -89,15 +80,16 @@ def run_tree(runs: list[FoundRun], title: str) -> Tree:
     tree = Tree(escape(str(title)), guide_style="dim")
     nodes: dict[tuple[Path, int], Tree] = {}  # (run folder, step) -> where its branches hang
     for run in sorted(runs, key=lambda run: (run.start.parent_step, run.path)):
-        parent = _parent(runs, run)
-        label = _label(run)
-        if run.start.parent and parent is None:
+        above, label = tree, _label(run)
+        if parent := _parent(runs, run):
+            above = nodes.get((parent.path, run.start.parent_step), tree)
+        elif run.start.parent:
             label += f" [yellow]from {escape(run.start.parent)}, which is not here[/yellow]"
-        node = nodes.get((parent.path, run.start.parent_step), tree) if parent else tree
-        node = node.add(label)
+        node = above.add(label)
         for step in run.steps:
-            known = step in run.hashes
-            mark = f"[dim]{run.hashes[step][:12]}[/dim]" if known else "[red]damaged[/red]"
+            mark = "[red]damaged[/red]"
+            if step in run.hashes:
+                mark = f"[dim]{run.hashes[step][:12]}[/dim]"
             nodes[run.path, step] = node.add(f"{checkpoint_name(step)} {mark}")
     return tree
 

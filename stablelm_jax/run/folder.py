@@ -34,7 +34,7 @@ from typing import Any
 import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
-from stablelm_jax.run.metrics import MetricsFile
+from stablelm_jax.parallel import distributed
 from stablelm_jax.run.mirror import LOCK, RemoteMirror
 from stablelm_jax.storage.files import write_json, write_text
 from stablelm_jax.storage.remote import is_url
@@ -44,41 +44,53 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 class RunFolder:
-    """Paths and small files of one run. Only process 0 writes.
+    """The folder of one run. Only process 0 writes.
 
     Attributes:
       where: the path or URL of the run folder.
+      checkpoints: the folder of the checkpoints, which may be a URL.
+      mirror: brings what is written in `path` to a URL; None where the run folder is `path`.
       path: the folder of this machine that all but the checkpoints are written to.
-      checkpoints: the folder of these, which may be a URL.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
         """Raises ValueError where no checkpoint can be written to `workdir`."""
         self.where = str(checkpoint_path(workdir))
         self.checkpoints = checkpoint_path(workdir) / "checkpoints"
-        self._mirror = RemoteMirror(self.where) if is_url(workdir) else None
-        self.path = self._mirror.folder if self._mirror else Path(self.where)
-        self.samples = self.path / "samples"
-        self.loss_picture = self.path / "loss.png"
-        self.metrics = MetricsFile(self.path / "metrics.jsonl")
-        self.events = self.path / "events.jsonl"
+        self.mirror = RemoteMirror(self.where) if is_url(workdir) else None
+        self.path = self.mirror.folder if self.mirror else Path(self.where)
 
     def __str__(self) -> str:
-        return f"{self.where}, small files by way of {self.path}" if self._mirror else self.where
+        return f"{self.where}, small files by way of {self.path}" if self.mirror else self.where
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Makes the folder and holds it: two trainings in it would mix their lines.
+        """The folder, made and held by process 0; no process goes on without it.
+
+        Raises:
+          ValueError: another run trains in this folder.
+          OSError: it cannot be made; on leaving: not all could be uploaded.
+        """
+        with contextlib.ExitStack() as stack:
+            error = None
+            if distributed.is_first():
+                try:
+                    stack.enter_context(self._held())
+                except (ValueError, OSError) as caught:
+                    error = caught
+            if distributed.agreed(error is not None):
+                raise error or ValueError("process 0 could not take the run folder; see its output")
+            yield
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Makes the folder and locks it: two trainings in it would mix their lines.
 
         The lock is the operating system's, so it ends with the process, however that ends. Object
         stores have none: behind a URL only the processes of one machine are kept apart.
-
-        Raises:
-          ValueError: another process trains in this folder.
-          OSError: on leaving, if not all could be uploaded.
         """
         new = not self.path.exists()
-        self.samples.mkdir(parents=True, exist_ok=True)
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,52 +99,38 @@ class RunFolder:
                     f"another process trains in {self.where}; wait for it, or use another --workdir"
                 ) from None
             try:
-                if self._mirror:
-                    self._mirror.fetch()
+                if self.mirror:
+                    self.mirror.fetch()
                 yield
             except BaseException:
                 self.upload()
                 if new and all(p.is_dir() or p.name == LOCK for p in self.path.rglob("*")):
                     shutil.rmtree(self.path)  # the start failed before anything was written
                 raise
-            if self._mirror:
-                self._mirror.finish()
+            if self.mirror:
+                self.mirror.finish()
 
     def upload(self) -> None:
         """Brings what has changed to the run folder's URL, if it has one."""
-        if self._mirror:
-            self._mirror.upload()
-
-    def upload_file(self, path: Path) -> None:
-        """Uploads one file below `path`, from any process; tries once and never raises."""
-        with contextlib.suppress(Exception):  # the network may be what hangs
-            if self._mirror:
-                self._mirror.upload_file(path)
+        if self.mirror:
+            self.mirror.upload()
 
     def describe(
         self, config: dict[str, Any], set_by: dict[str, str], tokenizer: Tokenizer
     ) -> None:
         """Writes `config.json` and `tokenizer.json`, and adds this start to `environment.json`.
 
-        Args:
-          config: the resolved tree.
-          set_by: {key: default | file | command line}.
-          tokenizer: written where it is a file; Arcade100k comes with this package.
+        `set_by`: {key: default | file | command line}.
         """
         write_json(self.path / "config.json", {"config": config, "set_by": set_by})
-        if isinstance(tokenizer, HuggingFaceTokenizer):
+        if isinstance(tokenizer, HuggingFaceTokenizer):  # Arcade100k comes with this package
             write_text(self.path / "tokenizer.json", tokenizer.content.decode())
         path = self.path / "environment.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        write_json(path, [*starts, environment()])
-
-    def write_sample(self, name: str, text: str) -> None:
-        """Writes `samples/<name>.txt`."""
-        write_text(self.samples / f"{name}.txt", text)
+        write_json(path, [*starts, _environment()])
 
 
-def environment() -> dict[str, Any]:
-    """What this process runs on and with."""
+def _environment() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -150,10 +148,10 @@ def environment() -> dict[str, Any]:
 @functools.cache
 def git_commit() -> str | None:
     """The commit of the source tree this package lies in, `-dirty` if changed; None outside git."""
-    here = str(Path(__file__).resolve().parent)
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+    here = Path(__file__).resolve().parent
     try:
-        found = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.strip() or None
+    return found.stdout.strip() or None

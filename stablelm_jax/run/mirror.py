@@ -43,7 +43,10 @@ class RemoteMirror:
             parts = [f"metrics/{name}" for name in self._listed(f"{self._root}/metrics")]
             files.setdefault("metrics.jsonl", parts)
         for name, parts in files.items():
-            path, content = self.folder / name, b"".join(map(self._read, parts))
+            path, content = self.folder / name, b""
+            for part in parts:
+                action = functools.partial(self._fs.cat_file, f"{self._root}/{part}")
+                content += retried(f"reading {self._url}/{part}", action)
             # Another host may have gone on with the run, so the store is right; unless it only
             # lacks the last lines, whose upload failed.
             if not (path.exists() and path.read_bytes().startswith(content)):
@@ -55,8 +58,7 @@ class RemoteMirror:
         try:
             self._upload_changed()
         except OSError as error:
-            text = "%s; the next upload tries again, and the files are safe in %s"
-            logging.error(text, error, self.folder)
+            logging.error("%s; tried again later; the files are safe in %s", error, self.folder)
 
     def finish(self) -> None:
         """The last upload of a run that ends well; OSError if a file fails several times."""
@@ -90,7 +92,3 @@ class RemoteMirror:
             found = retried(f"listing {self._url}", action)
             return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
         return []
-
-    def _read(self, name: str) -> bytes:
-        action = functools.partial(self._fs.cat_file, f"{self._root}/{name}")
-        return retried(f"reading {self._url}/{name}", action)

@@ -1,4 +1,4 @@
-"""What asks a run to stop, and what the request does in each phase of the run.
+"""What asks a run to stop (signals, Google's notices), and what that does in each phase of the run.
 
 The loop looks at `StopRequest.name` between two steps, saves and leaves with exit code 75. Python
 runs signal handlers between two instructions of its main thread only, and a compilation is one
@@ -15,11 +15,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 EXIT_STOPPED = 75
 # Besides Ctrl-C and the usual one, the two that SLURM jobs are commonly warned with.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+_PRODUCT = Path("/sys/class/dmi/id/product_name")
+# What Google's metadata server is asked, and the answer that announces the end of the machine.
+_NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+_WAIT_SECONDS = 60  # the server answers when the value changes, or after this
+_PAUSE_SECONDS = 1.0  # after a server that did not wait, or gave no answer
 
 
 class StopRequest:
@@ -110,3 +117,39 @@ def _say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody may read our output any more
         print(text, flush=True)
         sys.stderr.flush()
+
+
+def watch_notices(hear: Callable[[str], None]) -> None:
+    """On Google's machines, threads call `hear` with the name of a notice; else nothing happens."""
+    from stablelm_jax.parallel.distributed import METADATA_HOST  # imports jax
+
+    host = os.environ.get("GCE_METADATA_HOST")  # as Google's own libraries read it
+    with contextlib.suppress(OSError):
+        if host is None and "Google" in _PRODUCT.read_text():
+            host = METADATA_HOST
+    if host is not None:
+        for what in _NOTICES:
+            threading.Thread(target=_wait_for, args=(host, what, hear), daemon=True).start()
+
+
+def _wait_for(host: str, what: str, hear: Callable[[str], None]) -> None:
+    import urllib.request
+
+    from stablelm_jax.parallel.distributed import metadata_request
+
+    first, path = True, what
+    while True:
+        asked_at = time.monotonic()
+        with contextlib.suppress(OSError, ValueError):  # urllib's errors are among them
+            request = metadata_request(path, host)
+            with urllib.request.urlopen(request, timeout=2 * _WAIT_SECONDS) as answer:
+                announced = answer.read().decode().strip() == _NOTICES[what]
+                etag = answer.headers.get("ETag", "0")
+            path = f"{what}?wait_for_change=true&timeout_sec={_WAIT_SECONDS}&last_etag={etag}"
+            # Maintenance is announced long before: a run that starts meanwhile does not leave.
+            if announced and not (first and what == "maintenance-event"):
+                hear(f"Google Cloud's notice {what}={_NOTICES[what]}")
+                return
+            first = False
+        if time.monotonic() - asked_at < _PAUSE_SECONDS:
+            time.sleep(_PAUSE_SECONDS)

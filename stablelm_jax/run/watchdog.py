@@ -9,39 +9,42 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
+import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-FACTOR = 10.0  # times the median step
+import jax
+
+from stablelm_jax.checkpoint.names import checkpoint_name
+from stablelm_jax.run.events import Events
+from stablelm_jax.run.folder import RunFolder
+from stablelm_jax.run.signals import EXIT_STOPPED
+
+_FACTOR = 10.0  # times the median step
+_PAUSE = 5.0  # seconds in which the other processes write their stacks
 
 
 class Watchdog:
     """Between `start` and `stop`, calls `hung` once when nothing moves for `limit()` seconds.
 
-    `hung` gets a sentence; it runs in the watchdog's thread.
-
-    Attributes:
-      step_number: the last step that was dispatched.
+    `hung` gets the last step that was dispatched and a sentence, in the watchdog's thread.
     """
 
-    def __init__(self, least_seconds: float, hung: Callable[[str], None]):
+    def __init__(self, least_seconds: float, hung: Callable[[int, str], None]):
         """`least_seconds`: the limit is never below this; 0 switches the watchdog off."""
         self._least, self._hung, self._bound = least_seconds, hung, 0.0
-        self.step_number = 0
         self._steps: collections.deque[Any] = collections.deque()
         self._seconds: collections.deque[float] = collections.deque(maxlen=101)
-        self._moved_at = time.monotonic()
         self._ended = threading.Event()
         self._poll = min(1.0, least_seconds / 10)
 
     def start(self, step_number: int) -> None:
         """From now on something must move."""
-        self.step_number = step_number
-        self._moved_at = time.monotonic()
+        self._step_number = step_number
+        self.moved()
         if self._least > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -55,7 +58,7 @@ class Watchdog:
 
     def step(self, step_number: int, result: Any) -> None:
         """Notes a dispatched step; `result` is one of its arrays, which nobody donates."""
-        self.step_number = step_number
+        self._step_number = step_number
         self._steps.append(result)
 
     @contextlib.contextmanager
@@ -71,7 +74,7 @@ class Watchdog:
     def limit(self) -> float:
         """The seconds without any move that mean a hang."""
         median = statistics.median(self._seconds) if self._seconds else 0.0
-        return max(FACTOR * median, self._least, self._bound)
+        return max(_FACTOR * median, self._least, self._bound)
 
     def _watch(self) -> None:
         looked_at = time.monotonic()
@@ -88,17 +91,27 @@ class Watchdog:
                 self._seconds.extend([(now - self._moved_at) / finished] * finished)
                 self._moved_at = now
             if now - self._moved_at > self.limit():
-                self._hung(
-                    f"nothing moved for {now - self._moved_at:.0f} s "
-                    f"(limit: {FACTOR:g} median steps, at least {self._least:g} s)"
-                )
+                why = f"nothing moved for {now - self._moved_at:.0f} s"
+                limit = f"{_FACTOR:g} median steps, at least {self._least:g} s"
+                self._hung(self._step_number, f"{why} (limit: {limit})")
                 return
 
 
-def write_stacks(path: Path, heading: str) -> None:
-    """Writes the stack of every thread of this process under a heading."""
+def end_hung_run(step: int, why: str, phase: str, folder: RunFolder, events: Events) -> None:
+    """Writes the stacks of all threads and ends the process: no thread may be able to go on."""
+    # Even where the console or the disk is what hangs.
+    threading.Timer(4 * _PAUSE, os._exit, (EXIT_STOPPED,)).start()
+    index = jax.process_index()
+    path = folder.path / "hang" / f"{checkpoint_name(step)}-process{index}.txt"
+    text = f"HUNG in {phase} at step {step} on process {index}: {why}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.write(heading + "\n\n")
-        file.flush()
+        print(text, end="\n\n", file=file, flush=True)
         faulthandler.dump_traceback(file=file, all_threads=True)
+    with contextlib.suppress(Exception):  # the network may be what hangs: one try
+        if folder.mirror:
+            folder.mirror.upload_file(path)
+    events.tell("hang", f"{text}; see {path}", style="bold red", step=step)
+    if index == 0:
+        time.sleep(_PAUSE)  # jax ends the others as soon as process 0 is gone
+    os._exit(EXIT_STOPPED)

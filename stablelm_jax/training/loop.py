@@ -17,7 +17,7 @@ import jax
 from stablelm_jax.checkpoint.saving import Checkpoint
 from stablelm_jax.data.fingerprints import FileFingerprints
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.run.console import ProgressLine
+from stablelm_jax.run.events import ProgressLine
 from stablelm_jax.run.services import Services
 from stablelm_jax.training.begin import Beginning, run_item
 from stablelm_jax.training.ending import Stopped, end, stop_at
@@ -66,7 +66,7 @@ class Trainer:
         with (
             services.stop.phase("stepping"),
             contextlib.closing(batches),
-            line,
+            line.bar,
             jax.transfer_guard("disallow"),
         ):
             services.watchdog.start(self.progress.step)

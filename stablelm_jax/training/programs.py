@@ -19,7 +19,7 @@ from stablelm_jax.kernels.check import WrongKernel, check_attention
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
-from stablelm_jax.run.compilation_cache import CompilationCache
+from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.training.held_out import EvalStep
 from stablelm_jax.training.setup import Run, compute_of
 from stablelm_jax.training.state import abstract_state

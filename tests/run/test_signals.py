@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from stablelm_jax.run import notices, signals
-from stablelm_jax.run.signals import StopRequest
+from stablelm_jax.run import signals
+from stablelm_jax.run.signals import StopRequest, watch_notices
 
 
 def until(condition):
@@ -132,7 +132,7 @@ def metadata(monkeypatch):
 )
 def test_google_clouds_notices_are_heard_when_they_come(metadata, what, value):
     heard = []
-    notices.watch(heard.append)
+    watch_notices(heard.append)
     time.sleep(0.2)
     assert not heard
     metadata[what] = value
@@ -142,8 +142,8 @@ def test_google_clouds_notices_are_heard_when_they_come(metadata, what, value):
 
 def test_elsewhere_nobody_is_asked(monkeypatch):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-    monkeypatch.setattr(notices, "_PRODUCT", notices.Path("/nowhere"))
+    monkeypatch.setattr(signals, "_PRODUCT", signals.Path("/nowhere"))
     asked = []
-    monkeypatch.setattr(notices.threading, "Thread", lambda **arguments: asked.append(arguments))
-    notices.watch(asked.append)
+    monkeypatch.setattr(signals.threading, "Thread", lambda **arguments: asked.append(arguments))
+    watch_notices(asked.append)
     assert not asked

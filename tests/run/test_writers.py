@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_config, write_data
 
 from stablelm_jax.run.folder import RunFolder
-from stablelm_jax.run.writers import Writers
+from stablelm_jax.run.metrics import Writers
 
 LINE = {"step": 7, "time": 1.5, "loss": 2.5, "loss/squares": None, "tokens_seen": 1024}
 

@@ -7,7 +7,7 @@ import sys
 SCRIPT = """
 import sys
 import jax, jax.numpy as jnp
-from stablelm_jax.run.compilation_cache import CompilationCache
+from stablelm_jax.run.compilation import CompilationCache
 cache = CompilationCache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,4 +1,4 @@
-"""Compiled programs kept from one start of a run to the next, beside the run folder."""
+"""How XLA compiles the programs of a run, and where they are kept from one start to the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 
-_EVENTS = "/jax/compilation_cache/"
+
+def make_deterministic() -> None:
+    """The same bits from the same operation each time, on a GPU too.
+
+    Call it before jax looks for its devices: XLA reads `XLA_FLAGS` once, then.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
 
 
 class CompilationCache:
@@ -32,8 +39,8 @@ class CompilationCache:
         jax.monitoring.register_event_listener(self._count)
 
     def _count(self, event: str, **_: object) -> None:
-        self.hits += event == f"{_EVENTS}cache_hits"
-        self.misses += event == f"{_EVENTS}cache_misses"
+        self.hits += event == "/jax/compilation_cache/cache_hits"
+        self.misses += event == "/jax/compilation_cache/cache_misses"
 
     def __str__(self) -> str:
         return f"{self.hits} programs from {self.folder}, {self.misses} compiled"
