@@ -50,7 +50,7 @@ class TokenizerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The shards of one split in their order, with totals. `text_bytes` is UTF-8 before tokens."""
+    """The shards of one split in order, with totals; `text_bytes` is UTF-8 before tokens."""
 
     shards: tuple[ShardInfo, ...]
     documents: int
@@ -59,7 +59,6 @@ class Split:
 
     @classmethod
     def of(cls, infos: Iterable[ShardInfo], text_bytes: int) -> Split:
-        """The split of these shards, documents and tokens added up."""
         infos = tuple(infos)
         documents = sum(info.documents for info in infos)
         return cls(infos, documents, sum(info.tokens for info in infos), text_bytes)
@@ -71,7 +70,6 @@ class SourceManifest:
 
     Attributes:
       source: its name, `[a-z][a-z0-9_]*`.
-      tokenizer: which tokenizer made the ids.
       train, held_out: the two splits; no document is in both.
       unigram_entropy: entropy of the train tokens in nats: the loss of a model that knows how often
         each token comes, and nothing else.
@@ -98,11 +96,14 @@ class SourceManifest:
                 f"source name {self.source!r}: use lower case letters, digits and _, a letter first"
             )
 
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """Those of both splits."""
+        return self.train.shards + self.held_out.shards
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A prepared source: its directory and its manifest."""
-
     directory: pathlib.Path | RemotePath
     manifest: SourceManifest
 
@@ -131,8 +132,8 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
 
     Raises:
       ManifestMissing: there is none.
-      ManifestError: it is no JSON, of another format version, or a field is missing,
-        unknown, of the wrong type or at odds with another.
+      ManifestError: no JSON, another format version, or a field that is missing, unknown, of the
+        wrong type or at odds with another.
     """
     path = as_path(directory) / MANIFEST_NAME
     try:
@@ -191,7 +192,7 @@ def open_sources(
 
     Args:
       root: the data directory, or its URL.
-      tokenizer_sha256: what identifies the run's tokenizer; None: all sources must agree on one.
+      tokenizer_sha256: the run's tokenizer; None: all sources must agree on one.
       cache: where the shards behind a URL are kept; None: they are read by range.
 
     Raises:
@@ -221,16 +222,12 @@ def open_sources(
 
 def verify(directory: pathlib.Path | RemotePath, manifest: SourceManifest) -> None:
     """Compares the sizes of a source's shards with its manifest; ShardError names what differs."""
-    for info in manifest.train.shards + manifest.held_out.shards:
+    for info in manifest.shards:
         open_shard(directory / info.file, info)
 
 
 def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | RemoteShard:
-    """The shard that a manifest lists, for reading.
-
-    Raises:
-      ShardError: missing, damaged, or not of the manifest's sizes.
-    """
+    """A shard for reading; ShardError where it is missing, damaged, or not of `info`'s sizes."""
     if isinstance(path, RemotePath):
         return RemoteShard(path, info)
     shard = Shard(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stablelm_jax.data.mixture import Mixture, continued, quantise
@@ -16,7 +16,8 @@ class DataPosition:
     """The step and row at which the present batch size and weights took over.
 
     A fresh run counts from step 0 and row 0, a branch from its parent's checkpoint, and a run that
-    resumes with another batch size or other weights from where that happened.
+    resumes with another batch size or other weights from where that happened. A checkpoint keeps
+    the attributes under these names, as `origin`.
 
     Attributes:
       step, row: step `step + n` begins at row `row + n * batch_size`.
@@ -27,7 +28,7 @@ class DataPosition:
 
     step: int = 0
     row: int = 0
-    spans: tuple[tuple[int, dict[str, int]], ...] = ()
+    spans: Sequence[tuple[int, Mapping[str, int]]] = ()
     parent: str = ""
     parent_step: int = 0
     parent_hash: str = ""
@@ -35,29 +36,20 @@ class DataPosition:
     @classmethod
     def of_checkpoint(cls, run: Mapping[str, Any]) -> DataPosition:
         """The position of the run that wrote this item `run`."""
-        saved = dict(run.get("origin", {}))
-        return cls(**saved | {"spans": _spans(saved.get("spans", ()))})
+        return cls(**run.get("origin", {}))
 
     def moved(self, run: Mapping[str, Any], **parent: Any) -> DataPosition:
         """This position once batch size or weights changed at the checkpoint with this `run`.
 
         `parent`: the attributes of that name, where it changed because a branch began there.
         """
-        spans = _spans(run["row_order"]["stages"])
+        spans = run["row_order"]["stages"]
         return dataclasses.replace(
             self, step=run["step"], row=run["rows_consumed"], spans=spans, **parent
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """What `of_checkpoint` reads back."""
-        return dataclasses.asdict(self) | {"spans": [list(span) for span in self.spans]}
-
     def first_row(self, step: int, batch_size: int) -> int:
-        """The row that step `step` (counted from 0) begins with.
-
-        Raises:
-          ValueError: that step lies before this position.
-        """
+        """The row that step `step` (from 0) begins with; ValueError before this position."""
         if step < self.step:
             raise ValueError(
                 f"step {step} lies before step {self.step}, where this run begins"
@@ -79,7 +71,3 @@ class DataPosition:
             else:
                 later.append((self.first_row(step, batch_size), quantise(new)))
         return Mixture.of_counts(continued(self.spans, self.row, now, later))
-
-
-def _spans(saved: Any) -> tuple[tuple[int, dict[str, int]], ...]:
-    return tuple((int(row), dict(counts)) for row, counts in saved)

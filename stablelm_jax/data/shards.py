@@ -25,6 +25,7 @@ import hashlib
 import os
 import pathlib
 import struct
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -42,7 +43,7 @@ _INT32_CODE = 4
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest keeps of a shard; `file`, `bytes` and `sha256` are those of the `.bin`."""
+    """What the manifest says of a shard; `file`, `bytes` and `sha256` are those of the `.bin`."""
 
     file: str
     documents: int
@@ -81,11 +82,10 @@ def file_sha256(path: str | os.PathLike) -> str:
 class ShardWriter:
     """Writes one shard, aside, and gives it its name when closed; `info` then describes it.
 
-    Use it as a context manager: leaving it by an exception deletes what was written.
-
-    Files are not flushed to the disk before the rename. A machine that loses its power may lose the
-    newest shards, but the usual file systems record a size only once its data is written, so the
-    byte counts of the manifest show it.
+    As a context manager it closes at the end, and leaving it by an exception deletes what was
+    written. Files are not flushed to the disk before the rename. A machine that loses its power may
+    lose the newest shards, but the usual file systems record a size only once its data is written,
+    so the byte counts of the manifest show it.
     """
 
     def __init__(self, path_without_suffix: str | os.PathLike):
@@ -98,36 +98,19 @@ class ShardWriter:
         self._lengths = array.array("i")
         self.info: ShardInfo | None = None
 
-    def add(self, document: np.ndarray) -> None:
-        """Appends one document: a flat array of token ids, its `<|endoftext|>` included."""
-        self.add_many(document, [len(document)])
-
-    def add_many(self, flat_tokens: np.ndarray, lengths) -> None:
+    def add_many(self, flat_tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
         """Appends documents that lie one after the other in `flat_tokens`, `lengths` tokens each.
 
-        Raises:
-          ValueError: a token that is no integer in [0, 2**31), an empty document, or lengths that
-            do not add up to the number of tokens.
+        A document includes its `<|endoftext|>` and so is never empty; ids lie in [0, 2**31).
         """
-        tokens, lengths = np.asarray(flat_tokens), np.asarray(lengths, np.int64)
-        if len(lengths) and lengths.min() < 1:
-            raise ValueError(f"{self._bin}: an empty document; leave it out, it has no token")
-        if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 1:
-            raise ValueError(
-                f"{self._bin}: tokens must be a flat array of integers,"
-                f" not {tokens.dtype} of shape {tokens.shape}"
-            )
-        if len(tokens) and (tokens.min() < 0 or tokens.max() >= 2**31):
-            raise ValueError(f"{self._bin}: token ids must lie in [0, 2**31)")
-        if lengths.sum() != len(tokens):
-            raise ValueError(
-                f"{self._bin}: document lengths add up to {lengths.sum()} for {len(tokens)} tokens;"
-                " give one length a document"
-            )
-        data = memoryview(np.ascontiguousarray(tokens, "<i4")).cast("B")
+        lengths = np.asarray(lengths, np.int32)
+        assert flat_tokens.ndim == 1 and np.issubdtype(flat_tokens.dtype, np.integer)
+        assert 0 <= flat_tokens.min(initial=0) <= flat_tokens.max(initial=0) < 2**31
+        assert lengths.min(initial=1) > 0 and lengths.sum(dtype=np.int64) == len(flat_tokens)
+        data = memoryview(np.ascontiguousarray(flat_tokens, "<i4")).cast("B")
         self._file.write(data)
         self._sha256.update(data)
-        self._lengths.frombytes(lengths.astype("<i4").tobytes())
+        self._lengths.frombytes(lengths.tobytes())
 
     def close(self) -> ShardInfo:
         """Writes the index, gives both files their names, and returns what the manifest needs."""
@@ -152,13 +135,10 @@ class ShardWriter:
 
 
 def _index_bytes(lengths: np.ndarray) -> bytes:
-    starts = np.zeros(len(lengths), "<i8")
-    np.cumsum(lengths[:-1], dtype="<i8", out=starts[1:])
     header = _HEADER.pack(_MAGIC, _VERSION, _INT32_CODE, len(lengths), len(lengths) + 1)
+    starts = 4 * (np.cumsum(lengths, dtype="<i8") - lengths)
     documents = np.arange(len(lengths) + 1, dtype="<i8")
-    return b"".join(
-        [header, lengths.astype("<i4").tobytes(), (4 * starts).tobytes(), documents.tobytes()]
-    )
+    return header + lengths.astype("<i4").tobytes() + starts.tobytes() + documents.tobytes()
 
 
 class Shard(TokenFile):
@@ -178,62 +158,62 @@ class Shard(TokenFile):
             raise shard_error(error.filename or self._idx, error) from error
         self.dtype = self._read_header(header, index_size)
         self.num_tokens = size // self.dtype.itemsize
-        self._map_index()
-        self._check_size(size)
+        self._map_index(size)
 
     def _read_header(self, header: bytes, index_size: int) -> np.dtype:
         if len(header) < _HEADER.size or header[:9] != _MAGIC:
             raise ShardError(f"{self._idx}: not an index of token shards (wrong first bytes)")
         _, version, code, self.num_sequences, offsets = _HEADER.unpack(header)
-        if version != _VERSION:
-            raise ShardError(f"{self._idx}: version {version}; only version 1 is known")
-        if code not in _DTYPES:
+        if version != _VERSION or code not in _DTYPES:
             raise ShardError(
-                f"{self._idx}: token type {code} is not an integer; prepare the source again"
+                f"{self._idx}: version {version}, token type {code}; only version {_VERSION} and"
+                " integers are read: prepare the source again"
             )
         self.num_documents = offsets - 1
         expected = _HEADER.size + 12 * self.num_sequences + 8 * offsets
         # Shards of several modalities end with one more byte a sequence, which means nothing here.
         if offsets < 1 or index_size not in (expected, expected + self.num_sequences):
-            raise ShardError(
-                f"{self._idx}: {index_size} bytes where its header asks for {expected};"
-                " the file is damaged, write it again"
-            )
+            raise self._damaged(self._idx, index_size, expected, "header")
         return np.dtype(_DTYPES[code])
 
-    def _map_index(self) -> None:
+    def _map_index(self, size: int) -> None:
+        """Maps the index and compares the `size` of the `.bin` with its last entries."""
         index = np.memmap(self._idx, np.uint8, "r", _HEADER.size).view(np.ndarray)
         starts_at, documents_at = 4 * self.num_sequences, 12 * self.num_sequences
         end = documents_at + 8 * (self.num_documents + 1)
         self._sequence_lengths = index[:starts_at].view("<i4")
         self._sequence_starts = index[starts_at:documents_at].view("<i8")
         self._document_index = index[documents_at:end].view("<i8")
-
-    def _check_size(self, size: int) -> None:
         expected = 0
         if self.num_sequences:
             last = int(self._sequence_lengths[-1])
             expected = int(self._sequence_starts[-1]) + last * self.dtype.itemsize
         if size != expected:
-            raise ShardError(
-                f"{self.path}: {size} bytes where its index asks for {expected};"
-                " the file is damaged, write it again"
-            )
+            raise self._damaged(self.path, size, expected, "index")
         if self._document_index[-1] != self.num_sequences:
             raise ShardError(f"{self._idx}: the documents do not cover all sequences")
+
+    @staticmethod
+    def _damaged(path: pathlib.Path, size: int, expected: int, told_by: str) -> ShardError:
+        return ShardError(
+            f"{path}: {size} bytes where its {told_by} asks for {expected};"
+            " the file is damaged, write it again"
+        )
 
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:
         """int64 [documents + 1]: document d is the tokens from offsets[d] to offsets[d + 1]."""
-        ends = np.zeros(self.num_sequences + 1, np.int64)
-        np.cumsum(self._sequence_lengths, dtype=np.int64, out=ends[1:])
-        return ends[self._document_index]
+        return self._sequence_ends[self._document_index]
+
+    @property
+    def _sequence_ends(self) -> np.ndarray:
+        """int64 [sequences + 1], in tokens; before the first sequence stands a 0."""
+        return np.concatenate([[0], np.cumsum(self._sequence_lengths, dtype=np.int64)])
 
     def check(self) -> None:
         """Reads the whole index and raises ShardError where it contradicts itself."""
-        starts = np.zeros(self.num_sequences, np.int64)
-        np.cumsum(self._sequence_lengths[:-1], dtype=np.int64, out=starts[1:])
-        if not np.array_equal(starts * self.dtype.itemsize, self._sequence_starts):
+        starts = self._sequence_ends[:-1] * self.dtype.itemsize
+        if not np.array_equal(starts, self._sequence_starts):
             raise ShardError(f"{self._idx}: sequences do not lie one after the other")
         if (np.diff(self._document_index) < 0).any() or (self._sequence_lengths < 0).any():
             raise ShardError(f"{self._idx}: a document or a sequence of negative length")

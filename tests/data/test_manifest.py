@@ -148,7 +148,7 @@ def test_a_changed_byte_count_is_refused_and_names_the_file(source, tmp_path, mo
 
 def test_a_whole_shard_of_another_preparation_is_refused_and_named(source, tmp_path):
     with ShardWriter(source.directory / "train-00000") as writer:
-        writer.add(np.array([8, 9, EOD]))
+        writer.add_many(np.array([8, 9, EOD]), [3])
     with pytest.raises(ShardError, match="12 bytes where the manifest says 36") as caught:
         open_sources(tmp_path, ["books"])
     assert "train-00000.bin" in str(caught.value)
@@ -156,7 +156,7 @@ def test_a_whole_shard_of_another_preparation_is_refused_and_named(source, tmp_p
 
 def test_shards_of_equal_bytes_but_other_documents_are_refused(source, tmp_path):
     with ShardWriter(source.directory / "train-00000") as writer:
-        writer.add(np.arange(9))
+        writer.add_many(np.arange(9), [9])
     with pytest.raises(ShardError, match="1 documents where the manifest says 3"):
         open_sources(tmp_path, ["books"])
 
