@@ -76,13 +76,12 @@ def train_batches(
     B * seconds a read / threads - seconds a step (`benchmarks/data.py --latency-ms`).
 
     Raises:
-      ValueError: a source that has another `<|endoftext|>` or does not fill a row; a batch size
-        that the processes cannot share.
+      ValueError: a source that does not fill a row; a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
     rows = spec.rows_of_a_process(process_count)
     datasets = [
-        train_rows(_same_eod(sources[name], spec), spec.sequence_length, spec.seed, index)
+        train_rows(sources[name], spec.sequence_length, spec.seed, index)
         for index, name in enumerate(mixture.sources)
     ]
     first = start_row + process_index * rows
@@ -113,16 +112,14 @@ def held_out_batches(
     source's place among the sorted names of `sources`. The seed plays no part.
 
     Raises:
-      ValueError: a source of fewer than two held-out tokens or of another `<|endoftext|>`, or a
-        batch size that the processes cannot share.
+      ValueError: fewer than two held-out tokens, or a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
     rows = spec.rows_of_a_process(process_count)
-    source = _same_eod(sources[name], spec)
-    stream = token_stream(source, "held_out")
+    stream = token_stream(sources[name], "held_out")
     if stream.num_tokens < 2:
         raise ValueError(
-            f"{source.directory}: {stream.num_tokens} held-out tokens, nothing to score;"
+            f"{sources[name].directory}: {stream.num_tokens} held-out tokens, nothing to score;"
             " prepare the source again with a larger held-out fraction"
         )
     total = min(math.ceil((stream.num_tokens - 1) / spec.sequence_length), max_rows)
@@ -153,17 +150,6 @@ def _held_out_rows(
             rows_BR[place, : len(part)] = part
             scored_BT[place, : len(part) - 1] = 1
     return rows_BR, scored_BT
-
-
-def _same_eod(source: Source, spec: BatchSpec) -> Source:
-    """The source, or a ValueError where its documents end with another token than the run's."""
-    eod = source.manifest.tokenizer.eod
-    if eod != spec.eod:
-        raise ValueError(
-            f"{source.directory}: documents end with token {eod}, but the run says {spec.eod};"
-            " prepare the source again with the tokenizer of the run"
-        )
-    return source
 
 
 class BatchIterator(Iterator[Batch]):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stablelm_jax.data.manifest import Source, open_shard
-from stablelm_jax.data.shards import ShardError, bin_path, file_sha256, idx_path
+from stablelm_jax.data.shards import ShardError, file_sha256
 from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
@@ -31,7 +31,7 @@ class FileFingerprints:
         """`path`: the file `shards.json`; `tell` gets a line for each shard that is read whole."""
         self._path, self._tell, self._seen = path, tell, {}
         self._shards = [
-            (name, bin_path(source.directory / info.file), info)
+            (name, source.directory / info.file, info)
             for name, source in sources.items()
             if not isinstance(source.directory, RemotePath)
             for info in source.manifest.shards
@@ -52,7 +52,7 @@ class FileFingerprints:
         for name, path, info in self._shards:
             try:
                 # Before the shard is read: what changes from here on shows the next time.
-                found = {file: file.stat() for file in (path, idx_path(path))}
+                found = {file: file.stat() for file in (path, path.with_suffix(".idx"))}
                 now = {f"{name}/{f.name}": [s.st_size, s.st_mtime_ns] for f, s in found.items()}
                 if any(seen.get(key, value) != value for key, value in now.items()):
                     self._tell(

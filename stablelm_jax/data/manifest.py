@@ -24,6 +24,7 @@ from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
 from stablelm_jax.data.shards import Shard, ShardInfo
 from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import RemotePath, as_path
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -90,12 +91,6 @@ class SourceManifest:
     rejected: int = 0
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self):
-        if not SOURCE_NAME.fullmatch(self.source):
-            raise ManifestError(
-                f"source name {self.source!r}: use lower case letters, digits and _, a letter first"
-            )
-
     @property
     def shards(self) -> tuple[ShardInfo, ...]:
         """Those of both splits."""
@@ -150,14 +145,15 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
             f"{path}: format_version {version!r} where {FORMAT_VERSION} is known;"
             " prepare the source again or use the release that wrote it"
         )
-    try:
-        manifest = _from_json(SourceManifest, fields, "manifest")
-        for name in ("train", "held_out"):
-            split = getattr(manifest, name)
-            if split != Split.of(split.shards, split.text_bytes):
-                raise ManifestError(f"{name}: documents or tokens are not the sums of its shards")
-    except ManifestError as error:
-        raise ManifestError(f"{path}: {error}") from None
+    manifest = _from_json(SourceManifest, fields, f"{path}: manifest")
+    if not SOURCE_NAME.fullmatch(manifest.source):
+        raise ManifestError(
+            f"{path}: source name {manifest.source!r}: use lower case letters, digits and _,"
+            " a letter first"
+        )
+    for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
+        if split != Split.of(split.shards, split.text_bytes):
+            raise ManifestError(f"{path}: {name}: its totals are not the sums of its shards")
     return manifest
 
 
@@ -185,14 +181,14 @@ def open_sources(
     root: str | os.PathLike,
     names: Iterable[str],
     *,
-    tokenizer_sha256: str | None = None,
+    tokenizer: Tokenizer | TokenizerInfo | None = None,
     cache: ShardCache | None = None,
 ) -> dict[str, Source]:
     """Reads and verifies the sources `root/<name>`, in sorted order of their names.
 
     Args:
       root: the data directory, or its URL.
-      tokenizer_sha256: the run's tokenizer; None: all sources must agree on one.
+      tokenizer: the run's; None: all sources must agree on one.
       cache: where the shards behind a URL are kept; None: they are read by range.
 
     Raises:
@@ -208,11 +204,12 @@ def open_sources(
                 f"{path}: is of source {manifest.source!r}; rename the directory back"
             )
         made_by = manifest.tokenizer
-        tokenizer_sha256 = tokenizer_sha256 or made_by.sha256
-        if made_by.sha256 != tokenizer_sha256:
+        tokenizer = tokenizer or made_by
+        if (made_by.sha256, made_by.eod) != (tokenizer.sha256, tokenizer.eod):
             raise ManifestError(
-                f"{path}: prepared with tokenizer {made_by.name!r} (sha256 {made_by.sha256[:12]}),"
-                f" but this run uses the one of sha256 {tokenizer_sha256[:12]}; prepare the source"
+                f"{path}: prepared with tokenizer {made_by.name!r} (sha256 {made_by.sha256[:12]},"
+                f" documents end with token {made_by.eod}), but this run uses the one of sha256"
+                f" {tokenizer.sha256[:12]} that ends them with {tokenizer.eod}; prepare the source"
                 " again with the tokenizer of the run"
             )
         verify(directory, manifest)

@@ -62,17 +62,6 @@ class ShardInfo:
                 )
 
 
-def bin_path(path: str | os.PathLike) -> pathlib.Path:
-    """The `.bin` of a shard given by its stem, its `.bin` or its `.idx`."""
-    path = pathlib.Path(path)
-    return path.with_name(path.name.removesuffix(".bin").removesuffix(".idx") + ".bin")
-
-
-def idx_path(path: str | os.PathLike) -> pathlib.Path:
-    """The `.idx` of a shard given by its stem, its `.bin` or its `.idx`."""
-    return bin_path(path).with_suffix(".idx")
-
-
 def file_sha256(path: str | os.PathLike) -> str:
     """Hexadecimal sha256 of a whole file, read in pieces."""
     with open(path, "rb") as file:
@@ -88,8 +77,10 @@ class ShardWriter:
     so the byte counts of the manifest show it.
     """
 
-    def __init__(self, path_without_suffix: str | os.PathLike):
-        self._bin, self._idx = bin_path(path_without_suffix), idx_path(path_without_suffix)
+    def __init__(self, path: str | os.PathLike):
+        """`path`: with the suffix of either file, or without."""
+        self._bin = pathlib.Path(path).with_suffix(".bin")
+        self._idx = self._bin.with_suffix(".idx")
         self._files = contextlib.ExitStack()  # left in reverse order: the index gets its name last
         self._index_aside = self._files.enter_context(replacing(self._idx))
         tokens_aside = self._files.enter_context(replacing(self._bin))
@@ -148,8 +139,9 @@ class Shard(TokenFile):
     """
 
     def __init__(self, path: str | os.PathLike):
-        super().__init__(bin_path(path))
-        self._idx = idx_path(path)
+        """`path`: with the suffix of either file, or without."""
+        super().__init__(pathlib.Path(path).with_suffix(".bin"))
+        self._idx = self.path.with_suffix(".idx")
         try:
             with open(self._idx, "rb") as file:
                 header = file.read(_HEADER.size)
@@ -173,7 +165,10 @@ class Shard(TokenFile):
         expected = _HEADER.size + 12 * self.num_sequences + 8 * offsets
         # Shards of several modalities end with one more byte a sequence, which means nothing here.
         if offsets < 1 or index_size not in (expected, expected + self.num_sequences):
-            raise self._damaged(self._idx, index_size, expected, "header")
+            raise ShardError(
+                f"{self._idx}: {index_size} bytes where its header asks for {expected};"
+                " the file is damaged, write it again"
+            )
         return np.dtype(_DTYPES[code])
 
     def _map_index(self, size: int) -> None:
@@ -189,16 +184,12 @@ class Shard(TokenFile):
             last = int(self._sequence_lengths[-1])
             expected = int(self._sequence_starts[-1]) + last * self.dtype.itemsize
         if size != expected:
-            raise self._damaged(self.path, size, expected, "index")
+            raise ShardError(
+                f"{self.path}: {size} bytes where its index asks for {expected};"
+                " the file is damaged, write it again"
+            )
         if self._document_index[-1] != self.num_sequences:
             raise ShardError(f"{self._idx}: the documents do not cover all sequences")
-
-    @staticmethod
-    def _damaged(path: pathlib.Path, size: int, expected: int, told_by: str) -> ShardError:
-        return ShardError(
-            f"{path}: {size} bytes where its {told_by} asks for {expected};"
-            " the file is damaged, write it again"
-        )
 
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:

@@ -28,13 +28,13 @@ def shard_error(path: pathlib.Path | RemotePath, error: OSError) -> ShardError:
     """What the system says of a file of a shard, as an error that names the file and a remedy."""
     if isinstance(error, FileNotFoundError):
         return ShardError(f"{path}: missing; restore it or prepare the source again")
-    message = f"{path}: cannot be read ({error.strerror or error})"
+    remedy = ""
     if error.errno is not None and may_pass(error):  # errors of a store have no number
-        message += (
+        remedy = (
             "; look at the disk or the mount it lies on, or copy the data elsewhere, and run the"
             " same command again"
         )
-    return ShardError(message)
+    return ShardError(f"{path}: cannot be read ({error.strerror or error}){remedy}")
 
 
 class TokenFile:
@@ -48,48 +48,47 @@ class TokenFile:
         self._file: _File | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a fresh int32 array; 0 <= start <= stop <= tokens.
+        """Tokens [start, stop) as a fresh int32 array; 0 <= start <= stop <= tokens. Thread-safe.
 
-        Reads with pread and not through the map: a file cut short or a failing disk becomes an
-        error that names the file, where a map would end the process with SIGBUS, and the memory
-        of the process stays flat. Measured equal in speed for rows of 16 kB. Thread-safe.
+        Reads with pread and not through a map: a file cut short or a failing disk becomes a
+        ShardError that names the file, where a map would end the process with SIGBUS, and the
+        memory of the process stays flat. Measured equal in speed for rows of 16 kB.
 
         A network mount may come back, so most errors are tried again for 15 seconds: NFS gives EIO
         or ETIMEDOUT where its server is silent and ESTALE after it began anew, FUSE gives ENOTCONN
-        while its process is down, Lustre ESHUTDOWN, SMB the errors of its socket. A failing disk
-        says EIO too: 15 seconds later the error is the same.
-
-        Raises:
-          ShardError: the file is missing, cut short, or still cannot be read.
+        while its process is down, Lustre ESHUTDOWN, SMB the errors of its socket.
         """
+
+        def warn(error: OSError) -> None:
+            message = "%s: cannot be read (%s); trying again for up to 15 seconds"
+            logging.warning(message, self.path, error.strerror)
+
         tokens = np.empty(stop - start, self.dtype)
         offset = start * self.dtype.itemsize
         try:
-            size = retry(lambda: self._read_into(tokens, offset), self._warn)
+            size = retry(lambda: self._read_into(tokens, offset), warn)
         except OSError as error:
             raise shard_error(self.path, error) from error
         if size != tokens.nbytes:
             raise ShardError(
-                f"{self.path}: ends before token {stop}; the file was cut short after it was"
-                " opened, restore it or prepare the source again"
+                f"{self.path}: ends before token {stop}; it was cut short after it was opened,"
+                " restore it or prepare the source again"
             )
         return tokens if self.dtype == np.int32 else tokens.astype(np.int32)
 
     def _read_into(self, tokens: np.ndarray, offset: int) -> int:
         """Fills `tokens` from byte `offset` on; returns the bytes read, fewer at the file's end."""
-        file = self._file or self._open()
+        file, rest = self._file or self._open(), tokens.view(np.uint8)
         try:
-            size = os.preadv(file.descriptor, [tokens], offset)
-            while 0 < size < tokens.nbytes:  # interrupted by a signal, or more than 2 GiB
-                rest = memoryview(tokens).cast("B")[size:]
-                more = os.preadv(file.descriptor, [rest], offset + size)
-                if not more:
+            while len(rest):  # again where a signal interrupts it, or past 2 GiB
+                size = os.preadv(file.descriptor, [rest], offset)
+                if not size:
                     break
-                size += more
+                rest, offset = rest[size:], offset + size
         except OSError:
             self._file = None  # a stale handle, or one of a mount that is gone, stays so
             raise
-        return size
+        return tokens.nbytes - len(rest)
 
     def _open(self) -> _File:
         """Opens the file; when many are open, the one that was opened first is let go."""
@@ -101,10 +100,6 @@ class TokenFile:
                 if oldest is not None:
                     oldest._file = None
         return file
-
-    def _warn(self, error: OSError) -> None:
-        message = "%s: cannot be read (%s); trying again for up to 15 seconds"
-        logging.warning(message, self.path, error.strerror)
 
 
 class _File:

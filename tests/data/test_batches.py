@@ -246,7 +246,6 @@ def test_a_held_out_split_of_one_token_is_refused(tmp_path):
         ({"batch_size": 6}, 4, "batch_size 6 over 4 processes"),
         ({"batch_size": 0}, 1, "batch_size 0"),
         ({"sequence_length": 1000}, 1, "do not fill one row"),
-        ({"eod": 8}, 1, "documents end with token 7, but the run says 8"),
     ],
 )
 def test_a_batch_that_cannot_be_is_refused(corpus, mixture, changes, hosts, message):

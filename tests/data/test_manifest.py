@@ -124,7 +124,7 @@ def test_a_source_that_was_not_prepared_is_refused_with_the_remedy(tmp_path):
 
 def test_sources_open_in_the_order_of_their_names(source, tmp_path):
     write_source(tmp_path, "arxiv", [DOCUMENTS])
-    sources = open_sources(tmp_path, ["books", "arxiv"], tokenizer_sha256=TOKENIZER.sha256)
+    sources = open_sources(tmp_path, ["books", "arxiv"], tokenizer=TOKENIZER)
     assert list(sources) == ["arxiv", "books"]
     assert sources["books"] == source and sources["books"].name == "books"
 
@@ -161,9 +161,11 @@ def test_shards_of_equal_bytes_but_other_documents_are_refused(source, tmp_path)
         open_sources(tmp_path, ["books"])
 
 
-def test_a_manifest_of_another_tokenizer_is_refused_and_named(source, tmp_path):
+@pytest.mark.parametrize("change", [{"sha256": "b" * 64}, {"eod": 8}])
+def test_a_manifest_of_another_tokenizer_is_refused_and_named(source, tmp_path, change):
+    tokenizer = dataclasses.replace(TOKENIZER, **change)
     with pytest.raises(ManifestError, match="tokenizer 'letters'.*prepare the source again") as e:
-        open_sources(tmp_path, ["books"], tokenizer_sha256="b" * 64)
+        open_sources(tmp_path, ["books"], tokenizer=tokenizer)
     assert str(source.directory / "manifest.json") in str(e.value)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablelm_jax.data import shards
-from stablelm_jax.data.shards import Shard, ShardError, ShardWriter, bin_path, idx_path
+from stablelm_jax.data.shards import Shard, ShardError, ShardWriter
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), max_size=9)
 
@@ -128,25 +128,25 @@ def _set_byte(position, value):
 
 
 @pytest.mark.parametrize(
-    ("which", "damage", "message"),
+    ("suffix", "damage", "message"),
     [
-        (bin_path, os.unlink, "missing"),
-        (idx_path, os.unlink, "missing"),
-        (bin_path, _cut, "16 bytes where its index asks for 20"),
-        (bin_path, _lengthen, "24 bytes where its index asks for 20"),
-        (idx_path, _cut, "header asks for"),
-        (idx_path, _lengthen, "header asks for"),
-        (idx_path, lambda path: os.truncate(path, 20), "wrong first bytes"),
-        (idx_path, lambda path: os.truncate(path, 0), "wrong first bytes"),
-        (idx_path, _set_byte(3, 0), "wrong first bytes"),
-        (idx_path, _set_byte(9, 2), "version 2"),
-        (idx_path, _set_byte(17, 6), "token type 6"),
-        (idx_path, _set_byte(-8, 1), "do not cover"),
+        (".bin", os.unlink, "missing"),
+        (".idx", os.unlink, "missing"),
+        (".bin", _cut, "16 bytes where its index asks for 20"),
+        (".bin", _lengthen, "24 bytes where its index asks for 20"),
+        (".idx", _cut, "header asks for"),
+        (".idx", _lengthen, "header asks for"),
+        (".idx", lambda path: os.truncate(path, 20), "wrong first bytes"),
+        (".idx", lambda path: os.truncate(path, 0), "wrong first bytes"),
+        (".idx", _set_byte(3, 0), "wrong first bytes"),
+        (".idx", _set_byte(9, 2), "version 2"),
+        (".idx", _set_byte(17, 6), "token type 6"),
+        (".idx", _set_byte(-8, 1), "do not cover"),
     ],
 )
-def test_a_damaged_shard_is_refused_and_the_file_named(tmp_path, which, damage, message):
+def test_a_damaged_shard_is_refused_and_the_file_named(tmp_path, suffix, damage, message):
     write(tmp_path / "a", [[1, 2, 0], [3, 0]])
-    path = which(tmp_path / "a")
+    path = (tmp_path / "a").with_suffix(suffix)
     damage(path)
     with pytest.raises(ShardError, match=message) as caught:
         Shard(tmp_path / "a")
@@ -155,7 +155,7 @@ def test_a_damaged_shard_is_refused_and_the_file_named(tmp_path, which, damage, 
 
 def test_check_finds_an_index_that_contradicts_itself(tmp_path):
     write(tmp_path / "a", [[1, 2, 0], [3, 0]])
-    _set_byte(34, 2)(idx_path(tmp_path / "a"))  # length of the first document, 3 -> 2
+    _set_byte(34, 2)(tmp_path / "a.idx")  # length of the first document, 3 -> 2
     shard = Shard(tmp_path / "a")
     with pytest.raises(ShardError, match="one after the other"):
         shard.check()
