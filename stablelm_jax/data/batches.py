@@ -31,17 +31,13 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """What a batch of the whole job looks like: `batch_size` rows of `sequence_length` tokens.
-
-    `seed` decides the shuffles, `eod` is the id of `<|endoftext|>`, and `loss_on_first_token` says
-    whether the target that follows an `<|endoftext|>` counts (as in NeoX).
-    """
+    """What a batch of the whole job looks like: `batch_size` rows of `sequence_length` tokens."""
 
     sequence_length: int
     batch_size: int
-    seed: int
-    eod: int
-    loss_on_first_token: bool = True
+    seed: int  # of the shuffles
+    eod: int  # id of `<|endoftext|>`
+    loss_on_first_token: bool = True  # the one after an `<|endoftext|>`; True as in NeoX
 
     def rows_of_a_process(self, process_count: int) -> int:
         """B, or a ValueError where the processes cannot share the batch evenly."""
@@ -71,9 +67,8 @@ def train_batches(
     and the mixture alone, so neither hosts nor restarts change it.
 
     `prefetch` batches are made ahead, by a thread for every two of them; 0 makes them in `next`. A
-    thread reads the B rows of its batch one after the other, so slow storage is hidden while
-    B * seconds a read <= (prefetch + 1) // 2 * seconds a step; past that a step waits for the rest,
-    B * seconds a read / threads - seconds a step (`benchmarks/data.py --latency-ms`).
+    thread reads the B rows of its batch one by one: a step waits for slow storage where
+    B * seconds a read / threads is more than its own time (`benchmarks/data.py --latency-ms`).
 
     Raises:
       ValueError: a source that does not fill a row; a batch size that the processes cannot share.

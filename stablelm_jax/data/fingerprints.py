@@ -23,12 +23,12 @@ from stablelm_jax.storage.remote import RemotePath
 class FileFingerprints:
     """The shards of a run as they were seen last: {"<source>/<file>": [bytes, mtime in ns]}.
 
-    Process 0 keeps them in the run folder's `shards.json` for the next start. Other hosts may have
-    copies of the data of their own, which they compare while they run.
+    Process 0 keeps them in `path`, the run folder's `shards.json`, for the next start. Other hosts
+    may have copies of the data of their own, which they compare while they run. `tell` gets a line
+    for each shard that is read whole.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, Source], tell: Callable[[str], None]):
-        """`path`: the file `shards.json`; `tell` gets a line for each shard that is read whole."""
         self._path, self._tell, self._seen = path, tell, {}
         self._shards = [
             (name, source.directory / info.file, info)

@@ -67,28 +67,19 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class SourceManifest:
-    """All that is known of one source.
+    """All that is known of one source."""
 
-    Attributes:
-      source: its name, `[a-z][a-z0-9_]*`.
-      train, held_out: the two splits; no document is in both.
-      unigram_entropy: entropy of the train tokens in nats: the loss of a model that knows how often
-        each token comes, and nothing else.
-      languages: ISO 639-1 codes.
-      licence: an SPDX expression or a sentence.
-      provenance: free fields (where from, when, by which command).
-      rejected: documents that were not usable, listed in `rejected.jsonl`.
-    """
-
-    source: str
+    source: str  # its name, `[a-z][a-z0-9_]*`
     tokenizer: TokenizerInfo
     train: Split
-    held_out: Split
+    held_out: Split  # no document is in both
+    # Of the train tokens, in nats: the loss of a model that knows how often each token comes, and
+    # nothing else.
     unigram_entropy: float
-    languages: tuple[str, ...] = ()
-    licence: str = ""
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rejected: int = 0
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes
+    licence: str = ""  # an SPDX expression or a sentence
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # free fields
+    rejected: int = 0  # documents that were not usable, listed in `rejected.jsonl`
     format_version: int = FORMAT_VERSION
 
     @property

@@ -17,20 +17,15 @@ class DataPosition:
 
     A fresh run counts from step 0 and row 0, a branch from its parent's checkpoint, and a run that
     resumes with another batch size or other weights from where that happened. A checkpoint keeps
-    the attributes under these names, as `origin`.
-
-    Attributes:
-      step, row: step `step + n` begins at row `row + n * batch_size`.
-      spans: the mixture before `row`, as `Mixture.spans` has it.
-      parent: path of the checkpoint that a branch started from; '' for a run of its own.
-      parent_step, parent_hash: step and `state_hash` of that checkpoint.
+    these fields as `origin`.
     """
 
+    # Step `step + n` begins at row `row + n * batch_size`.
     step: int = 0
     row: int = 0
-    spans: Sequence[tuple[int, Mapping[str, int]]] = ()
-    parent: str = ""
-    parent_step: int = 0
+    spans: Sequence[tuple[int, Mapping[str, int]]] = ()  # before `row`, as in `Mixture.spans`
+    parent: str = ""  # path of the checkpoint that a branch started from; '' for a run of its own
+    parent_step: int = 0  # of that checkpoint, as is its `state_hash`
     parent_hash: str = ""
 
     @classmethod
@@ -41,7 +36,7 @@ class DataPosition:
     def moved(self, run: Mapping[str, Any], **parent: Any) -> DataPosition:
         """This position once batch size or weights changed at the checkpoint with this `run`.
 
-        `parent`: the attributes of that name, where it changed because a branch began there.
+        `parent`: the fields of that name, where a branch began there.
         """
         spans = run["row_order"]["stages"]
         return dataclasses.replace(

@@ -99,12 +99,8 @@ def train_rows(
 ) -> grain.MapDataset[Row]:
     """A source's rows without end: element n is row n % rows of epoch n // rows, shuffled.
 
-    `seed` is the run's, from which each source derives its own; `source_index` is what `Row.source`
-    says.
-
-    Raises:
-      ValueError: the source does not fill one row.
-      ShardError: a shard is missing, damaged or of another size than the manifest says.
+    Each source derives its own seed from `seed`, that of the run; `source_index` is `Row.source`.
+    Raises ValueError where the source does not fill a row, ShardError where a shard is not whole.
     """
     rows = SourceRows(source, sequence_length, source_index)
     return shuffled(rows, source_seed(seed, source.name))

@@ -25,8 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm_jax.data.shards import ShardInfo, file_sha256
-from stablelm_jax.data.token_file import ShardError, TokenFile, shard_error
+from stablelm_jax.data.shards import ShardError, ShardInfo, TokenFile, file_sha256, shard_error
 from stablelm_jax.storage.files import replacing
 from stablelm_jax.storage.remote import RemotePath
 
