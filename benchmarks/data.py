@@ -47,8 +47,7 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.mixture import Mixture
-from stablelm_jax.data.shards import ShardInfo, ShardWriter
-from stablelm_jax.data.token_file import TokenFile
+from stablelm_jax.data.shards import ShardInfo, ShardWriter, TokenFile
 
 # The reported weights of Stable LM 2's 28 sources, in the order of its table.
 WEIGHTS = [

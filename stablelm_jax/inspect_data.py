@@ -50,7 +50,7 @@ def _inspect(argv: Sequence[str]) -> int:
 
 
 def _rows(config: ConfigDict) -> Iterator:
-    from stablelm_jax.data.inspection import places
+    from stablelm_jax.reporting.inspection import places
     from stablelm_jax.tokenizer.tokenizer import load_tokenizer
     from stablelm_jax.training.begin import position_of
     from stablelm_jax.training.setup import mixture_of, open_data

@@ -67,7 +67,7 @@ def write_source(
 def _write_shard(path: Path, documents: list[list[int]]):
     with ShardWriter(path) as writer:
         for document in documents:
-            writer.add(np.array(document))
+            writer.add_many(np.array(document), [len(document)])
     return writer.info
 
 

@@ -59,7 +59,7 @@ def _write_source(folder: Path, name: str, tokenizer, rng, step: int) -> None:
                 length, start = rng.integers(5, 60), rng.integers(0, VOCAB - 9)
                 words = (start + step * np.arange(length)) % (VOCAB - 9)
                 document = np.append(words, tokenizer.eod).astype(np.int32)
-                writer.add(document)
+                writer.add_many(document, [len(document)])
                 if split == "train":
                     counts += np.bincount(document, minlength=len(counts))
             info = writer.close()

@@ -31,32 +31,21 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """What a batch of the whole job looks like.
-
-    Attributes:
-      sequence_length: T.
-      batch_size: rows of all processes together.
-      seed: what the shuffles are derived from.
-      eod: id of `<|endoftext|>`.
-      loss_on_first_token: whether the target that follows an `<|endoftext|>` counts (as in NeoX).
-    """
+    """What a batch of the whole job looks like: `batch_size` rows of `sequence_length` tokens."""
 
     sequence_length: int
     batch_size: int
-    seed: int
-    eod: int
-    loss_on_first_token: bool = True
+    seed: int  # of the shuffles
+    eod: int  # id of `<|endoftext|>`
+    loss_on_first_token: bool = True  # the one after an `<|endoftext|>`; True as in NeoX
 
-    def rows_of_a_process(self, process_index: int, process_count: int) -> int:
+    def rows_of_a_process(self, process_count: int) -> int:
         """B, or a ValueError where the processes cannot share the batch evenly."""
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}: count from 0")
         rows, rest = divmod(self.batch_size, process_count)
-        if rest or rows < 1 or self.sequence_length < 1:
+        if rest or rows < 1:
             raise ValueError(
-                f"data.batch_size {self.batch_size} over {process_count} processes and"
-                f" data.sequence_length {self.sequence_length}: the batch must be a positive"
-                " multiple of the processes and the length positive"
+                f"data.batch_size {self.batch_size} over {process_count} processes:"
+                " make it a positive multiple of the processes"
             )
         return rows
 
@@ -77,24 +66,17 @@ def train_batches(
     P takes the p-th of its P equal parts. Row i depends on the data, the sequence length, the seed
     and the mixture alone, so neither hosts nor restarts change it.
 
-    Args:
-      sources: at least the mixture's sources, by name.
-      start_row: rows consumed so far by the whole job.
-      prefetch: batches made ahead, by a thread for every two of them; 0 makes them in `next`. A
-        thread reads the B rows of its batch one after the other, so slow storage is hidden while
-        B * seconds a read <= (prefetch + 1) // 2 * seconds a step; past that a step waits for the
-        rest, B * seconds a read / threads - seconds a step (`benchmarks/data.py --latency-ms`).
+    `prefetch` batches are made ahead, by a thread for every two of them; 0 makes them in `next`. A
+    thread reads the B rows of its batch one by one: a step waits for slow storage where
+    B * seconds a read / threads is more than its own time (`benchmarks/data.py --latency-ms`).
 
     Raises:
-      ValueError: a source that is missing, has another `<|endoftext|>` or does not fill a row; a
-        batch size that the processes cannot share; a negative start.
+      ValueError: a source that does not fill a row; a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
-    rows = spec.rows_of_a_process(process_index, process_count)
-    if start_row < 0:
-        raise ValueError(f"start_row {start_row}: rows are counted from 0")
+    rows = spec.rows_of_a_process(process_count)
     datasets = [
-        train_rows(_source(sources, name, spec.eod), spec.sequence_length, spec.seed, index)
+        train_rows(sources[name], spec.sequence_length, spec.seed, index)
         for index, name in enumerate(mixture.sources)
     ]
     first = start_row + process_index * rows
@@ -113,89 +95,56 @@ def held_out_batches(
     name: str,
     spec: BatchSpec,
     *,
-    max_rows: int | None = None,
+    max_rows: int,
     process_index: int = 0,
     process_count: int = 1,
-    prefetch: int = 2,
 ) -> BatchIterator:
     """This process's part of the batches that score each held-out token of a source once, in order.
 
-    The first token has nothing before it and is no target. What is left of the last row, and of
-    the last batch, is filled with `<|endoftext|>` under a loss mask of 0; every process gets the
-    same number of batches.
-
-    Args:
-      sources: the mixture's sources, by name; `source_ids` is the place among their sorted names.
-      name: which of them; a held-out split shorter than a row will do.
-      spec: the batch of the whole job; its seed plays no part.
-      max_rows: score only the first rows; None: all.
-      prefetch: as in `train_batches`.
+    Only the first `max_rows` rows are scored. The first token has nothing before it and is no
+    target. What is left of the last row, and of the last batch, is filled with `<|endoftext|>`
+    under a loss mask of 0; every process gets the same number of batches. `source_ids` is the
+    source's place among the sorted names of `sources`. The seed plays no part.
 
     Raises:
-      ValueError: an unknown source, one of fewer than two held-out tokens or of another
-        `<|endoftext|>`, or a batch size that the processes cannot share.
+      ValueError: fewer than two held-out tokens, or a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
-    rows = spec.rows_of_a_process(process_index, process_count)
-    source = _source(sources, name, spec.eod)
-    stream = token_stream(source, "held_out")
+    rows = spec.rows_of_a_process(process_count)
+    stream = token_stream(sources[name], "held_out")
     if stream.num_tokens < 2:
         raise ValueError(
-            f"{source.directory}: {stream.num_tokens} held-out tokens, nothing to score;"
+            f"{sources[name].directory}: {stream.num_tokens} held-out tokens, nothing to score;"
             " prepare the source again with a larger held-out fraction"
         )
-    total = math.ceil((stream.num_tokens - 1) / spec.sequence_length)
-    total = total if max_rows is None else min(total, max_rows)
+    total = min(math.ceil((stream.num_tokens - 1) / spec.sequence_length), max_rows)
     source_ids = [sorted(sources).index(name)] * rows
-    return BatchIterator(_HeldOut(stream, spec, process_index * rows, total, source_ids), prefetch)
 
-
-def _source(sources: Mapping[str, Source], name: str, eod: int) -> Source:
-    if name not in sources:
-        raise ValueError(
-            f"source {name!r} is asked for, but only {sorted(sources)} are open;"
-            " open it with open_sources or set its weight to 0"
-        )
-    found = sources[name].manifest.tokenizer.eod
-    if found != eod:
-        raise ValueError(
-            f"{sources[name].directory}: documents end with token {found}, but the run says {eod};"
-            " prepare the source again with the tokenizer of the run"
-        )
-    return sources[name]
-
-
-class _HeldOut(grain.MapDataset[Batch]):
-    """One process's batches of the first `total` rows of a held-out stream.
-
-    This process has the rows from `first` on of each batch of the job; `source_ids` are theirs.
-    """
-
-    def __init__(
-        self, stream: TokenStream, spec: BatchSpec, first: int, total: int, source_ids: list[int]
-    ):
-        super().__init__()
-        self._stream, self._spec, self._source_ids = stream, spec, source_ids
-        self._first, self._total = first, total
-
-    def __len__(self) -> int:
-        return math.ceil(self._total / self._spec.batch_size)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        rows, length = len(self._source_ids), self._spec.sequence_length
-        rows_BR = np.full((rows, length + 1), self._spec.eod, np.int32)
-        scored_BT = np.zeros((rows, length), np.float32)
-        first = index * self._spec.batch_size + self._first
-        for place, row in enumerate(range(first, min(first + rows, self._total))):
-            start = row * length
-            part = self._stream.read(start, min(start + length + 1, self._stream.num_tokens))
-            rows_BR[place, : len(part)] = part
-            scored_BT[place, : len(part) - 1] = 1
-        batch = collate(rows_BR, self._source_ids, self._spec)
+    def batch_of(first: int) -> Batch:
+        rows_BR, scored_BT = _held_out_rows(stream, spec, range(first, first + rows), total)
+        batch = collate(rows_BR, source_ids, spec)
         batch["loss_mask"] *= scored_BT
         return batch
+
+    first = process_index * rows  # of this process, in the first batch of the job
+    starts = grain.MapDataset.range(first, first + total, spec.batch_size)
+    return BatchIterator(starts.map(batch_of), prefetch=2)
+
+
+def _held_out_rows(
+    stream: TokenStream, spec: BatchSpec, rows: range, total: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a held-out stream, int32 [B, R], and which targets exist, float32 [B, T]."""
+    length = spec.sequence_length
+    rows_BR = np.full((len(rows), length + 1), spec.eod, np.int32)
+    scored_BT = np.zeros((len(rows), length), np.float32)
+    for place, row in enumerate(rows):
+        if row < total:
+            start = row * length
+            part = stream.read(start, min(start + length + 1, stream.num_tokens))
+            rows_BR[place, : len(part)] = part
+            scored_BT[place, : len(part) - 1] = 1
+    return rows_BR, scored_BT
 
 
 class BatchIterator(Iterator[Batch]):

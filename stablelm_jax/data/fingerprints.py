@@ -13,8 +13,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from stablelm_jax.data.manifest import ManifestError, Source, open_shard
-from stablelm_jax.data.shards import ShardError, bin_path, file_sha256, idx_path
+from stablelm_jax.data.manifest import Source, open_shard
+from stablelm_jax.data.shards import ShardError, file_sha256
 from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
@@ -23,18 +23,18 @@ from stablelm_jax.storage.remote import RemotePath
 class FileFingerprints:
     """The shards of a run as they were seen last: {"<source>/<file>": [bytes, mtime in ns]}.
 
-    Process 0 keeps them in the run folder's `shards.json` for the next start. Other hosts may have
-    copies of the data of their own, which they compare while they run.
+    Process 0 keeps them in `path`, the run folder's `shards.json`, for the next start. Other hosts
+    may have copies of the data of their own, which they compare while they run. `tell` gets a line
+    for each shard that is read whole.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, Source], tell: Callable[[str], None]):
-        """`path`: the file `shards.json`; `tell` gets a line for each shard that is read whole."""
         self._path, self._tell, self._seen = path, tell, {}
         self._shards = [
-            (name, bin_path(source.directory / info.file), info)
+            (name, source.directory / info.file, info)
             for name, source in sources.items()
             if not isinstance(source.directory, RemotePath)
-            for info in (*source.manifest.train.shards, *source.manifest.held_out.shards)
+            for info in source.manifest.shards
         ]
         if distributed.is_first() and path.exists():
             try:
@@ -45,26 +45,24 @@ class FileFingerprints:
     def check(self) -> None:
         """Compares both files of every shard, train and held-out, with what was seen last.
 
-        A file that was never seen passes, as one of a source that joins in a later stage.
-
-        Raises:
-          ShardError: on every process; names the files that are missing or have other bytes.
+        A file that was never seen passes, as one of a source that joins in a later stage. A
+        ShardError is raised on every process and names the files that are missing or changed.
         """
         seen, wrong = dict(self._seen), []
         for name, path, info in self._shards:
             try:
                 # Before the shard is read: what changes from here on shows the next time.
-                now = {f"{name}/{file.name}": _of(file) for file in (path, idx_path(path))}
+                found = {file: file.stat() for file in (path, path.with_suffix(".idx"))}
+                now = {f"{name}/{f.name}": [s.st_size, s.st_mtime_ns] for f, s in found.items()}
                 if any(seen.get(key, value) != value for key, value in now.items()):
                     self._tell(
                         f"{path}: size or time changed since this run recorded it;"
                         f" reading {info.bytes / 1e6:,.1f} MB to see whether its bytes did"
                     )
                     open_shard(path, info).check()
-                    if file_sha256(path) != info.sha256:
-                        raise ShardError(f"{path} has not the sha256 of the manifest")
+                    info.compare(path, sha256=file_sha256(path))
                 seen |= now
-            except (ShardError, ManifestError) as error:
+            except ShardError as error:
                 wrong.append(str(error))
             except OSError as error:
                 wrong.append(f"{error.filename or path}: {error.strerror or error}")
@@ -77,8 +75,3 @@ class FileFingerprints:
         if seen != self._seen and distributed.is_first():
             write_json(self._path, seen)
         self._seen = seen
-
-
-def _of(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]

@@ -24,6 +24,7 @@ from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
 from stablelm_jax.data.shards import Shard, ShardInfo
 from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import RemotePath, as_path
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -50,7 +51,7 @@ class TokenizerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The shards of one split in their order, with totals. `text_bytes` is UTF-8 before tokens."""
+    """The shards of one split in order, with totals; `text_bytes` is UTF-8 before tokens."""
 
     shards: tuple[ShardInfo, ...]
     documents: int
@@ -59,7 +60,6 @@ class Split:
 
     @classmethod
     def of(cls, infos: Iterable[ShardInfo], text_bytes: int) -> Split:
-        """The split of these shards, documents and tokens added up."""
         infos = tuple(infos)
         documents = sum(info.documents for info in infos)
         return cls(infos, documents, sum(info.tokens for info in infos), text_bytes)
@@ -67,42 +67,29 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class SourceManifest:
-    """All that is known of one source.
+    """All that is known of one source."""
 
-    Attributes:
-      source: its name, `[a-z][a-z0-9_]*`.
-      tokenizer: which tokenizer made the ids.
-      train, held_out: the two splits; no document is in both.
-      unigram_entropy: entropy of the train tokens in nats: the loss of a model that knows how often
-        each token comes, and nothing else.
-      languages: ISO 639-1 codes.
-      licence: an SPDX expression or a sentence.
-      provenance: free fields (where from, when, by which command).
-      rejected: documents that were not usable, listed in `rejected.jsonl`.
-    """
-
-    source: str
+    source: str  # its name, `[a-z][a-z0-9_]*`
     tokenizer: TokenizerInfo
     train: Split
-    held_out: Split
+    held_out: Split  # no document is in both
+    # Of the train tokens, in nats: the loss of a model that knows how often each token comes, and
+    # nothing else.
     unigram_entropy: float
-    languages: tuple[str, ...] = ()
-    licence: str = ""
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rejected: int = 0
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes
+    licence: str = ""  # an SPDX expression or a sentence
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # free fields
+    rejected: int = 0  # documents that were not usable, listed in `rejected.jsonl`
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self):
-        if not SOURCE_NAME.fullmatch(self.source):
-            raise ManifestError(
-                f"source name {self.source!r}: use lower case letters, digits and _, a letter first"
-            )
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """Those of both splits."""
+        return self.train.shards + self.held_out.shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A prepared source: its directory and its manifest."""
-
     directory: pathlib.Path | RemotePath
     manifest: SourceManifest
 
@@ -131,8 +118,8 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
 
     Raises:
       ManifestMissing: there is none.
-      ManifestError: it is no JSON, of another format version, or a field is missing,
-        unknown, of the wrong type or at odds with another.
+      ManifestError: no JSON, another format version, or a field that is missing, unknown, of the
+        wrong type or at odds with another.
     """
     path = as_path(directory) / MANIFEST_NAME
     try:
@@ -149,14 +136,15 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
             f"{path}: format_version {version!r} where {FORMAT_VERSION} is known;"
             " prepare the source again or use the release that wrote it"
         )
-    try:
-        manifest = _from_json(SourceManifest, fields, "manifest")
-        for name in ("train", "held_out"):
-            split = getattr(manifest, name)
-            if split != Split.of(split.shards, split.text_bytes):
-                raise ManifestError(f"{name}: documents or tokens are not the sums of its shards")
-    except ManifestError as error:
-        raise ManifestError(f"{path}: {error}") from None
+    manifest = _from_json(SourceManifest, fields, f"{path}: manifest")
+    if not SOURCE_NAME.fullmatch(manifest.source):
+        raise ManifestError(
+            f"{path}: source name {manifest.source!r}: use lower case letters, digits and _,"
+            " a letter first"
+        )
+    for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
+        if split != Split.of(split.shards, split.text_bytes):
+            raise ManifestError(f"{path}: {name}: its totals are not the sums of its shards")
     return manifest
 
 
@@ -184,14 +172,14 @@ def open_sources(
     root: str | os.PathLike,
     names: Iterable[str],
     *,
-    tokenizer_sha256: str | None = None,
+    tokenizer: Tokenizer | TokenizerInfo | None = None,
     cache: ShardCache | None = None,
 ) -> dict[str, Source]:
     """Reads and verifies the sources `root/<name>`, in sorted order of their names.
 
     Args:
       root: the data directory, or its URL.
-      tokenizer_sha256: what identifies the run's tokenizer; None: all sources must agree on one.
+      tokenizer: the run's; None: all sources must agree on one.
       cache: where the shards behind a URL are kept; None: they are read by range.
 
     Raises:
@@ -207,11 +195,12 @@ def open_sources(
                 f"{path}: is of source {manifest.source!r}; rename the directory back"
             )
         made_by = manifest.tokenizer
-        tokenizer_sha256 = tokenizer_sha256 or made_by.sha256
-        if made_by.sha256 != tokenizer_sha256:
+        tokenizer = tokenizer or made_by
+        if (made_by.sha256, made_by.eod) != (tokenizer.sha256, tokenizer.eod):
             raise ManifestError(
-                f"{path}: prepared with tokenizer {made_by.name!r} (sha256 {made_by.sha256[:12]}),"
-                f" but this run uses the one of sha256 {tokenizer_sha256[:12]}; prepare the source"
+                f"{path}: prepared with tokenizer {made_by.name!r} (sha256 {made_by.sha256[:12]},"
+                f" documents end with token {made_by.eod}), but this run uses the one of sha256"
+                f" {tokenizer.sha256[:12]} that ends them with {tokenizer.eod}; prepare the source"
                 " again with the tokenizer of the run"
             )
         verify(directory, manifest)
@@ -221,16 +210,12 @@ def open_sources(
 
 def verify(directory: pathlib.Path | RemotePath, manifest: SourceManifest) -> None:
     """Compares the sizes of a source's shards with its manifest; ShardError names what differs."""
-    for info in manifest.train.shards + manifest.held_out.shards:
+    for info in manifest.shards:
         open_shard(directory / info.file, info)
 
 
 def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | RemoteShard:
-    """The shard that a manifest lists, for reading.
-
-    Raises:
-      ShardError: missing, damaged, or not of the manifest's sizes.
-    """
+    """A shard for reading; ShardError where it is missing, damaged, or not of `info`'s sizes."""
     if isinstance(path, RemotePath):
         return RemoteShard(path, info)
     shard = Shard(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stablelm_jax.data.mixture import Mixture, continued, quantise
@@ -16,48 +16,35 @@ class DataPosition:
     """The step and row at which the present batch size and weights took over.
 
     A fresh run counts from step 0 and row 0, a branch from its parent's checkpoint, and a run that
-    resumes with another batch size or other weights from where that happened.
-
-    Attributes:
-      step, row: step `step + n` begins at row `row + n * batch_size`.
-      spans: the mixture before `row`, as `Mixture.spans` has it.
-      parent: path of the checkpoint that a branch started from; '' for a run of its own.
-      parent_step, parent_hash: step and `state_hash` of that checkpoint.
+    resumes with another batch size or other weights from where that happened. A checkpoint keeps
+    these fields as `origin`.
     """
 
+    # Step `step + n` begins at row `row + n * batch_size`.
     step: int = 0
     row: int = 0
-    spans: tuple[tuple[int, dict[str, int]], ...] = ()
-    parent: str = ""
-    parent_step: int = 0
+    spans: Sequence[tuple[int, Mapping[str, int]]] = ()  # before `row`, as in `Mixture.spans`
+    parent: str = ""  # path of the checkpoint that a branch started from; '' for a run of its own
+    parent_step: int = 0  # of that checkpoint, as is its `state_hash`
     parent_hash: str = ""
 
     @classmethod
     def of_checkpoint(cls, run: Mapping[str, Any]) -> DataPosition:
         """The position of the run that wrote this item `run`."""
-        saved = dict(run.get("origin", {}))
-        return cls(**saved | {"spans": _spans(saved.get("spans", ()))})
+        return cls(**run.get("origin", {}))
 
     def moved(self, run: Mapping[str, Any], **parent: Any) -> DataPosition:
         """This position once batch size or weights changed at the checkpoint with this `run`.
 
-        `parent`: the attributes of that name, where it changed because a branch began there.
+        `parent`: the fields of that name, where a branch began there.
         """
-        spans = _spans(run["row_order"]["stages"])
+        spans = run["row_order"]["stages"]
         return dataclasses.replace(
             self, step=run["step"], row=run["rows_consumed"], spans=spans, **parent
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """What `of_checkpoint` reads back."""
-        return dataclasses.asdict(self) | {"spans": [list(span) for span in self.spans]}
-
     def first_row(self, step: int, batch_size: int) -> int:
-        """The row that step `step` (counted from 0) begins with.
-
-        Raises:
-          ValueError: that step lies before this position.
-        """
+        """The row that step `step` (from 0) begins with; ValueError before this position."""
         if step < self.step:
             raise ValueError(
                 f"step {step} lies before step {self.step}, where this run begins"
@@ -79,7 +66,3 @@ class DataPosition:
             else:
                 later.append((self.first_row(step, batch_size), quantise(new)))
         return Mixture.of_counts(continued(self.spans, self.row, now, later))
-
-
-def _spans(saved: Any) -> tuple[tuple[int, dict[str, int]], ...]:
-    return tuple((int(row), dict(counts)) for row, counts in saved)

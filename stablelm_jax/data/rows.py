@@ -47,12 +47,11 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as a fresh int32 array; a read may cross shards."""
-        number = bisect.bisect_right(self._starts, start) - 1
         parts = []
         while start < stop:
-            base, end = self._starts[number], min(stop, self._starts[number + 1])
-            parts.append(self._shards[number].read(start - base, end - base))
-            start, number = end, number + 1
+            shard, first = self.locate(start)
+            parts.append(shard.read(first, min(first + stop - start, shard.num_tokens)))
+            start += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -63,7 +62,7 @@ def token_stream(source: Source, split: str) -> TokenStream:
 
 
 class SourceRows(grain.MapDataset[Row]):
-    """The rows of a source's train split in order, over and over.
+    """The rows of a source's train split in order, over and over; `stream` is what they cut.
 
     A dataset of its own and not a `MapDataset.source`, whose metrics cost 20 us a row, more than
     everything else together.
@@ -71,24 +70,23 @@ class SourceRows(grain.MapDataset[Row]):
 
     def __init__(self, source: Source, sequence_length: int, source_index: int = 0):
         super().__init__()
-        self._stream = token_stream(source, "train")
-        self._length = row_count(self._stream, sequence_length)
-        self._stride = sequence_length
-        self._index = source_index
-        if self._length < 1:
+        self.stream = token_stream(source, "train")
+        self._stride, self._index = sequence_length, source_index
+        self._rows = (self.stream.num_tokens - 1) // sequence_length
+        if self._rows < 1:
             raise ValueError(
-                f"{source.directory}: {self._stream.num_tokens} train tokens do not fill one row of"
+                f"{source.directory}: {self.stream.num_tokens} train tokens do not fill one row of"
                 f" {sequence_length} + 1; use a shorter data.sequence_length or more data"
             )
 
     def __len__(self) -> int:
-        return self._length
+        return self._rows
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        start = index % self._length * self._stride
-        return Row(self._stream.read(start, start + self._stride + 1), self._index)
+        start = index % self._rows * self._stride
+        return Row(self.stream.read(start, start + self._stride + 1), self._index)
 
 
 def source_seed(seed: int, name: str) -> int:
@@ -101,14 +99,8 @@ def train_rows(
 ) -> grain.MapDataset[Row]:
     """A source's rows without end: element n is row n % rows of epoch n // rows, shuffled.
 
-    Args:
-      sequence_length: S; a row has one token more.
-      seed: the run's seed; each source derives its own from it.
-      source_index: what `Row.source` says.
-
-    Raises:
-      ValueError: the source does not fill one row.
-      ShardError: a shard is missing, damaged or of another size than the manifest says.
+    Each source derives its own seed from `seed`, that of the run; `source_index` is `Row.source`.
+    Raises ValueError where the source does not fill a row, ShardError where a shard is not whole.
     """
     rows = SourceRows(source, sequence_length, source_index)
     return shuffled(rows, source_seed(seed, source.name))
@@ -119,29 +111,22 @@ def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
     return TableShuffle(dataset, seed) if len(dataset) <= MAX_TABLE else dataset.shuffle(seed)
 
 
-def row_count(stream: TokenStream, sequence_length: int) -> int:
-    """Rows of `sequence_length` + 1 tokens, one of them shared."""
-    return (stream.num_tokens - 1) // sequence_length
-
-
 class TableShuffle(grain.MapDataset[Row]):
     """Shuffles a small dataset anew every epoch, by a table of the epoch's order."""
 
     def __init__(self, parent: grain.MapDataset, seed: int):
         super().__init__(parent)
-        self._rows = len(parent)
+        order = functools.partial(epoch_order, len(parent), seed)
         # Two epochs, as a batch may straddle them. The cache lives and dies with the dataset.
-        self._order = functools.lru_cache(maxsize=2)(
-            functools.partial(epoch_order, len(parent), seed)
-        )
+        self._order = functools.lru_cache(maxsize=2)(order)
 
     def __len__(self) -> int:
-        return self._rows
+        return len(self._parent)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        epoch, place = divmod(index, self._rows)
+        epoch, place = divmod(index, len(self._parent))
         return self._parent[self._order(epoch).item(place)]
 
 

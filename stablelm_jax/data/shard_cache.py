@@ -25,8 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm_jax.data.shards import ShardInfo, file_sha256
-from stablelm_jax.data.token_file import ShardError, TokenFile, shard_error
+from stablelm_jax.data.shards import ShardError, ShardInfo, TokenFile, file_sha256, shard_error
 from stablelm_jax.storage.files import replacing
 from stablelm_jax.storage.remote import RemotePath
 
@@ -47,8 +46,13 @@ class ShardCache:
           ShardError: what came has not the size or the sha256 of the manifest.
           OSError: the network or the disk.
         """
-        if not self._claim(info):
-            return None
+        with self._lock:
+            if info.sha256 not in self._held:
+                if sum(self._held.values()) + info.bytes > self.max_bytes:
+                    return None
+                (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+                self._held[info.sha256] = info.bytes
+                self._evict()
         target = self.folder / f"{info.sha256}.bin"
         with open(self.folder / "locks" / info.sha256[:2], "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,41 +67,24 @@ class ShardCache:
                     info.compare(path, bytes=aside.stat().st_size, sha256=file_sha256(aside))
         return target
 
-    def _claim(self, info: ShardInfo) -> bool:
-        with self._lock:
-            if info.sha256 in self._held:
-                return True
-            if sum(self._held.values()) + info.bytes > self.max_bytes:
-                return False
-            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-            self._held[info.sha256] = info.bytes
-            self._evict()
-            return True
-
     def _evict(self) -> None:
         """Makes room for what is held."""
-        found = []
+        found, room = [], self.max_bytes - sum(self._held.values())
         for path in self.folder.glob("*.bin*"):
             with contextlib.suppress(FileNotFoundError):  # another process may remove it, too
                 if path.name.split(".")[0] not in self._held:
                     found.append((path.stat().st_mtime, path.stat().st_size, path))
-        total = sum(self._held.values()) + sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self.max_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+        for _, size, path in sorted(found, reverse=True):  # the newest stay while they fit
+            room -= size
+            if room < 0:
+                path.unlink(missing_ok=True)
 
 
 class RemoteShard:
     """A shard behind a URL, for reading; has what `TokenStream` needs of a `Shard`."""
 
     def __init__(self, path: RemotePath, info: ShardInfo):
-        """Compares the size that the store tells with the manifest's; reads nothing.
-
-        Raises:
-          ShardError: missing, of another size, or of tokens that are not int32.
-        """
+        """Reads nothing; ShardError: missing, not of the manifest's size, or not of int32."""
         self.path, self.num_tokens, self._info = path, info.tokens, info
         self._file: TokenFile | None = None
         self._by_range = path.cache is None
@@ -107,19 +94,18 @@ class RemoteShard:
                 " int32 are read, copy this source to a local folder"
             )
         try:
-            size = path.parent.sizes[path.name]
-        except KeyError:
-            raise shard_error(path, FileNotFoundError()) from None
+            sizes = path.parent.sizes
         except OSError as error:
             raise shard_error(path, error) from error
-        if size is not None:
-            info.compare(path, bytes=size)
+        if path.name not in sizes:
+            raise shard_error(path, FileNotFoundError())
+        if sizes[path.name] is not None:
+            info.compare(path, bytes=sizes[path.name])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a fresh int32 array. Thread-safe.
+        """Tokens [start, stop) as a fresh int32 array. The first read may fetch the whole shard.
 
-        The first read may fetch the whole shard. What is read by range cannot be checked by
-        sha256, only by its length.
+        Thread-safe. What is read by range cannot be checked by sha256, only by its length.
         """
         try:
             if self._file is None and not self._by_range:

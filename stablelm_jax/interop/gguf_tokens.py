@@ -100,7 +100,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     if model.get("type") != "BPE":
         raise ValueError(
             f"the tokenizer is of type {model.get('type')!r}; GGUF export writes byte-level BPE "
-            "only, the kind of Arcade100k and of stablelm_jax.tokenizer.train_tokenizer"
+            "only, the kind of Arcade100k and of stablelm_jax.preparation.train_tokenizer"
         )
     for key, allowed in _PLAIN.items():
         if model.get(key, allowed[0]) not in allowed:

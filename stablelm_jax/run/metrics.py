@@ -132,3 +132,55 @@ class MetricsFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(self._unwritten))
         self._unwritten.clear()
+
+
+def _as_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+class Writers:
+    """TensorBoard and Weights & Biases, where the config switches them on (process 0 only)."""
+
+    def __init__(self, config: ConfigDict, folder: RunFolder):
+        """Raises ValueError if a writer is asked for but not installed."""
+        self._tensorboard = self._wandb = None
+        if distributed.is_first() and config.writers.tensorboard:
+            self._event = _imported("tensorboard.compat.proto.event_pb2").Event
+            module = _imported("tensorboard.summary.writer.event_file_writer")
+            self._tensorboard = module.EventFileWriter(str(folder.path / "tensorboard"))
+        if distributed.is_first() and config.writers.wandb:
+            self._wandb = _imported("wandb").init(
+                project=config.writers.wandb_project,
+                name=config.name,
+                dir=str(folder.path),
+                config=config.to_dict(),
+                resume="allow",
+            )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes the numbers of one metrics line at its step."""
+        kept = {key: value for key, value in line.items() if key not in ("step", "time")}
+        numbers = {key: value for key, value in kept.items() if isinstance(value, (int, float))}
+        if self._tensorboard:
+            values = [{"tag": key, "simple_value": value} for key, value in numbers.items()]
+            summary = {"value": values}
+            event = self._event(step=line["step"], wall_time=time.time(), summary=summary)
+            self._tensorboard.add_event(event)
+        if self._wandb:
+            self._wandb.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        """Flushes and ends the writers."""
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        remedy = f"pip install {name}, or leave it off"
+        raise ValueError(f"writers.{name} is on, but {name} is not installed; {remedy}") from error

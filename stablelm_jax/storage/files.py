@@ -46,12 +46,8 @@ def write_json(path: Path, value: Any) -> None:
 def new_result(out: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
     """A path to write a file or a folder at; it becomes `out` when the block ends well.
 
-    Args:
-      force: what stands at `out` is replaced, once there is something to replace it with.
-      source: what is converted: `out` may not hold it.
-
-    Raises:
-      ValueError: `out` is there already, or holds `source`.
+    Raises ValueError where `out` holds `source`, what is converted, or is there already. With
+    `force` it is replaced, once there is something to replace it with.
     """
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out} holds what is converted, {source}; choose another name")

@@ -30,8 +30,7 @@ def is_url(path: Any) -> bool:
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The driver of a URL and the path it knows the place by.
 
-    Raises:
-      ValueError: no driver of that name, it is not installed, or it found no credentials.
+    Raises ValueError where there is no such driver, it is not installed, or has no credentials.
     """
     try:
         fs, path = fsspec.core.url_to_fs(url)
@@ -70,9 +69,7 @@ def retry(action: Callable[[], Result], warn: Callable[[Exception], None] | None
 def retried(what: str, action: Callable[[], Result]) -> Result:
     """`action()` of a driver, with `retry`.
 
-    Raises:
-      FileNotFoundError: as it came.
-      OSError: any other error that lasted; the message starts with `what`.
+    FileNotFoundError comes as it is, any other error as an OSError that begins with `what`.
     """
     try:
         return retry(action)
@@ -115,24 +112,14 @@ class RemotePath:
     def sizes(self) -> dict[str, int | None]:
         """{name: bytes} of what lies in this folder, listed once; None where a store has no size.
 
-        Raises:
-          OSError: the folder cannot be listed.
+        OSError where the folder cannot be listed.
         """
-
-        def listed():
-            self.fs.invalidate_cache(self.path)
-            return self.fs.ls(self.path, detail=True)
-
-        entries = retried("listing", listed)
+        self.fs.invalidate_cache(self.path)
+        entries = retried("listing", lambda: self.fs.ls(self.path, detail=True))
         return {posixpath.basename(entry["name"]): entry.get("size") for entry in entries}
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The whole file.
-
-        Raises:
-          FileNotFoundError: there is none.
-          OSError: it cannot be read.
-        """
+        """The whole file; FileNotFoundError or another OSError where it cannot be read."""
         return retried("reading", lambda: self.fs.cat_file(self.path)).decode(encoding)
 
     def read_range(self, start: int, stop: int) -> bytes:
@@ -141,7 +128,7 @@ class RemotePath:
         return retried(f"reading bytes {start} to {stop}", action)
 
     def fetch(self, target: Path) -> None:
-        """Copies the file to this machine, over `target`; errors as `read_text`."""
+        """Copies the file over `target`, a file of this machine; errors as `read_text`."""
         retried(f"fetching to {target}", lambda: self.fs.get_file(self.path, str(target)))
 
 

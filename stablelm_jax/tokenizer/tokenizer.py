@@ -58,21 +58,13 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(abc.ABC):
-    """What the rest of the house knows of a tokenizer.
+    """What the rest of the house knows of a tokenizer."""
 
-    Attributes:
-        name: what `load_tokenizer` was given.
-        largest_id: the largest id of any token.
-        eod: id of the token that ends a document.
-        sha256: identifies the mapping from text to ids.
-        special_ids: ids of the tokens that stand for no text.
-    """
-
-    name: str
+    name: str  # what `load_tokenizer` was given
     largest_id: int
-    eod: int
-    sha256: str
-    special_ids: frozenset[int]
+    eod: int  # id of the token that ends a document
+    sha256: str  # identifies the mapping from text to ids
+    special_ids: frozenset[int]  # tokens that stand for no text
 
     @property
     def vocab_size(self) -> int:
@@ -108,7 +100,14 @@ class Arcade100k(Tokenizer):
         self.largest_id = FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1
         self.eod = self.specials["<|endoftext|>"]
         self.special_ids = frozenset(self.specials.values())
-        self.sha256 = _arcade_sha256(rank_file)
+        decide_ids = {
+            "ranks": hashlib.sha256(rank_file).hexdigest(),
+            "pattern": PATTERN,
+            "specials": SPECIAL_TOKENS,
+            "first_special": FIRST_SPECIAL,
+            "normalisation": "NFC",
+        }
+        self.sha256 = hashlib.sha256(json.dumps(decide_ids, sort_keys=True).encode()).hexdigest()
         pairs = (line.split() for line in rank_file.splitlines() if line)
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         self._encoding = self._engine(_GROUPED_PATTERN)
@@ -213,14 +212,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, ranks: str | None = None) -> Tokenizer:
-    """The tokenizer of that name ('arcade100k') or of that `tokenizer.json`.
+    """The tokenizer 'arcade100k', or that of a `tokenizer.json` or of the folder that holds one.
 
-    Args:
-        name_or_path: 'arcade100k', or a tokenizer.json, or the folder that holds one.
-        ranks: file of cl100k ranks for arcade100k; else `find_ranks` looks for one.
-
-    Raises:
-        ValueError: no such tokenizer, no ranks to be had, or a file that is not what it should be.
+    `ranks` is a file of cl100k ranks for arcade100k; else `find_ranks` looks for one. Raises
+    ValueError: no such tokenizer, no ranks to be had, or a file that is not what it should be.
     """
     if name_or_path == ARCADE100K:
         return Arcade100k(find_ranks(ranks))
@@ -248,15 +243,3 @@ def _guarded(encode: Callable, text: str):
         if not isinstance(text, str) or not (is_panic or is_failure):
             raise
         raise TokenizerError(f"this text cannot be encoded: {error}") from error
-
-
-def _arcade_sha256(rank_file: bytes) -> str:
-    """Hash of all that decides the ids."""
-    parts = {
-        "ranks": hashlib.sha256(rank_file).hexdigest(),
-        "pattern": PATTERN,
-        "specials": SPECIAL_TOKENS,
-        "first_special": FIRST_SPECIAL,
-        "normalisation": "NFC",
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

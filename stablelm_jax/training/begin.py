@@ -291,7 +291,7 @@ def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) ->
         "train_seconds": progress.train_seconds,
         "loss_sums": loss_sums,
         "guard": guard_to_json(state.guard),
-        "origin": run.data_position.to_json(),
+        "origin": dataclasses.asdict(run.data_position),
         "config_changes": progress.config_changes,
         "config": config_lib.to_dict(run.config),
         "git_commit": git_commit(),

@@ -192,7 +192,7 @@ def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) ->
     """
     data = config.data
     cache = ShardCache(data.cache, 1e9 * data.cache_gb)
-    return open_sources(data.root, names, tokenizer_sha256=tokenizer.sha256, cache=cache)
+    return open_sources(data.root, names, tokenizer=tokenizer, cache=cache)
 
 
 def fingerprints(config: ConfigDict) -> dict[str, str]:

@@ -124,7 +124,7 @@ def test_a_source_that_was_not_prepared_is_refused_with_the_remedy(tmp_path):
 
 def test_sources_open_in_the_order_of_their_names(source, tmp_path):
     write_source(tmp_path, "arxiv", [DOCUMENTS])
-    sources = open_sources(tmp_path, ["books", "arxiv"], tokenizer_sha256=TOKENIZER.sha256)
+    sources = open_sources(tmp_path, ["books", "arxiv"], tokenizer=TOKENIZER)
     assert list(sources) == ["arxiv", "books"]
     assert sources["books"] == source and sources["books"].name == "books"
 
@@ -148,7 +148,7 @@ def test_a_changed_byte_count_is_refused_and_names_the_file(source, tmp_path, mo
 
 def test_a_whole_shard_of_another_preparation_is_refused_and_named(source, tmp_path):
     with ShardWriter(source.directory / "train-00000") as writer:
-        writer.add(np.array([8, 9, EOD]))
+        writer.add_many(np.array([8, 9, EOD]), [3])
     with pytest.raises(ShardError, match="12 bytes where the manifest says 36") as caught:
         open_sources(tmp_path, ["books"])
     assert "train-00000.bin" in str(caught.value)
@@ -156,14 +156,16 @@ def test_a_whole_shard_of_another_preparation_is_refused_and_named(source, tmp_p
 
 def test_shards_of_equal_bytes_but_other_documents_are_refused(source, tmp_path):
     with ShardWriter(source.directory / "train-00000") as writer:
-        writer.add(np.arange(9))
+        writer.add_many(np.arange(9), [9])
     with pytest.raises(ShardError, match="1 documents where the manifest says 3"):
         open_sources(tmp_path, ["books"])
 
 
-def test_a_manifest_of_another_tokenizer_is_refused_and_named(source, tmp_path):
+@pytest.mark.parametrize("change", [{"sha256": "b" * 64}, {"eod": 8}])
+def test_a_manifest_of_another_tokenizer_is_refused_and_named(source, tmp_path, change):
+    tokenizer = dataclasses.replace(TOKENIZER, **change)
     with pytest.raises(ManifestError, match="tokenizer 'letters'.*prepare the source again") as e:
-        open_sources(tmp_path, ["books"], tokenizer_sha256="b" * 64)
+        open_sources(tmp_path, ["books"], tokenizer=tokenizer)
     assert str(source.directory / "manifest.json") in str(e.value)
 
 

@@ -10,7 +10,7 @@ from prepared import EOD, random_documents, slow_rows, write_source
 
 from stablelm_jax.data import rows as rows_module
 from stablelm_jax.data.rows import SourceRows, epoch_order, source_seed, token_stream, train_rows
-from stablelm_jax.data.token_file import ShardError
+from stablelm_jax.data.shards import ShardError
 
 
 def random_source(root, name="books", shards=3, documents=12, longest=15, seed=0):

@@ -341,4 +341,4 @@ def test_tokens_of_another_type_are_refused(memory):
     text = text.replace(f'"bytes": {info.bytes}', f'"bytes": {info.bytes // 2}', 1)
     fs.pipe_file("/data/books/manifest.json", text.encode())
     with pytest.raises(ShardError, match="only shards of int32"):
-        open_sources(memory, NAMES, tokenizer_sha256=TOKENIZER.sha256)
+        open_sources(memory, NAMES, tokenizer=TOKENIZER)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from stablelm_jax.data import token_file
-from stablelm_jax.data.token_file import ShardError, TokenFile
+from stablelm_jax.data import shards
+from stablelm_jax.data.shards import ShardError, TokenFile
 from stablelm_jax.storage import remote
 
 
@@ -62,7 +62,7 @@ def test_a_file_that_is_gone_before_its_first_read_is_named(tmp_path):
 
 
 def test_many_files_keep_few_open_and_stay_readable(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_file, "_MAX_OPEN_FILES", 5)
+    monkeypatch.setattr(shards, "_MAX_OPEN_FILES", 5)
     opened = [file_of(tmp_path / str(number), [number, 0]) for number in range(20)]
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))

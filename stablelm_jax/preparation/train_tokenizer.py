@@ -1,6 +1,6 @@
 """A small tokenizer of one's own.
 
-    python -m stablelm_jax.tokenizer.train_tokenizer --input F.jsonl ... --output tokenizer.json
+    python -m stablelm_jax.preparation.train_tokenizer --input F.jsonl ... --output tokenizer.json
 
 Byte-level BPE by Arcade100k's rules (NFC, the same split into words, single digits), its merges
 learned from the text at hand. A model of few million parameters spends nearly all of its time on a

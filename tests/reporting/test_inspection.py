@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config, write_config
 
-from stablelm_jax.data.inspection import places
 from stablelm_jax.data.shards import Shard
+from stablelm_jax.reporting.inspection import places
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training.setup import prepare_run
 

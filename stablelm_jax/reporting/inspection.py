@@ -10,7 +10,7 @@ import numpy as np
 
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture
-from stablelm_jax.data.rows import row_count, shuffled, source_seed, token_stream
+from stablelm_jax.data.rows import SourceRows, shuffled, source_seed
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -81,8 +81,8 @@ def places(
 class _SourceReader:
     def __init__(self, source: Source, sequence_length: int, seed: int, tokenizer: Tokenizer):
         self._source, self._length, self._tokenizer = source, sequence_length, tokenizer
-        self._stream = token_stream(source, "train")
-        self._rows = row_count(self._stream, sequence_length)
+        rows = SourceRows(source, sequence_length)
+        self._stream, self._rows = rows.stream, len(rows)
         numbers = grain.MapDataset.range(self._rows)
         self._numbers = shuffled(numbers, source_seed(seed, source.name))
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stablelm_jax.tokenizer import train_tokenizer
+from stablelm_jax.preparation import train_tokenizer
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i}  # größer\n" * 20 for i in range(40)]
