@@ -15,13 +15,14 @@ from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection
 from stablelm_jax.model.parameters import specs_by_name
 
-# (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH
+# (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH: what mixes the tokens
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Rotary = tuple[jax.Array, jax.Array]  # cosine and sine of the angles, float32 [B, T, R]
 
 
 @jax.named_scope("rotary")
-def rotary_angles(positions_BT: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angles, float32 [B, T, size / 2] (Su et al. 2021, arXiv 2104.09864).
+def rotary_angles(positions_BT: jax.Array, size: int, theta: float) -> Rotary:
+    """The rotary position embedding of Su et al. 2021, arXiv 2104.09864.
 
     The frequencies theta ** (-2i / size) count the `size` rotary dims alone, not the head.
     """
@@ -57,10 +58,7 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
 
     @jax.named_scope("attention")
-    def __call__(
-        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
-        """`rotary` holds the cosines and sines of `rotary_angles`; `attend` mixes the tokens."""
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary, attend: Attend) -> jax.Array:
         q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.qk_norm:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)

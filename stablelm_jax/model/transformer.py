@@ -18,7 +18,7 @@ from flax import nnx
 
 from stablelm_jax.kernels.attention import attention as attention_kernel
 from stablelm_jax.kernels.residuals import SAVED_NAMES
-from stablelm_jax.model.attention import Attend, Attention, rotary_angles
+from stablelm_jax.model.attention import Attend, Attention, Rotary, rotary_angles
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection, product
@@ -63,9 +63,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(make)
         self.parallel_residual = config.parallel_residual
 
-    def __call__(
-        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary, attend: Attend) -> jax.Array:
         normed_BTD = self.attention_norm(x_BTD)
         attended_BTD = self.attention(normed_BTD, rotary, attend)
         if self.parallel_residual:
@@ -164,17 +162,9 @@ def hidden_states(
     return fetched("final_norm", params["final_norm"])(x_BTD)
 
 
-def logits(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    positions_BT: jax.Array,
-    compute: Compute = Compute(),
-) -> jax.Array:
-    """Scores of the next token, float32 [B, T, V]; arguments as in `hidden_states`."""
-    inputs_BT = tokens_BT, segment_ids_BT, positions_BT
-    return head_logits(params, hidden_states(config, params, *inputs_BT, compute))
+def logits(config: ModelConfig, params: Params, *inputs: Any) -> jax.Array:
+    """Scores of the next token, float32 [B, T, V]; `inputs` are those of `hidden_states`."""
+    return head_logits(params, hidden_states(config, params, *inputs))
 
 
 @jax.named_scope("head")
