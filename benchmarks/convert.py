@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 FORWARD = """
 import sys, jax, jax.numpy as jnp
 from stablelm_jax.checkpoint.saved_model import SavedModel
+from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.transformer import logits
 from stablelm_jax.parallel.mesh import make_mesh
 saved = SavedModel.open(sys.argv[1])
@@ -55,8 +56,9 @@ for i, leaf in enumerate(leaves):
 params = jax.tree.unflatten(tree, leaves)
 tokens = jax.random.randint(jax.random.key(0), (1, 128), 0, model.vocab_size)
 positions = jnp.arange(128)[None]
-forward = jax.jit(logits, static_argnums=0, static_argnames="dtype")
-out = forward(model, params, tokens, jnp.ones_like(tokens), positions, dtype=jnp.bfloat16)
+forward = jax.jit(logits, static_argnums=(0, 5))
+compute = Compute(dtype=jnp.bfloat16)
+out = forward(model, params, tokens, jnp.ones_like(tokens), positions, compute)
 print(out.shape, "finite", bool(jnp.isfinite(out).all()), "spread", float(out.std()))
 """
 

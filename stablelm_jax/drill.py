@@ -5,12 +5,12 @@ random moment of each phase, and started again until it is done. Every line of m
 parameters, moments and ledger must be those of the undisturbed run.
 
     python -m stablelm_jax.drill --config configs/smoke.py --config.data.root=runs/smoke/data \\
-        --config.training.num_steps=40 --workdir runs/drill --kills 10 --signals 10 --twice 2
+        --config.training.num_steps=40 --workdir runs/drill --kills 10 --signals 10
 
 The training knows nothing of it: the drill sees in the run folder what goes on. So the fewer steps
 write a line of metrics (`training.log_every`), the fewer phases can be told apart.
 
-Exit codes: 0 all is as it should be; 1 it is not, the first difference comes last; 2 bad config or
+Exit codes: 0 all is as it should be; 1 it is not, the first problem comes last; 2 bad config or
 arguments; 130 Ctrl-C.
 """
 
@@ -34,10 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("workdir", None, "The drill's folder on this machine.", required=True)
     flags.DEFINE_integer("kills", 10, "How many SIGKILLs.", lower_bound=0)
     flags.DEFINE_integer("signals", 10, "How many SIGTERMs.", lower_bound=0)
-    flags.DEFINE_integer("twice", 2, "How many times two SIGTERMs.", lower_bound=0)
     flags.DEFINE_integer("processes", 1, "Processes of each training.", lower_bound=1)
     flags.DEFINE_integer("devices", None, "CPU devices of each process.", lower_bound=1)
-    flags.DEFINE_integer("jobs", 1, "Disturbed trainings at a time.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "What is drawn depends on it.")
     flags.DEFINE_list("phases", [], f"Which to hit, of {','.join(PHASES)}; default: all.")
     config_lib.run(lambda rest: _drill(flags.FLAGS), argv)
@@ -45,49 +43,52 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _drill(given: Any) -> int:
     config = config_lib.config_from_flags()
-    for phase in given.phases:
-        if phase not in PHASES:
-            raise config_lib.ConfigError(f"--phases: no {phase!r}; there are {', '.join(PHASES)}")
+    if unknown := set(given.phases) - set(PHASES):
+        raise config_lib.ConfigError(f"--phases: no {min(unknown)!r}; use {', '.join(PHASES)}")
     if "://" in given.workdir:
         raise config_lib.ConfigError(f"--workdir={given.workdir}: give a folder of this machine")
-    from stablelm_jax.drilling.rounds import KILL, TERM, TWICE, Drill
+    from stablelm_jax.drilling.rounds import Drill
 
-    # Left by an exception, the drill ends the trainings under way.
+    # Left by an exception, the drill ends the training under way.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    folder = Path(given.workdir).resolve()
-    drill = Drill(folder, config, given.processes, given.devices, given.seed)
+    overrides = config_lib.overrides_from_flags().items()
+    config_flags = [f"--config={given['config'].config_filename}"]
+    config_flags += [f"--config.{key}={value}" for key, value in overrides]
+    drill = Drill(Path(given.workdir).resolve(), config, config_flags)
+    drill.processes, drill.devices = given.processes, given.devices
+    drill.rng.seed(given.seed)
     try:
         drill.train_undisturbed()
-        amounts = {KILL: given.kills, TERM: given.signals, TWICE: given.twice}
-        drill.run(amounts, given.phases, given.jobs)
+        drill.run(given.kills, given.signals, given.phases)
     except KeyboardInterrupt:
         print("interrupted; run the same command again", file=sys.stderr)
         return 130  # as shells say it
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return conclude(drill)
+    return report(drill)
 
 
-def conclude(drill: Any) -> int:
-    """Prints the table, writes drill.json into the drill's folder; returns the exit code."""
+def report(drill: Any) -> int:
+    """Prints how often each signal came, and writes it to drill.json; returns the exit code."""
     from rich.console import Console
     from rich.table import Table
 
     from stablelm_jax.storage.files import write_json
 
-    rows, equal = drill.summary(), list(drill.ends.values()).count(None)
-    title = f"{len(drill.hits)} signals; {equal} of {len(drill.ends)} ends equal bit for bit"
-    table = Table(*rows[0] if rows else (), title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
+    table, came = Table("phase", "SIGKILL", "SIGTERM", "longest wait for a stop, s"), {}
+    for phase in PHASES:
+        hits = [start for start in drill.hits if start.hit == phase]
+        waits = [start.seconds for start in hits if start.fault.signal == signal.SIGTERM]
+        came[phase] = {"SIGKILL": len(hits) - len(waits), "SIGTERM": len(waits)}
+        came[phase]["longest_wait"] = round(max(waits, default=0.0), 2)
+        table.add_row(phase, *map(str, came[phase].values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    path, first = drill.folder / "drill.json", drill.first_problem()
-    write_json(path, {"summary": rows, "ends": drill.ends, "first_problem": first})
-    print(f"report: {path}")
-    if first is not None:
-        print(f"drill: {first}", file=sys.stderr)
-    return 0 if first is None else 1
+    found = {"came": came, "runs": drill.runs, "problems": drill.problems}
+    write_json(drill.folder / "drill.json", found)
+    for problem in drill.problems[:1]:
+        print(f"drill: {problem}", file=sys.stderr)
+    return 1 if drill.problems else 0
 
 
 if __name__ == "__main__":

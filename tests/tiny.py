@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import resolved
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stablelm_jax import config as config_lib
@@ -19,7 +20,6 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.shards import ShardWriter
-from stablelm_jax.drilling import resolved
 from stablelm_jax.reporting import picture as pictures
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training import programs, update_guard

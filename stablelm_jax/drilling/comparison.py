@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
-from stablelm_jax.checkpoint.reading import CheckpointError, read_run
+from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.run.metrics import MetricsFile
 
 # What is compared of a line of metrics; the rest of it is time, and what follows from time.
@@ -20,28 +20,26 @@ _LEDGER = ("rows_consumed", "tokens", "loss_sums", "guard")
 
 def first_difference(undisturbed: Path, disturbed: Path) -> str | None:
     """The first difference in the lines of metrics, the last checkpoint's checksums or its ledger,
-    with step, key and both values; None where there is none."""
+    with step, key and both values; None where there is none.
+
+    Raises:
+      CheckpointError: the last checkpoint of `undisturbed` is not in `disturbed`, or is damaged.
+    """
     return next(_differences(undisturbed, disturbed), None)
 
 
 def _differences(undisturbed: Path, disturbed: Path) -> Iterator[str]:
-    for lines in itertools.zip_longest(_lines(undisturbed), _lines(disturbed), fillvalue={}):
-        yield from _unequal(f"step {(lines[0] or lines[1])['step']}", *lines)
+    files = [MetricsFile(folder / "metrics.jsonl").read() for folder in (undisturbed, disturbed)]
+    for lines in itertools.zip_longest(*files, fillvalue={}):
+        compared = [
+            {key: line[key] for key in line if key in _KEYS or key.startswith(_PREFIXES)}
+            for line in lines
+        ]
+        yield from _unequal(f"step {(lines[0] or lines[1])['step']}", *compared)
     last = checkpoint_name(finished_steps(undisturbed / "checkpoints")[-1])
-    try:
-        runs = [read_run(folder / "checkpoints" / last) for folder in (undisturbed, disturbed)]
-    except CheckpointError as error:
-        yield str(error)
-        return
+    runs = [read_run(folder / "checkpoints" / last) for folder in (undisturbed, disturbed)]
     yield from _unequal(f"{last}, checksum of", *(run["checksums"] for run in runs))
     yield from _unequal(last, *({key: run.get(key) for key in _LEDGER} for run in runs))
-
-
-def _lines(workdir: Path) -> list[dict[str, Any]]:
-    return [
-        {key: line[key] for key in line if key in _KEYS or key.startswith(_PREFIXES)}
-        for line in MetricsFile(workdir / "metrics.jsonl").read()
-    ]
 
 
 def _unequal(where: str, expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -33,7 +32,10 @@ def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
         return "restoring"
     if (written := _changed(workdir / "metrics.jsonl")) <= recorded:
         return "compiling"
-    line, last = _last_line(workdir / "metrics.jsonl"), config.training.num_steps
+    with (workdir / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+        whole = file.read().rpartition(b"\n")[0]  # a line that is being written has no end yet
+    line, last = json.loads(whole.rpartition(b"\n")[2]), config.training.num_steps
     step, name = line["step"], checkpoint_name(line["step"])
 
     def due(every: int) -> bool:
@@ -61,11 +63,3 @@ def _changed(path: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line; one that is being written has no end yet."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-        whole = file.read().rpartition(b"\n")[0]
-    return json.loads(whole.rpartition(b"\n")[2])

@@ -24,9 +24,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.kernels.attention import attention
 from stablelm_jax.kernels.device import traced_device
+from stablelm_jax.model.attention import rotary_angles
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
-from stablelm_jax.model.rotary import rotary_angles
 from stablelm_jax.model.transformer import head_logits, part
 from stablelm_jax.parallel import sharding
 

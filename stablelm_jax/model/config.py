@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,6 @@ class ModelConfig:
     parallel_residual: bool = False  # attention and MLP read one shared norm and are added together
     init_std: float = 0.02
 
-    def __post_init__(self) -> None:
-        self._check_positive()
-        self._check_heads()
-        self._check_rotary()
-
     @property
     def head_size(self) -> int:
         return self.width // self.num_heads
@@ -43,43 +39,31 @@ class ModelConfig:
         """Dims of each head that rotary turns; the others pass unchanged."""
         return int(self.head_size * self.rotary_fraction)
 
-    def _check_positive(self) -> None:
-        counts = (
-            "vocab_size",
-            "num_layers",
-            "width",
-            "num_heads",
-            "num_kv_heads",
-            "feed_forward_width",
-        )
-        for name in counts:
+    def __post_init__(self) -> None:
+        counts = ["vocab_size", "num_layers", "width", "num_heads", "num_kv_heads"]
+        for name in [*counts, "feed_forward_width"]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"model.{name} is {value!r}: give a whole number of at least 1")
         for name in ("rotary_theta", "norm_epsilon", "init_std"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if not 0 < value < math.inf:
                 raise ValueError(f"model.{name} is {value!r}: give a finite number above 0")
-
-    def _check_heads(self) -> None:
         if self.width % self.num_heads:
+            nearest = self.num_heads * max(1, round(self.width / self.num_heads))
             raise ValueError(
                 f"model.width {self.width} is not a multiple of model.num_heads {self.num_heads}: "
-                f"use a width of num_heads * head size, such as "
-                f"{self.num_heads * max(1, round(self.width / self.num_heads))}"
+                f"use num_heads * head size, such as {nearest}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads "
-                f"{self.num_kv_heads}: every key head must serve the same number of query heads, "
-                f"so use a divisor of {self.num_heads}"
+                f"{self.num_kv_heads}: use a divisor of {self.num_heads}, so that every key head "
+                "serves as many query heads"
             )
-
-    def _check_rotary(self) -> None:
         if not 0 < self.rotary_fraction <= 1:
             raise ValueError(
-                f"model.rotary_fraction is {self.rotary_fraction!r}: "
-                "give a share of the head above 0 and at most 1"
+                f"model.rotary_fraction is {self.rotary_fraction!r}: give one above 0, at most 1"
             )
         if self.rotary_size < 2 or self.rotary_size % 2:
             raise ValueError(

@@ -15,15 +15,13 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]
     'attention_scores' counts every query against all `sequence_length` keys, as PaLM does
     (arXiv 2204.02311, appendix B); causal attention needs half of it.
     """
-    query_width = config.num_heads * config.head_size
-    kv_width = config.num_kv_heads * config.head_size
-    projections = config.width * (2 * query_width + 2 * kv_width)
-    mlp = 3 * config.width * config.feed_forward_width
+    layers, width = config.num_layers, config.width
+    query_width, kv_width = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
     return {
-        "attention_projections": 2 * config.num_layers * projections,
-        "attention_scores": 4 * config.num_layers * query_width * sequence_length,
-        "mlp": 2 * config.num_layers * mlp,
-        "head": 2 * config.width * config.vocab_size,
+        "attention_projections": 2 * layers * width * (2 * query_width + 2 * kv_width),
+        "attention_scores": 4 * layers * query_width * sequence_length,
+        "mlp": 2 * layers * 3 * width * config.feed_forward_width,
+        "head": 2 * width * config.vocab_size,
     }
 
 

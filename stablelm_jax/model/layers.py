@@ -34,10 +34,7 @@ class Projection(nnx.Module):
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., inputs] by a kernel [inputs..., outputs...], in x's dtype: [..., outputs].
-
-    `dtype`: the type of the result; by default that of x.
-    """
+    """x [..., inputs] by a kernel [inputs..., outputs...], in x's dtype; `dtype`: the result's."""
     kernel = kernel.astype(x.dtype).reshape(x.shape[-1], -1)
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 

@@ -29,34 +29,23 @@ def batch_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """scale * sum(nll), and nll: each target's negative log likelihood in nats, 0 where masked.
 
-    Both are float32, nll [B, T]. The gradient comes from the first alone.
-
-    `fetch` is that of `hidden_states`, and is asked for the group 'head' too.
+    Both are float32, nll [B, T]. The gradient comes from the first alone. `fetch` is that of
+    `hidden_states`, and is asked for the group 'head' too.
     """
     inputs_BT = batch["tokens"], batch["segment_ids"], batch["positions"]
     x_BTD = hidden_states(model, params, *inputs_BT, compute, fetch)
     head = params["head"] if fetch is None else fetch("head", params["head"])
-    kernel_DV = head["kernel"].astype(compute.dtype)
-    mask_BT = batch["loss_mask"]
-    loss, nll_BT = cross_entropy_kernel(
-        x_BTD,
-        kernel_DV,
-        batch["targets"],
-        scale * mask_BT,
-        implementation=compute.cross_entropy,
-        num_valid=compute.num_valid_ids,
-    )
+    kernel_DV, mask_BT = head["kernel"].astype(compute.dtype), batch["loss_mask"]
+    choices = {"implementation": compute.cross_entropy, "num_valid": compute.num_valid_ids}
+    inputs = x_BTD, kernel_DV, batch["targets"], scale * mask_BT
+    loss, nll_BT = cross_entropy_kernel(*inputs, **choices)
     return loss, nll_BT * mask_BT
 
 
 def source_sums(nll_BT: jax.Array, batch: Batch, num_sources: int) -> dict[str, jax.Array]:
     """{"nll", "tokens"}: losses and counted tokens of a batch by source, float32 [S]."""
+    by_token = {"nll": nll_BT, "tokens": batch["loss_mask"]}
     return {
-        "nll": sums_by_source(nll_BT, batch["source_ids"], num_sources),
-        "tokens": sums_by_source(batch["loss_mask"], batch["source_ids"], num_sources),
+        name: jax.ops.segment_sum(jnp.sum(values_BT, axis=1), batch["source_ids"], num_sources)
+        for name, values_BT in by_token.items()
     }
-
-
-def sums_by_source(values_BT: jax.Array, source_ids_B: jax.Array, num_sources: int) -> jax.Array:
-    """Sums over rows and positions for each source, [S]."""
-    return jax.ops.segment_sum(jnp.sum(values_BT, axis=1), source_ids_B, num_sources)

@@ -148,25 +148,12 @@ def initial_value(spec: ParameterSpec, key: jax.Array) -> jax.Array:
 
 def format_parameter_table(table: tuple[ParameterSpec, ...]) -> str:
     """The table as plain text, one parameter a line, the total last."""
-    header = ("name", "shape", "count", "init", "decay", "axes")
-    rows = [
-        (
-            s.name,
-            "x".join(map(str, s.shape)),
-            f"{s.count:,}",
-            s.init_std if isinstance(s.init_std, str) else f"{s.init_std:.7g}",
-            "yes" if s.decay else "no",
-            " ".join(s.axes),
-        )
-        for s in table
-    ]
-    rows.append(("total", "", f"{sum(s.count for s in table):,}", "", "", ""))
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i == 2 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in (header, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    rows = [("name", "shape", "count", "init", "decay", "axes")]
+    for spec in table:
+        init = spec.init_std if isinstance(spec.init_std, str) else f"{spec.init_std:.7g}"
+        shape, decay = "x".join(map(str, spec.shape)), "yes" if spec.decay else "no"
+        rows.append((spec.name, shape, f"{spec.count:,}", init, decay, " ".join(spec.axes)))
+    rows.append(("total", "", f"{sum(spec.count for spec in table):,}", "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    line = "  ".join(f"{{:{'>' if i == 2 else ''}{width}}}" for i, width in enumerate(widths))
+    return "".join(line.format(*row).rstrip() + "\n" for row in rows)

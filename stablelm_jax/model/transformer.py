@@ -18,27 +18,24 @@ from flax import nnx
 
 from stablelm_jax.kernels.attention import attention as attention_kernel
 from stablelm_jax.kernels.residuals import SAVED_NAMES
-from stablelm_jax.model.attention import Attend, Attention
+from stablelm_jax.model.attention import Attend, Attention, Rotary, rotary_angles
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection, product
 from stablelm_jax.model.parameters import initial_value, specs_by_name
-from stablelm_jax.model.rotary import rotary_angles
 
 Params = dict[str, Any]
 # Called as fetch(group, parameters of the group) where a group is used; gives them whole.
 Fetch = Callable[[str, Params], Params]
 
 # What the backward pass finds saved from the forward pass; the rest it computes again.
-_policies = jax.checkpoint_policies
-_attention_saveable = _policies.save_only_these_names(*SAVED_NAMES)
+_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
-    "none": _policies.everything_saveable,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _attention_saveable
-    ),
-    "attention": _attention_saveable,
-    "full": _policies.nothing_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_products, _attention),
+    "attention": _attention,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -66,9 +63,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(make)
         self.parallel_residual = config.parallel_residual
 
-    def __call__(
-        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary, attend: Attend) -> jax.Array:
         normed_BTD = self.attention_norm(x_BTD)
         attended_BTD = self.attention(normed_BTD, rotary, attend)
         if self.parallel_residual:
@@ -91,22 +86,18 @@ class Transformer(nnx.Module):
     """The whole model; `layers` is one Block whose parameters carry the layers on axis 0."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
-        make = functools.partial(_make_parameter, config, key)
-        self.embed = Embedding(make)
-        self.layers = nnx.vmap(functools.partial(_make_block, config))(
-            jax.random.split(key, config.num_layers)
-        )
-        self.final_norm = LayerNorm(make, "final_norm", config.norm_epsilon)
-        self.head = Projection(make, "head")
+        def make(key, name):
+            spec = specs_by_name(config).get(name)
+            return None if spec is None else nnx.Param(initial_value(spec, key))
 
+        def block(key):
+            return Block(config, functools.partial(make, key))
 
-def _make_parameter(config, key, name):
-    spec = specs_by_name(config).get(name)
-    return None if spec is None else nnx.Param(initial_value(spec, key))
-
-
-def _make_block(config, key):
-    return Block(config, functools.partial(_make_parameter, config, key))
+        make_here = functools.partial(make, key)
+        self.embed = Embedding(make_here)
+        self.layers = nnx.vmap(block)(jax.random.split(key, config.num_layers))
+        self.final_norm = LayerNorm(make_here, "final_norm", config.norm_epsilon)
+        self.head = Projection(make_here, "head")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -115,14 +106,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 @functools.cache
-def _graph(config: ModelConfig, part: str | None = None) -> nnx.GraphDef:
+def _graph(config: ModelConfig, part: str) -> nnx.GraphDef:
     model = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-    return nnx.split(model if part is None else getattr(model, part))[0]
-
-
-def bind(config: ModelConfig, params: Params) -> Transformer:
-    """The NNX module with these parameters in it."""
-    return nnx.merge(_graph(config), params)
+    return nnx.split(getattr(model, part))[0]
 
 
 def part(config: ModelConfig, name: str, params: Params) -> nnx.Module:
@@ -159,13 +145,11 @@ def hidden_states(
     def fetched(name, group):
         return part(config, name, group if fetch is None else fetch(name, group))
 
-    def attend(q_BTNH, k_BTKH, v_BTKH):
-        inputs = q_BTNH, k_BTKH, v_BTKH, segment_ids_BT
-        return attention_kernel(*inputs, implementation=compute.attention)
+    def attend(*qkv):
+        return attention_kernel(*qkv, segment_ids_BT, implementation=compute.attention)
 
     def layer(x_BTD, group):
-        block = fetched("layers", group)
-        return block(x_BTD, rotary, attend), None
+        return fetched("layers", group)(x_BTD, rotary, attend), None
 
     if compute.remat != "none":
         # Unrolled to the end there is no loop between the first time and the second, and compilers
@@ -178,17 +162,9 @@ def hidden_states(
     return fetched("final_norm", params["final_norm"])(x_BTD)
 
 
-def logits(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    positions_BT: jax.Array,
-    compute: Compute = Compute(),
-) -> jax.Array:
-    """Scores of the next token, float32 [B, T, V]; arguments as in `hidden_states`."""
-    x_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, positions_BT, compute)
-    return head_logits(params, x_BTD)
+def logits(config: ModelConfig, params: Params, *inputs: Any) -> jax.Array:
+    """Scores of the next token, float32 [B, T, V]; `inputs` are those of `hidden_states`."""
+    return head_logits(params, hidden_states(config, params, *inputs))
 
 
 @jax.named_scope("head")

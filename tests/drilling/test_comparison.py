@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config, train
 
-from stablelm_jax.checkpoint.reading import sealed
+from stablelm_jax.checkpoint.reading import CheckpointError, sealed
 from stablelm_jax.drilling.comparison import first_difference
 
 
@@ -70,4 +70,5 @@ def test_the_comparison_sees_one_altered_checksum_and_a_missing_checkpoint(two_r
     found = first_difference(one, altered)
     assert found.startswith(f"global_step4, checksum of, {name}: ")
     (altered / "checkpoints/global_step4").rename(altered / "elsewhere")
-    assert "global_step4 is not a checkpoint" in first_difference(one, altered)
+    with pytest.raises(CheckpointError, match="global_step4 is not a checkpoint"):
+        first_difference(one, altered)

@@ -2,94 +2,90 @@
 
 import json
 import os
-import random
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny import tiny_config, write_config
 
-from stablelm_jax.drill import conclude
-from stablelm_jax.drilling import resolved, rounds
+from stablelm_jax.drill import report
+from stablelm_jax.drilling import rounds
 from stablelm_jax.drilling.phases import PHASES
-from stablelm_jax.drilling.rounds import KILL, Drill, Fault, Start
+from stablelm_jax.drilling.rounds import Drill, Fault, Start
 
 # Steps are quick and starts are not: with many saves, a phase is still ahead when its turn comes.
 STEPS = {
-    "training.num_steps": 36,
+    "training.num_steps": 24,
     "training.accumulation": 2,
     "schedule.total_steps": 80,
     "checkpoint.every": 4,
-    "evaluation.every": 12,
+    "evaluation.every": 8,
     "samples.every": 6,
 }
 
 
-@pytest.fixture(scope="module")
-def place(data, tmp_path_factory):
-    """A folder for drills with the config of all of them."""
-    folder = tmp_path_factory.mktemp("drill")
-    write_config(tiny_config(data, **STEPS), folder)
-    return folder
+# One of each group: leaving at once, within the loop, saving beside it, after it.
+SOME = ("compiling", "evaluating", "writing", "finishing")
 
 
-def drill(place: Path, *more: str, name: str = "two_devices"):
-    """Holds a drill as a user would; returns the ended process and drill.json."""
-    command = [sys.executable, "-m", "stablelm_jax.drill"]
-    command += [f"--config={resolved.__file__}:{place / 'config.json'}"]
-    command += [f"--workdir={place / name}", *more]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    report = place / name / "drill.json"
-    return done, json.loads(report.read_text()) if report.exists() else None
+@pytest.fixture
+def drill(data, tmp_path):
+    """drill({signal: phases}, flags): a drill as a user holds it, which has to go well."""
+
+    def hold(wanted, *more: str):
+        command = [sys.executable, "-m", "stablelm_jax.drill", f"--workdir={tmp_path / 'drill'}"]
+        command += [f"--config={write_config(tiny_config(data, **STEPS), tmp_path)}"]
+        command += ["--config.samples.prompts=('w1 w3', 'w2')", "--config.evaluation.every=8"]
+        command += more
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stdout)
+        found = json.loads((tmp_path / "drill/drill.json").read_text())
+        assert found["problems"] == []
+        assert done.stdout.count("equal bit for bit") == found["runs"] > 0
+        assert len(list((tmp_path / "drill/undisturbed/samples").iterdir())) > 1
+        for kind, phases in wanted.items():
+            assert all(found["came"][phase][kind] for phase in phases), done.stdout
+        assert all(came["longest_wait"] < 30 for came in found["came"].values())
+
+    return hold
 
 
-def assert_all_went_well(done, found, wanted: dict[tuple[str, str], int]):
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(found["ends"].values()) == {None}
-    rows = {(row["phase"], row["signal"]): row for row in found["summary"]}
-    for key, least in wanted.items():
-        assert rows[key]["came"] >= least, done.stdout
-    for row in found["summary"]:
-        assert row["as it should"] == row["came"]
-
-
-@pytest.fixture(scope="module")
-def disturbed(place):
-    """Two trainings of two devices each, killed and stopped between them once in each phase."""
-    return drill(place, "--devices=2", "--kills=11", "--signals=11", "--twice=1", "--jobs=2")
-
-
-def test_killed_in_every_phase_a_run_ends_bit_for_bit_as_if_left_alone(disturbed):
-    assert_all_went_well(*disturbed, {(phase, "SIGKILL"): 1 for phase in PHASES})
-    assert disturbed[0].stdout.count("equal bit for bit") >= 2
-
-
-def test_stopped_in_every_phase_a_run_exits_75_with_a_whole_checkpoint_and_goes_on(disturbed):
-    assert_all_went_well(*disturbed, {(phase, "SIGTERM"): 1 for phase in PHASES})
-    rows = disturbed[1]["summary"]
-    assert sum(row["came"] for row in rows if row["signal"] == "two signals") >= 1
-    assert all(row["most"] < 30 for row in rows)
-
-
-def test_a_phase_that_there_is_not_is_refused(place):
-    done, _ = drill(place, "--phases=daydreaming")
-    assert done.returncode == 2 and "'daydreaming'" in done.stderr.strip().splitlines()[-1]
+def test_killed_and_stopped_in_any_phase_a_run_ends_bit_for_bit_as_if_left_alone(drill):
+    """Stopped, it exits with 75 and a whole checkpoint, from which it goes on."""
+    amounts = (f"--phases={','.join(SOME)}", "--kills=4", "--signals=3")
+    drill({"SIGKILL": SOME, "SIGTERM": SOME[:3]}, "--devices=2", *amounts)
 
 
 @pytest.mark.by_hand
-def test_two_processes_killed_twice_end_as_if_left_alone(place):
-    amounts = ("--kills=2", "--signals=0", "--twice=0", "--phases=stepping,writing")
-    done, found = drill(place, "--processes=2", "--devices=1", *amounts, name="two_processes")
-    assert_all_went_well(done, found, {(phase, "SIGKILL"): 1 for phase in ("stepping", "writing")})
+def test_killed_and_stopped_in_every_phase_a_run_ends_bit_for_bit_as_if_left_alone(drill):
+    amounts = ("--kills=20", "--signals=20")
+    drill({"SIGKILL": PHASES, "SIGTERM": PHASES}, "--devices=2", *amounts)
 
 
 @pytest.mark.by_hand
-def test_two_processes_stopped_in_every_phase_exit_75_and_go_on(place):
-    amounts = ("--kills=0", "--signals=22", "--twice=4")
-    done, found = drill(place, "--processes=2", "--devices=1", *amounts, name="two_processes")
-    assert_all_went_well(done, found, {(phase, "SIGTERM"): 2 for phase in PHASES})
+def test_two_processes_killed_twice_end_as_if_left_alone(drill):
+    amounts = ("--phases=stepping,writing", "--kills=2", "--signals=0")
+    drill({"SIGKILL": ("stepping", "writing")}, "--processes=2", "--devices=1", *amounts)
+
+
+@pytest.mark.by_hand
+def test_two_processes_stopped_in_every_phase_exit_75_and_go_on(drill):
+    amounts = ("--kills=0", "--signals=22")
+    drill({"SIGTERM": PHASES}, "--processes=2", "--devices=1", *amounts)
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("--phases=daydreaming", "'daydreaming'"), ("--workdir=gs://b/d", "gs://b/d")],
+)
+def test_a_phase_that_there_is_not_and_a_bucket_are_refused(data, tmp_path, capsys, flag, named):
+    config = f"--config={write_config(tiny_config(data), tmp_path)}"
+    command = [sys.executable, "-m", "stablelm_jax.drill", config, f"--workdir={tmp_path}", flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and named in done.stderr.strip().splitlines()[-1]
 
 
 class Pretence(Start):
@@ -98,11 +94,14 @@ class Pretence(Start):
     code = 0
 
     def run(self):
-        self.problem, self.codes = None, [self.code if self.fault is None else -9]
+        self.codes, self.seconds = [self.code if self.fault is None else -9], 0.0
         self.hit = self.fault.phase if self.fault else None
         self._log = self._drill.folder / "output/pretence.txt"
         self._log.write_text("error: the newest checkpoint is damaged\n")
         return self
+
+    def find_problem(self):
+        return None
 
 
 @pytest.fixture
@@ -116,9 +115,9 @@ def pretended(data, tmp_path, monkeypatch):
         held.train_undisturbed()
         held.lasted = dict.fromkeys(PHASES, 0.0)
         monkeypatch.setattr(Pretence, "code", 1 if end == "never" else 0)
-        held.run({KILL: 3})
+        held.run(kills=3, signals=0)
         assert len(held.hits) == 3
-        return conclude(held)
+        return report(held)
 
     return hold
 
@@ -130,9 +129,9 @@ def test_a_drill_whose_ends_are_equal_exits_0(pretended, capsys):
 
 def test_a_drill_whose_ends_differ_exits_1_and_says_where(pretended, tmp_path, capsys):
     assert pretended("step 3, loss: 1.0 undisturbed, 2.0 disturbed") == 1
-    found = json.loads((tmp_path / "drill.json").read_text())["first_problem"]
+    [found] = json.loads((tmp_path / "drill.json").read_text())["problems"]
     assert capsys.readouterr().err == f"drill: {found}\n"
-    assert found == "step 3, loss: 1.0 undisturbed, 2.0 disturbed"
+    assert found == "disturbed-1: step 3, loss: 1.0 undisturbed, 2.0 disturbed"
 
 
 def test_a_run_that_nothing_disturbs_and_that_fails_nevertheless_fails_the_drill(pretended, capsys):
@@ -155,6 +154,6 @@ def test_a_run_that_leaves_with_another_exit_code_fails_the_drill(data, tmp_path
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: works(command, **options))
     (tmp_path / "output").mkdir()
     held = Drill(tmp_path, tiny_config(data))
-    start = Start(held, tmp_path, Fault("restoring", "SIGTERM"), random.Random(0)).run()
+    start = Start(held, tmp_path, Fault("restoring", signal.SIGTERM)).run()
     assert start.hit == "restoring" and start.codes == [1]
-    assert "exit code 1 instead of 75; error: the disk is full" in start.problem
+    assert "exit code 1 instead of 75; error: the disk is full" in start.find_problem()

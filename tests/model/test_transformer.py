@@ -11,7 +11,7 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import batch_loss
 from stablelm_jax.model.parameters import nest, parameter_table
-from stablelm_jax.model.transformer import Transformer, bind, hidden_states, init_params, logits
+from stablelm_jax.model.transformer import Transformer, hidden_states, init_params, logits
 
 SMALL = ModelConfig(
     vocab_size=320, num_layers=3, width=64, num_heads=4, num_kv_heads=4, feed_forward_width=96
@@ -155,7 +155,7 @@ def test_an_unknown_remat_or_attention_is_refused_with_the_known_ones():
 
 
 def test_the_model_is_one_nnx_module_with_its_layers_stacked():
-    model = bind(SMALL, random_params(SMALL))
+    model = nnx.eval_shape(lambda: Transformer(SMALL, jax.random.key(0)))
     assert isinstance(model, Transformer) and isinstance(model, nnx.Module)
     shapes = {leaf.shape[0] for leaf in jax.tree.leaves(nnx.state(model.layers))}
     assert shapes == {SMALL.num_layers}

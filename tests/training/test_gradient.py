@@ -11,7 +11,7 @@ from seeds import new_rng
 from stablelm_jax.kernels import cross_entropy as cross_entropy_module
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import batch_loss, sums_by_source
+from stablelm_jax.model.loss import batch_loss, source_sums
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.parallel import sharding
@@ -161,5 +161,7 @@ def test_the_sum_over_replicas_is_one_float32_reduce_scatter_after_the_microbatc
 
 def test_sums_by_source_add_rows_of_the_same_source():
     values = jnp.arange(8.0).reshape(4, 2)
-    sums = sums_by_source(values, jnp.array([2, 0, 2, 0]), 3)
-    np.testing.assert_array_equal(sums, [2 + 3 + 6 + 7, 0, 0 + 1 + 4 + 5])
+    batch = {"source_ids": jnp.array([2, 0, 2, 0]), "loss_mask": jnp.ones((4, 2))}
+    sums = source_sums(values, batch, 3)
+    np.testing.assert_array_equal(sums["nll"], [2 + 3 + 6 + 7, 0, 0 + 1 + 4 + 5])
+    np.testing.assert_array_equal(sums["tokens"], [4, 0, 4])
