@@ -87,9 +87,7 @@ def read_prompts(
 ) -> tuple[jax.Array, list[LayerCache]]:
     """Logits after each prompt's last token, float32 [B, V], and the cache of all layers.
 
-    Args:
-      weights: what `decode_weights` copied.
-      tokens_BT: prompts, padded behind. length_B: the number of tokens of each.
+    The prompts are padded behind to T; length_B is the number of tokens of each.
     """
     position_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     position_BT = jnp.broadcast_to(position_T, tokens_BT.shape)

@@ -95,9 +95,10 @@ class Generator:
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token that ended them.
 
+        What a prompt gets does not depend on the others.
+
         Args:
-          prompts: token ids; more than `batch_size` of them are run in groups of alike length. What
-            a prompt gets does not depend on the others.
+          prompts: token ids; more than `batch_size` of them are run in groups of alike length.
           stopped: asked after every chunk whether a prompt ends there, by its index and new tokens.
           settings: max_new_tokens, stop_tokens where some end a text, and arguments of `Sampling`;
             the likeliest token each time by default.
@@ -156,8 +157,7 @@ class Generator:
         stop_tokens: Collection[int] = (),
         **sampling: Any,
     ) -> Iterator[tuple[list[int], tuple, dict, Any, Any]]:
-        """For each batch, the longest prompts first: their indices, what the programs take, and
-        the two programs."""
+        """For each batch, long prompts first: their indices, what the programs take, and those."""
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty; give at least one token of text")
         if max_new_tokens < 1:
@@ -188,14 +188,15 @@ class Generator:
         following_key = slots, stages, numbers["stop_ids"].shape
         first_key = batch[0].shape, *following_key
         if first_key not in self._compiled:
-            first = self._programs.first_token(slots, stages)
-            self._compiled[first_key] = first.lower(self._abstract, batch, numbers).compile()
+            program = self._programs.first_token(slots, stages)
+            self._compiled[first_key] = program.lower(self._abstract, batch, numbers).compile()
         first = self._compiled[first_key]
         if following_key not in self._compiled:
             state = _abstract(first.out_info[0], first.output_shardings[0])
-            following = self._programs.next_tokens(stages)
-            following = following.lower(self._abstract, state, numbers, limit).compile()
-            self._compiled[following_key] = following
+            program = self._programs.next_tokens(stages).lower(
+                self._abstract, state, numbers, limit
+            )
+            self._compiled[following_key] = program.compile()
         return first, self._compiled[following_key]
 
 

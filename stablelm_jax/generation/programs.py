@@ -128,8 +128,7 @@ class Programs:
 
         tokens_BN = jnp.full((state.token_B.shape[0], self.chunk), NOTHING, jnp.int32)
         begin = jnp.int32(0), is_running(state.active_B), state, tokens_BN
-        _, _, state, tokens_BN = jax.lax.while_loop(go_on, step, begin)
-        return state, tokens_BN
+        return jax.lax.while_loop(go_on, step, begin)[2:]
 
     def _one_more(self, weights, state: State, settings, stages) -> State:
         """The state with one more token in each row."""

@@ -28,10 +28,7 @@ def prepare_texts(
     Args:
       params: `ShapeDtypeStruct`s with their shardings, of parameters that f will be given. The copy
         for decoding lives while f runs.
-      num_valid_ids: as for `Generator`. sampling: arguments of `Sampling`.
-
-    Raises:
-      ValueError: an empty prompt, or settings out of range.
+      num_valid_ids: as for `Generator`. sampling: arguments of `Sampling`; errors as there.
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     settings = {"max_new_tokens": max_new_tokens, "stop_tokens": [tokenizer.eod], **sampling}

@@ -17,7 +17,7 @@ from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint.saved_model import TOKENIZER_FILE
 from stablelm_jax.interop import hf_config, tokenizer_files
 from stablelm_jax.interop.safetensors_files import TensorFiles
-from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors, tensors_by_parameter
+from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
@@ -47,7 +47,9 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
       ValueError: no StableLM, damaged, or tensors are missing, too many or misshapen: all are
         listed.
     """
-    values = _read_json(path / "config.json", required=True)
+    values = _read_json(path / "config.json")
+    if not values:
+        raise ValueError(f"{path} is no directory of a model: it holds no config.json")
     files = TensorFiles(path)
     model = hf_config.read_config(values, files.shapes)
     biases = {
@@ -91,11 +93,12 @@ def load_params(
     Args:
       on_parameters: called with how many were read.
     """
-    files, parts, flat = TensorFiles(directory.path), tensors_by_parameter(directory.model), {}
+    files, flat = TensorFiles(directory.path), {}
     for row in parameter_table(directory.model):
         values = np.empty(row.shape, np.float32)
-        for tensor in parts[row.name]:
-            tensor.put(values, files.read(tensor.name))
+        for tensor in tensors(directory.model):
+            if tensor.ours == row.name:
+                tensor.put(values, files.read(tensor.name))
         place = sharding.named(mesh, sharding.mesh_axes(row.axes))
         flat[row.name] = jax.device_put(values, place).block_until_ready()
         on_parameters(values.size)
@@ -125,11 +128,7 @@ def _check_tensors(path: Path, model: ModelConfig, shapes: Mapping[str, tuple[in
     wrong = {
         "missing": [name for name in expected if name not in shapes],
         # Old versions stored `inv_freq` of the rotary embeddings, which follows from the config.
-        "unknown": [
-            name
-            for name in shapes
-            if name not in expected and not name.endswith(".rotary_emb.inv_freq")
-        ],
+        "unknown": [n for n in shapes if n not in expected and not n.endswith(".inv_freq")],
         "misshapen": [
             f"{name} is {list(shapes[name])}, not {list(shape)}"
             for name, shape in expected.items()
@@ -152,15 +151,14 @@ def _by_layers(found: Iterable[str]) -> list[str]:
     for text in found:
         same = re.sub(r"(?<=layers\.)\d+", "*", text, count=1)
         layers.setdefault(same, []).extend(re.findall(r"layers\.(\d+)", text))
-    return [
-        f"{same} (layers {', '.join(numbers)})" if numbers else same
-        for same, numbers in layers.items()
-    ]
+    return [f"{x} (layers {', '.join(numbers)})" if numbers else x for x, numbers in layers.items()]
 
 
 def _end_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     found = config.get("eos_token_id")
-    ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    if found is None:
+        return ()
+    ids = tuple(found) if isinstance(found, list) else (found,)
     for number in ids:
         if not (isinstance(number, int) and 0 <= number < vocab_size):
             raise ValueError(f"eos_token_id is {number!r}, no token of {vocab_size} rows")
@@ -177,10 +175,9 @@ def _chat_template(path: Path) -> str | None:
     return found
 
 
-def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Its object; an empty one where there is no such file."""
     if not path.is_file():
-        if required:
-            raise ValueError(f"{path.parent}: is no directory of a model: it holds no {path.name}")
         return {}
     try:
         values = json.loads(path.read_bytes())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from gguf import GGUFValueType, LlamaFileType
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop.gguf_tokens import add_tokenizer
-from stablelm_jax.interop.tensor_map import Tensor, tensors
+from stablelm_jax.interop.tensor_map import Tensor, tensor_values, tensors
 from stablelm_jax.interop.verify import Mismatch
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters, specs_by_name
@@ -109,11 +109,12 @@ def write_file(
       ValueError: the checkpoint is damaged, llama.cpp could not run its tokenizer, or a value is
         too large for the type.
     """
+    stored = stored_tensors(checkpoint.model, file_type)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.STABLELM])
     try:
         _add_metadata(writer, checkpoint, file_type)
         add_tokenizer(writer, checkpoint)
-        for one in stored_tensors(checkpoint.model, file_type):
+        for one in stored:
             block_values, block_bytes = gguf.GGML_QUANT_SIZES[one.quantization]
             shape = one.tensor.shape
             size = math.prod(shape) // block_values * block_bytes
@@ -121,7 +122,8 @@ def write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for one, values in _with_values(checkpoint, file_type):
+        found = tensor_values([one.tensor for one in stored], checkpoint.leaves())
+        for one, values in zip(stored, found):
             writer.write_tensor_data(_rounded(one, values))
             on_parameters(0 if one.tensor.absent else values.size)
     finally:
@@ -158,19 +160,6 @@ def _add_metadata(writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: st
         writer.add_key_value(f"{writer.arch}.{key}", value, kind)
 
 
-def _with_values(checkpoint: SavedModel, file_type: str) -> Iterator[tuple[Stored, np.ndarray]]:
-    """Each tensor of the file and its values in float32; zeros where the model has no such one."""
-    leaves, name, leaf = checkpoint.leaves(), "", np.empty(0)
-    for one in stored_tensors(checkpoint.model, file_type):
-        if one.tensor.absent:
-            yield one, np.zeros(one.tensor.shape, np.float32)
-            continue
-        if one.tensor.ours != name:
-            name, leaf = next(leaves)
-            assert name == one.tensor.ours, (name, one)
-        yield one, np.ascontiguousarray(one.tensor.theirs(leaf))
-
-
 def _rounded(stored: Stored, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = gguf.quants.quantize(values, stored.quantization)
@@ -191,12 +180,14 @@ def check_file(checkpoint: SavedModel, path: Path, file_type: str) -> None:
     wrong = "was not written as it should be; try again"
     for key, (value, kind) in _hyperparameters(checkpoint).items():
         field = reader.get_field(f"stablelm.{key}")
-        meant = np.float32(value) if kind == GGUFValueType.FLOAT32 else value
-        if field is None or field.contents() != meant:
+        value = np.float32(value) if kind == GGUFValueType.FLOAT32 else value
+        if field is None or field.contents() != value:
             raise Mismatch(f"stablelm.{key} {wrong}")
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    for one, values in _with_values(checkpoint, file_type):
-        read = gguf.quants.dequantize(found[one.name].data, one.quantization)
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
+    stored = stored_tensors(checkpoint.model, file_type)
+    meant = tensor_values([one.tensor for one in stored], checkpoint.leaves())
+    for one, values in zip(stored, meant):
+        read = gguf.quants.dequantize(written[one.name], one.quantization)
         block_values, _ = gguf.GGML_QUANT_SIZES[one.quantization]
         share, least = LARGEST_ERRORS[one.quantization]
         largest = np.abs(values).reshape(-1, block_values).max(-1, keepdims=True)

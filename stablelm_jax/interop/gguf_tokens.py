@@ -8,7 +8,7 @@ normalise: text that is not NFC has to be made so by who hands it over.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gguf import GGUFWriter, TokenType
@@ -119,7 +119,8 @@ def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str:
     `stablelm2` is Arcade100k's. `gpt-2` is that of the ByteLevel step alone, as in the GPT-NeoX
     tokenizer of StableLM-3B-4E1T.
     """
-    *splits, last = _steps(pre_tokenizer)
+    is_sequence = pre_tokenizer.get("type") == "Sequence"
+    *splits, last = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         splits_too = last.get("use_regex", True)
         if splits_too and not splits:
@@ -128,15 +129,6 @@ def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str:
             return "stablelm2"
     kinds = ", ".join(str(step.get("type")) for step in (*splits, last))
     raise ValueError(
-        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): it knows a list "
-        "of its own, of which Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are "
-        "written here"
+        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): of those it has, "
+        "Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are written here"
     )
-
-
-def _steps(pre_tokenizer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if pre_tokenizer.get("type") == "Sequence":
-        for step in pre_tokenizer["pretokenizers"]:
-            yield from _steps(step)
-    else:
-        yield pre_tokenizer

@@ -87,8 +87,7 @@ def write_config(
     """The content of a `config.json` that `transformers` 4.38 and newer reads.
 
     Args:
-      dtype: the type of the tensors: 'float32', 'bfloat16' or 'float16'.
-      max_positions: tokens of context.
+      dtype: the type of the tensors. max_positions: tokens of context.
       token_ids: bos_token_id, eos_token_id and pad_token_id.
     """
     rope = {"partial_rotary_factor": model.rotary_fraction, "rope_theta": model.rotary_theta}

@@ -32,11 +32,7 @@ Shape = tuple[int, ...]
 
 
 class TensorFiles:
-    """The tensors of a directory, in one file or in several with an index.
-
-    Attributes:
-      shapes: {name: shape} of every tensor.
-    """
+    """The tensors of a directory, in one file or in several with an index."""
 
     def __init__(self, folder: Path):
         """Maps all files; reads their headers only.
@@ -44,7 +40,7 @@ class TensorFiles:
         Raises:
           ValueError: none there, one is missing, damaged, or of a type that is not read.
         """
-        self.shapes: dict[str, Shape] = {}
+        self.shapes: dict[str, Shape] = {}  # of every tensor, by name
         self._files: dict[str, Any] = {}  # by the name of the file
         self._file_names: dict[str, str] = {}  # where each tensor is
         index = _read_index(folder)
@@ -75,11 +71,7 @@ class TensorFiles:
             self.shapes[name], self._file_names[name] = tuple(part.get_shape()), path.name
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in float32.
-
-        Raises:
-          ValueError: it holds a value that is not finite.
-        """
+        """A tensor in float32; a ValueError where a value is not finite."""
         file_name = self._file_names[name]
         values = np.asarray(self._files[file_name].get_tensor(name), np.float32)
         if not np.isfinite(values).all():

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -92,10 +92,23 @@ def tensors(model: ModelConfig) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def tensors_by_parameter(model: ModelConfig) -> dict[str, list[Tensor]]:
-    """The same, by the name of ours."""
-    groups = itertools.groupby(tensors(model), lambda tensor: tensor.ours)
-    return {name: list(group) for name, group in groups}
+def tensor_values(
+    wanted: Iterable[Tensor], leaves: Iterator[tuple[str, np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """The values of each tensor, float32; zeros for those that the model does not have.
+
+    Args:
+      wanted: in the order of `tensors`. leaves: our parameters by name, in that of their table.
+    """
+    name, leaf = "", np.empty(0)
+    for tensor in wanted:
+        if tensor.absent:
+            yield np.zeros(tensor.shape, np.float32)
+            continue
+        if tensor.ours != name:
+            name, leaf = next(leaves)
+            assert name == tensor.ours, (name, tensor)
+        yield np.ascontiguousarray(tensor.theirs(leaf))
 
 
 def with_norm_biases(model: ModelConfig) -> ModelConfig:

@@ -14,7 +14,7 @@ from stablelm_jax import __version__
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import hf_config, tokenizer_files
 from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, tensor_writer
-from stablelm_jax.interop.tensor_map import Tensor, tensors, tensors_by_parameter
+from stablelm_jax.interop.tensor_map import Tensor, tensor_values, tensors
 from stablelm_jax.model.parameters import count_parameters
 
 
@@ -60,17 +60,12 @@ def write_directory(
 
 
 def _write_weights(checkpoint, folder, dtype, max_file_bytes, on_parameters) -> None:
-    in_order = sorted(tensors(checkpoint.model), key=_in_order_of_use)
-    shapes = {tensor.name: tensor.shape for tensor in in_order}
-    parts = tensors_by_parameter(checkpoint.model)
+    stored = tensors(checkpoint.model)
+    shapes = {tensor.name: tensor.shape for tensor in sorted(stored, key=_in_order_of_use)}
     with tensor_writer(folder, shapes, dtype, max_file_bytes) as write:
-        for name, leaf in checkpoint.leaves():
-            for tensor in parts[name]:
-                write(tensor.name, _rounded(tensor.theirs(leaf), dtype, tensor.name))
-            on_parameters(leaf.size)
-        for tensor in in_order:
-            if tensor.absent:
-                write(tensor.name, np.zeros(tensor.shape, np.float32))
+        for tensor, values in zip(stored, tensor_values(stored, checkpoint.leaves())):
+            write(tensor.name, _rounded(values, dtype, tensor.name))
+            on_parameters(0 if tensor.absent else values.size)
 
 
 def _in_order_of_use(tensor: Tensor) -> tuple[int, ...]:
@@ -91,17 +86,12 @@ def _rounded(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def check_bits(checkpoint: SavedModel, folder: Path, dtype: str) -> None:
-    """Reads every tensor of a directory back and compares it with the checkpoint, bit for bit.
-
-    Raises:
-      ValueError: one differs.
-    """
-    files, parts = TensorFiles(folder), tensors_by_parameter(checkpoint.model)
-    for name, leaf in checkpoint.leaves():
-        for tensor in parts[name]:
-            meant = _rounded(tensor.theirs(leaf), dtype, tensor.name).astype(np.float32)
-            if not np.array_equal(files.read(tensor.name), meant):
-                raise ValueError(f"{tensor.name} was not written as it should be; try again")
+    """Reads every tensor of a directory back; a ValueError where a bit is not the checkpoint's."""
+    files, stored = TensorFiles(folder), tensors(checkpoint.model)
+    for tensor, values in zip(stored, tensor_values(stored, checkpoint.leaves())):
+        meant = _rounded(values, dtype, tensor.name).astype(np.float32)
+        if not np.array_equal(files.read(tensor.name), meant):
+            raise ValueError(f"{tensor.name} was not written as it should be; try again")
 
 
 def _model_card(checkpoint: SavedModel, dtype: str, revision: str) -> str:
