@@ -87,7 +87,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import jax
 
     from stablelm_jax.checkpoint.saved_model import SavedModel
-    from stablelm_jax.generation.forward import check_split
+    from stablelm_jax.generation.programs import check_split
     from stablelm_jax.parallel.mesh import make_mesh
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from stablelm_jax.generation.forward import decode_weights
-from stablelm_jax.generation.programs import NOTHING, Programs
+from stablelm_jax.generation.programs import NOTHING, Programs, decode_weights
 from stablelm_jax.generation.sampling import Sampling
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding

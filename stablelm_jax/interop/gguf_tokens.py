@@ -129,6 +129,6 @@ def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str:
             return "stablelm2"
     kinds = ", ".join(str(step.get("type")) for step in (*splits, last))
     raise ValueError(
-        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): of those it has, "
-        "Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are written here"
+        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): of those it "
+        "has, Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are written here"
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelm_jax.generation import forward, programs
+from stablelm_jax.generation import programs
 from stablelm_jax.generation.generator import Generator, padded_length
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
@@ -120,8 +120,7 @@ def test_a_stream_gives_the_same_tokens_chunk_by_chunk(generator, expected):
 def test_what_differs_on_a_gpu_gives_the_same_tokens(params, expected, monkeypatch):
     """More rows than there are, and a loop that turns a fixed number of times."""
     gpu = types.SimpleNamespace(platform="gpu")
-    for module in (forward, programs):
-        monkeypatch.setattr(module, "traced_device", lambda: gpu)
+    monkeypatch.setattr(programs, "traced_device", lambda: gpu)
     generator = Generator(MODEL, params, batch_size=2, max_length=64, chunk=5)
     stop = {expected[1][7]}
     whole = expected[0]
