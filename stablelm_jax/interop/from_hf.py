@@ -38,10 +38,7 @@ class Directory:
 
 
 def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
-    """Reads and checks all but the values of the tensors.
-
-    Args:
-      tokenizer: take this one instead of the directory's.
+    """Reads and checks all but the values of the tensors; takes a named tokenizer, if any.
 
     Raises:
       ValueError: no StableLM, damaged, or tensors are missing, too many or misshapen: all are
@@ -78,7 +75,7 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         path=path,
         model=model,
         tokenizer=own,
-        max_positions=hf_config.max_positions(values),
+        max_positions=int(values.get("max_position_embeddings") or 4096),
         dropped=tuple(dropped),
         end_ids=_end_ids(values | _read_json(path / "generation_config.json"), model.vocab_size),
         chat_template=_chat_template(path),

@@ -51,7 +51,7 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters is {rope!r}; it should be an object")
     rope = {key: value for key, value in rope.items() if value is not None}
-    values = {"model_type": None, **values, **rope}  # that one may not be absent
+    values = {"model_type": None, **values, **rope}  # a model_type has to be there
     for key, allowed in _ALLOWED.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(
@@ -74,11 +74,6 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.json: {error}") from error
-
-
-def max_positions(values: Mapping[str, Any]) -> int:
-    """The context length that a `config.json` names, in tokens."""
-    return int(values.get("max_position_embeddings") or 4096)
 
 
 def write_config(

@@ -75,11 +75,8 @@ def tokenizer_config(
 def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
     """The tokenizer of a directory: Arcade100k where it is that one, else its tokenizer.json.
 
-    Args:
-      named: take this one instead, a name or a file.
-
-    Raises:
-      ValueError: there is none, or it cannot be read.
+    Where one is `named`, by a name or a file, it is taken instead. A ValueError where there is none
+    that can be read.
     """
     if named:
         return load_tokenizer(named)
