@@ -133,13 +133,13 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
         return
     for file_type in FILE_TYPES if types == "all" else ("f32",):
         file = folder / f"{file_type}.gguf"
-        gguf_export.write_file(own, file, file_type=file_type)
+        gguf_export.write_file(own, file, file_type)
         told = gguf_row(own, file, ids, ours_TV, greedy)
         yield file_type, gguf_reference.reference_name(), *told
 
 
 def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ...]:
-    to_hf.write_directory(own, folder, dtype=dtype)
+    to_hf.write_directory(own, folder, dtype, 5_000_000_000, own.name)
     difference = compare(ours_TV, hf_reference.reference_logits(folder, ids))
     told = shown(difference, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     if not greedy:
@@ -150,10 +150,8 @@ def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ..
 
 
 def gguf_row(own, file: Path, ids, ours_TV, greedy) -> tuple[str, ...]:
-    positions = gguf_reference.compared_positions(len(ids), own.model.vocab_size)
-    ours_PV = gguf_reference.log_probabilities(ours_TV, positions)
-    theirs_PV = gguf_reference.reference_log_probabilities(file, own.tokenizer, ids, positions)
-    told = shown(compare(ours_PV, theirs_PV), file.stat().st_size)
+    both = gguf_reference.log_probabilities(file, own.tokenizer, ids, ours_TV)
+    told = shown(compare(*both), file.stat().st_size)
     if not greedy:
         return *told, "", ""
     llama = gguf_reference.LlamaCpp(file, len(ids) + NEW_TOKENS)

@@ -23,48 +23,32 @@ VERBS = {
     "convert": "checkpoints from and to Hugging Face and GGUF, each checked as it is written",
     "drill": "kill and stop a run in every phase; is its end the undisturbed one, bit for bit?",
 }
-BAD_ARGUMENTS = 2  # exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb, which leaves with an exit code of its own; else returns the exit code.
-
-    `argv`: what follows the program's name.
-    """
+    """Runs one verb, which leaves with an exit code of its own; else returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    verb = arguments[0] if arguments else None
-    if verb in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
-    if verb == "--version":
+    verb = arguments[0] if arguments else ""
+    if verb in VERBS:
+        sys.argv = [f"stablelm {verb}", *arguments[1:]]
+        # As the main module: absl's --help lists the flags of that one.
+        runpy.run_module(f"stablelm_jax.{verb}", run_name="__main__", alter_sys=True)
+    elif verb in ("-h", "--help", "help"):
+        print("usage: stablelm VERB ...\n")
+        for name, purpose in VERBS.items():
+            print(f"  {name:<14}{purpose}")
+        print("\nstablelm VERB --help says more of one.")
+        print(f"The configs that come along: {configs_folder()}")
+    elif verb == "--version":
         print(f"stablelm_jax {__version__}")
-        return 0
-    if verb not in VERBS:
-        print(_unknown(verb), file=sys.stderr)
-        return BAD_ARGUMENTS
-    sys.argv = [f"stablelm {verb}", *arguments[1:]]
-    # As the main module: absl's --help lists the flags of that one.
-    runpy.run_module(f"stablelm_jax.{verb}", run_name="__main__", alter_sys=True)
+    else:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        question = f"there is no verb {verb!r}; " if verb else "which verb? "
+        question += f"did you mean {near[0]!r}? " if near else ""
+        verbs = f"the verbs are {', '.join(VERBS)}; stablelm --help says more"
+        print(f"stablelm: {question}{verbs}", file=sys.stderr)
+        return 2
     return 0
-
-
-def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<14}{purpose}" for verb, purpose in VERBS.items())
-    return (
-        "usage: stablelm VERB ...\n\n"
-        f"{verbs}\n\n"
-        "stablelm VERB --help says more of one.\n"
-        f"The configs that come along: {configs_folder()}"
-    )
-
-
-def _unknown(verb: str | None) -> str:
-    known = f"the verbs are {', '.join(VERBS)}"
-    if verb is None:
-        return f"stablelm: which verb? {known}; stablelm --help says more"
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    question = f"did you mean {near[0]!r}? " if near else ""
-    return f"stablelm: there is no verb {verb!r}; {question}{known}"
 
 
 if __name__ == "__main__":

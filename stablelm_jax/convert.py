@@ -7,24 +7,25 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-_INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse), 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    direction = options.pop("direction")
     try:
-        print(_convert(**vars(arguments)))
+        from stablelm_jax.interop import conversions
+
+        print(getattr(conversions, direction.replace("-", "_"))(**options))
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("convert: interrupted; nothing was written", file=sys.stderr)
-        return _INTERRUPTED
+        return 130  # as shells give it for Ctrl-C
     return 0
 
 
@@ -85,20 +86,6 @@ def _size(text: str) -> int:
     if match is None or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
     return int(match[1]) * 1000 ** (1 + "KMG".index(match[2]))
-
-
-def _convert(direction: str, **options: Any) -> str:
-    """Returns the last line for the user."""
-    from rich.console import Console
-
-    from stablelm_jax.interop import conversions
-
-    convert = {
-        "from-hf": conversions.from_hf,
-        "to-hf": conversions.to_hf,
-        "to-gguf": conversions.to_gguf,
-    }
-    return convert[direction](**options, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

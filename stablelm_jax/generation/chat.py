@@ -1,9 +1,8 @@
 """Chat templates: a conversation as the text, and the tokens, that a model is tuned on.
 
-The templates are Jinja, as Hugging Face tokenizers carry them; a model that was imported with one
-of its own hands that one to its exports. Special tokens come from the template alone; the same
-spelling in somebody's message is ordinary text. (Zephyr's `<|user|>` is ordinary text in the
-template too: Arcade100k has no such token.)
+The templates are Jinja, as Hugging Face tokenizers carry them. Special tokens come from the
+template alone; the same spelling in somebody's message is ordinary text. (Zephyr's `<|user|>` is
+ordinary text in the template too: Arcade100k has no such token.)
 """
 
 from __future__ import annotations
@@ -34,9 +33,6 @@ CHAT_TEMPLATES = {
 _SPECIALS = {"zephyr": ("<|endoftext|>",), "chatml": ("<|im_start|>", "<|im_end|>")}
 _STOPS = {"zephyr": ("<|endoftext|>",), "chatml": ("<|im_end|>", "<|endoftext|>")}
 
-# Stands for the i-th message while the template is filled in: no text that a person sends.
-_PLACE = "\x00{}\x00"
-
 Message = Mapping[str, str]
 
 
@@ -53,7 +49,8 @@ def encode_chat(
     Raises:
       ValueError: an unknown template or role, or a tokenizer that lacks one of its special tokens.
     """
-    places = [{**m, "content": _PLACE.format(i)} for i, m in enumerate(messages)]
+    # While the template is filled in, a number between NULs stands for the text of a message.
+    places = [{**m, "content": f"\x00{i}\x00"} for i, m in enumerate(messages)]
     text = render_chat(places, template, answer=answer)
     specials = {special: special_id(tokenizer, special) for special in _SPECIALS[template]}
     # The text between two special tokens is encoded as one, template and messages together: cut

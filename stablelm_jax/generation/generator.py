@@ -11,18 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from stablelm_jax.generation.forward import decode_weights
-from stablelm_jax.generation.programs import NOTHING, Programs
+from stablelm_jax.generation.programs import NOTHING, Programs, decode_weights
 from stablelm_jax.generation.sampling import Sampling
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
-
-# f(index of a prompt, its new tokens so far) -> whether it ends here
-Stopped = Callable[[int, list[int]], bool]
-
-# A program has places for this many stop tokens, or for the next multiple.
-_STOP_IDS = 8
 
 
 class Generator:
@@ -43,7 +36,7 @@ class Generator:
       num_valid_ids: as the model was trained with it; None: padding rows may be chosen too.
 
     Raises:
-      ValueError: sizes below 1, or heads that the mesh's `model` does not divide.
+      ValueError: heads that the mesh's `model` does not divide.
     """
 
     def __init__(
@@ -58,10 +51,7 @@ class Generator:
         chunk: int = 32,
         num_valid_ids: int | None = None,
     ):
-        sizes = {"batch_size": batch_size, "max_length": max_length, "chunk": chunk}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
+        assert batch_size >= 1 and chunk >= 1, (batch_size, chunk)
         leaf = jax.tree.leaves(params)[0]
         if mesh is None:
             place = getattr(leaf, "sharding", None)
@@ -99,16 +89,16 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        stopped: Stopped | None = None,
+        stopped: Callable[[int, list[int]], bool] = lambda index, tokens: False,
         **settings: Any,
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token that ended them.
 
+        What a prompt gets does not depend on the others.
+
         Args:
-          prompts: token ids; more than `batch_size` of them are run in groups of alike length. What
-            a prompt gets does not depend on the others.
-          stopped: asked after every chunk.
+          prompts: token ids; more than `batch_size` of them are run in groups of alike length.
+          stopped: asked after every chunk whether a prompt ends there, by its index and new tokens.
           settings: max_new_tokens, stop_tokens where some end a text, and arguments of `Sampling`;
             the likeliest token each time by default.
 
@@ -116,27 +106,25 @@ class Generator:
           ValueError: an empty prompt, one too long for `max_length`, or settings out of range.
         """
         found: list[list[int]] = [[] for _ in prompts]
-        for group, tokens_BN, active_B in self._chunks(prompts, **settings):
+        for group, tokens, active_B in self._chunks(prompts, **settings):
             for row, index in enumerate(group):
-                found[index] += _until_nothing(tokens_BN[row])
-            if stopped is not None:
-                for row in np.flatnonzero(active_B):
-                    active_B[row] = not stopped(group[row], found[group[row]])
+                found[index] += tokens[row]
+                if active_B[row] and stopped(index, found[index]):
+                    active_B[row] = False
         return found
 
     def stream(self, prompt: Sequence[int], **settings: Any) -> Iterator[list[int]]:
         """The new tokens of one prompt as they come, a chunk at a time; settings as `generate`."""
-        for _, tokens_BN, _ in self._chunks([prompt], **settings):
-            yield _until_nothing(tokens_BN[0])
+        for _, tokens, _ in self._chunks([prompt], **settings):
+            yield tokens[0]
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **settings: Any
-    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Of each chunk: indices of its prompts, their tokens [B, up to N], which rows go on [B].
+    ) -> Iterator[tuple[list[int], list[list[int]], np.ndarray]]:
+        """For each chunk: indices of its prompts, tokens of every row, which rows go on [B].
 
-        The tokens behind the end of a row are NOTHING. The first chunk has one token a row, which
-        is known when the prompts are read. Where the caller clears a place of the rows that go on,
-        that row ends.
+        The first chunk has one token a row, which is known when the prompts are read. Where the
+        caller clears a place of the rows that go on, that row ends.
         """
         if self._weights is None:
             raise ValueError("this Generator holds no weights: load the parameters first")
@@ -150,7 +138,7 @@ class Generator:
             while True:
                 going_on_B = tokens_BN[:, -1] != NOTHING
                 active_B = going_on_B.copy()
-                yield group, tokens_BN, active_B
+                yield group, [row_N[row_N != NOTHING].tolist() for row_N in tokens_BN], active_B
                 if written == max_new_tokens or not active_B.any():
                     break
                 if (active_B != going_on_B).any():
@@ -168,8 +156,7 @@ class Generator:
         stop_tokens: Collection[int] = (),
         **sampling: Any,
     ) -> Iterator[tuple[list[int], tuple, dict, Any, Any]]:
-        """Of each batch, the longest prompts first: their indices, what the programs take, and the
-        two programs."""
+        """For each batch, long prompts first: their indices, what the programs take, and those."""
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty; give at least one token of text")
         if max_new_tokens < 1:
@@ -182,9 +169,10 @@ class Generator:
                 f"{self.max_length}: shorten the prompt, or give a larger max_length (the context)"
             )
         settings = Sampling(**sampling)
-        places = -(-max(len(stop_tokens), 1) // _STOP_IDS) * _STOP_IDS
-        stop_ids = [*stop_tokens, *[NOTHING] * (places - len(stop_tokens))]
-        numbers = settings.numbers() | {"stop_ids": np.array(stop_ids, np.int32)}
+        # A program has places for eight stop tokens, or for the next multiple.
+        stop_ids = np.full(-(-max(len(stop_tokens), 1) // 8) * 8, NOTHING, np.int32)
+        stop_ids[: len(stop_tokens)] = list(stop_tokens)
+        numbers = settings.numbers() | {"stop_ids": stop_ids}
         for start in range(0, len(order), self.batch_size):
             group = order[start : start + self.batch_size]
             length = padded_length(len(prompts[group[0]]))
@@ -199,14 +187,15 @@ class Generator:
         following_key = slots, stages, numbers["stop_ids"].shape
         first_key = batch[0].shape, *following_key
         if first_key not in self._compiled:
-            first = self._programs.first_token(slots, stages)
-            self._compiled[first_key] = first.lower(self._abstract, batch, numbers).compile()
+            program = self._programs.first_token(slots, stages)
+            self._compiled[first_key] = program.lower(self._abstract, batch, numbers).compile()
         first = self._compiled[first_key]
         if following_key not in self._compiled:
             state = _abstract(first.out_info[0], first.output_shardings[0])
-            following = self._programs.next_tokens(stages)
-            following = following.lower(self._abstract, state, numbers, limit).compile()
-            self._compiled[following_key] = following
+            program = self._programs.next_tokens(stages).lower(
+                self._abstract, state, numbers, limit
+            )
+            self._compiled[following_key] = program.compile()
         return first, self._compiled[following_key]
 
 
@@ -235,7 +224,3 @@ def _batch(prompts: list[Sequence[int]], rows: list[int], batch_size: int, lengt
     for i, prompt in enumerate(prompts):
         tokens_BT[i, : len(prompt)], length_B[i], row_B[i] = prompt, len(prompt), rows[i]
     return tokens_BT, length_B, row_B, np.arange(batch_size) < len(prompts)
-
-
-def _until_nothing(tokens_N: np.ndarray) -> list[int]:
-    return tokens_N[tokens_N != NOTHING].tolist()

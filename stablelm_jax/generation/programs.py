@@ -1,16 +1,26 @@
-"""The two compiled programs of generation: reading the prompts, and writing many tokens.
+"""The compiled programs of generation: copying the weights, reading prompts, writing many tokens.
 
-The second is one `while_loop`: no token goes through the host. On a GPU it turns a fixed number of
+They run `model/`'s own modules. The layers are unrolled: a loop over them would copy each layer's
+weights and cache out of their stacks for every token.
+
+Writing is one `while_loop`: no token goes through the host. On a GPU it turns a fixed number of
 times, because XLA reads the condition of any other loop on the host before each turn; elsewhere it
 ends with the last row. Rows are split over the batch axes of the mesh, heads and vocabulary over
 its axis `model`.
 
-B rows, T tokens of the longest prompt, N tokens of a chunk, V vocabulary, S slots.
+All rows of a batch write to the same slot of the cache: a prompt lies in slots 0 .. its length, new
+tokens lie in the slots from the longest prompt's padded end on, and a mask leaves out what is
+between. Rotary has turned the keys by then, so a token's slot need not be its position. One slot
+for all rows is a slice; a slot for each row would be a scatter.
+
+B rows, T tokens of the longest prompt, N tokens of a chunk, D width, V vocabulary, S slots, N query
+heads, K key/value heads, G = N / K query heads for each key head, H head size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,12 +29,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from stablelm_jax.generation.forward import LayerCache, read_prompts, read_token
 from stablelm_jax.generation.sampling import choose
+from stablelm_jax.kernels.attention import attention
 from stablelm_jax.kernels.device import traced_device
+from stablelm_jax.model.attention import rotary_angles
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.transformer import head_logits, part
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
+
+# Keys and values of one layer, each [B, K, S, H]: the slots next to the head's dims, so that
+# scores, softmax and the sum over values are two kernels on a GPU; with [B, S, K, H] they are six.
+LayerCache = tuple[jax.Array, jax.Array]
+
+# A step on a GPU has this many rows at least: a product with one row is compiled as an elementwise
+# product that goes to memory and a sum, a norm of one row as three kernels.
+GPU_ROWS = 8
 
 # Stands for no token in what the programs give.
 NOTHING = -1
@@ -94,12 +115,23 @@ class Programs:
 
     def _first_token(self, weights, prompts, settings, *, slots, stages):
         tokens_BT, length_B, row_B, active_B = prompts
-        logits_BV, cache = read_prompts(
-            self.model, weights, tokens_BT, length_B, slots=slots, dtype=self.dtype
-        )
-        seen_BV = None
+        position_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        position_BT = jnp.broadcast_to(position_T, tokens_BT.shape)
+        is_token_BT = position_BT < length_B[:, None]
+        cache: list[LayerCache] = []
+
+        def cached(x_BTKH):
+            x_BKTH = jnp.swapaxes(x_BTKH, 1, 2)
+            return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, slots - x_BKTH.shape[2]), (0, 0)))
+
+        def attend(q_BTNH, k_BTKH, v_BTKH):
+            cache.append((cached(k_BTKH), cached(v_BTKH)))
+            return attention(q_BTNH, k_BTKH, v_BTKH, is_token_BT.astype(jnp.int32))
+
+        x_BTD = self._blocks(weights, tokens_BT, position_BT, attend)
+        x_B1D = jnp.take_along_axis(x_BTD, length_B[:, None, None] - 1, axis=1)
+        logits_BV, seen_BV = self._logits(weights, x_B1D), None
         if "penalty" in stages:
-            is_token_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
             row_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
             seen_BV = jnp.zeros(logits_BV.shape, bool).at[row_B1, tokens_BT].max(is_token_BT)
         start = jnp.int32(tokens_BT.shape[1])
@@ -128,19 +160,49 @@ class Programs:
 
         tokens_BN = jnp.full((state.token_B.shape[0], self.chunk), NOTHING, jnp.int32)
         begin = jnp.int32(0), is_running(state.active_B), state, tokens_BN
-        _, _, state, tokens_BN = jax.lax.while_loop(go_on, step, begin)
-        return state, tokens_BN
+        return jax.lax.while_loop(go_on, step, begin)[2:]
 
     def _one_more(self, weights, state: State, settings, stages) -> State:
         """The state with one more token in each row."""
-        position_B = state.length_B + (state.slot - state.start)
+        rows, slot = state.token_B.shape[0], state.slot
+        position_B = state.length_B + (slot - state.start)
         index_S = jnp.arange(state.cache[0][0].shape[2])
-        is_prompt_BS = index_S < state.length_B[:, None]
-        is_written_S = (index_S >= state.start) & (index_S <= state.slot)
-        new = state.token_B, position_B, state.slot, is_prompt_BS | is_written_S
-        logits_BV, cache = read_token(self.model, weights, state.cache, *new, dtype=self.dtype)
-        state = dataclasses.replace(state, cache=cache, slot=state.slot + 1)
+        is_written_S = (index_S >= state.start) & (index_S <= slot)
+        visible_BS = (index_S < state.length_B[:, None]) | is_written_S
+        more = max(0, GPU_ROWS - rows) if traced_device().platform in ("gpu", "cuda") else 0
+        written: list[LayerCache] = []
+
+        def cached(cache_BKSH, x_B1KH):
+            x_BK1H = jnp.swapaxes(x_B1KH[:rows], 1, 2)
+            return jax.lax.dynamic_update_slice(cache_BKSH, x_BK1H, (0, 0, slot, 0))
+
+        def attend(q_B1NH, k_B1KH, v_B1KH):
+            k_BKSH, v_BKSH = state.cache[len(written)]
+            written.append((cached(k_BKSH, k_B1KH), cached(v_BKSH, v_B1KH)))
+            o_B1NH = _attend(q_B1NH[:rows], *written[-1], visible_BS)
+            if rows == 1:  # a copy of the row is read as it is needed, zeros would be written first
+                return jnp.broadcast_to(o_B1NH, (1 + more, *o_B1NH.shape[1:]))
+            return jnp.pad(o_B1NH, ((0, more), (0, 0), (0, 0), (0, 0)))
+
+        token_B1, position_B1 = (
+            jnp.pad(x_B, (0, more))[:, None] for x_B in (state.token_B, position_B)
+        )
+        x_B1D = self._blocks(weights, token_B1, position_B1, attend)
+        logits_BV = self._logits(weights, x_B1D)[:rows]
+        state = dataclasses.replace(state, cache=written, slot=slot + 1)
         return self._chosen(state, logits_BV, position_B + 1, settings, stages)
+
+    def _blocks(self, weights, tokens_BT, position_BT, attend) -> jax.Array:
+        """The embedding and all layers: x_BTD before the final norm."""
+        rotary = rotary_angles(position_BT, self.model.rotary_size, self.model.rotary_theta)
+        x_BTD = part(self.model, "embed", weights["embed"])(tokens_BT, self.dtype)
+        for layer in weights["layers"]:
+            x_BTD = part(self.model, "layers", layer)(x_BTD, rotary, attend)
+        return x_BTD
+
+    def _logits(self, weights, x_B1D) -> jax.Array:
+        x_B1D = part(self.model, "final_norm", weights["final_norm"])(x_B1D)
+        return head_logits(weights, x_B1D[:, 0])
 
     def _chosen(self, state: State, logits_BV, position_B, settings, stages) -> State:
         """The state with the token of each row that the logits and the settings choose."""
@@ -153,3 +215,53 @@ class Programs:
             seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
         active_B = state.active_B & ~jnp.isin(token_B, settings["stop_ids"])
         return dataclasses.replace(state, seen_BV=seen_BV, token_B=token_B, active_B=active_B)
+
+
+@jax.named_scope("attention_kernel")
+def _attend(q_B1NH, k_BKSH, v_BKSH, visible_BS):
+    """softmax(q k / sqrt(H)) v over the visible slots, [B, 1, N, H]; scores and softmax float32."""
+    batch, _, num_heads, head_size = q_B1NH.shape
+    q_BKGH = q_B1NH.reshape(batch, k_BKSH.shape[1], -1, head_size)
+    scores_BKGS = jnp.einsum(
+        "bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
+    ) / math.sqrt(head_size)
+    scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, -jnp.inf)
+    weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights_BKGS, v_BKSH).reshape(q_B1NH.shape)
+
+
+def decode_weights(
+    model: ModelConfig, mesh: Mesh, dtype: jnp.dtype
+) -> tuple[Callable[[Any], Any], Any]:
+    """Jitted f(params) -> weights, and their shardings.
+
+    The weights are the parameters in `dtype`, with a list of trees, one a layer, in the place of
+    the stacked layers; they are split over `model` of the mesh alone.
+
+    Raises:
+      ValueError: key heads that `model` of the mesh does not divide.
+    """
+    check_split(model.num_kv_heads, mesh.shape["model"])
+    specs = sharding.parameter_specs(parameter_table(model))
+    one_layer = jax.tree.map(
+        lambda spec: PartitionSpec(*spec[1:]),
+        specs["layers"],
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    numbers = range(model.num_layers)
+    places = sharding.named(mesh, specs | {"layers": [one_layer for _ in numbers]})
+
+    def copy(params):
+        layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in numbers]
+        return sharding.gathered(params | {"layers": layers}, dtype, places)
+
+    return jax.jit(copy, out_shardings=places), places
+
+
+def check_split(num_kv_heads: int, devices: int) -> None:
+    """Raises ValueError where so many devices cannot each have whole key heads."""
+    if num_kv_heads % devices:
+        raise ValueError(
+            f"{num_kv_heads} key heads cannot be split over {devices} devices: "
+            "let as many share the model as divide them"
+        )

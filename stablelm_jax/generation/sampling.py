@@ -16,24 +16,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen; a ValueError where a number is out of its range."""
 
-    Attributes:
-      temperature: 0 takes the likeliest token each time, and top_p and top_k do nothing.
-      top_p: the smallest set of tokens whose probability reaches this is sampled from.
-      top_k: only so many of the likeliest tokens are sampled from; 0: all.
-      repetition_penalty: positive scores of tokens that stand in the prompt or in what was
-        generated are divided by it, negative ones multiplied (Keskar et al. 2019, arXiv
-        1909.05858).
-      seed: starts the random numbers.
-
-    Raises:
-      ValueError: a number out of its range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = 0.0  # 0 takes the likeliest token each time: top_p and top_k do nothing
+    top_p: float = 1.0  # the smallest set of tokens whose probability reaches it is sampled from
+    top_k: int = 0  # so many of the likeliest tokens are sampled from; 0: all
+    # Positive scores of tokens that stand in the prompt or in what was generated are divided by it,
+    # negative ones multiplied (Keskar et al. 2019, arXiv 1909.05858).
     repetition_penalty: float = 1.0
     seed: int = 0
 
@@ -50,14 +39,12 @@ class Sampling:
     @property
     def stages(self) -> tuple[str, ...]:
         """What a program must hold for these settings; their numbers it takes as arguments."""
-        drawn = self.temperature > 0
-        wanted = {
-            "penalty": self.repetition_penalty != 1,
-            "draw": drawn,
-            "top_k": drawn and self.top_k > 0,
-            "top_p": drawn and self.top_p < 1,
-        }
-        return tuple(name for name, is_on in wanted.items() if is_on)
+        stages = ["penalty"] if self.repetition_penalty != 1 else []
+        if self.temperature > 0:
+            stages += ["draw"]
+            stages += ["top_k"] if self.top_k > 0 else []
+            stages += ["top_p"] if self.top_p < 1 else []
+        return tuple(stages)
 
     def numbers(self) -> dict[str, np.ndarray]:
         """What a program takes, as scalars."""

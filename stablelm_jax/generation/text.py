@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stablelm_jax.generation import chat
 from stablelm_jax.generation.generator import Generator
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
-
-# What `decode` gives for bytes that are no UTF-8: the first part of a letter, perhaps.
-_INCOMPLETE = "\ufffd"
 
 
 def prepare_texts(
@@ -30,10 +28,7 @@ def prepare_texts(
     Args:
       params: `ShapeDtypeStruct`s with their shardings, of parameters that f will be given. The copy
         for decoding lives while f runs.
-      num_valid_ids: as for `Generator`. sampling: arguments of `Sampling`.
-
-    Raises:
-      ValueError: an empty prompt, or settings out of range.
+      num_valid_ids: as for `Generator`. sampling: arguments of `Sampling`; errors as there.
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     settings = {"max_new_tokens": max_new_tokens, "stop_tokens": [tokenizer.eod], **sampling}
@@ -63,7 +58,8 @@ def as_text(tokenizer: Tokenizer, chunks: Iterable[Sequence[int]]) -> Iterator[s
     shown = ""
     for chunk in chunks:
         ids += chunk
-        text = tokenizer.decode(ids).rstrip(_INCOMPLETE)
+        # U+FFFD stands for bytes that are no UTF-8: the first part of a letter, perhaps.
+        text = tokenizer.decode(ids).rstrip("\ufffd")
         if len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
@@ -72,56 +68,37 @@ def as_text(tokenizer: Tokenizer, chunks: Iterable[Sequence[int]]) -> Iterator[s
         yield rest
 
 
-class Conversation:
-    """A chat with a model; every answer reads the whole conversation again.
+def answer(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    template: str,
+    messages: list[chat.Message],
+    settings: Mapping[str, Any],
+) -> Iterator[str]:
+    """The answer to the messages of a chat as it comes; then it is their last, as far as it was
+    read.
+
+    Where they outgrow the generator's max_length, the oldest are taken from the list, but for the
+    system's, and that is said.
 
     Args:
-      template: a key of `chat.CHAT_TEMPLATES`. system: its first message, if not empty.
-      forgotten: called with the number of messages left out when the conversation outgrew the
-        generator's max_length: the oldest, but for the system's.
-      settings: arguments of `Generator.stream`, max_new_tokens among them.
+      template: a key of `chat.CHAT_TEMPLATES`.
+      settings: arguments of `Generator.stream`, max_new_tokens and the stop tokens of the template
+        among them.
     """
-
-    def __init__(
-        self,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        template: str,
-        *,
-        system: str = "",
-        forgotten: Callable[[int], None] = lambda count: None,
-        **settings: Any,
-    ):
-        self._generator, self._tokenizer, self._template = generator, tokenizer, template
-        self._system = [{"role": "system", "content": system}] if system else []
-        self._messages: list[chat.Message] = []
-        self._forgotten = forgotten
-        ends = {*settings.pop("stop_tokens", ()), *chat.stop_ids(tokenizer, template)}
-        self._settings = {**settings, "stop_tokens": ends}
-
-    def answer(self, text: str) -> Iterator[str]:
-        """The answer as it comes; it belongs to the conversation as far as it was read."""
-        self._messages.append({"role": "user", "content": text})
-        said = ""
-        try:
-            tokens = self._generator.stream(self._ids(), **self._settings)
-            for piece in as_text(self._tokenizer, tokens):
-                said += piece
-                yield piece
-        finally:
-            self._messages.append({"role": "assistant", "content": said})
-
-    def _ids(self) -> list[int]:
-        """The tokens of the conversation, without its oldest messages where they do not fit."""
-        most = self._generator.max_length - self._settings["max_new_tokens"]
-        left_out = 0
-        while True:
-            messages = [*self._system, *self._messages]
-            ids = chat.encode_chat(self._tokenizer, messages, self._template)
-            if len(ids) <= most or len(self._messages) == 1:
-                break
-            del self._messages[:2]
-            left_out += 2
-        if left_out:
-            self._forgotten(left_out)
-        return ids
+    most = generator.max_length - settings["max_new_tokens"]
+    oldest = 1 if messages[0]["role"] == "system" else 0
+    left_out, said = 0, ""
+    ids = chat.encode_chat(tokenizer, messages, template)
+    while len(ids) > most and len(messages) > oldest + 1:
+        del messages[oldest : oldest + 2]
+        left_out += 2
+        ids = chat.encode_chat(tokenizer, messages, template)
+    if left_out:
+        print(f"(the first {left_out} messages no longer fit)", file=sys.stderr)
+    try:
+        for piece in as_text(tokenizer, generator.stream(ids, **settings)):
+            said += piece
+            yield piece
+    finally:
+        messages.append({"role": "assistant", "content": said})

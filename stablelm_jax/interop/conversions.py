@@ -1,8 +1,13 @@
-"""The three conversions from beginning to end: told, written aside, checked, in place."""
+"""The three conversions from beginning to end: told, written aside, checked, in place.
+
+Each returns what to tell last. Where the source cannot be read, or what was written computes
+something else, each raises a ValueError and leaves nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
@@ -25,33 +30,30 @@ from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.storage.files import new_result
 
+_console = Console(stderr=True)
+_say = functools.partial(_console.print, soft_wrap=True)
+
 
 def from_hf(
-    source: Path,
-    out: Path,
-    *,
-    step: int | None = None,
-    tokenizer: str | None = None,
-    verify: bool = True,
-    force: bool = False,
-    console: Console,
+    source: Path, out: Path, *, step: int | None, tokenizer: str | None, verify: bool, force: bool
 ) -> str:
-    """Writes the checkpoint `out`, or `out/global_step<step>`; returns what to tell last.
-
-    Raises:
-      ValueError: the source cannot be read, or what was read computes something else; nothing is
-        written.
-    """
-    out = _checkpoint_path(out, step)
+    """Writes the checkpoint `out`, or `out/global_step<step>`."""
+    named = checkpoint_step(out.name)
+    if named is None and (out / "checkpoints").is_dir():
+        raise ValueError(f"{out} is the folder of a run with its own checkpoints; choose another")
+    if named is not None and step not in (None, named):
+        raise ValueError(f"{out} names step {named}, --step says {step}; leave one out")
+    if named is None:
+        out /= checkpoint_name(step or 0)
     directory = reading.open_directory(source, tokenizer)
-    size = _tell(console, source, directory.model)
+    size = _tell(source, directory.model)
     for switch in directory.dropped:
-        console.print(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
+        _say(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
     mesh = _model_mesh(directory.model)
     with new_result(out, force=force, source=source) as target:
-        with _progress(console, "reading", 4 * size) as advance:
+        with _bar("reading", size) as advance:
             params = reading.load_params(directory, mesh, advance)
-        with console.status("writing"):
+        with _console.status("writing"):
             reading.write_checkpoint(directory, params, target, checkpoint_step(out.name))
         del params
         if verify:
@@ -59,8 +61,7 @@ def from_hf(
             own = SavedModel.open(target)
             ours_TV = our_logits(own.model, own.load(mesh), ids)
             theirs_TV = hf_reference.reference_logits(directory.path, ids)
-            told = check(hf_reference.reference_name(), ours_TV, theirs_TV)
-            console.print(f"checked by {told}", soft_wrap=True)
+            _say(f"checked by {check(hf_reference.reference_name(), ours_TV, theirs_TV)}")
     return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
 
 
@@ -69,41 +70,29 @@ def to_hf(
     out: Path,
     *,
     dtype: str,
-    revision: str | None = None,
-    max_file_bytes: int = writing.MAX_FILE_BYTES,
-    tokenizer: str | None = None,
-    verify: bool = True,
-    force: bool = False,
-    console: Console,
+    revision: str | None,
+    max_file_bytes: int,
+    tokenizer: str | None,
+    verify: bool,
+    force: bool,
 ) -> str:
-    """Writes the directory `out`; returns what to tell last.
-
-    Raises:
-      ValueError: the checkpoint cannot be read, or what was written computes something else;
-        nothing is left.
-    """
+    """Writes the directory `out`, in a type of safetensors_files.DTYPES."""
     own = SavedModel.open(checkpoint, tokenizer)
-    size = _tell(console, own.path, own.model, f", to {dtype}")
+    size = _tell(own.path, own.model, f", to {dtype}")
+    revision = revision or own.name
     with new_result(out, force=force, source=Path(own.path)) as target:
-        with _progress(console, "writing", 4 * size) as advance:
-            writing.write_directory(
-                own,
-                target,
-                dtype=dtype,
-                max_file_bytes=max_file_bytes,
-                revision=revision,
-                on_tensor=advance,
-            )
+        with _bar("writing", size) as advance:
+            writing.write_directory(own, target, dtype, max_file_bytes, revision, advance)
         if verify:
-            with console.status("comparing every tensor"):
+            with _console.status("comparing every tensor"):
                 writing.check_bits(own, target, dtype)
-            console.print(_checked_directory(own, target, dtype), soft_wrap=True)
+            _say(f"checked by {_checked_directory(own, target, dtype)}")
     return f"{out} is whole: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it"
 
 
 def _checked_directory(own: SavedModel, target: Path, dtype: str) -> str:
-    """Theirs against our forward pass of the rounded weights, then against the weights as trained,
-    which is what the type costs."""
+    """Compares theirs with ours of the rounded weights, then with ours of the weights as trained:
+    what the type costs."""
     ids = prompt_ids(own.tokenizer)
     params = own.load(_model_mesh(own.model))
     trained_TV = stored_TV = our_logits(own.model, params, ids)
@@ -111,7 +100,7 @@ def _checked_directory(own: SavedModel, target: Path, dtype: str) -> str:
         stored_TV = our_logits(own.model, _rounded(params, dtype), ids)
     del params
     theirs_TV = hf_reference.reference_logits(target, ids)
-    told = f"checked by {check(hf_reference.reference_name(), stored_TV, theirs_TV)}"
+    told = check(hf_reference.reference_name(), stored_TV, theirs_TV)
     if dtype != "float32":
         told += f"\n{check(f'{dtype} costs', trained_TV, theirs_TV, DTYPES[dtype][0])}"
     return told
@@ -128,60 +117,41 @@ def _rounded(params: Any, dtype: str) -> Any:
 
 
 def to_gguf(
-    checkpoint: str,
-    out: Path,
-    *,
-    file_type: str,
-    tokenizer: str | None = None,
-    verify: bool = True,
-    force: bool = False,
-    console: Console,
+    checkpoint: str, out: Path, *, file_type: str, tokenizer: str | None, verify: bool, force: bool
 ) -> str:
-    """Writes the GGUF file `out`; returns what to tell last.
-
-    Args:
-      file_type: key of gguf_export.FILE_TYPES.
-
-    Raises:
-      ValueError: the checkpoint cannot be read, llama.cpp could not run its tokenizer, or what was
-        written computes something else; nothing is left.
-    """
+    """Writes the GGUF file `out`, of a type of gguf_export.FILE_TYPES."""
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
-    size = _tell(console, own.path, own.model, f", to {file_type}")
-    stored = gguf_export.stored_tensors(own.model, file_type)
-    finer = [one.name for one in stored if one.fell_back]
+    size = _tell(own.path, own.model, f", to {file_type}")
+    finer = [x.name for x in gguf_export.stored_tensors(own.model, file_type) if x.fell_back]
     if finer:
-        console.print(
+        _say(
             f"  {len(finer)} tensors, such as {finer[0]}, have rows that are no whole number of "
-            f"{file_type} blocks: stored as f16",
-            soft_wrap=True,
+            f"{file_type} blocks: stored as f16"
         )
     with new_result(out, force=force, source=Path(own.path)) as target:
-        with _progress(console, "writing", 4 * size) as advance:
-            gguf_export.write_file(own, target, file_type=file_type, on_tensor=advance)
+        with _bar("writing", size) as advance:
+            gguf_export.write_file(own, target, file_type, advance)
         if verify:
-            with console.status("comparing every tensor, then what they compute"):
+            with _console.status("comparing every tensor, then what they compute"):
                 gguf_export.check_file(own, target, file_type)
                 told = _checked_by_llama_cpp(own, target, file_type)
-            console.print(told, soft_wrap=True)
+            _say(f"checked by {told}")
     return f"{out} is whole: llama-cli -m {out} runs it"
 
 
 def _checked_by_llama_cpp(own: SavedModel, target: Path, file_type: str) -> str:
     if not gguf_reference.installed():
         return (
-            "checked by gguf, which read every value back; `pip install xllamacpp` for llama.cpp, "
-            "which would compute a prompt too"
+            "gguf, which read every value back; `pip install xllamacpp` for llama.cpp, which would "
+            "compute a prompt too"
         )
     ids = prompt_ids(own.tokenizer)[: own.max_positions - 1]  # one more is made
-    positions = gguf_reference.compared_positions(len(ids), own.model.vocab_size)
-    ours_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
-    ours_PV = gguf_reference.log_probabilities(ours_TV, positions)
-    theirs_PV = gguf_reference.reference_log_probabilities(target, own.tokenizer, ids, positions)
+    logits_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
+    both = gguf_reference.log_probabilities(target, own.tokenizer, ids, logits_TV)
     code = gguf_export.FILE_TYPES[file_type].matrices.name
-    return f"checked by {check(gguf_reference.reference_name(), ours_PV, theirs_PV, code)}"
+    return check(gguf_reference.reference_name(), *both, code)
 
 
 def _model_mesh(model: ModelConfig) -> Mesh:
@@ -191,31 +161,16 @@ def _model_mesh(model: ModelConfig) -> Mesh:
     return make_mesh(data=1, model=count, devices=jax.devices()[:count])
 
 
-def _checkpoint_path(out: Path, step: int | None) -> Path:
-    named = checkpoint_step(out.name)
-    if named is None and (out / "checkpoints").is_dir():
-        raise ValueError(
-            f"{out} is the folder of a run, with checkpoints of its own; choose another"
-        )
-    if named is None:
-        return out / checkpoint_name(step or 0)
-    if step not in (None, named):
-        raise ValueError(f"{out} names step {named}, --step says {step}; leave one out")
-    return out
-
-
-def _tell(console: Console, path: Any, model: ModelConfig, what: str = "") -> int:
+def _tell(path: Any, model: ModelConfig, what: str = "") -> int:
     """Says what is converted; returns its number of parameters."""
     size = count_parameters(model)
     shape = f"{model.num_layers} layers of width {model.width}, {model.vocab_size:,} rows"
-    console.print(f"{path}: {size:,} parameters, {shape}{what}", soft_wrap=True)
+    _say(f"{path}: {size:,} parameters, {shape}{what}")
     return size
 
 
 @contextlib.contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes; gives the function that moves it."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda size: progress.advance(task, size)
+def _bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """A bar of so many parameters; gives the function that moves it."""
+    with Progress(console=_console, transient=True) as progress:
+        yield functools.partial(progress.advance, progress.add_task(what, total=size))

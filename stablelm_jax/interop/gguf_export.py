@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +19,8 @@ from gguf import GGMLQuantizationType as Quantization
 from gguf import GGUFValueType, LlamaFileType
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.interop.gguf_tokens import add_vocabulary, vocabulary
-from stablelm_jax.interop.tensor_map import Tensor, tensors
-from stablelm_jax.interop.tokenizer_files import tokenizer_json
+from stablelm_jax.interop.gguf_tokens import add_tokenizer
+from stablelm_jax.interop.tensor_map import Tensor, tensor_values, tensors
 from stablelm_jax.interop.verify import Mismatch
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters, specs_by_name
@@ -59,20 +57,13 @@ LARGEST_ERRORS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """One tensor of the file."""
 
     name: str
     tensor: Tensor  # which part of ours it holds, in which layout
     quantization: Quantization
     fell_back: bool = False  # its rows are no whole number of the blocks that were wished for
-
-    def values(self, leaf: np.ndarray | None) -> np.ndarray:
-        """Its part of our parameter `leaf`, float32; zeros where the model has no such one."""
-        if leaf is None:
-            return np.zeros(self.tensor.shape, np.float32)
-        return np.ascontiguousarray(self.tensor.theirs(leaf))
 
 
 @functools.cache
@@ -105,25 +96,25 @@ def stored_tensors(model: ModelConfig, file_type: str) -> tuple[Stored, ...]:
 def write_file(
     checkpoint: SavedModel,
     path: Path,
-    *,
     file_type: str,
-    on_tensor: Callable[[int], None] = lambda size: None,
+    on_parameters: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes the GGUF file `path`. The host holds one of our parameters at a time.
 
     Args:
       file_type: key of FILE_TYPES.
-      on_tensor: called with the bytes, in float32, of each parameter that is written.
+      on_parameters: called with how many were written.
 
     Raises:
       ValueError: the checkpoint is damaged, llama.cpp could not run its tokenizer, or a value is
         too large for the type.
     """
+    stored = stored_tensors(checkpoint.model, file_type)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.STABLELM])
     try:
         _add_metadata(writer, checkpoint, file_type)
-        _add_tokenizer(writer, checkpoint)
-        for one in stored_tensors(checkpoint.model, file_type):
+        add_tokenizer(writer, checkpoint)
+        for one in stored:
             block_values, block_bytes = gguf.GGML_QUANT_SIZES[one.quantization]
             shape = one.tensor.shape
             size = math.prod(shape) // block_values * block_bytes
@@ -131,10 +122,10 @@ def write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for leaf, parts in _parts(checkpoint, file_type):
-            for part in parts:
-                writer.write_tensor_data(_stored_values(part, part.values(leaf)))
-            on_tensor(0 if leaf is None else leaf.nbytes)
+        found = tensor_values([one.tensor for one in stored], checkpoint.leaves())
+        for one, values in zip(stored, found):
+            writer.write_tensor_data(_rounded(one, values))
+            on_parameters(0 if one.tensor.absent else values.size)
     finally:
         writer.close()
 
@@ -169,30 +160,7 @@ def _add_metadata(writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: st
         writer.add_key_value(f"{writer.arch}.{key}", value, kind)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: SavedModel) -> None:
-    tokenizer = checkpoint.tokenizer
-    add_vocabulary(writer, vocabulary(tokenizer_json(tokenizer), checkpoint.model.vocab_size))
-    writer.add_bos_token_id(tokenizer.eod)
-    writer.add_eos_token_id(checkpoint.end_ids[0])
-    writer.add_pad_token_id(tokenizer.eod)
-    if checkpoint.chat_template:
-        writer.add_chat_template(checkpoint.chat_template)
-
-
-def _parts(
-    checkpoint: SavedModel, file_type: str
-) -> Iterator[tuple[np.ndarray | None, Iterator[Stored]]]:
-    """Each of our parameters, None where the model has none, and what is stored of it."""
-    leaves = checkpoint.leaves()
-    present = specs_by_name(checkpoint.model)
-    stored = stored_tensors(checkpoint.model, file_type)
-    for ours, parts in itertools.groupby(stored, lambda one: one.tensor.ours):
-        name, leaf = next(leaves) if ours in present else (ours, None)
-        assert name == ours, (name, ours)
-        yield leaf, parts
-
-
-def _stored_values(stored: Stored, values: np.ndarray) -> np.ndarray:
+def _rounded(stored: Stored, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = gguf.quants.quantize(values, stored.quantization)
     if rounded.dtype == np.float16 and not np.isfinite(rounded).all():
@@ -212,20 +180,17 @@ def check_file(checkpoint: SavedModel, path: Path, file_type: str) -> None:
     wrong = "was not written as it should be; try again"
     for key, (value, kind) in _hyperparameters(checkpoint).items():
         field = reader.get_field(f"stablelm.{key}")
-        meant = np.float32(value) if kind == GGUFValueType.FLOAT32 else value
-        if field is None or field.contents() != meant:
+        value = np.float32(value) if kind == GGUFValueType.FLOAT32 else value
+        if field is None or field.contents() != value:
             raise Mismatch(f"stablelm.{key} {wrong}")
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    for leaf, parts in _parts(checkpoint, file_type):
-        for part in parts:
-            read = gguf.quants.dequantize(found[part.name].data, part.quantization)
-            if not _is_rounded(part.values(leaf), read, part.quantization):
-                raise Mismatch(f"{part.name} {wrong}")
-
-
-def _is_rounded(values: np.ndarray, read: np.ndarray, quantization: Quantization) -> bool:
-    block_values, _ = gguf.GGML_QUANT_SIZES[quantization]
-    share, least = LARGEST_ERRORS[quantization]
-    blocks, read = (x.reshape(-1, block_values) for x in (values, read))
-    largest = np.abs(blocks).max(-1, keepdims=True)
-    return bool((np.abs(blocks - read) <= share * largest + least).all())
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
+    stored = stored_tensors(checkpoint.model, file_type)
+    meant = tensor_values([one.tensor for one in stored], checkpoint.leaves())
+    for one, values in zip(stored, meant):
+        read = gguf.quants.dequantize(written[one.name], one.quantization)
+        block_values, _ = gguf.GGML_QUANT_SIZES[one.quantization]
+        share, least = LARGEST_ERRORS[one.quantization]
+        largest = np.abs(values).reshape(-1, block_values).max(-1, keepdims=True)
+        off = np.abs(values - read).reshape(-1, block_values)
+        if not (off <= share * largest + least).all():
+            raise Mismatch(f"{one.name} {wrong}")

@@ -1,16 +1,15 @@
 """llama.cpp (PyPI `xllamacpp`), which runs a GGUF file to check it.
 
-P positions, V vocabulary.
+T positions of a prompt, P of them that are compared, V vocabulary.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import json
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +34,29 @@ def reference_name() -> str:
     return f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 
-def compared_positions(num_tokens: int, vocab_size: int) -> np.ndarray:
-    """Which positions of the prompt are compared, the last among them."""
-    count = min(num_tokens, np.clip(_PROBABILITIES // vocab_size, *_POSITIONS))
-    return np.linspace(0, num_tokens - 1, count).astype(int)
+def log_probabilities(
+    path: Path, tokenizer: Tokenizer, ids: Sequence[int], logits_TV: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ours and llama.cpp's [P, V] in nats, at positions spread over the prompt, the last among
+    them.
 
-
-def log_probabilities(logits_TV: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Log probabilities [P, V] at some positions, in nats, as far down as llama.cpp tells them."""
-    return np.maximum(log_softmax(logits_TV[positions].astype(np.float64)), _LEAST)
-
-
-def reference_log_probabilities(
-    path: Path, tokenizer: Tokenizer, ids: Sequence[int], positions: np.ndarray
-) -> np.ndarray:
-    """Log probabilities [P, V] of what follows those positions of `ids`, the prompt's first.
+    Args:
+      ids: the first tokens of PROMPT. logits_TV: ours of them.
 
     Raises:
       Mismatch: llama.cpp makes other tokens of the prompt than `tokenizer`.
     """
+    count = min(len(ids), np.clip(_PROBABILITIES // logits_TV.shape[1], *_POSITIONS))
+    positions = np.linspace(0, len(ids) - 1, count).astype(int)
     llama = LlamaCpp(path, len(ids))
     if llama.tokenize(PROMPT)[: len(ids)] != list(ids):
         raise Mismatch(
             f"llama.cpp makes other tokens of a text than {tokenizer.name}; what was written was "
             "removed"
         )
-    return llama.log_probabilities(ids, positions)
+    ours_PV = log_softmax(logits_TV[positions].astype(np.float64))
+    theirs_PV = np.stack([llama.log_probabilities(ids[: p + 1]) for p in positions])
+    return np.maximum(ours_PV, _LEAST), np.maximum(theirs_PV, _LEAST)
 
 
 class LlamaCpp:
@@ -87,41 +83,28 @@ class LlamaCpp:
             self._server = xllamacpp.Server(given)
         except RuntimeError as error:
             raise Mismatch(f"llama.cpp does not load {path.name}: {error}") from error
+        self._vocab_size = self._call("/v1/models")["data"][0]["meta"]["n_vocab"]
+        self._plain_token = self.tokenize("a")[0]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, with no token put before or after it."""
         return self._call("/tokenize", content=text, add_special=False)["tokens"]
 
-    def log_probabilities(self, ids: Sequence[int], positions: Iterable[int]) -> np.ndarray:
-        """[P, V] in nats: of what follows ids[: position + 1]."""
-        return np.stack([self._after(list(ids[: position + 1])) for position in positions])
-
     def generate(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` tokens that follow, each the likeliest; an end of text does not end it."""
         return self._complete(ids, count, ignore_eos=True, return_tokens=True)["tokens"]
 
-    @functools.cached_property
-    def _vocab_size(self) -> int:
-        (model,) = self._call("/v1/models")["data"]
-        return model["meta"]["n_vocab"]
-
-    @functools.cached_property
-    def _plain_token(self) -> int:
-        return self.tokenize("a")[0]
-
-    def _after(self, ids: list[int]) -> np.ndarray:
-        """Log probabilities [V].
-
-        They are those before any bias. The answer lacks them where the token that was taken is a
-        part of a character or ends the text, so one that does neither is taken.
-        """
+    def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+        """[V] in nats, of what follows; they are those before any bias."""
+        # The answer lacks them where the token that was taken is a part of a character or ends the
+        # text, so one that does neither is taken.
         bias = [[self._plain_token, 1e6]]
         answer = self._complete(ids, 1, n_probs=self._vocab_size, logit_bias=bias)
         (step,) = answer["completion_probabilities"]
         found_V = np.full(self._vocab_size, np.nan)
         for token in step["top_logprobs"]:
             found_V[token["id"]] = token["logprob"]
-        return np.maximum(found_V, _LEAST)
+        return found_V
 
     def _complete(self, ids: Sequence[int], count: int, **wanted: Any) -> dict[str, Any]:
         wanted |= {"prompt": list(ids), "n_predict": count, "temperature": 0.0}

@@ -7,17 +7,19 @@ normalise: text that is not NFC has to be made so by who hands it over.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from gguf import GGUFWriter, TokenType
 
+from stablelm_jax.checkpoint.saved_model import SavedModel
+from stablelm_jax.interop.tokenizer_files import tokenizer_json
 from stablelm_jax.tokenizer.tokenizer import END_OF_DOCUMENT, PATTERN
 
 # What every tokenizer.json must have here, or leave out, to mean the same in llama.cpp.
 _PLAIN = {
+    "type": ("BPE",),
     "dropout": (None, 0.0),
     "unk_token": (None,),
     "continuing_subword_prefix": (None, ""),
@@ -25,7 +27,6 @@ _PLAIN = {
     "byte_fallback": (False,),
     "ignore_merges": (False,),
 }
-_NORMALIZERS = (None, {"type": "NFC"})
 _ARCADE_SPLIT = {
     "type": "Split",
     "pattern": {"Regex": PATTERN},
@@ -34,14 +35,36 @@ _ARCADE_SPLIT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """A byte-level BPE as llama.cpp reads it; tokens and types are one for each row."""
 
     pre: str
     tokens: list[str]
     types: list[TokenType]
     merges: list[str]
+
+
+def add_tokenizer(writer: GGUFWriter, checkpoint: SavedModel) -> None:
+    """Adds the checkpoint's, what ends a text, and that nothing is put before or after one.
+
+    Raises:
+      ValueError: llama.cpp could not run it.
+    """
+    tokenizer = checkpoint.tokenizer
+    found = vocabulary(tokenizer_json(tokenizer), checkpoint.model.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    writer.add_token_merges(found.merges)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_bos_token_id(tokenizer.eod)
+    writer.add_eos_token_id(checkpoint.end_ids[0])
+    writer.add_pad_token_id(tokenizer.eod)
+    if checkpoint.chat_template:
+        writer.add_chat_template(checkpoint.chat_template)
 
 
 def vocabulary(content: bytes, rows: int) -> Vocabulary:
@@ -52,8 +75,14 @@ def vocabulary(content: bytes, rows: int) -> Vocabulary:
     """
     spec = json.loads(content)
     model = spec["model"]
-    _check_model(model)
-    if spec.get("normalizer") not in _NORMALIZERS:
+    for key, allowed in _PLAIN.items():
+        if model.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"the tokenizer has {key} = {model[key]!r}: llama.cpp would give other ids than "
+                "those of the training; GGUF export writes plain byte-level BPE only, the kind of "
+                "Arcade100k and of stablelm_jax.preparation.train_tokenizer"
+            )
+    if spec.get("normalizer") not in (None, {"type": "NFC"}):
         raise ValueError(
             f"the tokenizer normalises by {spec['normalizer'].get('type')}; llama.cpp normalises "
             "nothing, so only none and NFC, which most text is in, can be written"
@@ -84,39 +113,14 @@ def vocabulary(content: bytes, rows: int) -> Vocabulary:
     )
 
 
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Adds it, and that nothing is to be put before or after a text."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
-
-
-def _check_model(model: Mapping[str, Any]) -> None:
-    if model.get("type") != "BPE":
-        raise ValueError(
-            f"the tokenizer is of type {model.get('type')!r}; GGUF export writes byte-level BPE "
-            "only, the kind of Arcade100k and of stablelm_jax.preparation.train_tokenizer"
-        )
-    for key, allowed in _PLAIN.items():
-        if model.get(key, allowed[0]) not in allowed:
-            raise ValueError(
-                f"the tokenizer has {key} = {model[key]!r}, which llama.cpp's byte-level BPE does "
-                "not do: its ids would not be those of the training"
-            )
-
-
 def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name for the split into words.
 
     `stablelm2` is Arcade100k's. `gpt-2` is that of the ByteLevel step alone, as in the GPT-NeoX
     tokenizer of StableLM-3B-4E1T.
     """
-    *splits, last = _steps(pre_tokenizer)
+    is_sequence = pre_tokenizer.get("type") == "Sequence"
+    *splits, last = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         splits_too = last.get("use_regex", True)
         if splits_too and not splits:
@@ -125,15 +129,6 @@ def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str:
             return "stablelm2"
     kinds = ", ".join(str(step.get("type")) for step in (*splits, last))
     raise ValueError(
-        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): it knows a list "
-        "of its own, of which Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are "
-        "written here"
+        f"llama.cpp has no split into words like that of this tokenizer ({kinds}): of those it "
+        "has, Arcade100k's ('stablelm2') and the plain ByteLevel ('gpt-2') are written here"
     )
-
-
-def _steps(pre_tokenizer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if pre_tokenizer.get("type") == "Sequence":
-        for step in pre_tokenizer["pretokenizers"]:
-            yield from _steps(step)
-    else:
-        yield pre_tokenizer

@@ -11,7 +11,6 @@ from typing import Any
 
 from stablelm_jax.model.config import ModelConfig
 
-_MODEL_TYPES = ("stablelm", "stablelm_epoch")
 # Our field: their names for it, newest first, and the value where none is given.
 _FIELDS = {
     "vocab_size": (("vocab_size",), 50_304),
@@ -27,43 +26,42 @@ _FIELDS = {
     "parallel_residual": (("use_parallel_residual",), False),
     "init_std": (("initializer_range",), 0.02),
 }
-# What must have this value, or be absent, for the mathematics to be ours.
-_FIXED = {
+# What must have one of these values, or be absent, for the mathematics to be ours.
+_ALLOWED = {
+    "model_type": ("stablelm", "stablelm_epoch"),
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
     "rope_type": ("default",),  # plain rotary embeddings
     "rope_scaling": (None,),
-    "rotary_scaling_factor": (1, 1.0),
+    "rotary_scaling_factor": (1,),
 }
-_MAX_POSITIONS = 4096
 
 
 def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
     """The model of a `config.json`, with biases in all norms as their tensors have them.
 
     Args:
-      values: the content of config.json.
-      names: of the tensors, which say whether there are QKV biases where the config does not: the
-        old remote code changed its default.
+      names: the tensors there are, which say whether there are QKV biases where the config does
+        not: the old remote code changed its default.
 
     Raises:
       ValueError: another architecture, or something that our model does not compute.
     """
-    if values.get("model_type") not in _MODEL_TYPES:
-        raise ValueError(
-            f"config.json: model_type is {values.get('model_type')!r}, but only StableLM models "
-            f"({', '.join(_MODEL_TYPES)}) can be read"
-        )
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters is {rope!r}; it should be an object")
-    values = {**values, **{key: value for key, value in rope.items() if value is not None}}
-    for key, allowed in _FIXED.items():
+    rope = {key: value for key, value in rope.items() if value is not None}
+    values = {"model_type": None, **values, **rope}  # a model_type has to be there
+    for key, allowed in _ALLOWED.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"config.json: {key} is {values[key]!r}; StableLM models here have {allowed[0]!r}"
+                f"config.json: {key} is {values[key]!r}; only StableLM models can be read, which "
+                f"have {' or '.join(map(repr, allowed))}"
             )
-    fields = {ours: _value(values, *theirs) for ours, theirs in _FIELDS.items()}
+    fields = {}
+    for ours, (theirs, default) in _FIELDS.items():
+        given = [values[name] for name in theirs if values.get(name) is not None]
+        fields[ours] = given[0] if given else default
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     has_bias = any(name.endswith("self_attn.q_proj.bias") for name in names)
@@ -78,32 +76,19 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
         raise ValueError(f"config.json: {error}") from error
 
 
-def max_positions(values: Mapping[str, Any]) -> int:
-    """The context length that a `config.json` names, in tokens."""
-    return int(values.get("max_position_embeddings") or _MAX_POSITIONS)
-
-
-def _value(values: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    return next((values[name] for name in names if values.get(name) is not None), default)
-
-
 def write_config(
     model: ModelConfig, *, dtype: str, max_positions: int, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of a `config.json` that `transformers` 4.38 and newer reads.
 
     Args:
-      dtype: the type of the tensors: 'float32', 'bfloat16' or 'float16'.
-      max_positions: tokens of context.
+      dtype: the type of the tensors. max_positions: tokens of context.
       token_ids: bos_token_id, eos_token_id and pad_token_id.
     """
-    rope = {
-        "partial_rotary_factor": model.rotary_fraction,
-        "rope_theta": model.rotary_theta,
-    }
+    rope = {"partial_rotary_factor": model.rotary_fraction, "rope_theta": model.rotary_theta}
     return {
         "architectures": ["StableLmForCausalLM"],
-        "model_type": _MODEL_TYPES[0],
+        "model_type": "stablelm",
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
         "intermediate_size": model.feed_forward_width,

@@ -32,11 +32,7 @@ Shape = tuple[int, ...]
 
 
 class TensorFiles:
-    """The tensors of a directory, in one file or in several with an index.
-
-    Attributes:
-      shapes: {name: shape} of every tensor.
-    """
+    """The tensors of a directory, in one file or in several with an index."""
 
     def __init__(self, folder: Path):
         """Maps all files; reads their headers only.
@@ -44,16 +40,23 @@ class TensorFiles:
         Raises:
           ValueError: none there, one is missing, damaged, or of a type that is not read.
         """
-        self.shapes: dict[str, Shape] = {}
-        self._places: dict[str, tuple[str, Any]] = {}  # of each tensor: name of its file, the file
-        for path in _paths(folder):
-            self._read_header(path)
-        if (folder / INDEX).is_file():
-            self._check_index(folder / INDEX)
+        self.shapes: dict[str, Shape] = {}  # of every tensor, by name
+        self._files: dict[str, Any] = {}  # by the name of the file
+        self._file_names: dict[str, str] = {}  # where each tensor is
+        index = _read_index(folder)
+        for file_name in [ONE_FILE] if index is None else sorted(set(index.values())):
+            self._read_header(folder / file_name)
+        listed = index or {}
+        elsewhere = [name for name in listed if self._file_names.get(name) != listed[name]]
+        if elsewhere:
+            raise ValueError(
+                f"{folder / INDEX}: {len(elsewhere)} tensors, such as {elsewhere[0]}, are not in "
+                "the file that it names; the files are not of one export: fetch them again"
+            )
 
     def _read_header(self, path: Path) -> None:
         try:
-            file = safe_open(path, "numpy")
+            file = self._files[path.name] = safe_open(path, "numpy")
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} is missing, cut short or no safetensors file ({error}); fetch it again"
@@ -65,29 +68,12 @@ class TensorFiles:
                     f"{path.name}: {name} is of type {part.get_dtype()}; "
                     f"only {', '.join(_READABLE)} are read"
                 )
-            self.shapes[name], self._places[name] = tuple(part.get_shape()), (path.name, file)
-
-    def _check_index(self, path: Path) -> None:
-        elsewhere = [
-            f"{name} (in {file})"
-            for name, file in _read_index(path).items()
-            if self._places.get(name, ("",))[0] != file
-        ]
-        if elsewhere:
-            raise ValueError(
-                f"{path} lists tensors that are not where it says: "
-                f"{', '.join(elsewhere[:5])}{' ...' if len(elsewhere) > 5 else ''}; "
-                "the files are not of one export: fetch them again"
-            )
+            self.shapes[name], self._file_names[name] = tuple(part.get_shape()), path.name
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in float32.
-
-        Raises:
-          ValueError: it holds a value that is not finite.
-        """
-        file_name, file = self._places[name]
-        values = np.asarray(file.get_tensor(name), np.float32)
+        """A tensor in float32; a ValueError where a value is not finite."""
+        file_name = self._file_names[name]
+        values = np.asarray(self._files[file_name].get_tensor(name), np.float32)
         if not np.isfinite(values).all():
             raise ValueError(
                 f"{file_name}: {name} holds values that are not finite; "
@@ -96,24 +82,20 @@ class TensorFiles:
         return values
 
 
-def _paths(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such directory")
-    if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(_read_index(folder / INDEX).values()))]
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """{tensor: name of its file} of a directory with several files, None of one with one."""
+    path = folder / INDEX
+    if path.is_file():
+        try:
+            listed = json.loads(path.read_text())["weight_map"]
+            return {str(name): Path(file).name for name, file in listed.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); fetch it again") from error
     if (folder / ONE_FILE).is_file():
-        return [folder / ONE_FILE]
+        return None
     others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf")]
     hint = f"; {', '.join(others[:3])} cannot be read, save it as safetensors" if others else ""
     raise ValueError(f"{folder} holds neither {ONE_FILE} nor {INDEX}{hint}")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(path.read_text())["weight_map"]
-        return {str(name): Path(file).name for name, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); fetch it again") from error
 
 
 @contextlib.contextmanager
@@ -130,17 +112,17 @@ def tensor_writer(
       max_bytes: how large the tensors of a file are together, if it holds more than one.
     """
     code, numbers = DTYPES[dtype]
-    groups = list(_groups(shapes, numbers.itemsize, max_bytes))
-    count, missing = len(groups), dict(shapes)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    places: dict[str, tuple[BinaryIO, int]] = {}
-    if count == 1:
-        names = [ONE_FILE]
-    else:
-        total = sum(map(math.prod, shapes.values())) * numbers.itemsize
+    sizes = {name: math.prod(shape) * numbers.itemsize for name, shape in shapes.items()}
+    groups, missing = _groups(sizes, max_bytes), dict(shapes)
+    names = [ONE_FILE]
+    if len(groups) > 1:
+        count = len(groups)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         files = {name: file for file, group in zip(names, groups) for name in group}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        index = {"metadata": {"total_size": sum(sizes.values())}}
+        index["weight_map"] = dict(sorted(files.items()))
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    places: dict[str, tuple[BinaryIO, int]] = {}  # the file, and where in it a tensor begins
 
     def write(name: str, values: np.ndarray) -> None:
         shape, (file, start) = missing.pop(name), places[name]
@@ -149,42 +131,35 @@ def tensor_writer(
         file.write(np.ascontiguousarray(values, numbers).view(np.uint8).data)
 
     with contextlib.ExitStack() as opened:
-        for name, group in zip(names, groups):
-            file = opened.enter_context((folder / name).open("wb"))
-            places |= _laid_out(file, group, code, numbers.itemsize)
+        for file_name, group in zip(names, groups):
+            file = opened.enter_context((folder / file_name).open("wb"))
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name in group:
+                begin, end = end, end + sizes[name]
+                header[name] = {"dtype": code, "shape": shapes[name], "data_offsets": [begin, end]}
+            start = _write_header(file, header)
+            file.truncate(start + end)
+            places |= {name: (file, start + header[name]["data_offsets"][0]) for name in group}
         yield write
         assert not missing, missing
 
 
-def _laid_out(
-    file: BinaryIO, group: Mapping[str, Shape], code: str, itemsize: int
-) -> dict[str, tuple[BinaryIO, int]]:
-    """Writes the header of a file and gives it its size; the place of each tensor."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in group.items():
-        end = offset + math.prod(shape) * itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
+def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> int:
+    """Writes it and returns where the first tensor begins."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    start = 8 + len(text)
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(start + offset)
-    return {name: (file, start + header[name]["data_offsets"][0]) for name in group}
+    return file.write(len(text).to_bytes(8, "little") + text)
 
 
-def _groups(
-    shapes: Mapping[str, Shape], itemsize: int, max_bytes: int
-) -> Iterator[dict[str, Shape]]:
+def _groups(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     """The tensors of each file, in order."""
-    group: dict[str, Shape] = {}
-    size = 0
-    for name, shape in shapes.items():
-        more = math.prod(shape) * itemsize
-        if group and size + more > max_bytes:
-            yield group
-            group, size = {}, 0
-        group[name] = shape
-        size += more
-    yield group
+    groups: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > max_bytes:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import ParameterSpec, specs_by_name
+from stablelm_jax.model.parameters import parameter_table, specs_by_name
 
 # Ours: theirs, with places for the number of the layer and of the head.
 _NAMES = {
@@ -57,7 +56,7 @@ class Tensor:
     ours: str  # name in our table of parameters
     index: tuple[int, ...]  # which part of ours it is: () the whole, (layer,) or (layer, head)
     num_input_dims: int  # leading dims of that part that a matrix sums over; 0: no matrix
-    absent: bool = False  # the model has no such tensor: theirs is zero
+    absent: bool  # the model has no such tensor: theirs is zero
 
     def theirs(self, ours: np.ndarray) -> np.ndarray:
         """Their layout, without a copy where it can be, of our whole tensor `ours`."""
@@ -78,32 +77,40 @@ def tensors(model: ModelConfig) -> tuple[Tensor, ...]:
 
     Theirs always has the biases of its norms.
     """
-    present = specs_by_name(model)
-    return tuple(
-        dataclasses.replace(tensor, absent=spec.name not in present)
-        for spec in specs_by_name(with_norm_biases(model)).values()
-        for tensor in _tensors_of(spec)
-    )
+    present, found = specs_by_name(model), []
+    for spec in parameter_table(with_norm_biases(model)):
+        their_name, num_in = _NAMES[spec.name], spec.num_input_dims
+        leading = their_name.count("{}")
+        part = spec.shape[leading:]
+        if num_in:
+            shape = math.prod(part[num_in:]), math.prod(part[:num_in])
+        else:  # the embedding is a table in both; other vectors are flat in theirs
+            shape = part if spec.name == "embed/embedding" else (math.prod(part),)
+        for index in np.ndindex(spec.shape[:leading]):
+            name, absent = their_name.format(*index), spec.name not in present
+            found.append(Tensor(name, shape, spec.name, index, num_in, absent))
+    return tuple(found)
 
 
-def tensors_by_parameter(model: ModelConfig) -> dict[str, list[Tensor]]:
-    """The same, by the name of ours."""
-    groups = itertools.groupby(tensors(model), lambda tensor: tensor.ours)
-    return {name: list(group) for name, group in groups}
+def tensor_values(
+    wanted: Iterable[Tensor], leaves: Iterator[tuple[str, np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """The values of each tensor, float32; zeros for those that the model does not have.
+
+    Args:
+      wanted: in the order of `tensors`. leaves: our parameters by name, in that of their table.
+    """
+    name, leaf = "", np.empty(0)
+    for tensor in wanted:
+        if tensor.absent:
+            yield np.zeros(tensor.shape, np.float32)
+            continue
+        if tensor.ours != name:
+            name, leaf = next(leaves)
+            assert name == tensor.ours, (name, tensor)
+        yield np.ascontiguousarray(tensor.theirs(leaf))
 
 
 def with_norm_biases(model: ModelConfig) -> ModelConfig:
     """The same model in the form that StableLmForCausalLM has."""
     return dataclasses.replace(model, **dict.fromkeys(NORM_BIASES, True))
-
-
-def _tensors_of(spec: ParameterSpec) -> Iterator[Tensor]:
-    their_name, num_in = _NAMES[spec.name], spec.num_input_dims
-    leading = their_name.count("{}")
-    part = spec.shape[leading:]
-    if num_in:
-        shape = math.prod(part[num_in:]), math.prod(part[:num_in])
-    else:  # the embedding is a table in both; other vectors are flat in theirs
-        shape = part if spec.name == "embed/embedding" else (math.prod(part),)
-    for index in np.ndindex(spec.shape[:leading]):
-        yield Tensor(their_name.format(*index), shape, spec.name, index, num_in)

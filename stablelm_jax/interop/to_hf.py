@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 
+from stablelm_jax import __version__
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import hf_config, tokenizer_files
-from stablelm_jax.interop.card import model_card
 from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, tensor_writer
-from stablelm_jax.interop.tensor_map import Tensor, tensors, tensors_by_parameter
-
-MAX_FILE_BYTES = 5_000_000_000  # as the Hub's tools split
+from stablelm_jax.interop.tensor_map import Tensor, tensor_values, tensors
+from stablelm_jax.model.parameters import count_parameters
 
 
 def write_directory(
     checkpoint: SavedModel,
     folder: Path,
-    *,
-    dtype: str = "bfloat16",
-    max_file_bytes: int = MAX_FILE_BYTES,
-    revision: str | None = None,
-    on_tensor: Callable[[int], None] = lambda size: None,
+    dtype: str,
+    max_file_bytes: int,
+    revision: str,
+    on_parameters: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes weights, configs, tokenizer and model card into `folder`, which is made.
 
@@ -32,14 +32,14 @@ def write_directory(
 
     Args:
       dtype: the type of the weights, a key of DTYPES.
-      revision: name of the branch it is meant for, by default the checkpoint's.
-      on_tensor: called with the bytes, in float32, of each parameter that is written.
+      revision: name of the branch on the Hub that it is meant for.
+      on_parameters: called with how many were written.
 
     Raises:
       ValueError: the checkpoint is damaged, or a value is too large for `dtype`.
     """
     folder.mkdir(parents=True)
-    _write_weights(checkpoint, folder, dtype, max_file_bytes, on_tensor)
+    _write_weights(checkpoint, folder, dtype, max_file_bytes, on_parameters)
     tokenizer, end = checkpoint.tokenizer, checkpoint.end_ids
     end_id = end if len(end) > 1 else end[0]
     ids = {"bos_token_id": tokenizer.eod, "eos_token_id": end_id, "pad_token_id": tokenizer.eod}
@@ -47,10 +47,7 @@ def write_directory(
         checkpoint.model, dtype=dtype, max_positions=checkpoint.max_positions, token_ids=ids
     )
     tokenizer_config = tokenizer_files.tokenizer_config(
-        tokenizer,
-        eos=tokenizer.decode(end[:1]),
-        max_positions=checkpoint.max_positions,
-        chat_template=checkpoint.chat_template,
+        tokenizer, tokenizer.decode(end[:1]), checkpoint.max_positions, checkpoint.chat_template
     )
     for name, values in (
         ("config.json", config),
@@ -59,21 +56,16 @@ def write_directory(
     ):
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     (folder / tokenizer_files.TOKENIZER).write_bytes(tokenizer_files.tokenizer_json(tokenizer))
-    (folder / "README.md").write_text(model_card(checkpoint, dtype, revision or checkpoint.name))
+    (folder / "README.md").write_text(_model_card(checkpoint, dtype, revision))
 
 
-def _write_weights(checkpoint, folder, dtype, max_file_bytes, on_tensor) -> None:
-    in_order = sorted(tensors(checkpoint.model), key=_in_order_of_use)
-    shapes = {tensor.name: tensor.shape for tensor in in_order}
-    parts = tensors_by_parameter(checkpoint.model)
+def _write_weights(checkpoint, folder, dtype, max_file_bytes, on_parameters) -> None:
+    stored = tensors(checkpoint.model)
+    shapes = {tensor.name: tensor.shape for tensor in sorted(stored, key=_in_order_of_use)}
     with tensor_writer(folder, shapes, dtype, max_file_bytes) as write:
-        for name, leaf in checkpoint.leaves():
-            for tensor in parts[name]:
-                write(tensor.name, _rounded(tensor.theirs(leaf), dtype, tensor.name))
-            on_tensor(leaf.nbytes)
-        for tensor in in_order:
-            if tensor.absent:
-                write(tensor.name, np.zeros(tensor.shape, np.float32))
+        for tensor, values in zip(stored, tensor_values(stored, checkpoint.leaves())):
+            write(tensor.name, _rounded(values, dtype, tensor.name))
+            on_parameters(0 if tensor.absent else values.size)
 
 
 def _in_order_of_use(tensor: Tensor) -> tuple[int, ...]:
@@ -94,14 +86,42 @@ def _rounded(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def check_bits(checkpoint: SavedModel, folder: Path, dtype: str) -> None:
-    """Reads every tensor of a directory back and compares it with the checkpoint, bit for bit.
+    """Reads every tensor of a directory back; a ValueError where a bit is not the checkpoint's."""
+    files, stored = TensorFiles(folder), tensors(checkpoint.model)
+    for tensor, values in zip(stored, tensor_values(stored, checkpoint.leaves())):
+        meant = _rounded(values, dtype, tensor.name).astype(np.float32)
+        if not np.array_equal(files.read(tensor.name), meant):
+            raise ValueError(f"{tensor.name} was not written as it should be; try again")
 
-    Raises:
-      ValueError: one differs.
-    """
-    files, parts = TensorFiles(folder), tensors_by_parameter(checkpoint.model)
-    for name, leaf in checkpoint.leaves():
-        for tensor in parts[name]:
-            meant = _rounded(tensor.theirs(leaf), dtype, tensor.name).astype(np.float32)
-            if not np.array_equal(files.read(tensor.name), meant):
-                raise ValueError(f"{tensor.name} was not written as it should be; try again")
+
+def _model_card(checkpoint: SavedModel, dtype: str, revision: str) -> str:
+    """README.md of a Hugging Face directory: front matter, use, recipe, data, origin."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"thousands": "{:,}".format, "settings": _settings}
+    run = checkpoint.run
+    parent = run.get("origin", {}).get("parent") or ""
+    return environment.get_template("card.md.jinja").render(
+        checkpoint=checkpoint,
+        model=checkpoint.model,
+        parameters=count_parameters(checkpoint.model),
+        run=run,
+        config=run.get("config", {}),
+        total=sum(run.get("tokens", {}).values()),
+        parent=parent.rstrip("/").rpartition("/")[2],
+        dtype=dtype,
+        revision=revision,
+        version=__version__,
+    )
+
+
+def _settings(group: Mapping[str, Any]) -> str:
+    """A group of the config as one cell of a table."""
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in group.items()
+        if value is not None
+    )

@@ -34,34 +34,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.content
     assert isinstance(tokenizer, Arcade100k)
-    return _of_arcade(tokenizer)
-
-
-def tokenizer_config(
-    tokenizer: Tokenizer, *, eos: str, max_positions: int, chat_template: str | None
-) -> dict[str, Any]:
-    """The content of a tokenizer_config.json.
-
-    Args:
-      eos: the token that ends a text, or a turn of a chat.
-      max_positions: tokens of context.
-    """
-    end_of_document = tokenizer.decode([tokenizer.eod])
-    values = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "bos_token": end_of_document,
-        "eos_token": eos,
-        "pad_token": end_of_document,
-        "unk_token": end_of_document,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_positions,
-    }
-    return values | ({"chat_template": chat_template} if chat_template else {})
-
-
-def _of_arcade(tokenizer: Arcade100k) -> bytes:
     vocabulary = {spelled(token): rank for token, rank in tokenizer.ranks.items()}
     pairs = [(spelled(left), spelled(right)) for left, right in merges(tokenizer.ranks)]
     # The specials stand in the vocabulary: id 100256 is a hole, and `tokenizers` would number
@@ -81,14 +53,30 @@ def _of_arcade(tokenizer: Arcade100k) -> bytes:
     return json.dumps(spec, ensure_ascii=False).encode()
 
 
+def tokenizer_config(
+    tokenizer: Tokenizer, eos: str, max_positions: int, chat_template: str | None
+) -> dict[str, Any]:
+    """The content of a tokenizer_config.json; `eos` ends a text, or a turn of a chat."""
+    end_of_document = tokenizer.decode([tokenizer.eod])
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": end_of_document,
+        "eos_token": eos,
+        "pad_token": end_of_document,
+        "unk_token": end_of_document,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_positions,
+    }
+    return values | ({"chat_template": chat_template} if chat_template else {})
+
+
 def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
     """The tokenizer of a directory: Arcade100k where it is that one, else its tokenizer.json.
 
-    Args:
-      named: take this one instead, a name or a file.
-
-    Raises:
-      ValueError: there is none, or it cannot be read.
+    Where one is `named`, by a name or a file, it is taken instead. A ValueError where there is none
+    that can be read.
     """
     if named:
         return load_tokenizer(named)
@@ -102,6 +90,14 @@ def read_tokenizer(folder: Path, named: str | None = None) -> Tokenizer:
         )
     own = load_tokenizer(file)
     return load_tokenizer(ARCADE100K) if _is_arcade(own) else own
+
+
+# Where tokenizers with this vocabulary differ: digits, contractions, runs of spaces, scripts.
+_PROBES = (
+    "In 2024, 1234567 people SHOULDN'T've paid €3.14159; it's 10,000 too many!!!\n\n  done\r\n",
+    "def f(x):\n    return  x ** 2 \t# ok   \n\n\n\tÜbergrößenträger, naïveté, señor, ação",
+    "日本語のテキスト、한국어 텍스트 و نص عربي 🙂👩‍👩‍👧 ½ ² Ⅳ",
+)
 
 
 def _is_arcade(own: HuggingFaceTokenizer) -> bool:
@@ -120,11 +116,3 @@ def _is_arcade(own: HuggingFaceTokenizer) -> bool:
     return ours.items() <= known.items() and all(
         own.encode(text) == arcade.encode(text) for text in _PROBES
     )
-
-
-# Where tokenizers with this vocabulary differ: digits, contractions, runs of spaces, scripts.
-_PROBES = (
-    "In 2024, 1234567 people SHOULDN'T've paid €3.14159; it's 10,000 too many!!!\n\n  done\r\n",
-    "def f(x):\n    return  x ** 2 \t# ok   \n\n\n\tÜbergrößenträger, naïveté, señor, ação",
-    "日本語のテキスト、한국어 텍스트 و نص عربي 🙂👩‍👩‍👧 ½ ² Ⅳ",
-)

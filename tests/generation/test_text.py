@@ -1,7 +1,7 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from stablelm_jax.generation.text import Conversation, as_text
+from stablelm_jax.generation.text import answer, as_text
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 
@@ -32,6 +32,12 @@ class Parrot:
             yield [token]
 
 
+def said(parrot, tokenizer, template, chat, text):
+    """The answer to `text`, which becomes a part of the chat."""
+    chat.append({"role": "user", "content": text})
+    return answer(parrot, tokenizer, template, chat, {"max_new_tokens": 20})
+
+
 def test_a_letter_is_shown_when_its_last_byte_has_come(tokenizer):
     ids = tokenizer.encode("aß日!")
     assert len(ids) == 7
@@ -46,37 +52,32 @@ def test_bytes_that_never_become_a_letter_are_shown_at_the_end(tokenizer):
 
 def test_an_answer_is_part_of_what_the_next_one_reads(tokenizer):
     parrot = Parrot(tokenizer.encode("yes"))
-    chat = Conversation(
-        parrot, tokenizer, "chatml", system="Be brief.", max_new_tokens=8, stop_tokens=[7]
-    )
-    assert "".join(chat.answer("really?")) == "yes"
-    list(chat.answer("sure?"))
+    chat = [{"role": "system", "content": "Be brief."}]
+    assert "".join(said(parrot, tokenizer, "chatml", chat, "really?")) == "yes"
+    list(said(parrot, tokenizer, "chatml", chat, "sure?"))
     assert tokenizer.decode(parrot.prompts[1]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nreally?<|im_end|>\n"
         "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    (end,) = tokenizer.encode("<|im_end|>", specials=True)
-    assert {7, end, tokenizer.eod} == set(parrot.settings["stop_tokens"])
+    assert parrot.settings == {"max_new_tokens": 20}
 
 
 def test_an_answer_that_is_broken_off_stays_as_far_as_it_was_read(tokenizer):
     parrot = Parrot(tokenizer.encode("yes"))
-    chat = Conversation(parrot, tokenizer, "zephyr", max_new_tokens=8)
-    pieces = chat.answer("a")
+    chat = []
+    pieces = said(parrot, tokenizer, "zephyr", chat, "a")
     assert next(pieces) == "y"
     pieces.close()
-    list(chat.answer("b"))
+    list(said(parrot, tokenizer, "zephyr", chat, "b"))
     assert "<|assistant|>\ny<|endoftext|>\n<|user|>\nb" in tokenizer.decode(parrot.prompts[1])
 
 
-def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(tokenizer):
-    parrot, told = Parrot(tokenizer.encode("yes"), max_length=120), []
-    chat = Conversation(
-        parrot, tokenizer, "zephyr", system="S", max_new_tokens=20, forgotten=told.append
-    )
+def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(tokenizer, capsys):
+    parrot = Parrot(tokenizer.encode("yes"), max_length=120)
+    chat = [{"role": "system", "content": "S"}]
     for text in ("one", "two", "three"):
-        list(chat.answer(text))
+        list(said(parrot, tokenizer, "zephyr", chat, text))
     last = tokenizer.decode(parrot.prompts[-1])
-    assert len(parrot.prompts[-1]) <= 100 and told
+    assert len(parrot.prompts[-1]) <= 100 and "no longer fit" in capsys.readouterr().err
     assert last.startswith("<|system|>\nS") and "one" not in last and "three" in last

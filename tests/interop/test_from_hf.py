@@ -119,7 +119,7 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(directory, capsys)
     lines = refused(directory, capsys)
     assert "  missing: model.layers.*.mlp.up_proj.weight (layers 0, 2)" in lines
     assert "  unknown: lm_head.bias" in lines
-    assert "  misshapen: model.norm.weight is 63, not 64" in lines
+    assert "  misshapen: model.norm.weight is [63], not [64]" in lines
     assert "2 missing, 1 unknown, 1 misshapen" in lines[-1]
 
 

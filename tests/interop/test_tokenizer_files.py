@@ -30,9 +30,7 @@ def folder(arcade, tmp_path_factory):
     """What an export holds of the tokenizer."""
     folder = tmp_path_factory.mktemp("export")
     (folder / "tokenizer.json").write_bytes(tokenizer_files.tokenizer_json(arcade))
-    config = tokenizer_files.tokenizer_config(
-        arcade, eos="<|im_end|>", max_positions=4096, chat_template=None
-    )
+    config = tokenizer_files.tokenizer_config(arcade, "<|im_end|>", 4096, None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
