@@ -242,7 +242,7 @@ def _table(case: Case, results: Mapping[str, Result | str]) -> Table:
         table.add_column(column, justify="right")
     for column in ("MFU, causal", "peak GiB", "predicted", "ready after"):
         table.add_column(column, justify="right")
-    peak, tokens = peak_flops(device), case.rows * case.length
+    peak, tokens = peak_flops(device.device_kind), case.rows * case.length
     gib = lambda n: "" if n is None else f"{n / 2**30:.2f}"  # noqa: E731
     for who, result in results.items():
         if isinstance(result, str):  # why is on the line above the table

@@ -109,9 +109,8 @@ def _parameters(config: ConfigDict, sizes: Mapping[str, int]) -> Table:
         return ", ".join(parts) or "-"
 
     for row in parameter_table(config_lib.model_config(config)):
-        copy = master = sharding.mesh_axes(row.axes)
-        if parallel.zero1:
-            master = sharding.zero_spec(copy, row.shape, sizes, stacked=row.stacked)
+        copy = sharding.mesh_axes(row.axes)
+        master = sharding.master_spec(row, sizes, parallel.zero1)
         places = split(master, row.axes), split(master if parallel.fsdp else copy, row.axes)
         parts = math.prod(sizes[axis] for axis in master if axis)
         size = row.count * _FLOAT32_BYTES / parts / 2**20

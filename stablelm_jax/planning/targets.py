@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from stablelm_jax.parallel.chips import peak_of_kind
+from stablelm_jax.parallel.chips import peak_flops
 
 # A GPU shares its memory with the driver's context and the buffers of NCCL.
 _GPU_SHARE_OF_MEMORY = 0.94
@@ -63,7 +63,7 @@ class Target:
     @property
     def peak_flops(self) -> float:
         """Dense bfloat16 FLOP/s of one device."""
-        return peak_of_kind(self.facts["name"])
+        return peak_flops(self.facts["name"])
 
     @property
     def available_bytes(self) -> int:

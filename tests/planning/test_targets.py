@@ -1,6 +1,6 @@
 import pytest
 
-from stablelm_jax.parallel.chips import peak_of_kind
+from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.planning.targets import CompilerError, TargetError, chips, parse_target
 
 
@@ -36,7 +36,7 @@ def test_a_name_that_stands_for_nothing_is_refused_with_what_there_is(text, said
 
 def test_every_chip_says_where_its_figures_come_from():
     for facts in chips().values():
-        assert facts["source"] and facts["memory_gib"] > 0 and peak_of_kind(facts["name"]) > 0
+        assert facts["source"] and facts["memory_gib"] > 0 and peak_flops(facts["name"]) > 0
 
 
 def test_a_program_may_not_use_all_of_a_gpus_memory():
