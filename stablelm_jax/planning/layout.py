@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
@@ -17,25 +18,19 @@ from stablelm_jax.parallel.sharding import mesh_axes
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One step of a run on a mesh of replica x data x model devices.
-
-    Attributes:
-      rows: rows of one device in one microbatch; the devices along `model` share them.
-      dtype_bytes: bytes of a value in the compute type.
-      reduce_bytes: bytes of a gradient's value on its way to another device.
-    """
+    """One step of a run on a mesh of replica x data x model devices."""
 
     sizes: ModelConfig
     sequence_length: int
-    rows: int
+    rows: int  # of one device in one microbatch; the devices along `model` share them
     accumulation: int
     data: int
     model: int
     remat: str
     zero1: bool
     fsdp: bool
-    dtype_bytes: int
-    reduce_bytes: int
+    dtype_bytes: int  # of a value in the compute type
+    reduce_bytes: int  # of a gradient's value on its way to another device
     replica: int = 1
 
     @property
@@ -45,12 +40,12 @@ class Layout:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of all layers; of those that `model` splits, one device's part."""
+        """As `parameters`, those of the layers alone."""
         return self._count(row for row in parameter_table(self.sizes) if row.stacked)
 
     @property
     def parameters(self) -> int:
-        """All parameters, counted in the same way; `data` splits nothing here."""
+        """All parameters; of those that `model` splits, one device's part."""
         return self._count(parameter_table(self.sizes))
 
     @property
@@ -66,7 +61,7 @@ def layout_of(config: ConfigDict, num_devices: int) -> Layout:
     """The layout of `config` on that many devices; `ConfigError` where it does not fit them."""
     mesh = config_lib.validate_mesh(config, num_devices)
     parallel, training = config.parallel, config.training
-    dtype_bytes = {"bfloat16": 2, "float32": 4}[training.dtype]
+    dtype_bytes = jnp.dtype(training.dtype).itemsize
     batch_parts = mesh["replica"] * mesh["data"] * training.accumulation
     return Layout(
         sizes=config_lib.model_config(config),

@@ -36,15 +36,11 @@ class CompilerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A number of chips of one kind.
+    """A number of chips of one kind."""
 
-    Attributes:
-      chip: key of chips.json. shape: the slice's dims (TPU), or hosts x GPUs of a host.
-      facts: the chip's row of chips.json.
-    """
-
-    chip: str
-    shape: tuple[int, ...]
+    chip: str  # key of chips.json
+    shape: tuple[int, ...]  # dims of the slice (TPU), or hosts x GPUs of a host
+    # the chip's row of chips.json
     facts: dict[str, Any] = dataclasses.field(hash=False, compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -72,11 +68,7 @@ class Target:
         return int(self.facts["memory_gib"] * _GIB * share)
 
     def devices(self) -> Sequence[jax.Device]:
-        """Descriptions of the devices, to compile for.
-
-        Raises:
-          CompilerError: the compiler is not installed, or it knows no such slice.
-        """
+        """Descriptions of the devices, to compile for; `CompilerError` where there are none."""
         make = _gpu_topology if self.facts["kind"] == "gpu" else _tpu_topology
         try:
             return list(make(self).devices)
@@ -94,11 +86,7 @@ def chips() -> dict[str, dict[str, Any]]:
 
 
 def parse_target(text: str) -> Target:
-    """The target of that name.
-
-    Raises:
-      TargetError: an unknown chip, or a shape that it cannot have.
-    """
+    """The target of that name; `TargetError` for an unknown chip or a shape it cannot have."""
     chip, _, shape = text.partition(":")
     if chip not in chips():
         raise TargetError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
