@@ -267,7 +267,7 @@ def _table(case: Case, results: Mapping[str, Result | str]) -> Table:
 
 def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
     from stablelm_jax import config as config_lib  # these need ml_collections
-    from stablelm_jax.planning.layout import layout_of
+    from stablelm_jax.planning.estimate import layout_of
     from stablelm_jax.planning.targets import parse_target
     from stablelm_jax.training.setup import compute_of
 

@@ -20,7 +20,7 @@ from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
-from stablelm_jax.planning.layout import mode_text
+from stablelm_jax.planning.estimate import mode_text
 from stablelm_jax.planning.targets import Target, parse_target
 from stablelm_jax.storage.remote import as_path
 

@@ -25,8 +25,16 @@ from rich.table import Table
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
-from stablelm_jax.planning.estimate import FORMULA, StepTime, least_bytes, step_time
-from stablelm_jax.planning.layout import Layout, divided, layout_of, mode_text
+from stablelm_jax.planning.estimate import (
+    FORMULA,
+    Layout,
+    StepTime,
+    divided,
+    layout_of,
+    least_bytes,
+    mode_text,
+    step_time,
+)
 from stablelm_jax.planning.report import table
 from stablelm_jax.planning.targets import Target
 
@@ -127,9 +135,9 @@ def _all_settings(config: ConfigDict, target: Target) -> Iterator[dict[str, Any]
     replica, batch_size = config.parallel.replica, config.data.batch_size
     fit_data = {} if config.parallel.data == -1 else {"parallel.data": -1}
     per_host = target.num_devices // target.num_hosts
-    sizes = [config.model[name] for name in ("num_heads", "num_kv_heads", "feed_forward_width")]
-    sizes += [config.model.vocab_size, per_host]  # `model` divides them all, and stays in a host
-    for model in range(1, per_host + 1):
+    split = ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size")
+    for model in range(1, per_host + 1):  # it stays in a host
+        sizes = (per_host, *(config.model[name] for name in split))
         if any(size % model for size in sizes) or target.num_devices % (model * replica):
             continue
         batch_parts = rows = target.num_devices // model
