@@ -44,7 +44,7 @@ def _plan(argv: Sequence[str]) -> int:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
     from stablelm_jax.planning.sweep import INTERRUPTED, sweep
-    from stablelm_jax.planning.targets import TargetError, parse_target
+    from stablelm_jax.planning.targets import parse_target
 
     _check_together(given)
     if given.all:
@@ -62,8 +62,6 @@ def _plan(argv: Sequence[str]) -> int:
                 "h200:1x8, or set config.parallel.target"
             )
         code = sweep(config, target)
-    except TargetError as error:
-        raise config_lib.ConfigError(str(error)) from error
     except config_lib.ConfigError:
         raise
     except ValueError as error:

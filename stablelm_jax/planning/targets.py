@@ -19,15 +19,12 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from stablelm_jax.config import ConfigError
 from stablelm_jax.parallel.chips import peak_flops
 
 # A GPU shares its memory with the driver's context and the buffers of NCCL.
 _GPU_SHARE_OF_MEMORY = 0.94
 _GIB = 2**30
-
-
-class TargetError(ValueError):
-    """No such target; the message says which there are."""
 
 
 class CompilerError(ValueError):
@@ -86,16 +83,16 @@ def chips() -> dict[str, dict[str, Any]]:
 
 
 def parse_target(text: str) -> Target:
-    """The target of that name; `TargetError` for an unknown chip or a shape it cannot have."""
+    """The target of that name; `ConfigError` for an unknown chip or a shape it cannot have."""
     chip, _, shape = text.partition(":")
     if chip not in chips():
-        raise TargetError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
+        raise ConfigError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
     facts = chips()[chip]
     dims = 2 if facts["kind"] == "gpu" else facts["dims"]
     numbers = shape.split("x")
     if len(numbers) != dims or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         example = "64x8 for 64 hosts of 8 GPUs" if facts["kind"] == "gpu" else "x".join("4" * dims)
-        raise TargetError(f"--target {text}: {chip} needs {dims} sizes, as in {chip}:{example}")
+        raise ConfigError(f"--target {text}: {chip} needs {dims} sizes, as in {chip}:{example}")
     return Target(chip, tuple(map(int, numbers)), facts)
 
 
