@@ -35,8 +35,14 @@ from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
-from stablelm_jax.planning.estimate import elementwise_bytes, logit_bytes, update_bytes
-from stablelm_jax.planning.layout import Layout, divided, layout_of
+from stablelm_jax.planning.estimate import (
+    Layout,
+    divided,
+    elementwise_bytes,
+    layout_of,
+    logit_bytes,
+    update_bytes,
+)
 from stablelm_jax.planning.targets import Target, parse_target
 
 # jax.named_scope in the model: (part of its matrix products, part of its other kernels).

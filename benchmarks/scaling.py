@@ -30,8 +30,7 @@ from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.planning.compile import CompiledStep, compile_for
-from stablelm_jax.planning.estimate import least_sent
-from stablelm_jax.planning.layout import divided, layout_of
+from stablelm_jax.planning.estimate import divided, layout_of, least_sent
 from stablelm_jax.planning.targets import parse_target
 
 MODES = {

@@ -140,14 +140,14 @@ def _compile(target: str, what: str, head_size: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from stablelm_jax.kernels import attention_splash, attention_tpu, attention_tpu_kernels
+    from stablelm_jax.kernels import attention_splash, attention_tpu
     from stablelm_jax.planning.targets import parse_target
 
     if what.startswith("splash"):
         attention_splash.BLOCK = int(what.split()[1])
         implementation = attention_splash.splash
     else:
-        attention_tpu_kernels._visit = partial(_visit_only, what)
+        attention_tpu._visit = partial(_visit_only, what)
         implementation = attention_tpu.pallas_tpu
     place = jax.sharding.SingleDeviceSharding(parse_target(target).devices()[0])
 
@@ -167,7 +167,7 @@ def _compile(target: str, what: str, head_size: int) -> None:
 
 
 def _visit_only(what: str, bounds, block, step) -> None:
-    """`attention_tpu_kernels._visit` with one of its three loops, or none."""
+    """`attention_tpu._visit` with one of its three loops, or none."""
     import jax
 
     if what != "none":

@@ -242,7 +242,7 @@ def _table(case: Case, results: Mapping[str, Result | str]) -> Table:
         table.add_column(column, justify="right")
     for column in ("MFU, causal", "peak GiB", "predicted", "ready after"):
         table.add_column(column, justify="right")
-    peak, tokens = peak_flops(device), case.rows * case.length
+    peak, tokens = peak_flops(device.device_kind), case.rows * case.length
     gib = lambda n: "" if n is None else f"{n / 2**30:.2f}"  # noqa: E731
     for who, result in results.items():
         if isinstance(result, str):  # why is on the line above the table
@@ -267,7 +267,7 @@ def _table(case: Case, results: Mapping[str, Result | str]) -> Table:
 
 def _case(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> Case:
     from stablelm_jax import config as config_lib  # these need ml_collections
-    from stablelm_jax.planning.layout import layout_of
+    from stablelm_jax.planning.estimate import layout_of
     from stablelm_jax.planning.targets import parse_target
     from stablelm_jax.training.setup import compute_of
 

@@ -39,19 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _plan(argv: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the compilers need no device
-    if flags.FLAGS.sweep:  # XLA warns of too much memory; each result says it once
+    given = flags.FLAGS
+    if given.sweep:  # XLA warns of too much memory; each result says it once
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
     from stablelm_jax.planning.sweep import INTERRUPTED, sweep
-    from stablelm_jax.planning.targets import TargetError, parse_target
+    from stablelm_jax.planning.targets import parse_target
 
-    given = flags.FLAGS
     _check_together(given)
     if given.all:
         return report.plan_all()
     config = config_lib.config_from_flags(data=False)  # a plan reads none
+    name = given.target or config.parallel.target
     try:
-        name = given.target or config.parallel.target
         target = parse_target(name) if name else None
         if not given.sweep:
             report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
@@ -62,8 +62,6 @@ def _plan(argv: Sequence[str]) -> int:
                 "h200:1x8, or set config.parallel.target"
             )
         code = sweep(config, target)
-    except TargetError as error:
-        raise config_lib.ConfigError(str(error)) from error
     except config_lib.ConfigError:
         raise
     except ValueError as error:
@@ -81,12 +79,12 @@ def _check_together(given: flags.FlagValues) -> None:
     """Nothing that was asked for is left out without a word."""
     if given.sweep and given.all:
         raise config_lib.ConfigError("--sweep: is of one config; leave out --all or --sweep")
-    for name in ("mfu", "watts", "price") if given.sweep else ():
-        if given[name].present:
-            raise config_lib.ConfigError(
-                f"--{name}: has no effect with --sweep; leave it out, and run plan once more "
-                "with the division that --sweep finds"
-            )
+    unused = [name for name in ("mfu", "watts", "price") if given.sweep and given[name].present]
+    if unused:
+        raise config_lib.ConfigError(
+            f"--{unused[0]}: has no effect with --sweep; leave it out, and run plan once more with "
+            "the division that --sweep finds"
+        )
     if given.config is None and not given.all:
         raise config_lib.ConfigError("--config: is missing; write --config FILE.py, or --all")
 

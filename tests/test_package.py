@@ -117,7 +117,8 @@ def test_the_wheel_holds_the_whole_package_the_licence_and_nothing_else(wheel):
     packed = {name for name in names if name.startswith("stablelm_jax/")}
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stablelm_jax").rglob("*.py")}
     configs = {f"stablelm_jax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.py")}
-    assert {"stablelm_jax/planning/chips.json", "stablelm_jax/interop/card.md.jinja"} <= packed
+    documents = {"interop/card.md.jinja", "parallel/peak_tflops.json", "planning/chips.json"}
+    assert {f"stablelm_jax/{name}" for name in documents} <= packed
     assert {name for name in packed if name.endswith(".py")} == modules | configs
     assert not [name for name in names if "__pycache__" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,42 +26,19 @@ from jax.experimental import multihost_utils
 MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS", "60"))
 DEFAULT_PORT = 8476
 METADATA_HOST = "metadata.google.internal"  # tells a machine of Google's about itself
-_METADATA_SECONDS = 2.0
-_RETRY_SECONDS = 0.2
-_LONGEST_MESSAGE = 1 << 20
 
 
 class MeetingError(ValueError):
     """Not every process came, or they are not about to run the same thing."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """The place of this process among all.
+class Processes(NamedTuple):
+    """The place of this process among all."""
 
-    Attributes:
-      coordinator: HOST:PORT of process 0, for jax; the meeting takes the port after it.
-      count: the number of processes.
-      index: the number of this one, from 0.
-      found_in: where this was read, for messages.
-    """
-
-    coordinator: str
+    coordinator: str  # HOST:PORT of process 0, for jax; the meeting takes the port after it
     count: int
-    index: int
-    found_in: str
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise MeetingError(
-                f"process {self.index} of {self.count} ({self.found_in}): count from 0"
-            )
-        host, colon, port = self.coordinator.rpartition(":")
-        if not (host and colon and port.isdecimal() and 0 < int(port) < 65535):
-            raise MeetingError(
-                f"coordinator {self.coordinator!r} ({self.found_in}): write HOST:PORT, a port "
-                "below 65535"
-            )
+    index: int  # from 0
+    found_in: str  # where this was read, for messages
 
     @property
     def meeting_place(self) -> tuple[str, int]:
@@ -79,22 +56,27 @@ def find_processes(
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [name for name, value in given.items() if value is None]
-    if not missing:
-        return Processes(coordinator, count, index, "flags")
-    if len(missing) < len(given):
-        raise MeetingError(f"{', '.join(missing)}: missing; the three belong together")
-    return _from_slurm(os.environ) or _from_tpu(os.environ)
+    if missing:
+        if len(missing) < len(given):
+            raise MeetingError(f"{', '.join(missing)}: missing; the three belong together")
+        return _from_slurm() or _from_tpu()
+    if not 0 <= index < count:
+        raise MeetingError(f"process {index} of {count}: count --process_id from 0")
+    port = re.fullmatch(r".+:(\d+)", coordinator)
+    if not port or not 0 < int(port[1]) < 65535:
+        raise MeetingError(f"--coordinator {coordinator!r}: write HOST:PORT, a port below 65535")
+    return Processes(coordinator, count, index, "flags")
 
 
-def _from_slurm(environment: Mapping[str, str]) -> Processes | None:
+def _from_slurm() -> Processes | None:
     """One process a task of `srun`; a batch script alone, without srun, is no such task."""
-    count = int(environment.get("SLURM_NTASKS", "1"))
-    if count < 2 or "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
+    count = int(os.environ.get("SLURM_NTASKS", "1"))
+    if count < 2 or not {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys():
         return None
     # Jobs that share a node must not share a port.
-    port = DEFAULT_PORT + 2 * (int(environment.get("SLURM_JOB_ID", "0")) % 4096)
-    host = first_host(environment["SLURM_STEP_NODELIST"])
-    return Processes(f"{host}:{port}", count, int(environment["SLURM_PROCID"]), "SLURM")
+    port = DEFAULT_PORT + 2 * (int(os.environ.get("SLURM_JOB_ID", "0")) % 4096)
+    host = first_host(os.environ["SLURM_STEP_NODELIST"])
+    return Processes(f"{host}:{port}", count, int(os.environ["SLURM_PROCID"]), "SLURM")
 
 
 def first_host(nodes: str) -> str:
@@ -102,18 +84,18 @@ def first_host(nodes: str) -> str:
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     if not match:
         raise MeetingError(f"SLURM_STEP_NODELIST {nodes!r} names no host")
-    return "".join(part or "" for part in match.groups())
+    return "".join(match.groups(""))
 
 
-def _from_tpu(environment: Mapping[str, str]) -> Processes | None:
+def _from_tpu() -> Processes | None:
     """The workers of a slice, from what its machines set or their metadata server says."""
-    if "TPU_WORKER_HOSTNAMES" in environment and "TPU_WORKER_ID" in environment:
-        hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
-        number = environment["TPU_WORKER_ID"]
+    if {"TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"} <= os.environ.keys():
+        hosts = os.environ["TPU_WORKER_HOSTNAMES"].split(",")
+        number = os.environ["TPU_WORKER_ID"]
     elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
         # Each endpoint reads NAME:PORT:ADDRESS.
-        endpoints = _metadata("worker-network-endpoints") or ""
-        hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
+        endpoints = _metadata("worker-network-endpoints").split(",")
+        hosts = [endpoint.split(":")[-1] for endpoint in endpoints]
         number = _metadata("agent-worker-number")
     else:
         return None
@@ -128,34 +110,24 @@ def metadata_request(path: str, host: str = METADATA_HOST) -> urllib.request.Req
     return urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
 
 
-def _metadata(name: str) -> str | None:
-    request = metadata_request(f"attributes/{name}")
-    try:
-        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
+def _metadata(name: str) -> str:
+    """Empty where there is no server or no such attribute; urllib's errors are OSErrors."""
+    with contextlib.suppress(OSError):
+        with urllib.request.urlopen(metadata_request(f"attributes/{name}"), timeout=2) as answer:
             return answer.read().decode()
-    except OSError:  # also what urllib raises
-        return None
+    return ""
 
 
-def start(
-    processes: Processes, fingerprints: Mapping[str, str], seconds: float = MEETING_SECONDS
-) -> None:
-    """Meets the other processes and starts jax among them.
-
-    Args:
-      fingerprints: what must be the same everywhere, by name.
-
-    Raises:
-      MeetingError: on every process that takes part, with what is wrong.
-    """
-    meet(processes, fingerprints, seconds)
+def start(processes: Processes, fingerprints: Mapping[str, str]) -> None:
+    """Meets the other processes and starts jax among them; `MeetingError` as `meet`."""
+    meet(processes, fingerprints)
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator_address=processes.coordinator,
         num_processes=processes.count,
         process_id=processes.index,
-        initialization_timeout=int(seconds),
+        initialization_timeout=int(MEETING_SECONDS),
     )
 
 
@@ -164,8 +136,13 @@ def meet(
 ) -> None:
     """Returns once every process has come with the same fingerprints.
 
+    Each of the others sends process 0 one line of JSON and gets one back, with what is wrong.
+
+    Args:
+      fingerprints: what must be the same everywhere, by name.
+
     Raises:
-      MeetingError: someone is missing after `seconds`, came twice, or differs.
+      MeetingError: on every process: someone is missing after `seconds`, or differs.
     """
     attend = _host_meeting if processes.index == 0 else _attend_meeting
     if problem := attend(processes, dict(fingerprints), seconds):
@@ -175,41 +152,36 @@ def meet(
 def _host_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> str | None:
     """Process 0 hears the others and tells them what is wrong, or None."""
     deadline = time.monotonic() + seconds
-    present = {0: fingerprints}
-    with contextlib.ExitStack() as connections:
-        server = connections.enter_context(_listen(processes))
-        guests: list[socket.socket] = []
-        while len(present) < processes.count and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                guests.append(connections.enter_context(server.accept()[0]))
-                guests[-1].settimeout(max(0.01, deadline - time.monotonic()))
-                said = _receive(guests[-1])
-            except (OSError, ValueError):
-                continue  # a port scanner, or a process that died: it is missing
-            if said.get("count") == processes.count:
-                present[said["index"]] = said["fingerprints"]
-        problem = _problem(processes, present, seconds)
-        for guest in guests:
-            with contextlib.suppress(OSError):
-                _send(guest, {"error": problem})
-    return problem
-
-
-def _listen(processes: Processes) -> socket.socket:
-    _, port = processes.meeting_place
+    present, guests = {0: fingerprints}, []
+    port = processes.meeting_place[1]
     try:
-        return socket.create_server(("", port), backlog=processes.count)
+        server = socket.create_server(("", port), backlog=processes.count)
     except OSError as error:
         raise MeetingError(
             f"port {port} of {processes.coordinator} is taken ({error}); another run? choose "
             "another --coordinator port"
         ) from error
+    with contextlib.ExitStack() as connections:
+        connections.enter_context(server)
+        while len(present) < processes.count and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                guests.append(connections.enter_context(server.accept()[0]))
+                guests[-1].settimeout(max(0.01, deadline - time.monotonic()))
+                said = _read(guests[-1])
+                if said["count"] == processes.count:
+                    present[said["index"]] = said["fingerprints"]
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # a port scanner, or a process that died: it is missing
+        problem = _problem(processes, present, seconds)
+        for guest in guests:
+            with contextlib.suppress(OSError):
+                guest.sendall(_line({"error": problem}))
+    return problem
 
 
 def _problem(processes: Processes, present: dict[int, dict], seconds: float) -> str | None:
-    missing = sorted(set(range(processes.count)) - set(present))
-    if missing:
+    if missing := sorted(set(range(processes.count)) - set(present)):
         return (
             f"started on {len(present)} of {processes.count} hosts: missing "
             f"{', '.join(map(str, missing))} after {seconds:.0f} s ({processes.found_in}); see "
@@ -233,31 +205,27 @@ def _attend_meeting(
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with socket.create_connection(processes.meeting_place, 5 * _RETRY_SECONDS) as host:
+            with socket.create_connection(processes.meeting_place, timeout=1) as host:
                 # Process 0 answers at its own deadline: it may have started later than this one.
                 host.settimeout(seconds + 5)
-                _send(host, hello)
-                return _receive(host)["error"]
+                host.sendall(_line(hello))
+                return _read(host)["error"]
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise MeetingError(
                     f"process {processes.index} of {processes.count} found no process 0 at "
                     f"{processes.coordinator} within {seconds:.0f} s ({error}); is it running?"
                 ) from error
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(0.2)
 
 
-def _send(connection: socket.socket, message: dict) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+def _line(message: dict) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
-def _receive(connection: socket.socket) -> dict:
-    """One line that holds a JSON object; ValueError for anything else."""
+def _read(connection: socket.socket) -> dict:
     with connection.makefile("rb") as stream:
-        message = json.loads(stream.readline(_LONGEST_MESSAGE))
-    if not isinstance(message, dict):
-        raise ValueError("no message of ours")
-    return message
+        return json.loads(stream.readline(1 << 20))  # a stranger may send without end
 
 
 def is_first() -> bool:
@@ -265,26 +233,23 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+# `multihost_utils` gives back what it was given where there is one process alone.
+
+
 def agreed(value: bool) -> bool:
     """Process 0's value, on every process."""
-    return value if jax.process_count() == 1 else bool(_everywhere(value)[0])
+    with jax.transfer_guard("allow"):
+        return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def anywhere(value: bool) -> bool:
     """Whether the value is true on any process."""
-    return value if jax.process_count() == 1 else bool(_everywhere(value).any())
-
-
-def _everywhere(value: bool) -> np.ndarray:
-    """The value of every process, bool [processes]."""
     with jax.transfer_guard("allow"):
-        return multihost_utils.process_allgather(np.array([value])).reshape(-1)
+        return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def agreed_numbers(values: Sequence[int]) -> list[int]:
     """Process 0's whole numbers, below 2**31, on every process."""
-    if jax.process_count() == 1:
-        return list(values)
     with jax.transfer_guard("allow"):
         count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
         sent = np.zeros(count, np.int32)

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stablelm_jax.model.parameters import nest
+from stablelm_jax.model.parameters import ParameterSpec, nest
 from stablelm_jax.parallel.mesh import BATCH_AXES
 
 # Tensor parallelism splits heads, feed-forward and vocabulary over `model`; the rest stays whole.
-LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
+LOGICAL_TO_MESH = {
     "batch": BATCH_AXES,
     "vocab": "model",
     "heads": "model",
@@ -31,26 +31,22 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def mesh_axes(logical_axes: Iterable[str | None]) -> PartitionSpec:
-    """The mesh axes of an array whose dims have these logical names (None: not split)."""
-    return PartitionSpec(*(None if a is None else LOGICAL_TO_MESH[a] for a in logical_axes))
+def mesh_axes(logical_axes: Iterable[str]) -> PartitionSpec:
+    """The mesh axes of an array whose dims have these logical names."""
+    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
 
 
-def zero_spec(
-    spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int], *, stacked: bool = False
-) -> PartitionSpec:
-    """`spec` with `data` added to the largest whole dim that it divides; unchanged if none.
+def master_spec(row: ParameterSpec, sizes: Mapping[str, int], zero1: bool) -> PartitionSpec:
+    """Spec of a float32 master weight and its moments on a mesh of these sizes.
 
-    `sizes`: devices along each mesh axis. A stacked parameter keeps its layers together: with FSDP
-    they are gathered one by one.
+    With ZeRO-1 `data` splits the largest dim that is whole and that it divides, if there is one. A
+    stacked parameter keeps its layers together: with FSDP they are gathered one by one.
     """
-    size = sizes["data"]
-    entries = list(spec) + [None] * (len(shape) - len(spec))
-    dims = range(int(stacked), len(shape))
-    whole = [d for d in dims if entries[d] is None and shape[d] % size == 0]
-    if size == 1 or not whole:
-        return PartitionSpec(*entries)
-    entries[max(whole, key=lambda d: shape[d])] = "data"
+    entries = list(mesh_axes(row.axes))
+    dims = range(int(row.stacked), len(row.shape))
+    whole = [d for d in dims if entries[d] is None and row.shape[d] % sizes["data"] == 0]
+    if zero1 and sizes["data"] > 1 and whole:
+        entries[max(whole, key=lambda d: row.shape[d])] = "data"
     return PartitionSpec(*entries)
 
 
@@ -59,39 +55,27 @@ def data_dim(spec: PartitionSpec) -> int | None:
     return next((d for d, axis in enumerate(spec) if axis == "data"), None)
 
 
-def parameter_specs(table: Iterable[Any]) -> dict[str, Any]:
-    """Specs of the compute copy: split over `model` only. `table`: model.parameters' rows."""
+def parameter_specs(table: Iterable[ParameterSpec]) -> dict[str, Any]:
+    """Specs of the compute copy: split over `model` only."""
     return nest({row.name: mesh_axes(row.axes) for row in table})
 
 
-def master_specs(table: Iterable[Any], mesh: Mesh, zero1: bool) -> dict[str, Any]:
-    """Specs of the float32 master weights and of each moment: with ZeRO-1 over `data` too."""
-    specs = {row.name: mesh_axes(row.axes) for row in table}
-    if zero1:
-        specs = {
-            row.name: zero_spec(specs[row.name], row.shape, mesh.shape, stacked=row.stacked)
-            for row in table
-        }
-    return nest(specs)
+def master_specs(table: Iterable[ParameterSpec], mesh: Mesh, zero1: bool) -> dict[str, Any]:
+    """`master_spec` of every parameter."""
+    return nest({row.name: master_spec(row, mesh.shape, zero1) for row in table})
 
 
 def named(mesh: Mesh, specs: Any) -> Any:
     """A tree of specs as a tree of `NamedSharding`."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        specs,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def gathered(params: Any, dtype: Any, shardings: Any) -> Any:
-    """The copy in the compute type, gathered in that type, inside jit: ZeRO-1's one gather.
-
-    Without the barrier and with one microbatch, XLA moves the cast of the stacked layers behind
-    their gather: float32 goes over the wire, twice the bytes.
-    """
+    """The copy in the compute type, gathered in that type, inside jit: ZeRO-1's one gather."""
 
     def gather(p, place):
+        # Without the barrier and with one microbatch, XLA moves the cast of the stacked layers
+        # behind their gather: float32 goes over the wire, twice the bytes.
         cast = jax.lax.optimization_barrier(p.astype(dtype))
         return jax.lax.with_sharding_constraint(cast, place)
 

@@ -22,28 +22,18 @@ class DoesNotFit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What a compiler says of one training step on one device.
-
-    Attributes:
-      mesh: the sizes of its axes. rows: how many a device has in one microbatch.
-      attention: the name of the implementation.
-      seconds: the time of tracing and compiling.
-      argument_bytes: weights, moments and batch, whose memory the results take over.
-      temporary_bytes: everything else at its height.
-      peak_bytes: both together, as the compiler counts them.
-      text: the compiled program.
-    """
+    """What a compiler says of one training step on one device."""
 
     target: Target
-    mesh: dict[str, int]
-    rows: int
-    attention: str
-    seconds: float
-    argument_bytes: int
-    temporary_bytes: int
-    peak_bytes: int
+    mesh: dict[str, int]  # size of each axis
+    rows: int  # of a device in one microbatch
+    attention: str  # name of the implementation
+    seconds: float  # to trace and compile
+    argument_bytes: int  # weights, moments and batch; the results take over their memory
+    temporary_bytes: int  # everything else at its height
+    peak_bytes: int  # both together, as the compiler counts them
     collectives: list[Collective]
-    text: str = dataclasses.field(default="", repr=False)
+    text: str = dataclasses.field(default="", repr=False)  # the compiled program
 
     @property
     def available_bytes(self) -> int:
@@ -62,8 +52,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
     sizes = config_lib.validate_mesh(config, len(devices))
     mesh = make_mesh(**sizes, devices=devices)
     started = time.monotonic()
-    num_sources = len(config_lib.mixture_weights(config))
-    lowered = lower_step(config, mesh, num_sources)
+    lowered = lower_step(config, mesh, len(config_lib.mixture_weights(config)))
     try:
         compiled = lowered.compile()
     except Exception as error:  # jaxlib's XlaRuntimeError, which is a plain RuntimeError

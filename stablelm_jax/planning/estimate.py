@@ -1,4 +1,4 @@
-"""A step's time, and the least that it must send and hold, from the shapes alone.
+"""How a step is divided, its time, and the least that it must send and hold: from shapes alone.
 
 The time is a roofline (Williams et al. 2009) at the data sheet's rates: matrix products at the
 chip's peak or at the speed their weights are read, whichever is slower; all other work at the speed
@@ -8,12 +8,20 @@ slower than its data sheet, so a real step takes longer. Good for comparing, not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from stablelm_jax import config as config_lib
 from stablelm_jax.kernels.cross_entropy import ROWS
+from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.flops import flops_per_token
-from stablelm_jax.planning.layout import Layout
+from stablelm_jax.model.parameters import ParameterSpec, parameter_table
+from stablelm_jax.parallel.sharding import mesh_axes
 from stablelm_jax.planning.program import Collective
 from stablelm_jax.planning.targets import Target
 
@@ -40,8 +48,82 @@ _UPDATE_BYTES, _ACCUMULATE_BYTES, _STATE_BYTES = 34, 12, 12
 _PROJECTS_AGAIN = ("full", "attention")  # remat that runs the layers' projections twice
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One step of a run on a mesh of replica x data x model devices."""
+
+    sizes: ModelConfig
+    sequence_length: int
+    rows: int  # of one device in one microbatch; the devices along `model` share them
+    accumulation: int
+    data: int
+    model: int
+    remat: str
+    zero1: bool
+    fsdp: bool
+    dtype_bytes: int  # of a value in the compute type
+    reduce_bytes: int  # of a gradient's value on its way to another device
+    replica: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one device in one microbatch."""
+        return self.rows * self.sequence_length
+
+    @property
+    def layer_parameters(self) -> int:
+        """As `parameters`, those of the layers alone."""
+        return self._count(row for row in parameter_table(self.sizes) if row.stacked)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; of those that `model` splits, one device's part."""
+        return self._count(parameter_table(self.sizes))
+
+    @property
+    def master_parameters(self) -> float:
+        """Parameters that a device holds in float32, with two moments of each."""
+        return self.parameters / (self.data if self.zero1 else 1)
+
+    def _count(self, rows: Iterable[ParameterSpec]) -> int:
+        return sum(r.count // (self.model if "model" in mesh_axes(r.axes) else 1) for r in rows)
+
+
+def layout_of(config: ConfigDict, num_devices: int) -> Layout:
+    """The layout of `config` on that many devices; `ConfigError` where it does not fit them."""
+    mesh = config_lib.validate_mesh(config, num_devices)
+    parallel, training = config.parallel, config.training
+    dtype_bytes = jnp.dtype(training.dtype).itemsize
+    batch_parts = mesh["replica"] * mesh["data"] * training.accumulation
+    return Layout(
+        sizes=config_lib.model_config(config),
+        sequence_length=config.data.sequence_length,
+        rows=config.data.batch_size // batch_parts,
+        accumulation=training.accumulation,
+        remat=training.remat,
+        zero1=parallel.zero1,
+        fsdp=parallel.fsdp,
+        dtype_bytes=dtype_bytes,
+        reduce_bytes=4 if parallel.float32_reduce else dtype_bytes,
+        **mesh,
+    )
+
+
+def divided(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config` with other values at some of its dotted keys."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        config_lib.set_value(config, key, value)
+    return config
+
+
+def mode_text(split: Layout | ConfigDict) -> str:
+    """How weights and moments are split over `data`, by a layout or by the group `parallel`."""
+    return "FSDP" if split.fsdp else "ZeRO-1" if split.zero1 else "whole"
+
+
 class StepTime(NamedTuple):
-    """Seconds of one step by part, which add up; the module's text says what they leave out."""
+    """Seconds of one step by part, which add up."""
 
     matrices: float
     memory: float
@@ -80,8 +162,7 @@ def matrix_flops(layout: Layout) -> float:
     """Operations of one device in one microbatch, what backward computes again included.
 
     Attention is counted causal and as a fused kernel. Remat 'full' runs the layers' forward pass
-    again, 'attention' all of it but that kernel, 'dots' no matrix product; the head is never run
-    again.
+    again, 'attention' all of it but that kernel, 'dots' no matrix product; the head runs once.
     """
     parts = flops_per_token(layout.sizes, layout.sequence_length)
     again = 1 if layout.remat in _PROJECTS_AGAIN else 0
@@ -112,7 +193,7 @@ def logit_bytes(layout: Layout) -> float:
 
 
 def update_bytes(layout: Layout) -> float:
-    """Traffic of a step's update: clipping, AdamW and the copy in the compute type."""
+    """Traffic of clipping, AdamW and the copy in the compute type, once a step."""
     return _UPDATE_BYTES * layout.master_parameters
 
 

@@ -6,6 +6,7 @@ runs as often as the loop turns, so computations are walked from the entry with 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -26,23 +27,14 @@ _CALLED = re.compile(r"\b(?:body|calls|to_apply|async_execution_thread_body)=%?(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of communication of a step.
+    """One kind of communication of a step."""
 
-    Attributes:
-      kind: one of `KINDS`.
-      axis: the mesh axis, or several as in 'data+model'; 'other' for groups that are no axes.
-      dtype: as the program spells it.
-      size: bytes of the whole array, summed over `count` runs.
-      devices: how many take part in each run.
-      count: how often it runs in a step; once, where a loop's turns cannot be read.
-    """
-
-    kind: str
-    axis: str
-    dtype: str
-    size: int
-    devices: int
-    count: int
+    kind: str  # one of KINDS
+    axis: str  # of the mesh, or several as in 'data+model'; 'other' for groups that are no axes
+    dtype: str  # as the program spells it
+    size: int  # bytes of the whole array, summed over `count` runs
+    devices: int  # how many take part in each run
+    count: int  # runs in a step; once, where a loop's turns cannot be read
 
     @property
     def sent(self) -> int:
@@ -87,20 +79,18 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
       text: `compiled.as_text()`.
       mesh: sizes of the mesh axes by name, outermost first.
     """
-    total: dict[tuple[str, str, str, int], list[int]] = {}
+    sizes, counts = collections.Counter(), collections.Counter()
     for _, instruction, times in walk(*computations_of(text), lambda i: i.kind is not None):
         axis, devices = _axis(instruction.rest, mesh)
         if devices == 1 and instruction.kind != "collective-permute":
             continue
         for dtype, size in _payload(instruction).items():
-            sums = total.setdefault((instruction.kind, axis, dtype, devices), [0, 0])
-            sums[0] += size * times
-            sums[1] += times
-    found = (
-        Collective(kind, axis, dtype, size, devices, count)
-        for (kind, axis, dtype, devices), (size, count) in total.items()
-    )
-    return sorted(found, key=lambda collective: -collective.size)
+            sizes[instruction.kind, axis, dtype, devices] += size * times
+            counts[instruction.kind, axis, dtype, devices] += times
+    return [
+        Collective(kind, axis, dtype, size, devices, counts[kind, axis, dtype, devices])
+        for (kind, axis, dtype, devices), size in sizes.most_common()
+    ]
 
 
 def computations_of(text: str) -> tuple[Computations, str]:
@@ -170,9 +160,9 @@ def _payload(instruction: Instruction) -> dict[str, int]:
     elif instruction.kind == "reduce-scatter":  # the type is that of the part that stays
         devices = _groups(instruction.rest).shape[1]
         shapes = [(dtype, size * devices) for dtype, size in shapes]
-    totals: dict[str, int] = {}
+    totals = collections.Counter()
     for dtype, size in shapes:
-        totals[dtype] = totals.get(dtype, 0) + size
+        totals[dtype] += size
     return totals
 
 

@@ -20,7 +20,7 @@ from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
-from stablelm_jax.planning.layout import mode_text
+from stablelm_jax.planning.estimate import mode_text
 from stablelm_jax.planning.targets import Target, parse_target
 from stablelm_jax.storage.remote import as_path
 
@@ -41,12 +41,10 @@ def plan(config: ConfigDict, target: Target | None, **assumed: float | None) -> 
     console = Console(width=None if sys.stdout.isatty() else 120)
     parallel = config.parallel
     fewest_devices = parallel.replica * max(parallel.data, 1) * parallel.model
-    num_devices = target.num_devices if target else fewest_devices
-    sizes = config_lib.validate_mesh(config, num_devices)
-    console.print(_parameters(config, sizes))
-    console.print(_flops(config))
-    console.print(_tokens(config))
-    console.print(_storage(config, target))
+    sizes = config_lib.validate_mesh(config, target.num_devices if target else fewest_devices)
+    for part in (_parameters(config, sizes), _flops(config), _tokens(config)):
+        console.print(part)
+    console.print(_checkpoints(config, target))
     if target is None:
         console.print("no --target: memory, communication, time and cost were left out")
         return
@@ -109,9 +107,8 @@ def _parameters(config: ConfigDict, sizes: Mapping[str, int]) -> Table:
         return ", ".join(parts) or "-"
 
     for row in parameter_table(config_lib.model_config(config)):
-        copy = master = sharding.mesh_axes(row.axes)
-        if parallel.zero1:
-            master = sharding.zero_spec(copy, row.shape, sizes, stacked=row.stacked)
+        copy = sharding.mesh_axes(row.axes)
+        master = sharding.master_spec(row, sizes, parallel.zero1)
         places = split(master, row.axes), split(master if parallel.fsdp else copy, row.axes)
         parts = math.prod(sizes[axis] for axis in master if axis)
         size = row.count * _FLOAT32_BYTES / parts / 2**20
@@ -127,38 +124,27 @@ def _flops(config: ConfigDict) -> Table:
     model, length = config_lib.model_config(config), config.data.sequence_length
     full, causal = (train_flops_per_token(model, length, causal=c) for c in (False, True))
     parts = {name: 3 * forward for name, forward in flops_per_token(model, length).items()}
-    counted = {"mfu counts (full attention)": full, "mfu_causal counts": causal}
-
-    def row(name: str, flops: float) -> tuple[str, ...]:
-        return name, f"{flops / 1e9:,.3f}", f"{flops / full:.1%}"
-
-    rows = [*(row(*part) for part in parts.items()), (), *(row(*sum_) for sum_ in counted.items())]
+    parts |= {"mfu counts (full attention)": full, "mfu_causal counts": causal}
+    rows = [(name, f"{flops / 1e9:,.3f}", f"{flops / full:.1%}") for name, flops in parts.items()]
+    rows.insert(-2, ())
     title = f"training FLOPs a token, {length} tokens a row"
     return table(title, ("part", "forward and backward, G", "share"), rows)
 
 
 def _tokens(config: ConfigDict) -> Table:
     tokens = config.training.num_steps * config_lib.tokens_per_step(config)
-    weights, held = config_lib.mixture_weights(config), _prepared_tokens(config)
-    rows = []
+    weights, rows = config_lib.mixture_weights(config), []
     for name, weight in weights.items():
-        share = weight / sum(weights.values())
-        epochs = f"{share * tokens / held[name]:.3g}" if name in held else "not prepared here"
+        share, epochs = weight / sum(weights.values()), "not prepared here"
+        with contextlib.suppress(ManifestMissing):
+            prepared = read_manifest(as_path(config.data.root) / name).train.tokens
+            epochs = f"{share * tokens / prepared:.3g}"
         rows.append((name, f"{share:.4f}", f"{share * tokens:,.0f}", epochs))
     title = f"{tokens:,} tokens in {config.training.num_steps:,} steps"
     return table(title, ("source", "weight", "tokens", "epochs"), rows)
 
 
-def _prepared_tokens(config: ConfigDict) -> dict[str, int]:
-    """Tokens of the sources that are prepared in `data.root`: a plan needs none of them."""
-    found = {}
-    for name in config_lib.mixture_weights(config):
-        with contextlib.suppress(ManifestMissing):
-            found[name] = read_manifest(as_path(config.data.root) / name).train.tokens
-    return found
-
-
-def _storage(config: ConfigDict, target: Target | None) -> Table:
+def _checkpoints(config: ConfigDict, target: Target | None) -> Table:
     parameters = parameter_table(config_lib.model_config(config))
     saved = 3 * _FLOAT32_BYTES * sum(row.count for row in parameters)
     rows = [
@@ -177,7 +163,7 @@ def run_cost(
     """Time, energy and emissions of a whole run.
 
     Args:
-      mfu: utilisation of the peak by the model's FLOPs with full attention.
+      mfu: share of the peak that the model's FLOPs use, with full attention.
       watts: mean power of one device with its share of the host, before cooling.
       price: dollars a device-hour.
     """
@@ -200,17 +186,17 @@ def run_cost(
         rows.append(("energy", "give --watts: no figure for this chip"))
     else:
         kind = "the data sheet's limit" if watts is None else "given"
-        energy = device_hours * power * POWER_USAGE_EFFECTIVENESS / 1e6  # MWh
+        kwh = device_hours * power * POWER_USAGE_EFFECTIVENESS / 1e3
         name = f"energy at {power:g} W ({kind}), PUE {POWER_USAGE_EFFECTIVENESS}"
-        rows.append((name, _amount(energy, "MWh", "kWh")))
-        emissions = _amount(energy * KG_CO2_PER_KWH, "t", "kg")
+        rows.append((name, _amount(kwh, "kWh", "MWh")))
+        emissions = _amount(kwh * KG_CO2_PER_KWH, "kg", "t")
         rows.append((f"emissions at {KG_CO2_PER_KWH} kg CO2e a kWh", emissions))
     title = f"the whole run on {target} at an MFU of {mfu:.1%} (full attention)"
     return table(title, ("what", ""), rows)
 
 
-def _amount(value: float, unit: str, thousandth: str) -> str:
-    return f"{value:,.1f} {unit}" if value >= 1 else f"{1000 * value:,.1f} {thousandth}"
+def _amount(value: float, unit: str, thousand: str) -> str:
+    return f"{value:,.1f} {unit}" if value < 1000 else f"{value / 1000:,.1f} {thousand}"
 
 
 def _memory(config: ConfigDict, step: CompiledStep) -> Table:
@@ -219,14 +205,14 @@ def _memory(config: ConfigDict, step: CompiledStep) -> Table:
         f"{step.rows} rows of {config.data.sequence_length} in each of {training.accumulation} "
         f"microbatches, remat {training.remat}, attention {step.attention}"
     )
-    sizes = {
-        "weights, moments, batch": step.argument_bytes,
-        "temporaries": step.temporary_bytes,
-        "peak": step.peak_bytes,
-        "available": step.available_bytes,
-    }
-    rows = [(what, ""), *((name, f"{size / _GIB:.2f}") for name, size in sizes.items())]
-    rows.append((f"compiled in {step.seconds:.0f} s", ""))
+    rows = [
+        (what, ""),
+        ("weights, moments, batch", f"{step.argument_bytes / _GIB:.2f}"),
+        ("temporaries", f"{step.temporary_bytes / _GIB:.2f}"),
+        ("peak", f"{step.peak_bytes / _GIB:.2f}"),
+        ("available", f"{step.available_bytes / _GIB:.2f}"),
+        (f"compiled in {step.seconds:.0f} s", ""),
+    ]
     return table(f"memory of a device of {step.target}, by its compiler", ("what", "GiB"), rows)
 
 

@@ -25,8 +25,16 @@ from rich.table import Table
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
-from stablelm_jax.planning.estimate import FORMULA, StepTime, least_bytes, step_time
-from stablelm_jax.planning.layout import Layout, divided, layout_of, mode_text
+from stablelm_jax.planning.estimate import (
+    FORMULA,
+    Layout,
+    StepTime,
+    divided,
+    layout_of,
+    least_bytes,
+    mode_text,
+    step_time,
+)
 from stablelm_jax.planning.report import table
 from stablelm_jax.planning.targets import Target
 
@@ -40,18 +48,12 @@ Compile = Callable[[ConfigDict, Target], CompiledStep]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to divide a step, and what compiling it gave: a step that fits, or the problem.
+    """One way to divide a step, and what compiling it gave: a step that fits, or the problem."""
 
-    Attributes:
-      settings: config key -> value.
-      needed: the bytes that a device needs at least.
-      time: the estimate, of the shapes alone until the step is compiled.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # config key -> value
     layout: Layout
-    needed: float
-    time: StepTime
+    needed: float  # bytes of a device, at least
+    time: StepTime  # estimated, from the shapes alone until the step is compiled
     step: CompiledStep | None = None
     problem: Exception | None = None
 
@@ -71,25 +73,15 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
         f"{len(ordered)} ways to divide a step on {target}; {hopeless} need more than its "
         f"{available} by their shapes alone. Ctrl-C ranks what is done."
     )
-    compiler = ThreadPoolExecutor(1)
-
-    def compile_aside(config: ConfigDict, target: Target) -> CompiledStep:
-        """In a thread: a compiler at work in this one, or a wait without end, hears no Ctrl-C."""
-        compiled = compiler.submit(compile_one, config, target)
-        while not compiled.done():
-            wait([compiled], timeout=0.2)
-        return compiled.result()
-
     tried, interrupted = [], False
     try:
         with console.status("compiling, the most promising first"):
-            for candidate in search(config, target, ordered, compile_aside):
+            for candidate in search(config, target, ordered, _aside(compile_one)):
                 tried.append(candidate)
                 console.print(_line(len(tried), candidate), soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         interrupted = True
-    ranked = sorted((c for c in tried if c.step), key=lambda c: sum(c.time))
-    if ranked:
+    if ranked := sorted((c for c in tried if c.step), key=lambda c: sum(c.time)):
         console.print(_ranking(config, target, ranked))
         console.print("the best by this estimate:")
         console.print(overrides(ranked[0]), soft_wrap=True, highlight=False)
@@ -101,12 +93,23 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
             f"needs at least {least:.1f} of {available} by its shapes alone; use more devices, a "
             f"chip with more memory or a shorter data.sequence_length{last}"
         )
-    if interrupted:
-        print(
-            f"interrupted: {len(tried)} compiled, the ranking is of those that fit among them",
-            file=sys.stderr,
-        )
-    return INTERRUPTED if interrupted else 0
+    if not interrupted:
+        return 0
+    print(f"interrupted: {len(tried)} compiled; ranked are those that fit", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _aside(compile_one: Compile) -> Compile:
+    """In a thread: a compiler at work in this one, or a wait without end, hears no Ctrl-C."""
+    compiler = ThreadPoolExecutor(1)
+
+    def compile_aside(config: ConfigDict, target: Target) -> CompiledStep:
+        compiled = compiler.submit(compile_one, config, target)
+        while not compiled.done():
+            wait([compiled], timeout=0.2)
+        return compiled.result()
+
+    return compile_aside
 
 
 def candidates(config: ConfigDict, target: Target) -> list[Candidate]:
@@ -132,9 +135,9 @@ def _all_settings(config: ConfigDict, target: Target) -> Iterator[dict[str, Any]
     replica, batch_size = config.parallel.replica, config.data.batch_size
     fit_data = {} if config.parallel.data == -1 else {"parallel.data": -1}
     per_host = target.num_devices // target.num_hosts
-    sizes = [config.model[name] for name in ("num_heads", "num_kv_heads", "feed_forward_width")]
-    sizes += [config.model.vocab_size, per_host]  # `model` divides them all, and stays in a host
-    for model in range(1, per_host + 1):
+    split = ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size")
+    for model in range(1, per_host + 1):  # it stays in a host
+        sizes = (per_host, *(config.model[name] for name in split))
         if any(size % model for size in sizes) or target.num_devices % (model * replica):
             continue
         batch_parts = rows = target.num_devices // model
@@ -157,9 +160,8 @@ def search(
     """Compiles candidates in turn, leaving out what the module's text says."""
     tried: list[Candidate] = []
     for candidate in ordered:
-        if candidate.needed > target.available_bytes:
-            continue
-        if any(_rules_out(other, candidate) for other in tried):
+        hopeless = candidate.needed > target.available_bytes
+        if hopeless or any(_rules_out(other, candidate) for other in tried):
             continue
         try:
             step = compile_one(divided(config, candidate.settings), target)
@@ -190,24 +192,25 @@ def overrides(candidate: Candidate) -> str:
 
 def _line(number: int, candidate: Candidate) -> str:
     layout, step = candidate.layout, candidate.step
-    text = (
-        f"{number:3}  model {layout.model}  {mode_text(layout):6}  remat {layout.remat:4}  "
-        f"{layout.rows:3} rows x {layout.accumulation:<4}"
-    )
     if step is None:
-        return f"{text}  {str(candidate.problem).splitlines()[0].split('; use more')[0][:200]}"
+        result = str(candidate.problem).splitlines()[0].split("; use more")[0][:200]
+    else:
+        result = (
+            f"{step.peak_bytes / _GIB:6.1f} of {step.available_bytes / _GIB:.1f} GiB  "
+            f"{sum(candidate.time):8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
+        )
     return (
-        f"{text}  {step.peak_bytes / _GIB:6.1f} of {step.available_bytes / _GIB:.1f} GiB  "
-        f"{sum(candidate.time):8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
+        f"{number:3}  model {layout.model}  {mode_text(layout):6}  remat {layout.remat:4}  "
+        f"{layout.rows:3} rows x {layout.accumulation:<4}  {result}"
     )
 
 
 def _ranking(config: ConfigDict, target: Target, ranked: Sequence[Candidate]) -> Table:
-    tokens, peak = config_lib.tokens_per_step(config), target.num_devices * target.peak_flops
-    rows = []
+    model, length = ranked[0].layout.sizes, ranked[0].layout.sequence_length
+    flops = train_flops_per_token(model, length, causal=False) * config_lib.tokens_per_step(config)
+    peak, rows = target.num_devices * target.peak_flops, []
     for candidate in ranked:
         layout, time, step = candidate.layout, candidate.time, candidate.step
-        flops = tokens * train_flops_per_token(layout.sizes, layout.sequence_length, causal=False)
         sent = sum(found.sent for found in step.collectives)
         how = (layout.model, mode_text(layout), layout.rows, layout.accumulation, layout.remat)
         bytes_ = (f"{step.peak_bytes / _GIB:.1f}", f"{sent / 1e9:.2f}")

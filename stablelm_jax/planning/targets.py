@@ -19,15 +19,12 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from stablelm_jax.parallel.chips import peak_of_kind
+from stablelm_jax.config import ConfigError
+from stablelm_jax.parallel.chips import peak_flops
 
 # A GPU shares its memory with the driver's context and the buffers of NCCL.
 _GPU_SHARE_OF_MEMORY = 0.94
 _GIB = 2**30
-
-
-class TargetError(ValueError):
-    """No such target; the message says which there are."""
 
 
 class CompilerError(ValueError):
@@ -36,15 +33,11 @@ class CompilerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A number of chips of one kind.
+    """A number of chips of one kind."""
 
-    Attributes:
-      chip: key of chips.json. shape: the slice's dims (TPU), or hosts x GPUs of a host.
-      facts: the chip's row of chips.json.
-    """
-
-    chip: str
-    shape: tuple[int, ...]
+    chip: str  # key of chips.json
+    shape: tuple[int, ...]  # dims of the slice (TPU), or hosts x GPUs of a host
+    # the chip's row of chips.json
     facts: dict[str, Any] = dataclasses.field(hash=False, compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -63,7 +56,7 @@ class Target:
     @property
     def peak_flops(self) -> float:
         """Dense bfloat16 FLOP/s of one device."""
-        return peak_of_kind(self.facts["name"])
+        return peak_flops(self.facts["name"])
 
     @property
     def available_bytes(self) -> int:
@@ -72,11 +65,7 @@ class Target:
         return int(self.facts["memory_gib"] * _GIB * share)
 
     def devices(self) -> Sequence[jax.Device]:
-        """Descriptions of the devices, to compile for.
-
-        Raises:
-          CompilerError: the compiler is not installed, or it knows no such slice.
-        """
+        """Descriptions of the devices, to compile for; `CompilerError` where there are none."""
         make = _gpu_topology if self.facts["kind"] == "gpu" else _tpu_topology
         try:
             return list(make(self).devices)
@@ -94,20 +83,16 @@ def chips() -> dict[str, dict[str, Any]]:
 
 
 def parse_target(text: str) -> Target:
-    """The target of that name.
-
-    Raises:
-      TargetError: an unknown chip, or a shape that it cannot have.
-    """
+    """The target of that name; `ConfigError` for an unknown chip or a shape it cannot have."""
     chip, _, shape = text.partition(":")
     if chip not in chips():
-        raise TargetError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
+        raise ConfigError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
     facts = chips()[chip]
     dims = 2 if facts["kind"] == "gpu" else facts["dims"]
     numbers = shape.split("x")
     if len(numbers) != dims or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         example = "64x8 for 64 hosts of 8 GPUs" if facts["kind"] == "gpu" else "x".join("4" * dims)
-        raise TargetError(f"--target {text}: {chip} needs {dims} sizes, as in {chip}:{example}")
+        raise ConfigError(f"--target {text}: {chip} needs {dims} sizes, as in {chip}:{example}")
     return Target(chip, tuple(map(int, numbers)), facts)
 
 

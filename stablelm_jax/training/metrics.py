@@ -152,7 +152,7 @@ class Meter:
         spec, steps = self._run.spec, self.steps
         rate = steps * spec.batch_size * spec.sequence_length / self.seconds
         per_device = rate / jax.device_count()
-        peak = peak_flops(jax.devices()[0])
+        peak = peak_flops(jax.devices()[0].device_kind)
 
         def mfu(causal: bool) -> float | None:
             flops = train_flops_per_token(self._run.model, spec.sequence_length, causal=causal)

@@ -1,10 +1,8 @@
 """The peak that MFU is measured by, for names as jax gives them."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from stablelm_jax.parallel.chips import PEAK_TFLOPS, peak_flops
+from stablelm_jax.parallel.chips import PEAKS, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -31,7 +29,7 @@ from stablelm_jax.parallel.chips import PEAK_TFLOPS, peak_flops
     ],
 )
 def test_a_device_has_the_dense_bfloat16_rate_of_its_data_sheet(kind, tflops):
-    assert peak_flops(SimpleNamespace(device_kind=kind)) == tflops * 1e12
+    assert peak_flops(kind) == tflops * 1e12
 
 
 @pytest.mark.parametrize(
@@ -48,8 +46,8 @@ def test_a_device_has_the_dense_bfloat16_rate_of_its_data_sheet(kind, tflops):
     ],
 )
 def test_what_is_not_in_the_table_has_no_peak_rather_than_that_of_a_chip_with_a_similar_name(kind):
-    assert peak_flops(SimpleNamespace(device_kind=kind)) is None
+    assert peak_flops(kind) is None
 
 
 def test_every_peak_names_its_source():
-    assert all(peak > 0 and source for peak, source in PEAK_TFLOPS.values())
+    assert all(peak["tflops"] > 0 and peak["source"] for peak in PEAKS.values())

@@ -4,13 +4,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from stablelm_jax.model.config import STABLELM_2_1_6B
-from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.parameters import ParameterSpec, parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
 
 
 def leaves(specs):
-    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.leaves(specs)
 
 
 def test_every_logical_axis_of_the_parameter_table_has_a_rule():
@@ -26,16 +26,25 @@ def test_heads_feed_forward_and_vocabulary_are_split_over_model_and_width_is_who
     assert specs["final_norm"]["scale"] == P(None)
 
 
-def test_zero1_splits_the_largest_whole_dim_that_divides():
-    mesh = make_mesh(4, 2)
-    assert sharding.zero_spec(P(None, "model"), (8, 16), mesh.shape) == P("data", "model")
-    assert sharding.zero_spec(P(None, None), (8, 16), mesh.shape) == P(None, "data")
-    assert sharding.zero_spec(P(None, None), (8, 18), mesh.shape) == P("data", None)
-    assert sharding.zero_spec(P(None), (7,), mesh.shape) == P(None)
+@pytest.mark.parametrize(
+    "shape, axes, spec",
+    [
+        ((8, 16), ("width", "heads"), P("data", "model")),
+        ((8, 16), ("width", "head_size"), P(None, "data")),
+        ((8, 18), ("width", "head_size"), P("data", None)),
+        ((8, 4, 6), ("layers", "width", "head_size"), P(None, "data", None)),
+        ((7,), ("width",), P(None)),
+    ],
+)
+def test_zero1_splits_the_largest_whole_dim_that_divides_and_never_layers(shape, axes, spec):
+    row = ParameterSpec("p", shape, "ones", False, axes)
+    assert sharding.master_spec(row, make_mesh(4, 2).shape, zero1=True) == spec
+    assert sharding.master_spec(row, make_mesh(4, 2).shape, zero1=False) == sharding.mesh_axes(axes)
 
 
 def test_zero1_on_one_replica_changes_nothing():
-    assert sharding.zero_spec(P(None, "model"), (8, 16), make_mesh(1, 8).shape) == P(None, "model")
+    row = ParameterSpec("p", (8, 16), "ones", False, ("width", "heads"))
+    assert sharding.master_spec(row, make_mesh(1, 8).shape, zero1=True) == P(None, "model")
 
 
 def test_every_large_master_weight_of_the_1_6b_is_split_over_512_replicas():

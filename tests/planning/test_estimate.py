@@ -7,8 +7,13 @@ import pytest
 from stablelm_jax import config as config_lib
 from stablelm_jax import configs_folder
 from stablelm_jax.model.flops import train_flops_per_token
-from stablelm_jax.planning.estimate import least_bytes, link_bandwidth, matrix_flops, step_time
-from stablelm_jax.planning.layout import layout_of
+from stablelm_jax.planning.estimate import (
+    layout_of,
+    least_bytes,
+    link_bandwidth,
+    matrix_flops,
+    step_time,
+)
 from stablelm_jax.planning.program import Collective
 from stablelm_jax.planning.targets import chips, parse_target
 

@@ -6,8 +6,7 @@ import pytest
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters
-from stablelm_jax.planning.estimate import least_sent
-from stablelm_jax.planning.layout import Layout
+from stablelm_jax.planning.estimate import Layout, least_sent
 
 SIZES = ModelConfig(
     vocab_size=1000,

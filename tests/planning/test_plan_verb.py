@@ -124,13 +124,21 @@ def test_all_gives_a_line_for_each_launch_config_and_1_where_one_does_not_fit(mo
     assert said.err.splitlines()[-1] == "error: 1 launch configs do not compile or do not fit"
 
 
-def test_tokens_of_data_behind_a_url_are_counted_and_what_is_missing_is_left_out(tmp_path):
+def test_tokens_of_data_behind_a_url_are_counted_and_what_is_missing_is_said(tmp_path, capsys):
     root = write_data(tmp_path / "sources")
     fsspec.filesystem("memory").put(f"{root}/", "/plan_data/", recursive=True)
     config = tiny_config(root, **{"data.root": "memory://plan_data"})
     config.data.weights["absent"] = 1.0
-    held = {name: read_manifest(root / name).train.tokens for name in SOURCES}
-    assert report._prepared_tokens(config) == held
+    report.plan(config, None)
+    said = capsys.readouterr().out
+    cells = (line.split("│") for line in said.splitlines())
+    epochs = {row[1].strip(): row[4].strip() for row in cells if len(row) == 6}
+    tokens = config_lib.tokens_per_step(config) * config.training.num_steps
+    weights = config_lib.mixture_weights(config)
+    for name in SOURCES:
+        share = tokens * weights[name] / sum(weights.values())
+        assert epochs[name] == f"{share / read_manifest(root / name).train.tokens:.3g}"
+    assert epochs["absent"] == "not prepared here"
 
 
 def test_without_the_compiler_it_names_the_extra_after_all_the_rest():

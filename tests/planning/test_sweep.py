@@ -18,7 +18,7 @@ import pytest
 from stablelm_jax import config as config_lib
 from stablelm_jax import configs_folder
 from stablelm_jax.planning.compile import CompiledStep, DoesNotFit
-from stablelm_jax.planning.layout import divided
+from stablelm_jax.planning.estimate import divided
 from stablelm_jax.planning.sweep import INTERRUPTED, candidates, overrides, search, sweep
 from stablelm_jax.planning.targets import parse_target
 
