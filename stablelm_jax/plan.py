@@ -44,7 +44,7 @@ def _plan(argv: Sequence[str]) -> int:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
     from stablelm_jax.planning.sweep import INTERRUPTED, sweep
-    from stablelm_jax.planning.targets import parse_target
+    from stablelm_jax.planning.targets import TargetError, parse_target
 
     _check_together(given)
     if given.all:
@@ -53,6 +53,9 @@ def _plan(argv: Sequence[str]) -> int:
     name = given.target or config.parallel.target
     try:
         target = parse_target(name) if name else None
+    except TargetError as error:
+        raise config_lib.ConfigError(str(error)) from error
+    try:
         if not given.sweep:
             report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
             return 0

@@ -180,7 +180,8 @@ def imported_by(folder):
                 continue
             found |= {name.split(".")[0]: path for name in names}
     installed = importlib.metadata.packages_distributions()
-    ours = {path.stem for top in ("", "tests", "benchmarks") for path in (ROOT / top).iterdir()}
+    tops = ("", "tests", "benchmarks", "launch/corpora")
+    ours = {path.stem for top in tops for path in (ROOT / top).iterdir()}
     return {
         canonicalize_name(DISTRIBUTIONS.get(name) or installed.get(name, [name])[0]): path
         for name, path in found.items()

@@ -21,14 +21,13 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
 from stablelm_jax.planning.estimate import mode_text
-from stablelm_jax.planning.targets import Target, parse_target
+from stablelm_jax.planning.targets import GIB, Target, parse_target
 from stablelm_jax.storage.remote import as_path
 
 # The report's own assumptions for Stable LM 2 1.6B (arXiv 2402.17834, section on emissions).
 POWER_USAGE_EFFECTIVENESS = 1.1
 KG_CO2_PER_KWH = 0.385  # mean of the US grid
 
-_GIB = 2**30
 _FLOAT32_BYTES = 4
 
 
@@ -70,7 +69,7 @@ def plan_all() -> int:
             console.print(f"[red]{path.stem}: {error}[/red]", soft_wrap=True)
             continue
         mesh, mode = mesh_text(step.mesh, names=False), mode_text(config.parallel)
-        memory = (f"{size / _GIB:.1f}" for size in (step.peak_bytes, step.available_bytes))
+        memory = (f"{size / GIB:.1f}" for size in (step.peak_bytes, step.available_bytes))
         sent = f"{sum(c.sent for c in step.collectives) / 1e9:.2f} GB"
         how = (mesh, step.rows, config.training.remat, step.attention, mode)
         rows.append((path.stem, step.target, *how, *memory, sent, f"{step.seconds:.0f}"))
@@ -207,10 +206,10 @@ def _memory(config: ConfigDict, step: CompiledStep) -> Table:
     )
     rows = [
         (what, ""),
-        ("weights, moments, batch", f"{step.argument_bytes / _GIB:.2f}"),
-        ("temporaries", f"{step.temporary_bytes / _GIB:.2f}"),
-        ("peak", f"{step.peak_bytes / _GIB:.2f}"),
-        ("available", f"{step.available_bytes / _GIB:.2f}"),
+        ("weights, moments, batch", f"{step.argument_bytes / GIB:.2f}"),
+        ("temporaries", f"{step.temporary_bytes / GIB:.2f}"),
+        ("peak", f"{step.peak_bytes / GIB:.2f}"),
+        ("available", f"{step.available_bytes / GIB:.2f}"),
         (f"compiled in {step.seconds:.0f} s", ""),
     ]
     return table(f"memory of a device of {step.target}, by its compiler", ("what", "GiB"), rows)

@@ -36,12 +36,11 @@ from stablelm_jax.planning.estimate import (
     step_time,
 )
 from stablelm_jax.planning.report import table
-from stablelm_jax.planning.targets import Target
+from stablelm_jax.planning.targets import GIB, Target
 
 INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
 _REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
 _SLACK = 1.5  # estimates may err, but hardly by that much against each other
-_GIB = 2**30
 
 Compile = Callable[[ConfigDict, Target], CompiledStep]
 
@@ -68,7 +67,7 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
     console = Console(width=None if sys.stdout.isatty() else 140)
     ordered = candidates(config, target)
     hopeless = sum(candidate.needed > target.available_bytes for candidate in ordered)
-    available = f"{target.available_bytes / _GIB:.1f} GiB"
+    available = f"{target.available_bytes / GIB:.1f} GiB"
     console.print(
         f"{len(ordered)} ways to divide a step on {target}; {hopeless} need more than its "
         f"{available} by their shapes alone. Ctrl-C ranks what is done."
@@ -86,7 +85,7 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
         console.print("the best by this estimate:")
         console.print(overrides(ranked[0]), soft_wrap=True, highlight=False)
     elif not interrupted:
-        least = min(candidate.needed for candidate in ordered) / _GIB
+        least = min(candidate.needed for candidate in ordered) / GIB
         last = f"; the last that was compiled: {tried[-1].problem}" if tried else ""
         raise DoesNotFit(
             f"{target}: nothing fits: of {len(ordered)} ways to divide the step, the smallest "
@@ -196,7 +195,7 @@ def _line(number: int, candidate: Candidate) -> str:
         result = str(candidate.problem).splitlines()[0].split("; use more")[0][:200]
     else:
         result = (
-            f"{step.peak_bytes / _GIB:6.1f} of {step.available_bytes / _GIB:.1f} GiB  "
+            f"{step.peak_bytes / GIB:6.1f} of {step.available_bytes / GIB:.1f} GiB  "
             f"{sum(candidate.time):8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
         )
     return (
@@ -213,7 +212,7 @@ def _ranking(config: ConfigDict, target: Target, ranked: Sequence[Candidate]) ->
         layout, time, step = candidate.layout, candidate.time, candidate.step
         sent = sum(found.sent for found in step.collectives)
         how = (layout.model, mode_text(layout), layout.rows, layout.accumulation, layout.remat)
-        bytes_ = (f"{step.peak_bytes / _GIB:.1f}", f"{sent / 1e9:.2f}")
+        bytes_ = (f"{step.peak_bytes / GIB:.1f}", f"{sent / 1e9:.2f}")
         parts = (f"{seconds:.4g}" for seconds in (*time, sum(time)))
         rows.append((*how, *bytes_, *parts, f"{flops / sum(time) / peak:.1%}"))
     columns = ("model", "mode", "rows", "accumulation", "remat", "peak GiB", "sent GB")

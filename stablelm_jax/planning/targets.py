@@ -1,7 +1,6 @@
 """Machines by name: `v5p:4x4x4`, `a100-40gb:64x8` (64 hosts of 8), `h200:1x1`.
 
-A target's devices come from its own compiler, which needs no chip: libtpu for TPUs, jax's CUDA
-plugin with NVIDIA's assembler for GPUs (extra `aot`).
+Its devices come from its own compiler: libtpu, or jax's CUDA plugin with NVIDIA's (extra `aot`).
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from stablelm_jax.config import ConfigError
 from stablelm_jax.parallel.chips import peak_flops
 
 # A GPU shares its memory with the driver's context and the buffers of NCCL.
 _GPU_SHARE_OF_MEMORY = 0.94
-_GIB = 2**30
+GIB = 2**30
 
 
 class CompilerError(ValueError):
@@ -37,8 +35,9 @@ class Target:
 
     chip: str  # key of chips.json
     shape: tuple[int, ...]  # dims of the slice (TPU), or hosts x GPUs of a host
-    # the chip's row of chips.json
-    facts: dict[str, Any] = dataclasses.field(hash=False, compare=False, repr=False)
+    facts: dict[str, Any] = dataclasses.field(
+        hash=False, compare=False, repr=False
+    )  # of chips.json
 
     def __str__(self) -> str:
         return f"{self.chip}:{'x'.join(map(str, self.shape))}"
@@ -62,7 +61,7 @@ class Target:
     def available_bytes(self) -> int:
         """Memory of one device that a program may use."""
         share = _GPU_SHARE_OF_MEMORY if self.facts["kind"] == "gpu" else 1.0
-        return int(self.facts["memory_gib"] * _GIB * share)
+        return int(self.facts["memory_gib"] * GIB * share)
 
     def devices(self) -> Sequence[jax.Device]:
         """Descriptions of the devices, to compile for; `CompilerError` where there are none."""
@@ -82,17 +81,21 @@ def chips() -> dict[str, dict[str, Any]]:
     return json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
 
 
+class TargetError(ValueError):
+    """A target that is no machine. Not a ConfigError: benchmarks do without ml_collections."""
+
+
 def parse_target(text: str) -> Target:
-    """The target of that name; `ConfigError` for an unknown chip or a shape it cannot have."""
+    """The target of that name; `TargetError` for an unknown chip or a shape it cannot have."""
     chip, _, shape = text.partition(":")
     if chip not in chips():
-        raise ConfigError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
+        raise TargetError(f"--target {text}: no chip {chip!r}; known are {', '.join(chips())}")
     facts = chips()[chip]
     dims = 2 if facts["kind"] == "gpu" else facts["dims"]
     numbers = shape.split("x")
     if len(numbers) != dims or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         example = "64x8 for 64 hosts of 8 GPUs" if facts["kind"] == "gpu" else "x".join("4" * dims)
-        raise ConfigError(f"--target {text}: {chip} needs {dims} sizes, as in {chip}:{example}")
+        raise TargetError(f"--target {text}: {chip} needs {dims} sizes, as in {chip}:{example}")
     return Target(chip, tuple(map(int, numbers)), facts)
 
 
@@ -147,7 +150,7 @@ def _gpu_description(facts: dict[str, Any]) -> str:
         "memory_bandwidth": int(facts["bandwidth_gb_s"] * 1e9),
         "l2_cache_size": facts["l2_mib"] << 20,
         "clock_rate_ghz": facts["clock_ghz"],
-        "device_memory_size": facts["memory_gib"] * _GIB,
+        "device_memory_size": facts["memory_gib"] * GIB,
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
     }

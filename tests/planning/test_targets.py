@@ -1,8 +1,7 @@
 import pytest
 
-from stablelm_jax.config import ConfigError
 from stablelm_jax.parallel.chips import peak_flops
-from stablelm_jax.planning.targets import CompilerError, chips, parse_target
+from stablelm_jax.planning.targets import CompilerError, TargetError, chips, parse_target
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def test_a_name_gives_chips_and_hosts(text, devices, hosts):
     ],
 )
 def test_a_name_that_stands_for_nothing_is_refused_with_what_there_is(text, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(TargetError, match=said):
         parse_target(text)
 
 
