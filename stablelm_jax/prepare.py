@@ -115,12 +115,15 @@ class _Watch:
         self._folder, self._chunks = preparation.outputs, preparation.plan.chunks
         self._outputs: dict[tuple[int, int], Output] = {}
         self._finished: set[str] = set()
-        self._started, self._before = time.monotonic(), self._look()
+        # What a killed worker left unfinished is done again.
+        self._started, self._before = time.monotonic(), self._look(unfinished=False)
         self.new_bytes = 0  # bytes of text tokenised since this call began
 
-    def _look(self) -> tuple[float, int, int, int]:
+    def _look(self, *, unfinished: bool = True) -> tuple[float, int, int, int]:
         """(share of the input, bytes of text, tokens, rejected records) that are done."""
         for name in set(os.listdir(self._folder)) - self._finished:
+            if name.startswith(SCRATCH) and not unfinished:
+                continue
             with contextlib.suppress(FileNotFoundError):  # just begun, or just renamed
                 output = read_output(self._folder / name)
                 self._outputs[output.chunk, output.number] = output

@@ -77,7 +77,10 @@ class ShardCache:
         for _, size, path in sorted(found, reverse=True):  # the newest stay while they fit
             room -= size
             if room < 0:
-                path.unlink(missing_ok=True)
+                with open(self.folder / "locks" / path.name[:2], "w") as lock:
+                    with contextlib.suppress(BlockingIOError):  # another process fetches it
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink(missing_ok=True)
 
 
 class RemoteShard:
@@ -113,7 +116,14 @@ class RemoteShard:
                 self._file = local and TokenFile(local)
                 self._by_range = local is None
             if self._file is not None:
-                return self._file.read(start, stop)
+                try:
+                    return self._file.read(start, stop)
+                except ShardError:
+                    if self._file.path.exists():
+                        raise
+                # Another run removed it from the cache: once more, as at the first read.
+                self._file = None
+                return self.read(start, stop)
             data = self.path.read_range(4 * start, 4 * stop)
         except OSError as error:
             raise shard_error(self.path, error) from error

@@ -55,13 +55,15 @@ def shard_error(path: pathlib.Path | RemotePath, error: OSError) -> ShardError:
     """What the system says of a file of a shard, as an error that names the file and a remedy."""
     if isinstance(error, FileNotFoundError):
         return ShardError(f"{path}: missing; restore it or prepare the source again")
+    # Behind a URL it may be an error of the cache, whose file is named in the whole message alone.
+    said = error if isinstance(path, RemotePath) else error.strerror or error
     remedy = ""
     if error.errno is not None and may_pass(error):  # errors of a store have no number
         remedy = (
             "; look at the disk or the mount it lies on, or copy the data elsewhere, and run the"
             " same command again"
         )
-    return ShardError(f"{path}: cannot be read ({error.strerror or error}){remedy}")
+    return ShardError(f"{path}: cannot be read ({said}){remedy}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.progress import Progress
 try:
     import lm_eval  # noqa: F401
 except ImportError as error:
-    raise ImportError("tasks need lm-eval: pip install -e '.[eval]'") from error
+    raise ImportError(f"tasks need lm-eval ({error}): pip install -e '.[eval]'") from error
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.lm_eval_model import CheckpointLM, Told

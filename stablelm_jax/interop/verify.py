@@ -76,8 +76,9 @@ def our_logits(model: ModelConfig, params: Any, ids: Sequence[int]) -> np.ndarra
 
 
 def compare(ours_TV: np.ndarray, theirs_TV: np.ndarray) -> Difference:
-    """How far the second are from the first; a Mismatch where some are not finite."""
-    assert ours_TV.shape == theirs_TV.shape, (ours_TV.shape, theirs_TV.shape)
+    """How far the second are from the first; a Mismatch where they cannot be compared."""
+    if ours_TV.shape != theirs_TV.shape:
+        raise Mismatch(f"logits of the shapes {ours_TV.shape} and {theirs_TV.shape}")
     if not (np.isfinite(ours_TV).all() and np.isfinite(theirs_TV).all()):
         raise Mismatch("some logits are not finite: look at the weights' values")
     ours, theirs = (log_softmax(x.astype(np.float64)) for x in (ours_TV, theirs_TV))

@@ -12,7 +12,7 @@ one. docs/preparation.md shows what this gives.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from stablelm_jax.preparation.chunks import Chunk, read_chunk
@@ -25,6 +25,7 @@ _MOST_TEXT = 0.25
 _MARGIN = 1.25
 _LOOK_BYTES = 256 << 20
 _LOOK_DOCUMENTS = 1_000
+FEW_DOCUMENTS = 200  # fewer than ten of them are held out
 _LOOK_DOCUMENTS_MOST = 100_000
 
 
@@ -52,7 +53,9 @@ class Look(NamedTuple):
     whole: bool = True  # whether nothing follows
 
 
-def look(chunks: Sequence[Chunk], text_key: str) -> Look:
+def look(
+    chunks: Sequence[Chunk], text_key: str, usable: Callable[[str], bool] = lambda text: True
+) -> Look:
     """Reads a source from its beginning, as far as the threshold needs it.
 
     That is 256 MiB of text and 1,000 different documents, or 100,000 of them, or everything.
@@ -61,7 +64,7 @@ def look(chunks: Sequence[Chunk], text_key: str) -> Look:
     text_bytes = earlier_bytes = 0
     for chunk in chunks:
         for record in read_chunk(chunk, text_key):
-            if not isinstance(record.content, str):
+            if not isinstance(record.content, str) or not usable(record.content):
                 continue
             data = record.content.encode()
             text_bytes += len(data)

@@ -28,7 +28,8 @@ from stablelm_jax.preparation import chunks, held_out, inputs, tokenize_chunk
 from stablelm_jax.preparation.executors import Executor
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
-from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from stablelm_jax.storage.remote import described
+from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 # Changes when the same inputs and settings would give other bytes.
 RECIPE = 2
@@ -147,6 +148,11 @@ class Preparation:
             self.plan = Plan.read(self._plan_path)
             self._compare(self.plan.settings, f"{self.directory} was begun, not finished,")
         else:
+            if (self._work / "settings.json").exists():
+                raise PreparationError(
+                    f"{self._work} was begun by an earlier release: finish it with that one, or "
+                    "remove it to begin anew"
+                )
             shutil.rmtree(self._work, ignore_errors=True)
             # Shards of a preparation whose manifest somebody deleted to make it anew.
             for split in SPLITS:
@@ -154,12 +160,30 @@ class Preparation:
                     path.unlink()
             self._work.mkdir()
             cut = chunks.cut(self.files)
-            seen = held_out.look(cut, self.job.text_key)
-            rule = held_out.choose(seen, self.job.held_out)
+            rule = held_out.choose(self._first_look(cut), self.job.held_out)
             self.plan = Plan(self._settings, rule, cut)
             write_json(self._plan_path, self.plan)
         self.outputs.mkdir(exist_ok=True)
         return resumed
+
+    def _first_look(self, cut: list[chunks.Chunk]) -> held_out.Look:
+        try:
+            seen = held_out.look(cut, self.job.text_key)
+            if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
+                # The one or two that are held out must not be such that the tokenizer refuses.
+                seen = held_out.look(cut, self.job.text_key, self._is_encoded)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of a driver: each raises its own
+            text = f"reading the input failed, {described(error)}; run the same command again"
+            raise PreparationError(text) from error
+        return seen
+
+    def _is_encoded(self, text: str) -> bool:
+        try:
+            return len(self.tokenizer.encode_document(text)) > 0
+        except TokenizerError:
+            return False
 
     def tokenize(self, executor: Executor) -> list[Output]:
         """The outputs of every chunk, in order, made where they are not there yet.
@@ -168,7 +192,8 @@ class Preparation:
           PreparationError: a split has no document.
           TasksFailed: some chunk was not done.
         """
-        if executor.kind == "local":  # the workers of an earlier call ended with it
+        # Local workers of an earlier call ended with it; jobs of SLURM may still run.
+        if executor.kind == "local" and not (self._work / "logs" / "slurm_job").exists():
             for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*"):
                 shutil.rmtree(path)
         job, name = self.job, self.job.tokenizer
