@@ -68,7 +68,7 @@ class FileFingerprints:
                 wrong.append(f"{error.filename or path}: {error.strerror or error}")
         if distributed.anywhere(bool(wrong)):
             raise ShardError(
-                "shards were changed since this run began: "
+                "shards are missing, or were changed since this run began: "
                 f"{'; '.join(wrong) or 'on another host, see its output'}. Restore them as they"
                 " were, or prepare the documents as another source and start another run with it"
             )

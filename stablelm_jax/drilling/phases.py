@@ -35,6 +35,8 @@ def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
     with (workdir / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
         whole = file.read().rpartition(b"\n")[0]  # a line that is being written has no end yet
+    if not whole:
+        return "compiling"  # the first line is being written
     line, last = json.loads(whole.rpartition(b"\n")[2]), config.training.num_steps
     step, name = line["step"], checkpoint_name(line["step"])
 

@@ -98,12 +98,15 @@ class RunFolder:
                 raise ValueError(
                     f"another process trains in {self.where}; wait for it, or use another --workdir"
                 ) from None
+            fetched = False
             try:
                 if self.mirror:
                     self.mirror.fetch()
+                fetched = True
                 yield
             except BaseException:
-                self.upload()
+                if fetched:  # else the files here may be older than those of the store
+                    self.upload()
                 if new and all(p.is_dir() or p.name == LOCK for p in self.path.rglob("*")):
                     shutil.rmtree(self.path)  # the start failed before anything was written
                 raise

@@ -24,7 +24,7 @@ class RunLog:
     """Writes to the run folder, and hands each metrics line to `writers`. Only process 0 writes."""
 
     def __init__(self, folder: RunFolder, events: Events, writers: Writers):
-        self._folder, self._events, self._writers = folder, events, writers
+        self._folder, self._events, self.writers = folder, events, writers
         self._metrics = MetricsFile(folder.path / "metrics.jsonl")
         self._told: set[str] = set()
 
@@ -41,7 +41,7 @@ class RunLog:
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one metrics line."""
         self._try("metrics", lambda: self._metrics.append(line))
-        self._writers.write(line)
+        self.writers.write(line)
 
     def write_sample(self, name: str, text: str) -> None:
         """Writes `samples/<name>.txt`."""
@@ -143,13 +143,21 @@ class Writers:
 
     def __init__(self, config: ConfigDict, folder: RunFolder):
         """Raises ValueError if a writer is asked for but not installed."""
-        self._tensorboard = self._wandb = None
+        self._config, self._folder = config, folder
+        self._tensorboard = self._wandb = self._files = self._module = None
         if distributed.is_first() and config.writers.tensorboard:
             self._event = _imported("tensorboard.compat.proto.event_pb2").Event
-            module = _imported("tensorboard.summary.writer.event_file_writer")
-            self._tensorboard = module.EventFileWriter(str(folder.path / "tensorboard"))
+            self._files = _imported("tensorboard.summary.writer.event_file_writer")
         if distributed.is_first() and config.writers.wandb:
-            self._wandb = _imported("wandb").init(
+            self._module = _imported("wandb")
+
+    def open(self) -> None:
+        """Begins to write: not before the run has begun, since this makes files and a W&B run."""
+        config, folder = self._config, self._folder
+        if self._files:
+            self._tensorboard = self._files.EventFileWriter(str(folder.path / "tensorboard"))
+        if self._module:
+            self._wandb = self._module.init(
                 project=config.writers.wandb_project,
                 name=config.name,
                 dir=str(folder.path),
@@ -169,12 +177,13 @@ class Writers:
         if self._wandb:
             self._wandb.log(numbers, step=line["step"])
 
-    def close(self) -> None:
-        """Flushes and ends the writers."""
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+    def close(self, failed: bool = False) -> None:
+        """Flushes and ends the writers. `failed`: an error ends the run, and stays visible."""
+        with contextlib.suppress(*([Exception] if failed else [])):
+            if self._tensorboard:
+                self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(failed))
 
 
 def _imported(module: str) -> Any:

@@ -45,6 +45,12 @@ class RemoteMirror:
         for name, parts in files.items():
             path, content = self.folder / name, b""
             for part in parts:
+                start = part.removesuffix(".jsonl").rpartition("-")[2]
+                if part != name and start != f"{len(content):012d}":
+                    raise OSError(
+                        f"{self._url}/{part} does not begin where the part before it ends "
+                        f"({len(content)}); give the missing part back, or move this one away"
+                    )
                 action = functools.partial(self._fs.cat_file, f"{self._root}/{part}")
                 content += retried(f"reading {self._url}/{part}", action)
             # Another host may have gone on with the run, so the store is right; unless it only

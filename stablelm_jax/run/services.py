@@ -80,7 +80,8 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
             first_process=first,
         )
         saver = stack.enter_context(contextlib.closing(Saver(config.checkpoint, store, events)))
-        writers = stack.enter_context(contextlib.closing(Writers(config, folder)))
+        writers = Writers(config, folder)
+        stack.push(lambda kind, *_: writers.close(failed=kind is not None))
         log = RunLog(folder, events, writers)
         profiler = Profiler(config_lib.profiled_steps(config), folder.path / "profile", console)
         # The watchdog looks on while steps are taken; what ends the run has bounds of its own.

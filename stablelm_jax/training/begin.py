@@ -91,7 +91,7 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
     Raises:
       ValueError: config, data and checkpoint do not fit; nothing of the run is changed then.
     """
-    store, parent, last_step = services.store, config.branch.parent, config.training.num_steps
+    store, parent = services.store, config.branch.parent
     if parent and checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is None:
         raise config_lib.ConfigError(
             f"config.branch.parent={parent!r}: is no checkpoint; write "
@@ -102,15 +102,18 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
         services.events.tell("unfinished_checkpoint", text, name=name)
     store.agree(distributed.agreed_numbers(store.steps()))
     if store.steps():
-        beginning = _newest_whole(config, services, options)
-    else:
-        beginning = _branch(config, services) if parent else _fresh(config, services)
-    if beginning.progress.step > last_step:
+        return _newest_whole(config, services, options)
+    return _branch(config, services) if parent else _fresh(config, services)
+
+
+def _check_length(config: ConfigDict, path: Any, saved: Mapping[str, Any]) -> None:
+    """Before the run is prepared: what a run of fewer steps reads cannot be shown."""
+    last_step = config.training.num_steps
+    if saved["step"] > last_step:
         raise ResumeError(
-            f"config.training.num_steps={last_step}, but {store.folder} has step "
-            f"{beginning.progress.step} already: give more steps, or another --workdir"
+            f"config.training.num_steps={last_step}, but {path} has step "
+            f"{saved['step']} already: give more steps, or another --workdir"
         )
-    return beginning
 
 
 def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions) -> Beginning:
@@ -158,7 +161,9 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     """State and place in the data of `branch.parent`; time and config changes begin anew."""
     parent = config.branch.parent
     saved = read_run(parent)
-    run = prepare_run(config, _branch_position(parent, saved))
+    position = _branch_position(parent, saved)
+    _check_length(config, parent, saved)
+    run = prepare_run(config, position)
     check_same_run(saved, run.identity())
     _show(services, run)
     state, progress = _restore(run, parent, saved)
@@ -224,6 +229,7 @@ def _resumed(
             "--accept-config-change (it is recorded), or start a branch in another --workdir with "
             f"--config.branch.parent={path}"
         )
+    _check_length(config, services.store.folder, saved)
     position = was = DataPosition.of_checkpoint(saved)
     if any(key.startswith(_COUNTS_ROWS_ANEW) for key in changes):
         if not _same_rows_so_far(config, was, saved):

@@ -37,6 +37,7 @@ def run_training(
         with stop.phase("restoring", leave=True):
             beginning = begin(config, services, options)
             trainer = Trainer(beginning, services)
+        services.log.writers.open()
         if not beginning.resumed and config.checkpoint.save_initial:
             trainer.save_first()
         if distributed.is_first():

@@ -221,3 +221,24 @@ def test_a_store_that_lets_nobody_in_is_one_line_with_the_checkpoint(gcs, monkey
     monkeypatch.setattr(type(epath.Path(path)), "exists", exists)
     with pytest.raises(OSError, match=f"looking for {path} failed 5 times, Refused: Anonymous"):
         read_run(path)
+
+
+def test_a_start_that_cannot_read_the_store_puts_nothing_old_into_it(
+    store, url, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = RunFolder(tmp_path / "run")  # Orbax, and so a run, knows no memory://
+    folder.mirror = RemoteMirror(url)
+    folder.path = folder.mirror.folder
+    folder.path.mkdir(parents=True)
+    (folder.path / "metrics.jsonl").write_text('{"step": 10}\n')  # another host went on since
+    store.pipe_file(f"{url}/metrics.jsonl", b'{"step": 10}\n{"step": 20}\n')
+
+    def broken(*_, **__):
+        raise ConnectionError("the network is away for a moment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "cat_file", broken)
+        with pytest.raises(OSError, match="away for a moment"), folder.claimed():
+            pass
+    assert stored(store, url) == '{"step": 10}\n{"step": 20}\n'

@@ -42,6 +42,7 @@ def test_tensorboard_gets_the_numbers_of_a_line_at_its_step(tmp_path, folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writers = Writers(config(tmp_path, tensorboard=True), folder)
+    writers.open()
     writers.write(LINE)
     writers.close()
     events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
@@ -55,19 +56,21 @@ def test_weights_and_biases_gets_the_numbers_of_a_line_at_its_step(tmp_path, fol
         """Only what the writer calls; the real one wants a server."""
 
         def init(self, **settings):
-            self.settings, self.lines, self.finished = settings, [], False
+            self.settings, self.lines, self.finished = settings, [], None
             return self
 
         def log(self, numbers, step):
             self.lines.append((step, numbers))
 
-        def finish(self):
-            self.finished = True
+        def finish(self, exit_code):
+            self.finished = exit_code
 
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     writers = Writers(config(tmp_path, wandb=True), folder)
+    assert not hasattr(wandb, "settings")  # a start that is refused leaves no trace there
+    writers.open()
     writers.write(LINE)
-    writers.close()
+    writers.close(failed=True)
     assert wandb.lines == [(7, {"loss": 2.5, "tokens_seen": 1024})]
-    assert wandb.settings["name"] == "tiny" and wandb.finished
+    assert wandb.settings["name"] == "tiny" and wandb.finished == 1

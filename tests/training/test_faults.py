@@ -361,7 +361,7 @@ def test_a_shard_that_changes_under_a_run_ends_it_before_the_next_checkpoint(tmp
         return take(trainer, *arguments)
 
     monkeypatch.setattr(loop.Trainer, "_step", changing)
-    with pytest.raises(ValueError, match="shards were changed since this run began"):
+    with pytest.raises(ValueError, match="were changed since this run began"):
         train(bare_config(data), tmp_path / "run")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=shard.name):
