@@ -29,5 +29,6 @@ def get_config(sources=""):
     config.schedule.total_steps = 300  # ours: the length of the run
     config.training.num_steps = 300  # ours: minutes on 2 CPU cores
     config.data.weights = parse_weights(sources)
+    config.evaluation.max_rows = 64  # ours: with 100,352 rows of vocabulary each row is dear
     config.samples.prompts = ("The", "A", "In")  # ours: openings that suit many texts
     return config
