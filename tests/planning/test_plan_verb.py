@@ -81,6 +81,8 @@ def test_bad_arguments_are_one_line_and_exit_2(plans, arguments):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_is_planned_without_data_and_without_a_tokenizer(plans, path):
+    if path.endswith("_h200.py"):  # it names its target, whose compiler is then asked
+        pytest.importorskip("jax_cuda13_plugin")
     code, said, errors = plans[f"--config={path}",]
     assert code == 0, errors
     assert "training FLOPs a token" in said and "its weights alone" in said
