@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import zstandard
 from prepared import check_contents
 
@@ -508,6 +510,28 @@ def test_a_document_that_the_tokenizer_cannot_take_is_rejected_and_no_other(
     assert output.shards["train"]["documents"] == 2
     (row,) = map(json.loads, open(tmp_path / output.name / "rejected.jsonl"))
     assert (row["line"], row["reason"]) == (2, "text that cannot be encoded: a panic")
+
+
+def test_a_document_that_the_tokenizer_refuses_is_never_the_one_held_out(tmp_path, capsys):
+    letters = {"<|endoftext|>": 0, **{letter: n for n, letter in enumerate("abc ", start=1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))  # no bytes, no unknown
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "letters.json"))
+    texts = ["abc " * count for count in range(1, 20)]
+    least = min(held_out.content_hash(text.encode()) for text in texts)
+    refused = next(
+        text
+        for text in map("漢".__mul__, itertools.count(1))
+        if held_out.content_hash(text.encode()) < least
+    )
+    write_jsonl(tmp_path / "a.jsonl", [*texts, refused])
+    code, _, err = call(
+        capsys, '--source', 'a', '--input', tmp_path / 'a.jsonl', '--output', tmp_path / 'data',
+        '--tokenizer', tmp_path / 'letters.json', '--workers', 1,
+    )  # fmt: skip
+    assert code == 0, err
+    made = manifest.read_manifest(tmp_path / "data" / "a")
+    assert (made.train.documents, made.held_out.documents, made.rejected) == (18, 1, 1)
 
 
 def test_an_output_made_twice_is_kept_once(tmp_path):
