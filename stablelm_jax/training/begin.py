@@ -244,8 +244,7 @@ def _resumed(
         progress.config_changes.append({"step": progress.step, "changes": changes})
         text = f"config changed at step {progress.step}: {config_lib.show_changes(changes)}"
         services.events.tell("config_changed", text, **changes)
-    rounding = config_lib.rounding_changes(saved["config"], config)
-    if rounding:
+    if rounding := config_lib.rounding_changes(saved["config"], config):
         services.events.print(
             f"{', '.join(rounding)} changed: losses go on to rounding, not bit for bit"
         )
