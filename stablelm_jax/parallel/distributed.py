@@ -69,39 +69,53 @@ def find_processes(
 
 
 def _from_slurm() -> Processes | None:
-    """One process a task of `srun`; a batch script alone, without srun, is no such task."""
-    count = int(os.environ.get("SLURM_NTASKS", "1"))
-    if count < 2 or not {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys():
+    """One process a task of `srun`; a batch script alone, without srun, is no such task.
+
+    The step's own number comes first: an interactive shell is one task of a larger job.
+    """
+    count = _number("SLURM_STEP_NUM_TASKS") or _number("SLURM_NTASKS") or 1
+    index, nodes = _number("SLURM_PROCID"), os.environ.get("SLURM_STEP_NODELIST")
+    if count < 2 or index is None or not nodes:
         return None
-    # Jobs that share a node must not share a port.
-    port = DEFAULT_PORT + 2 * (int(os.environ.get("SLURM_JOB_ID", "0")) % 4096)
-    host = first_host(os.environ["SLURM_STEP_NODELIST"])
-    return Processes(f"{host}:{port}", count, int(os.environ["SLURM_PROCID"]), "SLURM")
+    if index >= count:
+        raise MeetingError(f"SLURM_PROCID={index} of {count} tasks: srun started another step")
+    # Jobs that share a node must not share a port, nor must the steps of one job.
+    number = (_number("SLURM_JOB_ID") or 0) + 64 * (_number("SLURM_STEP_ID") or 0)
+    port = DEFAULT_PORT + 2 * (number % 4096)
+    return Processes(f"{first_host(nodes)}:{port}", count, index, "SLURM")
+
+
+def _number(name: str, text: str | None = None) -> int | None:
+    """`text`, else the variable of the environment; None where it is empty or not set."""
+    text = (os.environ.get(name, "") if text is None else text).strip()
+    if text and not text.isdecimal():
+        raise MeetingError(f"{name}={text!r} is not a number; give --coordinator")
+    return int(text) if text else None
 
 
 def first_host(nodes: str) -> str:
-    """The first of a SLURM node list: 'a[03-05,9],b' -> 'a03'."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    """The first of a SLURM node list: 'a[03-05,9]-ib,b' -> 'a03-ib', 'r[1-2]n[7,9]' -> 'r1n7'."""
+    match = re.match(r"([^,\[\]\s]|\[\d+[^\[\]]*\])+(?=,|$)", nodes.strip())
     if not match:
-        raise MeetingError(f"SLURM_STEP_NODELIST {nodes!r} names no host")
-    return "".join(match.groups(""))
+        raise MeetingError(f"SLURM_STEP_NODELIST {nodes!r} names no host; give --coordinator")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def _from_tpu() -> Processes | None:
     """The workers of a slice, from what its machines set or their metadata server says."""
     if {"TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"} <= os.environ.keys():
         hosts = os.environ["TPU_WORKER_HOSTNAMES"].split(",")
-        number = os.environ["TPU_WORKER_ID"]
+        number = _number("TPU_WORKER_ID")
     elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
         # Each endpoint reads NAME:PORT:ADDRESS.
         endpoints = _metadata("worker-network-endpoints").split(",")
         hosts = [endpoint.split(":")[-1] for endpoint in endpoints]
-        number = _metadata("agent-worker-number")
+        number = _number("agent-worker-number", _metadata("agent-worker-number"))
     else:
         return None
-    if len(hosts) < 2 or not number:
+    if len(hosts) < 2 or number is None:
         return None
-    return Processes(f"{hosts[0]}:{DEFAULT_PORT}", len(hosts), int(number), "the TPU's metadata")
+    return Processes(f"{hosts[0]}:{DEFAULT_PORT}", len(hosts), number, "the TPU's metadata")
 
 
 def metadata_request(path: str, host: str = METADATA_HOST) -> urllib.request.Request:

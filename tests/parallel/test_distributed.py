@@ -1,5 +1,6 @@
 """Who takes part in a run, and the meeting before jax starts; the hosts are threads here."""
 
+import os
 import socket
 import threading
 import time
@@ -114,8 +115,8 @@ def test_flags_that_do_not_fit_together_are_refused(arguments, said):
 
 
 def clean(monkeypatch, **values):
-    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
     for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
@@ -132,6 +133,50 @@ def test_a_task_of_srun_finds_its_place(monkeypatch):
     )
     found = find_processes()
     assert (found.count, found.index, found.coordinator) == (16, 3, "gpu07:8478")
+
+
+def test_the_tasks_are_those_of_the_step_not_of_the_whole_job(monkeypatch):
+    step = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_JOB_ID": "3"}
+    clean(monkeypatch, SLURM_NTASKS="16", SLURM_STEP_NUM_TASKS="2", **step)
+    assert find_processes().count == 2
+    # An interactive shell inside the job.
+    clean(monkeypatch, SLURM_NTASKS="16", SLURM_STEP_NUM_TASKS="1", **step)
+    assert find_processes() is None
+
+
+def test_two_steps_of_one_job_do_not_share_a_port(monkeypatch):
+    step = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]"}
+    found = set()
+    for number in ("0", "1"):
+        clean(monkeypatch, SLURM_JOB_ID="3", SLURM_STEP_ID=number, **step)
+        found.add(find_processes().coordinator)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "empty", ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "TPU_WORKER_ID"]
+)
+def test_an_empty_variable_is_as_one_that_is_not_set(monkeypatch, empty):
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "a[1-2]"}
+    tpu = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+    clean(monkeypatch, **(slurm if empty in slurm else tpu) | {empty: ""})
+    assert find_processes() is None
+    clean(monkeypatch, **slurm, SLURM_STEP_NUM_TASKS="", SLURM_JOB_ID="", SLURM_STEP_ID="")
+    assert find_processes().count == 2
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS='two' is not a number"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "2"}, "SLURM_PROCID=2 of 2 tasks"),
+        ({"TPU_WORKER_ID": "w-1", "TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID='w-1'"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused_by_name(monkeypatch, values, said):
+    clean(monkeypatch, SLURM_STEP_NODELIST="a[1-2]", **values)
+    with pytest.raises(MeetingError, match=said):
+        find_processes()
 
 
 def test_a_worker_of_a_tpu_slice_finds_its_place(monkeypatch):
@@ -153,7 +198,17 @@ def test_one_process_alone_is_none(monkeypatch):
         ("node", "node"),
         ("rack1-gpu[7]", "rack1-gpu7"),
         ("a[1-2].local", "a1.local"),
+        ("a[1-3,5]-ib,b", "a1-ib"),
+        ("rack[2-3]node[05-08,11],c", "rack2node05"),
+        ("[07-09]", "07"),
+        ("10.0.0.1,10.0.0.2", "10.0.0.1"),
     ],
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("nodes", ["", ",a", "a[1-2", "a[]", "a]b"])
+def test_a_node_list_that_names_no_host_is_refused(nodes):
+    with pytest.raises(MeetingError, match="names no host"):
+        first_host(nodes)
