@@ -6,7 +6,7 @@ then each chunk of the input can be split by itself, in one pass.
 
 At least 50 documents are held out, 256 kB of text, and the fraction of the text that `--held-out`
 asks for; but at most 5 % of the documents (or that fraction of them, if it is larger), and at least
-one. docs/preparation.md shows what this gives.
+one. docs/data.md shows what this gives.
 """
 
 from __future__ import annotations
