@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import re
 import socket
+import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
 # How long a host may come later than another; machines of a large job do not boot alike.
@@ -252,24 +256,65 @@ def is_first() -> bool:
 
 def agreed(value: bool) -> bool:
     """Process 0's value, on every process."""
-    with jax.transfer_guard("allow"):
+    with _together():
         return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def anywhere(value: bool) -> bool:
     """Whether the value is true on any process."""
-    with jax.transfer_guard("allow"):
+    with _together():
         return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def agreed_numbers(values: Sequence[int]) -> list[int]:
     """Process 0's whole numbers, below 2**31, on every process."""
-    with jax.transfer_guard("allow"):
+    with _together():
         count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
         sent = np.zeros(count, np.int32)
         if is_first():
             sent[:] = values
         return multihost_utils.broadcast_one_to_all(sent).tolist()
+
+
+_ARRIVED = "stablelm_jax/arrived"  # the folder of keys: the last thing each process came to
+_TELL_SECONDS = 10.0  # a wait for other processes that is longer than this is told
+_numbers = itertools.count(1)  # of what all processes do together, in the same order everywhere
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around what waits for all processes: each that waits long says whom it waits for.
+
+    The wait itself stays with the devices, which notice at once when a process is gone.
+    """
+    number, ended = next(_numbers), threading.Event()
+    if jax.process_count() > 1:
+        arrived = f"{number} {socket.gethostname()}"
+        key = f"{_ARRIVED}/{jax.process_index()}"
+        global_state.client.key_value_set(key, arrived, allow_overwrite=True)
+        threading.Thread(target=_tell_awaited, args=(number, ended), daemon=True).start()
+    try:
+        with jax.transfer_guard("allow"):
+            yield
+    finally:
+        ended.set()
+
+
+def _tell_awaited(number: int, ended: threading.Event) -> None:
+    began, pause = time.monotonic(), _TELL_SECONDS
+    with contextlib.suppress(Exception):  # the runtime's, which goes down with process 0
+        while not ended.wait(pause):
+            found = dict(global_state.client.key_value_dir_get(f"{_ARRIVED}/"))
+            awaited = []
+            for index in range(jax.process_count()):
+                last, _, host = found.get(f"{_ARRIVED}/{index}", "0 ").partition(" ")
+                if int(last) < number:
+                    awaited.append(f"{index} ({host})" if host else str(index))
+            if awaited:
+                seconds = time.monotonic() - began
+                who = f"process {jax.process_index()}: waiting for process {', '.join(awaited)}"
+                print(f"{who}, for {seconds:.0f} s so far", file=sys.stderr, flush=True)
+            pause = min(2 * pause, 300.0)
 
 
 class Agreement:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -212,3 +214,33 @@ def test_the_first_host_of_a_node_list(nodes, host):
 def test_a_node_list_that_names_no_host_is_refused(nodes):
     with pytest.raises(MeetingError, match="names no host"):
         first_host(nodes)
+
+
+AWAITED = """
+import sys, time, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+from stablelm_jax.parallel import distributed
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+distributed._TELL_SECONDS = 0.3
+assert distributed.agreed_numbers([3, 4][: 2 - 2 * int(sys.argv[2])]) == [3, 4]
+time.sleep(1.5 * int(sys.argv[2]))
+assert distributed.anywhere(sys.argv[2] == "1")
+"""
+
+
+def test_who_waits_long_says_for_whom():
+    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", AWAITED, address, str(index)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    first, second = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], first + second
+    assert f"process 0: waiting for process 1 ({socket.gethostname()}), for " in first
+    assert "waiting" not in second
