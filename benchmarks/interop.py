@@ -39,8 +39,8 @@ from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.preparation.train_tokenizer import train
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
+from stablelm_jax.tokenizer.train_tokenizer import train
 
 ROWS, LAYERS, NEW_TOKENS = 1024, 3, 32
 COLUMNS = (

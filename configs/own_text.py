@@ -11,7 +11,7 @@ their ratio matters; a source without a weight has 1. Any field can follow, as i
 `--config.training.num_steps=2000` or `--config.data.weights.mine=2.0`.
 
 Time: about 3 seconds a step on 2 CPU cores, nearly all of it in the vocabulary; a smaller one is
-`python -m stablelm_jax.preparation.train_tokenizer` away. Result: depends on the text; the run
+`python -m stablelm_jax.train_tokenizer` away. Result: depends on the text; the run
 prints each source's unigram entropy, which the held-out loss should soon be below.
 """
 

@@ -68,7 +68,7 @@ done
 (cd "$root" && "$python" launch/corpora/smoke_corpus.py --output "$downloads")
 
 say 'Training a tokenizer of 8,192 tokens on them'
-(cd "$root" && "$python" -m stablelm_jax.preparation.train_tokenizer --rows 8192 --output "$tokenizer" \
+(cd "$root" && "$python" -m stablelm_jax.train_tokenizer --rows 8192 --output "$tokenizer" \
     --input "${texts[@]}")
 for language in "${languages[@]}"; do
     prepare "libreoffice_help_$language" "$downloads/libreoffice_help_$language.jsonl" MPL-2.0 \

@@ -60,7 +60,7 @@ say 'Collecting text that is on this machine already: the standard library, pack
 "$python" launch/corpora/smoke_corpus.py --output "$workdir/corpus"
 tokenizer="$workdir/corpus/tokenizer.json"
 say 'Training a small tokenizer on it'
-"$python" -m stablelm_jax.preparation.train_tokenizer --output "$tokenizer" \
+"$python" -m stablelm_jax.train_tokenizer --output "$tokenizer" \
     --input "$workdir/corpus/stdlib_code.jsonl" "$workdir/corpus/package_docs.jsonl"
 for source in stdlib_code package_docs; do
     say "Preparing $source: documents into tokens"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from stablelm_jax import __version__, configs_folder
 
 VERBS = {
+    "train_tokenizer": "a small tokenizer.json of your own, learned from documents",
     "prepare": "documents into token shards, a held-out split and a manifest",
     "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif verb in ("-h", "--help", "help"):
         print("usage: stablelm VERB ...\n")
         for name, purpose in VERBS.items():
-            print(f"  {name:<14}{purpose}")
+            print(f"  {name:<17}{purpose}")
         print("\nstablelm VERB --help says more of one.")
         print(f"The configs that come along: {configs_folder()}")
     elif verb == "--version":

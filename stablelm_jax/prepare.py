@@ -30,8 +30,8 @@ from rich.table import Column, Table
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed
+from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.held_out import MAX_FRACTION
-from stablelm_jax.preparation.inputs import FORMATS
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
 from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 
@@ -201,16 +201,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("stablelm prepare", description=__doc__.split(":")[0] + ".")
     add = parser.add_argument
     add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
-    add('--input', dest='inputs', required=True, nargs='+', metavar='PATH',
-        help='files, folders, patterns; local or any fsspec URL')  # fmt: skip
+    add_input_flags(parser)
     add("--output", required=True, metavar="DATA", help="the source becomes DATA/NAME")
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
         help='arcade100k (default), or a tokenizer.json')  # fmt: skip
     add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
-    add('--format', default='auto', choices=FORMATS,
-        help='auto: by the name; what has no known one is one document a file')  # fmt: skip
-    add('--text-key', default='text', metavar='KEY',
-        help='key (jsonl) or column (parquet) of the text (default text)')  # fmt: skip
     add('--held-out', type=float, default=0.001, metavar='FRACTION',
         help='of the text, kept out of training at least (default 0.001)')  # fmt: skip
     add('--shard-tokens', type=int, default=SHARD_TOKENS, metavar='N',

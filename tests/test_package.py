@@ -81,6 +81,7 @@ def test_every_verb_of_the_installed_wheel_says_how_it_is_used(installed, tmp_pa
     done = run(installed / "stablelm", verb, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     flags = {
+        "train_tokenizer": "--rows",
         "prepare": "--source",
         "train": "--workdir",
         "plan": "--target",

@@ -80,7 +80,7 @@ def vocabulary(content: bytes, rows: int) -> Vocabulary:
             raise ValueError(
                 f"the tokenizer has {key} = {model[key]!r}: llama.cpp would give other ids than "
                 "those of the training; GGUF export writes plain byte-level BPE only, the kind of "
-                "Arcade100k and of stablelm_jax.preparation.train_tokenizer"
+                "Arcade100k and of stablelm_jax.train_tokenizer"
             )
     if spec.get("normalizer") not in (None, {"type": "NFC"}):
         raise ValueError(

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 
@@ -24,7 +23,7 @@ import numpy as np
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
-from stablelm_jax.preparation import chunks, held_out, inputs, tokenize_chunk
+from stablelm_jax.preparation import chunks, held_out, inputs, readers, tokenize_chunk
 from stablelm_jax.preparation.executors import Executor
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
@@ -229,7 +228,7 @@ class Preparation:
                     for row in map(json.loads, rows):
                         row["line"] += earlier_lines
                         listed.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        self.reasons[re.split(r"[:(]", row["reason"])[0].strip()] += 1
+                        self.reasons[readers.reason_kind(row["reason"])] += 1
                 if output.last:
                     earlier_lines += output.records
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -52,6 +53,11 @@ class Rejected:
     """A record that gives no document, and why."""
 
     reason: str
+
+
+def reason_kind(reason: str) -> str:
+    """The part of a reason that is the same for many records, for counting."""
+    return re.split(r"[:(]", reason)[0].strip()
 
 
 @dataclasses.dataclass

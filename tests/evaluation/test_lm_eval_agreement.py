@@ -14,7 +14,7 @@ from stablelm_jax import convert
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.preparation.train_tokenizer import train as train_tokenizer
+from stablelm_jax.tokenizer.train_tokenizer import train as train_tokenizer
 
 for library in ("torch", "transformers", "accelerate", "lm_eval"):
     pytest.importorskip(library)

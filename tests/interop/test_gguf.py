@@ -19,8 +19,8 @@ from stablelm_jax.interop import conversions, gguf_export, gguf_reference, token
 from stablelm_jax.interop.gguf_export import FILE_TYPES, LARGEST_ERRORS, stored_tensors
 from stablelm_jax.interop.gguf_tokens import vocabulary
 from stablelm_jax.model.parameters import nest
-from stablelm_jax.preparation.train_tokenizer import train
 from stablelm_jax.tokenizer.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer
+from stablelm_jax.tokenizer.train_tokenizer import train
 
 # Rows of 80 values are two and a half blocks of the types with blocks.
 MODEL = dataclasses.replace(KINDS["1.6b"], feed_forward_width=80)

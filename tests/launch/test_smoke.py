@@ -14,7 +14,7 @@ from stablelm_jax import config as config_lib
 
 STEPS = [
     "venv", "pip", "pip",
-    "launch/corpora/smoke_corpus.py", "stablelm_jax.preparation.train_tokenizer",
+    "launch/corpora/smoke_corpus.py", "stablelm_jax.train_tokenizer",
     "stablelm_jax.prepare", "stablelm_jax.prepare", "stablelm_jax.train", "stablelm_jax.evaluate",
     "stablelm_jax.generate",
 ]  # fmt: skip
@@ -42,7 +42,7 @@ def test_every_folder_it_names_at_the_end_is_the_one_the_steps_used(checkout):
         assert value(call, "--input") == f"{workdir}/corpus/{value(call, '--source')}.jsonl"
         assert value(call, "--tokenizer") == f"{workdir}/corpus/tokenizer.json"
     assert f"--config.data.tokenizer={workdir}/corpus/tokenizer.json" in train
-    (trained,) = checkout.calls("stablelm_jax.preparation.train_tokenizer")
+    (trained,) = checkout.calls("stablelm_jax.train_tokenizer")
     assert value(trained, "--output") == f"{workdir}/corpus/tokenizer.json"
     (corpus,) = checkout.calls("launch/corpora/smoke_corpus.py")
     assert value(corpus, "--output") == f"{workdir}/corpus"
