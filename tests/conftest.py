@@ -60,6 +60,7 @@ EXTRA_OF = {
     "resiliparse": "demo",
     "gcsfs": "gcs",
     "s3fs": "s3",
+    "aiohttp": "http",
 }
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from stablelm_jax.storage.remote import is_url
+from stablelm_jax.storage.remote import driver_options, is_http, is_url
 
 # A longer document is refused: it has to fit into memory several times over in every worker.
 MAX_DOCUMENT_BYTES = 128 * 2**20
@@ -72,8 +72,10 @@ def open_input(path: str, *, seekable: bool = False):
     if not is_url(path):
         return open(path, "rb")
     # A page that is read from start to end comes in one answer, also from servers without ranges.
-    streamed = path.startswith(("http://", "https://")) and not seekable
-    return fsspec.open(path, "rb", **({"block_size": 0} if streamed else {}))
+    streamed = is_http(path) and not seekable
+    return fsspec.open(
+        path, "rb", **({"block_size": 0} if streamed else {}), **driver_options(path)
+    )
 
 
 def read_jsonl(

@@ -17,7 +17,9 @@ _WAITS = (1.0, 2.0, 4.0, 8.0)
 # What another try will not change. Everything else may be the network: each driver raises its own.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING += (ImportError, NotImplementedError, ValueError, TypeError)
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+# Seconds that a web server may be silent, to begin with and while it sends.
+_SILENCE = 60.0
 
 Result = TypeVar("Result")
 
@@ -27,13 +29,31 @@ def is_url(path: Any) -> bool:
     return "://" in str(path)
 
 
+def is_http(path: Any) -> bool:
+    """Whether `path` is the address of a web server."""
+    return str(path).startswith(("http://", "https://"))
+
+
+def driver_options(url: str) -> dict[str, Any]:
+    """What the driver of a URL is to be given, wherever it is opened."""
+    if not is_http(url):
+        return {}
+    try:
+        import aiohttp
+    except ImportError:
+        return {}  # the driver, which cannot do without it, says so
+    # Its own limit is five minutes for the whole of a file, however large.
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    return {"client_kwargs": {"timeout": limits}}
+
+
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The driver of a URL and the path it knows the place by.
 
     Raises ValueError where there is no such driver, it is not installed, or has no credentials.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, **driver_options(url))
     except ImportError as error:
         extra = _EXTRAS.get(url.split("://")[0])
         remedy = f"; pip install -e '.[{extra}]'" if extra else ""
@@ -41,6 +61,25 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except Exception as error:  # the driver's own, as it starts
         raise ValueError(f"{url}: cannot be opened ({described(error)})") from error
     return fs, path.rstrip("/")
+
+
+def why_not_there(error: FileNotFoundError) -> str:
+    """What is wrong and what to do, in one line.
+
+    fsspec's driver of http raises FileNotFoundError for whatever a server did; its cause tells.
+    """
+    cause = error.__cause__
+    answer = getattr(cause, "response", cause)
+    status = getattr(answer, "status", None) or getattr(answer, "status_code", None)
+    if isinstance(cause, FileNotFoundError | KeyError | None) or status in (404, 410):
+        return "nothing there; check the path"
+    if status in (401, 403, 407):
+        return f"the server refuses with {status}; give a URL that is signed, or download the file"
+    if type(cause).__name__ == "TooManyRedirects":
+        return "the server sends from one address to the next without end; check the URL"
+    if status:
+        return f"the server fails with {status}; try again later"
+    return f"the server cannot be reached, {described(cause)}; check the address, try again later"
 
 
 def may_pass(error: Exception) -> bool:

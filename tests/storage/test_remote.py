@@ -63,7 +63,7 @@ def test_an_error_is_described_in_one_line():
 
 
 def test_a_driver_that_is_not_installed_names_the_extra(monkeypatch):
-    def url_to_fs(url):
+    def url_to_fs(url, **options):
         raise ImportError("Please install gcsfs")
 
     monkeypatch.setattr(remote.fsspec.core, "url_to_fs", url_to_fs)
