@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument("--step", type=_step, help="N, where OUT does not say it; default 0")
     to_hf = directions.add_parser("to-hf", help="a checkpoint for transformers")
     _takes_checkpoint(to_hf, "OUT")
-    to_hf.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    to_hf.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="%(default)s")
     to_hf.add_argument("--revision", help="branch on the Hub; default: the checkpoint's name")
     to_hf.add_argument(
         "--max-file-size",
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_gguf = directions.add_parser("to-gguf", help="a checkpoint for llama.cpp")
     _takes_checkpoint(to_gguf, "OUT.gguf")
-    to_gguf.add_argument("--type", choices=GGUF_TYPES, default="f16", dest="file_type")
+    to_gguf.add_argument(
+        "--type", choices=GGUF_TYPES, default="f16", dest="file_type", help="%(default)s"
+    )
     for direction in (from_hf, to_hf, to_gguf):
         direction.add_argument(
             "--tokenizer", help="a name or a tokenizer.json; default: the model's own"

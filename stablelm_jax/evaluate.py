@@ -48,13 +48,23 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL")
     add("--output", type=Path, help="file for the JSON; default: stdout")
-    add("--model", type=_count, default=1, help="devices that share each row (tensor parallel)")
+    add(
+        "--model",
+        type=_count,
+        default=1,
+        help="devices that share each row: tensor parallel (%(default)s)",
+    )
     add(
         "--dtype",
         choices=("bfloat16", "float32"),
         help="default: held-out text as in training; tasks bfloat16, float32 on a CPU",
     )
-    add("--batch-tokens", type=_count, default=16_384, help="of a batch on each device")
+    add(
+        "--batch-tokens",
+        type=_count,
+        default=16_384,
+        help="of a batch on each device (%(default)s)",
+    )
     add("--tokenizer", help="default: the one the model was trained with")
 
     add = parser.add_argument_group("held-out text").add_argument

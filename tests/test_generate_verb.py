@@ -4,13 +4,16 @@ tests/test_readme.py and launch/smoke.sh run it on checkpoints.
 """
 
 import io
+import re
 import types
+from pathlib import Path
 
 import jax
 import pytest
 from tiny import VOCAB, write_tokenizer
 
 from stablelm_jax import generate
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
@@ -119,3 +122,13 @@ def test_flags_that_mean_nothing_are_exit_code_2(run, capsys, flags, message):
         run(*flags)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_runs(run, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    saved, params = generate._load(None)
+    saved.load = lambda mesh: params
+    monkeypatch.setattr(SavedModel, "open", lambda path: saved)
+    exec(example, {})
+    assert len(capsys.readouterr().out.split()) > 3 * 20

@@ -35,7 +35,7 @@ SHELL = {
     "generation": 820,
     "evaluation": 1020,
     "interop": 1700,
-    "planning": 1200,
+    "planning": 1225,
     "reporting": 700,
     "drilling": 400,
 }

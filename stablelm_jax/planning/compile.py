@@ -9,6 +9,7 @@ import time
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax import configs_folder
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.parallel.sharding import batch_parts
 from stablelm_jax.planning.program import Collective, collectives
@@ -30,8 +31,8 @@ class CompiledStep:
     attention: str  # name of the implementation
     seconds: float  # to trace and compile
     argument_bytes: int  # weights, moments and batch; the results take over their memory
-    temporary_bytes: int  # everything else at its height
-    peak_bytes: int  # both together, as the compiler counts them
+    temporary_bytes: int  # room reserved for everything else, with the gaps between buffers
+    peak_bytes: int  # in use at one moment; on TPUs less than what is reserved in all
     collectives: list[Collective]
     text: str = dataclasses.field(default="", repr=False)  # the compiled program
 
@@ -81,9 +82,28 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
 
 
 def _too_much(config: ConfigDict, target: Target, needed: str) -> str:
+    training, parallel = config.training, config.parallel
+    sizes = config_lib.validate_mesh(config, target.num_devices)
+    rows = config.data.batch_size // (sizes["replica"] * sizes["data"]) // training.accumulation
+    larger = next((n for n in range(2, rows + 1) if rows % n == 0), None)
+    remedies = [
+        larger
+        and f"more microbatches (--config.training.accumulation={training.accumulation * larger})",
+        training.remat != "full" and "more remat (--config.training.remat=full)",
+        sizes["data"] > 1 and not parallel.fsdp and "--config.parallel.fsdp=True",
+        f"a larger parallel.model than {sizes['model']}, or a target of more devices",
+    ]
     return (
-        f"{target}: a device needs {needed} and has {target.available_bytes / 2**30:.1f} GiB; "
-        f"use more microbatches (config.training.accumulation={config.training.accumulation}), "
-        f"more remat (config.training.remat={config.training.remat!r}), config.parallel.fsdp or a "
-        f"larger config.parallel.model={config.parallel.model}"
+        f"{target}: a device needs {needed} and has {target.available_bytes / 2**30:.1f} GiB; try "
+        f"{', '.join(filter(None, remedies))}{_made_for(target, config)}"
     )
+
+
+def _made_for(target: Target, config: ConfigDict) -> str:
+    """Names the launch config that divides this model on this target, where there is one."""
+    for path in sorted((configs_folder() / "launch").glob("*.py")):
+        other = config_lib.load(path)
+        alike = other.model == config.model and other.parallel.target == str(target)
+        if alike and other.name != config.name:
+            return f"; made for this machine: --config configs/launch/{path.name}"
+    return ""

@@ -207,8 +207,8 @@ def _memory(config: ConfigDict, step: CompiledStep) -> Table:
     rows = [
         (what, ""),
         ("weights, moments, batch", f"{step.argument_bytes / GIB:.2f}"),
-        ("temporaries", f"{step.temporary_bytes / GIB:.2f}"),
-        ("peak", f"{step.peak_bytes / GIB:.2f}"),
+        ("temporaries, room reserved for them", f"{step.temporary_bytes / GIB:.2f}"),
+        ("peak, in use at one moment", f"{step.peak_bytes / GIB:.2f}"),
         ("available", f"{step.available_bytes / GIB:.2f}"),
         (f"compiled in {step.seconds:.0f} s", ""),
     ]

@@ -192,7 +192,7 @@ def overrides(candidate: Candidate) -> str:
 def _line(number: int, candidate: Candidate) -> str:
     layout, step = candidate.layout, candidate.step
     if step is None:
-        result = str(candidate.problem).splitlines()[0].split("; use more")[0][:200]
+        result = str(candidate.problem).splitlines()[0].split("; try ")[0][:200]
     else:
         result = (
             f"{step.peak_bytes / GIB:6.1f} of {step.available_bytes / GIB:.1f} GiB  "

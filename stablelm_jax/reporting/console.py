@@ -104,7 +104,10 @@ def _sources(title: str, columns: Iterable[str]) -> Table:
 def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
     """Held-out loss of each source, with its standard error, beside its unigram entropy."""
     columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
-    table = _sources(f"held-out text after step {step:,}", columns)
+    most = run.config.evaluation.max_rows
+    held = max(manifest.held_out.tokens for manifest in run.manifests.values())
+    part = "all of it" if most * run.spec.sequence_length >= held else f"{most:,} rows a source"
+    table = _sources(f"held-out text after step {step:,}: {part}", columns)
     for name, manifest in run.manifests.items():
         loss = line.get(f"eval/loss/{name}")
         if loss is None:

@@ -75,9 +75,15 @@ def test_tensor_parallelism_gathers_neither_logits_nor_gradients(data, fsdp):
     assert head.size <= 4 * rows * (width + 3) < 4 * rows * vocabulary
 
 
-def test_a_gpu_program_beyond_the_memory_is_an_error_of_ours(data, monkeypatch):
+def test_a_gpu_program_beyond_the_memory_is_an_error_that_names_what_is_not_tried_yet(
+    data, monkeypatch
+):
     from stablelm_jax.planning import targets
 
     monkeypatch.setattr(targets, "_GPU_SHARE_OF_MEMORY", 1e-6)
-    with pytest.raises(DoesNotFit, match="a device needs .* and has 0.0 GiB; use more microb"):
-        step_for(data, "a100-40gb:1x1")
+    with pytest.raises(
+        DoesNotFit, match="a device needs .* and has 0.0 GiB; try more mi"
+    ) as refused:
+        step_for(data, "a100-40gb:1x1", **{"training.accumulation": 2, "training.remat": "full"})
+    said = str(refused.value)
+    assert "--config.training.accumulation=4" in said and "remat" not in said

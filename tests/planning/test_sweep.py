@@ -173,7 +173,7 @@ def compiled(config, target):
 
 
 def too_large(config, target):
-    raise DoesNotFit("h200:1x1: a device needs 999 GiB and has 132.5 GiB; use more microbatches")
+    raise DoesNotFit("h200:1x1: a device needs 999 GiB and has 132.5 GiB; try more microbatches")
 
 
 def test_each_result_is_printed_then_the_ranking_then_flags_to_paste(config, capsys):
