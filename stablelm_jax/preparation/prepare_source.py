@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -25,6 +24,7 @@ from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, inputs, readers, tokenize_chunk
 from stablelm_jax.preparation.executors import Executor
+from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.storage.remote import described
@@ -127,17 +127,19 @@ class Preparation:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process from working on the same source at the same time."""
+        """Keeps a second process from working on the same source at the same time.
+
+        Raises BlockingIOError, which names the other one.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            descriptor = os.open(self.directory, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise PreparationError(
-                    f"{self.directory}: another process is preparing this source; wait or end it"
-                ) from None
+                stack.enter_context(only_one(self.directory / ".lock"))
+            except OSError as error:
+                # A finished source that may only be read has nothing to protect.
+                is_finished = (self.directory / manifest.MANIFEST_NAME).exists()
+                if isinstance(error, BlockingIOError) or not is_finished:
+                    raise
             yield
 
     def begin(self) -> bool:

@@ -12,6 +12,7 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -311,7 +312,7 @@ def test_a_second_process_is_refused_and_workers_end_when_their_parent_is_killed
     wait_for(lambda: finished(tmp_path / "mixed"), 60)
     code, _, err = call(capsys, *command("mixed", inputs[0], tmp_path, *flags)[3:])
     assert code == 1
-    assert "another process is preparing this source" in err
+    assert f"process {process.pid} on {socket.gethostname()}, since 20" in err
     assert len(members(process.pid)) > 1
     process.kill()
     process.wait()
