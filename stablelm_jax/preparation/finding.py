@@ -1,16 +1,31 @@
-"""Which files there are under an input: a file, a folder, a pattern, or any fsspec URL of these."""
+"""Which files there are under an input: a file, a folder, a pattern, or any fsspec URL of these.
+
+Folders that are links are followed, and every folder and file is taken once, whatever leads to it.
+What is found and not to be read is left out by name: hidden files, what `prepare` itself wrote.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
 import os
 import posixpath
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from stablelm_jax.data.manifest import MANIFEST_NAME
 from stablelm_jax.storage.remote import described, filesystem, is_http, is_url, why_not_there
+
+_HIDDEN, _OURS = "hidden", "written by prepare"
+_FIRST_SHARD = "train-00000.bin"
+_WRITTEN = re.compile(r"(train|held_out)-\d{5}\.(bin|idx)|(rejected|left_out)\.jsonl")
 
 
 class InputError(ValueError):
@@ -35,52 +50,246 @@ class InputFile(NamedTuple):
         return posixpath.basename(path)
 
 
-def files_of(written: str) -> Iterator[InputFile]:
-    """All files that one `--input` stands for; what kind they are of is not known yet.
+class LeftOut(NamedTuple):
+    """A file, or a folder with all that it holds, that is found and not read."""
+
+    name: str
+    reason: str  # up to a colon, the same for all of its kind
+    size: int = 0  # in bytes
+    files: int = 1
+    is_loss: bool = False  # whether it should have been read
+
+
+class Found(NamedTuple):
+    """What lies under all inputs, in order; of which kind the files are is not known yet."""
+
+    files: list[InputFile]
+    left_out: list[LeftOut]
+
+
+def shown(name: str) -> str:
+    """A file name in one line of real text: bytes that are no UTF-8, and controls, are escaped."""
+
+    def escaped(character: str) -> str:
+        if "\udc80" <= character <= "\udcff":  # how Python hands over a byte that is no UTF-8
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode()
+
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else escaped(c) for c in name)
+
+
+def find(inputs: Sequence[str], own: str | os.PathLike | None = None) -> Found:
+    """All that `inputs` (files, folders, patterns; local or any fsspec URL) stand for.
+
+    Args:
+      own: the folder that will be written to; it is left out.
 
     Raises:
-      InputError: there is nothing, or it cannot be listed.
+      InputError: nothing is found under an input, or a file is named twice.
     """
-    found = list(_remote_files(written) if is_url(written) else _local_files(written))
-    if not found:
-        raise InputError(f"--input {written}: nothing there; check the path")
-    yield from found
+    files: dict[str, InputFile] = {}
+    left_out: list[LeftOut] = []
+    identities: dict[tuple[int, int], str] = {}
+    for written in inputs:
+        before, path = len(left_out), _local_path(written)
+        if path is None:
+            found = list(_remote_files(written, left_out))
+        else:
+            found = _LocalWalk(own, left_out, identities).files(path)
+        for file in found:
+            if file.path in files:
+                raise InputError(f"--input: {file.name} is reached twice; name it once")
+            files[file.path] = file
+        if not found:
+            why = "nothing there; check the path"
+            if reasons := sorted({item.reason.partition(":")[0] for item in left_out[before:]}):
+                why = f"nothing to read there, left out: {', '.join(reasons)}"
+            elif path and os.path.isdir(path):
+                why = "an empty folder"
+            raise InputError(f"--input {shown(written)}: {why}")
+    return Found(list(files.values()), left_out)
 
 
-def _local_files(written: str) -> Iterator[InputFile]:
-    paths = [written] if os.path.exists(written) else sorted(glob.glob(written, recursive=True))
-    for path in paths:
-        for name in _walk(path) if os.path.isdir(path) else [path]:
-            status = os.stat(name)
-            if stat.S_ISREG(status.st_mode):
-                version = str(status.st_mtime_ns)
-                yield InputFile(os.path.abspath(name), name, status.st_size, version)
+def _local_path(written: str) -> str | None:
+    """The path on this machine that an input means, also as `file://`; None for another URL."""
+    if not is_url(written):
+        return written
+    if not written.startswith(("file://", "local://")):
+        return None
+    path = LocalFileSystem._strip_protocol(written)
+    return path if os.path.lexists(path) else unquote(path)
 
 
-def _walk(folder: str) -> Iterator[str]:
-    def refuse(error: OSError):
-        raise InputError(f"--input: {error.filename} cannot be listed: {error.strerror}") from error
+class _LocalWalk:
+    """The files below one input on this machine, every folder and every file once.
 
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(filter(_is_wanted, folders))
-        for name in sorted(filter(_is_wanted, names)):
-            path = os.path.join(parent, name)
-            if os.path.exists(path):  # a link may lead nowhere
-                yield path
+    Links to folders are followed when all else was seen, so a folder goes by its own name where it
+    has one here.
+    """
+
+    def __init__(
+        self,
+        own: str | os.PathLike | None,
+        left_out: list[LeftOut],
+        earlier: dict[tuple[int, int], str],
+    ):
+        """`earlier`: device and inode of each file that is read already, and its path."""
+        self._own = _identity(os.stat(own)) if own and os.path.isdir(own) else None
+        self._left_out, self._earlier = left_out, earlier
+        self._found: dict[str, tuple[str, os.stat_result]] = {}  # by absolute path
+        self._folders: list[str] = []  # to be listed, the next one last
+        self._links: list[str] = []  # to folders
+        self._listed: dict[tuple[int, int], str] = {}
+
+    def files(self, path: str) -> list[InputFile]:
+        """What `path`, a file, a folder or a pattern, stands for, in order."""
+        if os.path.lexists(path) or "**" not in path:
+            self._walk([path] if os.path.lexists(path) else sorted(glob.glob(path)))
+            return list(self._once_each())
+        # All below the folder, then what fits: `glob` would go round and round in loops of links.
+        folder, before = os.path.dirname(path.partition("**")[0]) or ".", len(self._left_out)
+        self._walk(sorted(glob.glob(folder)))
+        fits = re.compile("|".join(map(glob_translate, (path, f"{path}/**")))).fullmatch
+        self._found = {full: found for full, found in self._found.items() if fits(found[0])}
+        self._left_out[before:] = filter(lambda item: fits(item.name), self._left_out[before:])
+        return list(self._once_each())
+
+    def _walk(self, starts: list[str]) -> None:
+        for start in starts:
+            if os.path.isfile(start) and self._is_ours(os.path.dirname(_absolute(start))):
+                self._leave_out_whole(start, _OURS)
+            else:
+                self._take(start)
+            self._list_folders()
+        while self._links:
+            self._folders.append(self._links.pop(0))
+            self._list_folders()
+
+    def _take(self, path: str) -> None:
+        """Puts what lies at a path among the files, the folders, or what is left out."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if os.path.islink(path):
+                self._leave_out(path, "a link that leads nowhere")
+            else:
+                self._leave_out(path, f"cannot be looked at: {error.strerror}", is_loss=True)
+            return
+        if stat.S_ISDIR(status.st_mode):
+            (self._links if os.path.islink(path) else self._folders).append(path)
+        elif not stat.S_ISREG(status.st_mode):
+            self._leave_out(path, "a pipe, socket or device")
+        elif not os.access(path, os.R_OK):
+            self._leave_out(path, "no permission to read it", status.st_size, is_loss=True)
+        else:
+            self._found[_absolute(path)] = path, status
+
+    def _list_folders(self) -> None:
+        while self._folders:
+            folder = self._folders.pop()
+            identity, full = _identity(os.stat(folder)), _absolute(folder)
+            earlier = self._listed.get(identity)
+            self._listed.setdefault(identity, full)
+            if earlier == full:
+                continue
+            if earlier:
+                self._leave_out(folder, f"a link to a folder that is read already: {earlier}")
+            elif self._is_ours(folder):
+                self._leave_out_whole(folder, _OURS)
+            else:
+                self._list(folder)
+
+    def _list(self, folder: str) -> None:
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            self._leave_out(folder, f"cannot be listed: {error.strerror}", is_loss=True)
+            return
+        first = len(self._folders)
+        for name in names:
+            path = os.path.join(folder, name)
+            if _is_wanted(name):
+                self._take(path)
+            else:
+                self._leave_out_whole(path, _HIDDEN)
+        self._folders[first:] = reversed(self._folders[first:])
+
+    def _is_ours(self, folder: str) -> bool:
+        """Whether `prepare` wrote a folder, or is about to."""
+        inside = functools.partial(os.path.join, folder)
+        if os.path.exists(inside(".work", "plan.json")):
+            return True
+        if os.path.exists(inside(MANIFEST_NAME)) and os.path.exists(inside(_FIRST_SHARD)):
+            return True
+        if _identity(os.stat(folder)) != self._own:
+            return False
+        if not all(map(_WRITTEN.fullmatch, filter(_is_wanted, os.listdir(folder)))):
+            raise InputError(f"--input: {shown(folder)} is the output as well; write elsewhere")
+        return True
+
+    def _once_each(self) -> Iterator[InputFile]:
+        """Of several names of one file the one that tells its kind, and no link's if it can be."""
+        chosen: dict[tuple[int, int], str] = {}
+        for full, (_, status) in self._found.items():
+            other = chosen.setdefault(_identity(status), full)
+            if other != full and _rank(full) < _rank(other):
+                chosen[_identity(status)] = full
+        for full, (path, status) in self._found.items():
+            known = self._earlier.get(_identity(status), chosen[_identity(status)])
+            if known == full:
+                self._earlier[_identity(status)] = full
+                yield InputFile(full, shown(path), status.st_size, str(status.st_mtime_ns))
+            else:
+                self._leave_out(path, f"another name of a file that is read: {known}")
+
+    def _leave_out(self, path: str, reason: str, size: int = 0, is_loss: bool = False) -> None:
+        self._left_out.append(LeftOut(shown(path), shown(reason), size, is_loss=is_loss))
+
+    def _leave_out_whole(self, path: str, reason: str) -> None:
+        sizes = list(_sizes(path))
+        self._left_out.append(LeftOut(shown(path), reason, sum(sizes), len(sizes)))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _absolute(path: str) -> str:
+    """As `os.path.abspath`, which takes `link/..` for the folder that the link lies in."""
+    if os.pardir not in path.split(os.sep):
+        return os.path.abspath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def _rank(path: str) -> tuple[bool, bool]:
+    return not os.path.splitext(path)[1], os.path.islink(path)
+
+
+def _sizes(path: str) -> Iterator[int]:
+    """The size of a file, or of every file in a folder; links are not followed."""
+    paths = [path]
+    if os.path.isdir(path) and not os.path.islink(path):
+        paths = (os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+    for each in paths:
+        with contextlib.suppress(OSError):  # just removed
+            yield os.lstat(each).st_size
 
 
 def _is_wanted(name: str) -> bool:
     return not name.startswith(".") and name != "__pycache__"
 
 
-def _remote_files(url: str) -> Iterator[InputFile]:
+def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
     try:
         fs, path = filesystem(url)
+        fs.invalidate_cache()  # what was listed before may have changed
         for found in _matches(fs, path):
-            for name in _walk_remote(fs, found):
+            for name in _walk_remote(fs, found, left_out):
                 full, info = fs.unstrip_protocol(name), fs.info(name)
                 version = info.get("ETag") or info.get("Last-Modified") or fs.ukey(name)
-                file = InputFile(full, full, info.get("size"), str(version))
+                file = InputFile(full, shown(full), info.get("size"), str(version))
                 yield file._replace(divisible=_gives_ranges(fs, name))
     except FileNotFoundError as error:
         raise InputError(f"--input {url}: {why_not_there(error)}") from error
@@ -101,14 +310,24 @@ def _matches(fs, path: str) -> list[str]:
     return [path]
 
 
-def _walk_remote(fs, path: str) -> list[str]:
+def _walk_remote(fs, path: str, left_out: list[LeftOut]) -> Iterator[str]:
     # Not `isdir`: over http that fetches the file to look for links in it.
     if fs.info(path)["type"] != "directory":
-        return [path]
+        yield path
+        return
+    sizes = {name: info.get("size") or 0 for name, info in fs.find(path, detail=True).items()}
+    folders = {posixpath.dirname(name) for name in sizes if name.endswith(f"/{_FIRST_SHARD}")}
+    prepared = {folder for folder in folders if f"{folder}/{MANIFEST_NAME}" in sizes}
     within = len(path.rstrip("/")) + 1
-    return [
-        name for name in sorted(fs.find(path)) if all(map(_is_wanted, name[within:].split("/")))
-    ]
+    for name in sorted(sizes):
+        if posixpath.dirname(name) in prepared:
+            reason = _OURS
+        elif not all(map(_is_wanted, name[within:].split("/"))):
+            reason = _HIDDEN
+        else:
+            yield name
+            continue
+        left_out.append(LeftOut(shown(fs.unstrip_protocol(name)), reason, sizes[name]))
 
 
 def _gives_ranges(fs, path: str) -> bool:

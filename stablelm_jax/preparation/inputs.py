@@ -8,28 +8,36 @@ import os
 from collections.abc import Sequence
 
 from stablelm_jax.preparation import readers
-from stablelm_jax.preparation.finding import InputError, InputFile, files_of
+from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, find
 
 FORMATS = ("auto", "jsonl", "parquet", "text")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def find_files(inputs: Sequence[str], file_format: str = "auto") -> list[InputFile]:
-    """All files that `inputs` (files, folders, patterns; local or any fsspec URL) stand for.
+def find_files(
+    inputs: Sequence[str],
+    file_format: str = "auto",
+    *,
+    own: str | os.PathLike | None = None,
+    left_out: list[LeftOut] | None = None,
+) -> list[InputFile]:
+    """All files to read under `inputs` (files, folders, patterns; local or any fsspec URL).
 
-    In a folder every file counts except hidden ones and those in `__pycache__`.
+    In a folder every file counts except hidden ones, those in `__pycache__`, and what `prepare`
+    wrote. A file is read once, whatever links lead to it.
+
+    Args:
+      own: the folder that will be written to, where it may lie in an input.
+      left_out: gets what is found and not read.
 
     Raises:
-      InputError: nothing is found under a name, or a file is reached twice.
+      InputError: nothing is found under a name, or a file is named twice.
     """
-    files: dict[str, InputFile] = {}
-    for written in inputs:
-        for file in files_of(written):
-            if file.path in files:
-                raise InputError(f"--input: {file.name} is reached twice; name it once")
-            files[file.path] = _classified(file, file_format)
-    return list(files.values())
+    found = find(inputs, own)
+    if left_out is not None:
+        left_out += found.left_out
+    return [_classified(file, file_format) for file in found.files]
 
 
 def _classified(file: InputFile, file_format: str) -> InputFile:
