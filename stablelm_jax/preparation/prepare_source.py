@@ -77,12 +77,10 @@ class Preparation:
         self._work = self.directory / ".work"
         self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
-        self.files = inputs.find_files(job.inputs, job.format)
-        for file in self.files:
-            if file.path.startswith(str(self.directory) + os.sep):
-                raise inputs.InputError(
-                    f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
-                )
+        self.left_out: list[inputs.LeftOut] = []
+        self.files = inputs.find_files(
+            job.inputs, job.format, own=self.directory, left_out=self.left_out
+        )
         self.input_bytes = sum(file.size or 0 for file in self.files)
         self.reasons: collections.Counter = collections.Counter()
         # All that the bytes of the source follow from.

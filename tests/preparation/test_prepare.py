@@ -424,7 +424,7 @@ def test_its_own_output_is_refused_as_input(tmp_path, capsys, tokenizer_file):
         '--tokenizer', tokenizer_file,
     )  # fmt: skip
     assert code == 2
-    assert "lies in the output" in err
+    assert "is the output as well; write elsewhere" in err
 
 
 @pytest.mark.parametrize(
