@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from stablelm_jax import __version__, configs_folder
+from stablelm_jax.run_verb import guard_output
 
 VERBS = {
     "train_tokenizer": "a small tokenizer.json of your own, learned from documents",
@@ -28,6 +29,8 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb, which leaves with an exit code of its own; else returns the exit code."""
+    if argv is None:  # from the command line
+        guard_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else ""
     if verb in VERBS:

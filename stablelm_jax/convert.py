@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stablelm_jax.run_verb import run_verb
+
 DTYPES = ("bfloat16", "float16", "float32")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse), 130 for Ctrl-C."""
+    """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     options = vars(_parser().parse_args(argv))
     direction = options.pop("direction")
     try:
@@ -23,9 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("convert: interrupted; nothing was written", file=sys.stderr)
-        return 130  # as shells give it for Ctrl-C
     return 0
 
 
@@ -91,4 +90,4 @@ def _size(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(main, "convert")

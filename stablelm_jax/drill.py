@@ -26,6 +26,8 @@ from absl import flags
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.drilling.phases import PHASES
+from stablelm_jax.run.console import make_console
+from stablelm_jax.run_verb import run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +52,9 @@ def _drill(given: Any) -> int:
     from stablelm_jax.drilling.rounds import Drill
 
     # Left by an exception, the drill ends the training under way.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, lambda number, frame: sys.exit(128 + number))
     overrides = config_lib.overrides_from_flags().items()
     config_flags = [f"--config={given['config'].config_filename}"]
     config_flags += [f"--config.{key}={value}" for key, value in overrides]
@@ -60,9 +64,6 @@ def _drill(given: Any) -> int:
     try:
         drill.train_undisturbed()
         drill.run(given.kills, given.signals, given.phases)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130  # as shells say it
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -71,7 +72,6 @@ def _drill(given: Any) -> int:
 
 def report(drill: Any) -> int:
     """Prints how often each signal came, and writes it to drill.json; returns the exit code."""
-    from rich.console import Console
     from rich.table import Table
 
     from stablelm_jax.storage.files import write_json
@@ -83,7 +83,7 @@ def report(drill: Any) -> int:
         came[phase] = {"SIGKILL": len(hits) - len(waits), "SIGTERM": len(waits)}
         came[phase]["longest_wait"] = round(max(waits, default=0.0), 2)
         table.add_row(phase, *map(str, came[phase].values()))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    make_console(file_width=120).print(table)
     found = {"came": came, "runs": drill.runs, "problems": drill.problems}
     write_json(drill.folder / "drill.json", found)
     for problem in drill.problems[:1]:
@@ -92,4 +92,4 @@ def report(drill: Any) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main, "drill", interrupted="run the same command again")

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stablelm_jax.run.metrics import finite
+from stablelm_jax.run.console import make_console
+from stablelm_jax.run_verb import run_verb
 from stablelm_jax.storage.files import write_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     arguments = _parser().parse_args(argv)
+    from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
+
     try:
         found = finite(_evaluate(arguments))  # what one task found must not cost the others
         if arguments.output:
@@ -124,7 +127,6 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
     import jax
-    from rich.console import Console
 
     from stablelm_jax import config as config_lib
     from stablelm_jax.data.position import DataPosition
@@ -155,9 +157,9 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
     if saved.model != run.model:
         raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
     line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
-    show_evaluation(Console(stderr=True), run, saved.run["step"], line)
+    show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
     return line
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(main, "evaluate", prints_result=True)

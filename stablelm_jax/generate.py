@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from stablelm_jax.run_verb import answer_interrupts, run_verb
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
@@ -116,10 +118,11 @@ def _continue(generator, tokenizer, template, system, prompts, settings) -> None
     began = time.perf_counter()
     if len(ids) == 1:
         print(opening[0], end="", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):  # what was written so far is meant to stay
+        try:
             for piece in as_text(tokenizer, chunks()):
                 print(piece, end="", flush=True)
-        print()
+        finally:
+            print()
     else:
         for prompt, tokens in zip(opening, generator.generate(ids, **settings)):
             written += tokens
@@ -133,6 +136,7 @@ def _converse(generator, tokenizer, template, messages, settings) -> None:
     """A conversation on the terminal: Ctrl-C ends an answer, Ctrl-D the program."""
     from stablelm_jax.generation.text import answer
 
+    answer_interrupts()
     while True:
         try:
             text = input("> ")
@@ -155,4 +159,4 @@ def _converse(generator, tokenizer, template, messages, settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(main, "generate", prints_result=True, interrupted="the text ends here")

@@ -20,6 +20,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.run.console import make_console
+from stablelm_jax.run_verb import run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +42,9 @@ def _inspect(argv: Sequence[str]) -> int:
         wanted = (row for row in _rows(config) if given.source in (None, row.source))
         for row in itertools.islice(wanted, given.rows):
             if given.json:
-                print(json.dumps(dataclasses.asdict(row), ensure_ascii=False))
+                # Escapes of JSON's own where the terminal has no letters for the text.
+                escaped = (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+                print(json.dumps(dataclasses.asdict(row), ensure_ascii=escaped))
             else:
                 _show(row)
     except (ValueError, OSError) as error:
@@ -67,10 +71,9 @@ def _rows(config: ConfigDict) -> Iterator:
 
 
 def _show(row) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     number = f"row {row.source_row:,} of {row.source_rows:,}"
     console.rule(f"row {row.row:,}: {row.source}, epoch {row.epoch}, {number}", align="left")
     for document in row.documents:
@@ -86,4 +89,4 @@ def _show(row) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main, "inspect_data", prints_result=True, interrupted="the rows end here")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.run_verb import answer_interrupts, run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,6 +65,7 @@ def _plan(argv: Sequence[str]) -> int:
                 "--sweep: needs the machine to compile for; write --target, as in --target "
                 "h200:1x8, or set config.parallel.target"
             )
+        answer_interrupts()  # the first one ranks what is done
         code = sweep(config, target)
     except config_lib.ConfigError:
         raise
@@ -93,4 +95,4 @@ def _check_together(given: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main, "plan", prints_result=True, interrupted="the plan ends here")

@@ -21,10 +21,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from datatrove.utils.logging import logger
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
@@ -34,6 +34,11 @@ from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
 from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
+from stablelm_jax.run.console import make_console
+from stablelm_jax.run_verb import run_verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on
@@ -51,13 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preparation = Preparation(_job(flags))
         begun = True
         with preparation.locked():
-            _prepare(preparation, executor, Console(highlight=False, soft_wrap=True))
+            _prepare(preparation, executor, make_console(highlight=False, soft_wrap=True))
     except (ValueError, OSError, TasksFailed) as error:
         print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 1 if begun else 2
-    except KeyboardInterrupt:
-        print("prepare: interrupted; run the same command again to go on", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -254,4 +256,4 @@ def _job(flags: argparse.Namespace) -> Job:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(main, "prepare", interrupted="run the same command again to go on")

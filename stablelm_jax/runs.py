@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from stablelm_jax.run_verb import run_verb
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 after an error; bad arguments leave with 2."""
@@ -32,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(main, "runs", prints_result=True)

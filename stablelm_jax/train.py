@@ -14,6 +14,7 @@ from absl import flags, logging
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.run.signals import StopRequest
+from stablelm_jax.run_verb import run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,4 +67,4 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main, "train", interrupted=None)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from stablelm_jax.preparation import chunks, inputs, readers
 from stablelm_jax.preparation.flags import add_input_flags
+from stablelm_jax.run_verb import run_verb
 from stablelm_jax.storage.files import replacing
 from stablelm_jax.tokenizer.train_tokenizer import train
 
@@ -65,9 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("train_tokenizer:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("train_tokenizer: interrupted; nothing was written", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -86,4 +84,4 @@ def _train(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(main, "train_tokenizer")

@@ -151,3 +151,20 @@ def test_no_page_names_a_module_that_does_not_exist():
         for room, rest in set(re.findall(r"(?<![\w/])(\w+)/([\w/]+\.py)", text)):
             if room in ROOMS:
                 assert (PACKAGE / room / rest).exists(), f"{page.name} names {room}/{rest}"
+
+
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale():
+    """Each call that opens a text, a process's output too, names its encoding."""
+    opening = re.compile(r"open|.*\.(open|read_text|write_text|fdopen|TextIOWrapper)", re.DOTALL)
+    not_text = re.compile(r"(os|SavedModel|tokenize|services\.log\.writers|readers)\.")
+    for path in [*files_of("."), *sorted((ROOT / "launch").rglob("*.py"))]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            modes = [given.get("mode", ""), *map(ast.unparse, call.args)]
+            is_binary = any(re.fullmatch(r"'[rwxa+]*b[rwxa+]*'", mode) for mode in modes)
+            opens = opening.fullmatch(name) and not not_text.match(name) and not is_binary
+            if opens or given.get("text") == "True":
+                assert "encoding" in given, f"{path.relative_to(ROOT)}, line {call.lineno}"

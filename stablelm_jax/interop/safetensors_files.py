@@ -87,7 +87,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if path.is_file():
         try:
-            listed = json.loads(path.read_text())["weight_map"]
+            listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             return {str(name): Path(file).name for name, file in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); fetch it again") from error
@@ -121,7 +121,7 @@ def tensor_writer(
         files = {name: file for file, group in zip(names, groups) for name in group}
         index = {"metadata": {"total_size": sum(sizes.values())}}
         index["weight_map"] = dict(sorted(files.items()))
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     places: dict[str, tuple[BinaryIO, int]] = {}  # the file, and where in it a tensor begins
 
     def write(name: str, values: np.ndarray) -> None:

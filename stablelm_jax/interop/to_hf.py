@@ -54,9 +54,10 @@ def write_directory(
         ("generation_config.json", ids),
         (tokenizer_files.CONFIG, tokenizer_config),
     ):
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / tokenizer_files.TOKENIZER).write_bytes(tokenizer_files.tokenizer_json(tokenizer))
-    (folder / "README.md").write_text(_model_card(checkpoint, dtype, revision))
+    (folder / "README.md").write_text(_model_card(checkpoint, dtype, revision), encoding="utf-8")
 
 
 def _write_weights(checkpoint, folder, dtype, max_file_bytes, on_parameters) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax import config as config_lib
@@ -22,6 +21,7 @@ from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
 from stablelm_jax.planning.estimate import mode_text
 from stablelm_jax.planning.targets import GIB, Target, parse_target
+from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import as_path
 
 # The report's own assumptions for Stable LM 2 1.6B (arXiv 2402.17834, section on emissions).
@@ -37,7 +37,7 @@ def plan(config: ConfigDict, target: Target | None, **assumed: float | None) -> 
     Raises:
       ConfigError, CompilerError, DoesNotFit: as `compile_for`; what needs no compiler is printed.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = make_console(file_width=120)
     parallel = config.parallel
     fewest_devices = parallel.replica * max(parallel.data, 1) * parallel.model
     sizes = config_lib.validate_mesh(config, target.num_devices if target else fewest_devices)
@@ -57,7 +57,7 @@ def plan(config: ConfigDict, target: Target | None, **assumed: float | None) -> 
 
 def plan_all() -> int:
     """Compiles every config of configs/launch; a table; 1 if one does not compile or fit."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console(file_width=160)
     rows, failed = [], 0
     for path in sorted((configs_folder() / "launch").glob("*.py")):
         config = config_lib.load(path)
@@ -66,7 +66,7 @@ def plan_all() -> int:
             step = compile_for(config, parse_target(config.parallel.target))
         except ValueError as error:
             failed += 1
-            console.print(f"[red]{path.stem}: {error}[/red]", soft_wrap=True)
+            console.print(f"{path.stem}: {error}", style="red", soft_wrap=True)
             continue
         mesh, mode = mesh_text(step.mesh, names=False), mode_text(config.parallel)
         memory = (f"{size / GIB:.1f}" for size in (step.peak_bytes, step.available_bytes))

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax import config as config_lib
@@ -37,6 +36,7 @@ from stablelm_jax.planning.estimate import (
 )
 from stablelm_jax.planning.report import table
 from stablelm_jax.planning.targets import GIB, Target
+from stablelm_jax.run.console import make_console
 
 INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
 _REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
@@ -64,7 +64,7 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
       ConfigError, CompilerError: as `compile_for`.
       DoesNotFit: nothing fits.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = make_console(file_width=140)
     ordered = candidates(config, target)
     hopeless = sum(candidate.needed > target.available_bytes for candidate in ordered)
     available = f"{target.available_bytes / GIB:.1f} GiB"

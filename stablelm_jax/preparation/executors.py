@@ -128,7 +128,7 @@ def _run_slurm(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
         with_srun=False,
     )
     note = logs / "slurm_job"
-    job = note.read_text() if note.exists() else ""
+    job = note.read_text(encoding="utf-8") if note.exists() else ""
     if not (job and _is_queued(job)):  # else an earlier call was stopped, its jobs were not
         try:
             executor.run()
@@ -136,7 +136,7 @@ def _run_slurm(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
             code = error.returncode
             raise TasksFailed(f"sbatch failed with exit code {code}, see above") from None
         job = str(executor.job_id)
-        note.write_text(job)
+        note.write_text(job, encoding="utf-8")
     _wait_for_slurm(executor, job, logs)
 
 
@@ -155,7 +155,7 @@ def _wait_for_slurm(executor: SlurmPipelineExecutor, job: str, logs: pathlib.Pat
 
 def _is_queued(job: str) -> bool:
     command = ["squeue", "-h", "-j", job]
-    queue = subprocess.run(command, capture_output=True, text=True, check=False)
+    queue = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return queue.returncode == 0 and bool(queue.stdout.strip())
 
 

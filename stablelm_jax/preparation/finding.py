@@ -335,7 +335,7 @@ def _gives_ranges(fs, path: str) -> bool:
     if not is_http(path):
         return True
     try:
-        with fs.open(path, block_size=1) as file:
+        with fs.open(path, "rb", block_size=1) as file:
             file.seek(1)
             file.read(1)
     except ValueError:

@@ -33,11 +33,11 @@ def only_one(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(file.fileno()).st_nlink:  # its holder removed it a moment ago
                 raise BlockingIOError
-            is_dead = path.read_text().split(" ")[0] in ("", socket.gethostname())
+            is_dead = path.read_text(encoding="utf-8").split(" ")[0] in ("", socket.gethostname())
         except BlockingIOError:
             raise _held(path) from None
         except OSError:  # a disk without such locks
-            is_dead = not path.read_text()
+            is_dead = not path.read_text(encoding="utf-8")
         if not is_dead and _counter_moves(path):
             raise _held(path)
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -69,11 +69,11 @@ def _write(file: BinaryIO, text: str) -> None:
 
 
 def _counter_moves(path: Path) -> bool:
-    before, end = path.read_text(), time.monotonic() + _WATCH_SECONDS
+    before, end = path.read_text(encoding="utf-8"), time.monotonic() + _WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(_BEAT_SECONDS / 2)
         # Opened anew each time: NFS looks at the server then. Its holder may remove it.
-        if not path.exists() or path.read_text() != before:
+        if not path.exists() or path.read_text(encoding="utf-8") != before:
             return True
     return False
 
@@ -81,6 +81,6 @@ def _counter_moves(path: Path) -> bool:
 def _held(path: Path) -> BlockingIOError:
     holder = "another process"
     with contextlib.suppress(FileNotFoundError, ValueError):  # it has just begun, or just ended
-        host, process, since, _ = path.read_text().split(" ")
+        host, process, since, _ = path.read_text(encoding="utf-8").split(" ")
         holder = f"process {process} on {host}, since {since},"
     return BlockingIOError(f"{path.parent}: {holder} is at work here; wait for it or end it")

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Plan:
-        settings, rule, saved = json.loads(path.read_text())
+        settings, rule, saved = json.loads(path.read_text(encoding="utf-8"))
         return cls(settings, HeldOutRule(*rule), chunks_from_json(saved))
 
 
@@ -84,7 +84,7 @@ class Output:
 
 def read_output(folder: pathlib.Path) -> Output:
     """The record of one output, finished or not."""
-    return Output(**json.loads((folder / "record.json").read_text()))
+    return Output(**json.loads((folder / "record.json").read_text(encoding="utf-8")))
 
 
 def outputs_of_chunk(folder: pathlib.Path, chunk: int) -> list[Output]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters, format_parameter_table, parameter_table
@@ -22,10 +22,10 @@ from stablelm_jax.training.setup import Run
 def show_decisions(console: Console, run: Run) -> None:
     """The parameter table, and what was decided for model, devices, data and schedule."""
     text = format_parameter_table(parameter_table(run.model))
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
     table = Table("decision", "value", title=f"run {run.config.name}", title_justify="left")
     for name, value in _decisions(run).items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)
     console.print(_source_table(run))
 
@@ -127,10 +127,9 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
 
 def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str) -> None:
     """The continuation of each prompt, above the line `note`."""
-    body = "\n\n".join(
-        f"[bold]{escape(prompt)}[/bold]{escape(text)}" for prompt, text in texts.items()
-    )
-    console.print(Panel(body, title=f"samples after step {step:,}", subtitle=escape(note)))
+    shown = [Text.assemble((prompt, "bold"), text) for prompt, text in texts.items()]
+    body, below = Text("\n\n").join(shown), Text(note)
+    console.print(Panel(body, title=f"samples after step {step:,}", subtitle=below))
 
 
 def reading_note(run: Run, rows: int) -> str:

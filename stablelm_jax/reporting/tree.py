@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from rich.tree import Tree
 
 from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
 from stablelm_jax.checkpoint.reading import CheckpointError, read_run, state_hash
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.reporting.picture import draw_runs
+from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import MetricsFile
 
 _NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
@@ -43,7 +43,7 @@ def show_runs(folder: str, picture: str | None = None) -> None:
         raise ValueError(
             f"{folder}: no run with a checkpoint in it or below; name a folder of run folders"
         )
-    Console().print(run_tree(runs, folder))
+    make_console().print(run_tree(runs, folder))
     if not picture:
         return
     # What was before the first branch takes no more room than what came after it.
@@ -77,20 +77,20 @@ def find_runs(folder: Path) -> Iterator[FoundRun]:
 
 def run_tree(runs: list[FoundRun], title: str) -> Tree:
     """Puts runs that started fresh, or whose parent is not among `runs`, at the top."""
-    tree = Tree(escape(str(title)), guide_style="dim")
+    tree = Tree(Text(str(title)), guide_style="dim")
     nodes: dict[tuple[Path, int], Tree] = {}  # (run folder, step) -> where its branches hang
     for run in sorted(runs, key=lambda run: (run.start.parent_step, run.path)):
         above, label = tree, _label(run)
         if parent := _parent(runs, run):
             above = nodes.get((parent.path, run.start.parent_step), tree)
         elif run.start.parent:
-            label += f" [yellow]from {escape(run.start.parent)}, which is not here[/yellow]"
+            label.append(f" from {run.start.parent}, which is not here", style="yellow")
         node = above.add(label)
         for step in run.steps:
-            mark = "[red]damaged[/red]"
+            mark = "damaged", "red"
             if step in run.hashes:
-                mark = f"[dim]{run.hashes[step][:12]}[/dim]"
-            nodes[run.path, step] = node.add(f"{checkpoint_name(step)} {mark}")
+                mark = run.hashes[step][:12], "dim"
+            nodes[run.path, step] = node.add(Text.assemble(f"{checkpoint_name(step)} ", mark))
     return tree
 
 
@@ -105,13 +105,12 @@ def _parent(runs: list[FoundRun], run: FoundRun) -> FoundRun | None:
     return None
 
 
-def _label(run: FoundRun) -> str:
+def _label(run: FoundRun) -> Text:
     schedule, steps = run.config["schedule"], run.config["training"]["num_steps"]
-    text = f"[bold]{escape(str(run.path))}[/bold] ({escape(run.config['name'])}"
-    text += f", to step {run.steps[-1]:,} of {steps:,}"
+    text = f" ({run.config['name']}, to step {run.steps[-1]:,} of {steps:,}"
     if (begin := schedule["cooldown_start"]) is not None:
         end, to = begin + schedule["cooldown_steps"], schedule["cooldown_end"]
         text += f", learning rate from {begin:,} to {end:,} linear to {to:g}"
     if run.config["data"].get("stages"):
-        text += f", stages {escape(run.config['data']['stages'])}"
-    return f"{text})"
+        text += f", stages {run.config['data']['stages']}"
+    return Text.assemble((str(run.path), "bold"), f"{text})")

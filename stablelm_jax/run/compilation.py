@@ -52,6 +52,6 @@ def _machine() -> str:
         return jax.devices()[0].device_kind.replace(" ", "_")
     cpu = ""
     with contextlib.suppress(OSError):  # only Linux has this file
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
     return f"cpu_{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"

@@ -30,13 +30,18 @@ class Events:
 
     def print(self, text: str, style: str | None = None) -> None:
         """Prints a text and keeps nothing."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+        self._console.print(text, highlight=False, soft_wrap=True, style=style)
 
     def tell(self, event: str, text: str, *, style: str = "bold yellow", **fields: Any) -> None:
-        """Prints a text in colour and keeps it. A full disk does not end the run."""
+        """Prints a text in colour and keeps it."""
         self.print(text, style)
         if self._path is None:  # not process 0, whose console is quiet
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+        self.keep(event, text, **fields)
+
+    def keep(self, event: str, text: str, **fields: Any) -> None:
+        """Keeps an event without printing it. A full disk does not end the run."""
+        if self._path is None:
             return
         line = {"time": time.time(), "event": event, **fields, "text": text}
         try:

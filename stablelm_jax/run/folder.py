@@ -91,7 +91,7 @@ class RunFolder:
         """
         new = not self.path.exists()
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK, "w") as file:
+        with open(self.path / LOCK, "wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -154,7 +154,7 @@ def git_commit() -> str | None:
     command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
     here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+        found = subprocess.run(command, cwd=here, capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None

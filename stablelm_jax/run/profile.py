@@ -10,6 +10,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from stablelm_jax.run.console import make_console
+
 _SHOWN = 25
 # These contain other operations, whose time would count twice.
 _OUTER = ("while", "call", "conditional")
@@ -49,7 +51,7 @@ class Profiler:
         table = _table(top_operations(newest), len(self._steps))
         self._console.print(table)
         with open(self._folder / "top_operations.txt", "w", encoding="utf-8") as file:
-            Console(file=file, width=120).print(table)
+            make_console(file=file, width=120).print(table)
         self._console.print(f"trace: {newest}", soft_wrap=True)
 
 

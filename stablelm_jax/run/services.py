@@ -15,6 +15,7 @@ from stablelm_jax.checkpoint.saving import Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.compilation import CompilationCache
+from stablelm_jax.run.console import make_console, tell_losses
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.run.metrics import RunLog, Writers
@@ -59,7 +60,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         stop.listen()
         # Google's notice that this machine is about to go asks for what a signal asks for.
         watch_notices(stop.hear)
-        console = Console(quiet=not first)
+        console = make_console(quiet=not first)
         # Before anything is compiled.
         cache = CompilationCache(workdir)
         # From here on a signal leaves something to bring to its end first, but in the phases that
@@ -71,6 +72,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         stack.enter_context(folder.claimed())
         console.print(f"run folder: {folder}", soft_wrap=True)
         events = Events(console, folder.path / "events.jsonl" if first else None)
+        tell_losses(lambda text: events.keep("output_lost", text))
         # Opening the store removes what an interrupted save has left: not before the folder is
         # ours. Closing waits until a save that is under way is whole, after an error too.
         store = CheckpointStore(

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 EXIT_STOPPED = 75
-# Besides Ctrl-C and the usual one, the two that SLURM jobs are commonly warned with.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Besides Ctrl-C and the usual one: a terminal that is closed, and the two that SLURM jobs are
+# commonly warned with.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 # What Google's metadata server is asked, and the answer that announces the end of the machine.
@@ -63,6 +64,8 @@ class StopRequest:
         """Takes the signals; call it again after a library has taken them for itself."""
         signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         for number in SIGNALS:  # the pipe is written only for a signal with a handler in Python
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup asks for that
             before = signal.signal(number, lambda *_: None)
             self._before.setdefault(number, before)
 
@@ -125,7 +128,7 @@ def watch_notices(hear: Callable[[str], None]) -> None:
 
     host = os.environ.get("GCE_METADATA_HOST")  # as Google's own libraries read it
     with contextlib.suppress(OSError):
-        if host is None and "Google" in _PRODUCT.read_text():
+        if host is None and "Google" in _PRODUCT.read_text(encoding="utf-8"):
             host = METADATA_HOST
     if host is not None:
         for what in _NOTICES:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -36,6 +35,7 @@ def train(texts: Iterable[str], rows: int) -> Tokenizer:
 
 
 if __name__ == "__main__":
+    from stablelm_jax.run_verb import run_verb
     from stablelm_jax.train_tokenizer import main
 
-    sys.exit(main())
+    run_verb(main, "train_tokenizer")

@@ -47,7 +47,7 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
     Raises:
       WrongKernel: attention is wrong here or on another host.
     """
-    console.print(_checked_attention(run), markup=False, soft_wrap=True)
+    console.print(_checked_attention(run), soft_wrap=True)
     began = time.monotonic()
     with console.status("compiling the train step"):
         step = compile_step(run)

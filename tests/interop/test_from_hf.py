@@ -210,13 +210,13 @@ def test_a_negative_step_is_no_step(directory, capsys):
     assert left.value.code == 2 and "'-1' is no step" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_leaves_nothing(directory, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(conversions, "prompt_ids", interrupted)  # once all is written
-    assert convert.main(["from-hf", str(directory), str(tmp_path / "in")]) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("convert: interrupted")
+    with pytest.raises(KeyboardInterrupt):  # `run_verb` says it in one line
+        convert.main(["from-hf", str(directory), str(tmp_path / "in")])
     assert not (tmp_path / "in").exists() or not list((tmp_path / "in").iterdir())
 
 

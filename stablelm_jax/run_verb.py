@@ -1,0 +1,173 @@
+"""What stands between a verb and its terminal: output, Ctrl-C, crashes of native code.
+
+Output for a person never decides whether the work lives. A verb begins with `run_verb`, and
+whatever is printed from then on, by us, by rich or by another library, goes through streams that
+drop what cannot be written. Nothing here is slow to import.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import faulthandler
+import io
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from stablelm_jax.run.console import note_loss
+
+EXIT_INTERRUPTED = 130  # as shells give it for Ctrl-C
+_GRACE_SECONDS = 5.0  # to clean up after Ctrl-C
+_STALL_SECONDS = 5.0  # that work waits for a reader who does not read, as a terminal after Ctrl-S
+_AT_ONCE = 4096  # bytes that a pipe takes without waiting, once it takes any
+
+
+def run_verb(
+    main: Callable[[], int | None],
+    name: str,
+    *,
+    prints_result: bool = False,
+    interrupted: str | None = "nothing was written",
+) -> NoReturn:
+    """Runs a verb to its exit code.
+
+    Args:
+      prints_result: the result is what it prints. Then the verb ends where stdout does: quietly
+        with 0 when the reader has gone, as `head` does; with 1 when a disk is full. Otherwise what
+        cannot be printed is dropped, and the work goes on.
+      interrupted: what Ctrl-C leaves, told in the one line of exit code 130; None where `main`
+        listens to it.
+    """
+    guard_output(prints_result=prints_result)
+    faulthandler.enable(2)
+    line = f"{name}: interrupted; {interrupted}"
+    if interrupted is not None and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        _end_after_interrupt(line)
+    try:
+        code = main()
+    except SystemExit as leaving:
+        code = leaving.code
+    except KeyboardInterrupt:
+        _leave_interrupted(line)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end has nothing to say of it
+    with contextlib.suppress(SystemExit) if code else contextlib.nullcontext():
+        sys.stdout.flush()  # a result that is not all there is an error, here for the last time
+    sys.exit(code)
+
+
+def answer_interrupts() -> None:
+    """From here on each Ctrl-C is a KeyboardInterrupt that the verb answers and may survive."""
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_after_interrupt(line: str) -> None:
+    """Ctrl-C ends the process soon, whatever its main thread is doing.
+
+    Python raises KeyboardInterrupt between two of its instructions, and a compilation is one of
+    minutes; raised in a callback of a library, it may be swallowed. So a thread hears of it too.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while signal.SIGINT not in os.read(reading, 64):
+            pass
+        time.sleep(_GRACE_SECONDS)
+        _leave_interrupted(line)
+
+    threading.Thread(target=wait, name="interrupts", daemon=True).start()
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the cleaning up
+    raise KeyboardInterrupt
+
+
+def _leave_interrupted(line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(EXIT_INTERRUPTED)  # no thread that still compiles is waited for
+
+
+def guard_output(*, prints_result: bool = False) -> None:
+    """Replaces sys.stdout and sys.stderr by streams that never fail; stdin is read as UTF-8.
+
+    What a stream cannot encode is written as an escape (\\xe9).
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: else the next file opened would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    codecs.register_error("escape_and_note", _escape)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)  # None where it was closed
+        stream = io.TextIOWrapper(
+            _Guarded(descriptor, name, is_result=prints_result and name == "stdout"),
+            encoding=old.encoding if old else "utf-8",
+            errors="escape_and_note",
+            line_buffering=name == "stderr" or os.isatty(descriptor),
+            write_through=bool(old and old.write_through),
+        )
+        setattr(sys, name, stream)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdin.reconfigure(encoding="utf-8")
+
+
+class _Guarded(io.RawIOBase):
+    """A descriptor to which writing does not fail."""
+
+    def __init__(self, descriptor: int, name: str, *, is_result: bool):
+        self._descriptor, self._name, self._is_result = descriptor, name, is_result
+        self._patience = None if is_result else 1000 * _STALL_SECONDS  # milliseconds
+        self._ready = select.poll()
+        self._ready.register(descriptor, select.POLLOUT)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """Writes all, or drops what cannot be written; the length of `data` in any case."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                if not self._ready.poll(self._patience):
+                    self._patience = 0  # until it reads again
+                    raise TimeoutError(errno.ETIMEDOUT, "nobody reads it")
+                rest = rest[os.write(self._descriptor, rest[:_AT_ONCE]) :]
+            if not self._is_result:
+                self._patience = 1000 * _STALL_SECONDS
+        except OSError as error:
+            self._note(error)
+        return len(data)
+
+    def _note(self, error: OSError) -> None:
+        text = f"{self._name} cannot be written: {error.strerror}"
+        note_loss(self._name, f"{text}; what is lost there is not shown again")
+        if self._is_result:
+            self._is_result = False
+            raise SystemExit(0 if error.errno == errno.EPIPE else f"error: {text}")
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    what = f"the encoding {error.encoding} lacks characters that were to be shown"
+    note_loss("encoding", f"{what}; they are written as escapes; set PYTHONIOENCODING=utf-8")
+    return codecs.backslashreplace_errors(error)
