@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from datatrove.utils.logging import logger
 from rich import box
+from rich.markup import escape
 from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
@@ -77,6 +78,7 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     with _progress(preparation, console) as watch:
         outputs = preparation.tokenize(executor)
     made = preparation.collate(outputs)
+    console.print(_found(preparation))
     console.print(_table(made))
     console.print(f"held out: {preparation.plan.held_out.reason}")
     console.print(_rejected(preparation, made))
@@ -176,6 +178,14 @@ def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
         thread.join()
 
 
+def _found(preparation: Preparation) -> Table:
+    columns = [Column(name, justify="right") for name in ("files", "bytes")]
+    table = Table("what was found", *columns, box=box.SIMPLE)
+    for end, (files, size) in preparation.account.ends.items():
+        table.add_row(escape(end), f"{files:,}", f"{size:,}")
+    return table
+
+
 def _table(made: SourceManifest) -> Table:
     columns = [Column(name, justify="right") for name in ("train", "held out")]
     table, train, held = Table("", *columns, box=box.SIMPLE), made.train, made.held_out
@@ -217,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
     add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
+    add('--allow-unread', action='store_true',
+        help='go on where more than a tenth of the bytes found is not read as text')  # fmt: skip
     add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
     add('--workers', type=int, default=cores, metavar='N',
         help='tasks at a time (default: the cores of this machine)')  # fmt: skip

@@ -141,7 +141,11 @@ def test_no_verb_exits_with_2_and_lists_them(capsys):
 def test_the_verbs_listed_are_the_modules_with_a_main():
     found = set()
     for path in (ROOT / "stablelm_jax").glob("[a-z]*.py"):
-        names = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")]
+        names = [
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if hasattr(node, "name")
+        ]
         if "main" in names:
             found.add(path.stem)
     assert found == set(VERBS)

@@ -42,6 +42,7 @@ class Record(NamedTuple):
     line: int  # from 1 on; in a byte range of a file it counts from the start of the range
     content: str | readers.Rejected
     consumed: int  # bytes of the chunk's files read so far
+    left: int = 0  # bytes of its file, or of the range of it, that follow
 
 
 def cut(files: Sequence[InputFile]) -> list[Chunk]:
@@ -106,11 +107,13 @@ def read_chunk(chunk: Chunk, text_key: str, skip: int = 0) -> Iterator[Record]:
             contents = readers.read_parquet(file.path, text_key, chunk.start, chunk.end, meter)
         else:
             contents = readers.read_text(file.path, file.compression, meter)
+        end = meter.consumed + (chunk.size if chunk.end is not None else file.size or 0)
         for line, content in enumerate(contents, chunk.first + 1):
             if skip:
                 skip -= 1
             else:
-                yield Record(file, line, content, meter.consumed)
+                left = max(0, end - meter.consumed)
+                yield Record(file, line, content, meter.consumed, left)
 
 
 def chunks_from_json(saved: list) -> list[Chunk]:

@@ -55,7 +55,7 @@ class LeftOut(NamedTuple):
 
     name: str
     reason: str  # up to a colon, the same for all of its kind
-    size: int = 0  # in bytes
+    size: int | None = 0  # in bytes; None where nobody can tell
     files: int = 1
     is_loss: bool = False  # whether it should have been read
 
@@ -175,7 +175,7 @@ class _LocalWalk:
             if os.path.islink(path):
                 self._leave_out(path, "a link that leads nowhere")
             else:
-                self._leave_out(path, f"cannot be looked at: {error.strerror}", is_loss=True)
+                self._leave_out(path, f"cannot be looked at: {error.strerror}", None, is_loss=True)
             return
         if stat.S_ISDIR(status.st_mode):
             (self._links if os.path.islink(path) else self._folders).append(path)
@@ -205,7 +205,7 @@ class _LocalWalk:
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
-            self._leave_out(folder, f"cannot be listed: {error.strerror}", is_loss=True)
+            self._leave_out(folder, f"cannot be listed: {error.strerror}", None, is_loss=True)
             return
         first = len(self._folders)
         for name in names:
@@ -244,7 +244,9 @@ class _LocalWalk:
             else:
                 self._leave_out(path, f"another name of a file that is read: {known}")
 
-    def _leave_out(self, path: str, reason: str, size: int = 0, is_loss: bool = False) -> None:
+    def _leave_out(
+        self, path: str, reason: str, size: int | None = 0, is_loss: bool = False
+    ) -> None:
         self._left_out.append(LeftOut(shown(path), shown(reason), size, is_loss=is_loss))
 
     def _leave_out_whole(self, path: str, reason: str) -> None:

@@ -23,7 +23,9 @@ from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, inputs, readers, tokenize_chunk
-from stablelm_jax.preparation.executors import Executor
+from stablelm_jax.preparation.account import Account, list_left_out
+from stablelm_jax.preparation.executors import Executor, TasksFailed
+from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
@@ -34,6 +36,8 @@ from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tok
 RECIPE = 2
 # 1 GiB of int32: large files for a file system, small ones for a copy or a retry.
 SHARD_TOKENS = 1 << 28
+
+_ALLOW_UNREAD = "--allow-unread"
 
 
 class PreparationError(ValueError):
@@ -56,6 +60,7 @@ class Job:
     languages: list[str]
     licence: str
     provenance: dict[str, str]
+    allow_unread: bool = False
 
 
 class Preparation:
@@ -67,9 +72,12 @@ class Preparation:
       files, input_bytes: what is read, and its size as it lies on disk.
       plan: how the input is cut, and what is held out; known from `begin` on.
       reasons: how often what was rejected; known from `tokenize` on.
+      left_out: what was found and is not read.
+      account: what became of all that was found; known from `tokenize` on.
     """
 
     plan: Plan
+    account: Account
 
     def __init__(self, job: Job):
         self.job = job
@@ -78,9 +86,13 @@ class Preparation:
         self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
         self.left_out: list[inputs.LeftOut] = []
-        self.files = inputs.find_files(
-            job.inputs, job.format, own=self.directory, left_out=self.left_out
-        )
+        self.files = self._find(self.left_out)
+        unknown = [item for item in self.left_out if item.size is None]
+        if unknown and not job.allow_unread:
+            raise inputs.InputError(
+                f"--input: {unknown[0].name} {unknown[0].reason}; give yourself the permission, or"
+                f" pass {_ALLOW_UNREAD} to do without"
+            )
         self.input_bytes = sum(file.size or 0 for file in self.files)
         self.reasons: collections.Counter = collections.Counter()
         # All that the bytes of the source follow from.
@@ -90,8 +102,12 @@ class Preparation:
             "tokenizer_sha256": self.tokenizer.sha256,
             **dataclasses.asdict(job),
         }
-        for name in ("source", "inputs", "output", "tokenizer", "ranks"):
+        for name in ("source", "inputs", "output", "tokenizer", "ranks", "allow_unread"):
             del self._settings[name]
+
+    def _find(self, left_out: list[inputs.LeftOut]) -> list[inputs.InputFile]:
+        job = self.job
+        return inputs.find_files(job.inputs, job.format, own=self.directory, left_out=left_out)
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
@@ -188,7 +204,7 @@ class Preparation:
         """The outputs of every chunk, in order, made where they are not there yet.
 
         Raises:
-          PreparationError: a split has no document.
+          PreparationError: an input changed, a split has no document, or too much was not read.
           TasksFailed: some chunk was not done.
         """
         # Local workers of an earlier call ended with it; jobs of SLURM may still run.
@@ -200,7 +216,12 @@ class Preparation:
         name = os.path.abspath(name) if os.path.exists(name) else name
         ranks = job.ranks and os.path.abspath(job.ranks)
         step = TokenizeChunk(self._plan_path, self.outputs, name, ranks)
-        executor.run(step, len(self.plan.chunks), self._work / "logs")
+        try:
+            executor.run(step, len(self.plan.chunks), self._work / "logs")
+        except TasksFailed:
+            self._look_again()  # a file that went away may be the reason
+            raise
+        self._look_again()
         outputs = []
         for chunk in range(len(self.plan.chunks)):
             outputs += tokenize_chunk.outputs_of_chunk(self.outputs, chunk)
@@ -210,8 +231,35 @@ class Preparation:
                     f" remove {self._work} and begin again"
                 )
         self._list_rejected(outputs)
+        list_left_out(self.directory / "left_out.jsonl", self.left_out)
         self._check_documents(outputs)
+        self.account = Account.of(self.files, [each.files for each in outputs], self.left_out)
+        if (refusal := self.account.refusal()) and not self.job.allow_unread:
+            raise PreparationError(
+                f"{refusal}; all is listed in {self.directory} (rejected.jsonl, left_out.jsonl);"
+                f" take it out of the input, or pass {_ALLOW_UNREAD} to do without: what is done"
+                " is kept"
+            )
         return outputs
+
+    def _look_again(self) -> None:
+        """PreparationError if an input is not what was read any more; notes files that came."""
+        try:
+            now = {file.path: file for file in self._find([])}
+        except inputs.InputError:
+            now = {}
+        for file in self.files:
+            then, seen = (file.size, file.version), now.pop(file.path, None)
+            if seen is not None and then == (seen.size, seen.version):
+                continue
+            self._plan_path.unlink()  # what was made of it is worth nothing
+            what = "changed" if seen else "went away"
+            raise PreparationError(
+                f"{file.name} {what} while it was read: wait until nothing writes to the input any"
+                " more, then run the same command again, which begins anew"
+            )
+        for file in now.values():
+            self.left_out.append(LeftOut(file.name, "came while others were read", file.size or 0))
 
     def _list_rejected(self, outputs: list[Output]) -> None:
         """Writes what gave no document, `file`, `line` and `reason` a line, and counts reasons."""
@@ -271,9 +319,14 @@ class Preparation:
             licence=job.licence,
             provenance={
                 **job.provenance,
-                "inputs": job.inputs,
+                "inputs": [shown(name) for name in job.inputs],
                 "input_files": len(self.files),
                 "input_bytes": self.input_bytes,
+                "found": {
+                    end: {"files": files, "bytes": size}
+                    for end, (files, size) in self.account.ends.items()
+                },
+                "unread_bytes": self.account.unread_bytes,
                 "settings": self._settings,
                 "held_out": self.plan.held_out._asdict(),
             },

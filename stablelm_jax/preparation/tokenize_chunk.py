@@ -31,6 +31,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
 from stablelm_jax.data.shards import ShardWriter
+from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
 from stablelm_jax.preparation.held_out import HeldOutRule, content_hash
 from stablelm_jax.preparation.readers import Rejected
@@ -64,6 +65,7 @@ class Output:
     Attributes:
       records, consumed: records and bytes of the chunk that were read up to the end of this output.
       shards: the fields of `ShardInfo` for each split that has documents.
+      files: what became of the records of each file, by its path.
     """
 
     chunk: int
@@ -75,6 +77,7 @@ class Output:
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     shards: dict[str, dict] = dataclasses.field(default_factory=dict)
+    files: dict[str, Tally] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -84,7 +87,9 @@ class Output:
 
 def read_output(folder: pathlib.Path) -> Output:
     """The record of one output, finished or not."""
-    return Output(**json.loads((folder / "record.json").read_text(encoding="utf-8")))
+    fields = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    tallies = {path: Tally(**tally) for path, tally in fields.pop("files", {}).items()}
+    return Output(**fields, files=tallies)
 
 
 def outputs_of_chunk(folder: pathlib.Path, chunk: int) -> list[Output]:
@@ -128,6 +133,8 @@ class OutputWriter:
             output.tokens[split] = total
             output.text_bytes[split] += len(data)
             self._waiting[split].append(tokens)
+        reason = tokens.reason if isinstance(tokens, Rejected) else None
+        output.files.setdefault(record.file.path, Tally()).add(reason, record.left)
         output.records += 1
         output.consumed = record.consumed
         return True

@@ -40,22 +40,6 @@ SHARD_TOKENS = 60_000
 ROOT = str(pathlib.Path(prepare.__file__).parents[1])
 
 
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory):
-    """A tokenizer of bytes: loads at once, and every text is as long as it looks."""
-    import tokenizers
-
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {letter: number for number, letter in enumerate(sorted(letters))}
-    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = tokenizers.decoders.ByteLevel()
-    engine.add_special_tokens(["<|endoftext|>"])
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    engine.save(str(path))
-    return str(path)
-
-
 def command(source, inputs, output, *flags, script=None):
     start = [script] if script else ["-m", "stablelm_jax.prepare"]
     paths = [str(path) for path in inputs]
@@ -212,7 +196,7 @@ def test_the_manifest_says_what_is_there(undisturbed, inputs, tokenizer_file):
     *_, last = said.strip().splitlines()
     assert last.startswith("prepared mixed: 2,600 documents")
     assert set(os.listdir(directory)) == {
-        'manifest.json', 'rejected.jsonl',
+        'manifest.json', 'rejected.jsonl', 'left_out.jsonl',
         *(info.file for info in made.train.shards + made.held_out.shards),
         *(info.file[:-4] + '.idx' for info in made.train.shards + made.held_out.shards),
     }  # fmt: skip

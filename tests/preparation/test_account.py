@@ -1,0 +1,303 @@
+"""The account: every file that is found, and every byte, is read, rejected or left out."""
+
+import gzip
+import http.server
+import json
+import os
+import random
+import threading
+
+import pytest
+
+from stablelm_jax import prepare
+from stablelm_jax.data import manifest
+from stablelm_jax.preparation import executors
+from stablelm_jax.preparation.account import Account, Tally
+from stablelm_jax.preparation.finding import InputFile, LeftOut
+
+
+def tally(*records):
+    """Of records that are read (None) or rejected (a reason, or a reason and what follows it)."""
+    made = Tally()
+    for record in records:
+        reason, left = record if isinstance(record, tuple) else (record, 0)
+        made.add(reason, left)
+    return made
+
+
+def file(name, size=100, kind="jsonl", compression=None):
+    return InputFile(name, name, size, "", kind, compression)
+
+
+def test_a_file_counts_as_unread_by_the_share_of_its_records_and_by_what_a_damage_lost():
+    assert tally(None, None, None).unread(100) == 0
+    assert tally("not UTF-8: 0xe9").unread(100) == 100
+    assert tally(None, None, None, "no key 'text'").unread(100) == 25
+    lost = "gzip stream damaged, the rest of the file is lost: bad"
+    assert tally(*[None] * 999, (lost, 60)).unread(100) == 60
+    assert tally("not JSON", (lost, 60)).unread(100) == 100
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["empty line", "empty document", "'text' is null", "'a.b' is a JSON null, not a string"],
+)
+def test_records_that_hold_nothing_are_no_loss(reason):
+    assert tally(None, *[reason] * 50).unread(100) == 0
+    assert tally(reason).unread(100) == 0
+
+
+def test_the_parts_of_a_file_in_several_chunks_are_counted_together():
+    parts = [{"a": tally(None, None)}, {"a": tally("not JSON: x", None), "b": tally("not JSON: y")}]
+    account = Account.of([file("a"), file("b", 7)], parts, [])
+    assert account.ends == {"read as jsonl": [1, 100], "rejected: not JSON": [1, 7]}
+    assert (account.unread_bytes, account.found) == (32, 107)
+
+
+def test_what_is_left_out_by_a_rule_is_counted_and_no_loss_but_what_cannot_be_opened_is():
+    left_out = [
+        LeftOut("in/.git", "hidden", 5000, 12),
+        LeftOut("in/link", "another name of a file that is read: in/a", 0),
+        LeftOut("in/link2", "another name of a file that is read: in/b", 0),
+        LeftOut("in/secret", "no permission to read it", 40, is_loss=True),
+    ]
+    files = [file("in/a", 360), file("in/b.gz", 0, "text", "gzip")]
+    account = Account.of(files, [{"in/a": tally(None)}], left_out)
+    assert account.ends == {
+        "read as jsonl": [1, 360],
+        "empty": [1, 0],
+        "left out: hidden": [12, 5000],
+        "left out: another name of a file that is read": [2, 0],
+        "left out: no permission to read it": [1, 40],
+    }
+    assert (account.unread_bytes, account.found, account.refusal()) == (40, 400, None)
+
+
+def test_more_than_a_tenth_unread_is_refused_and_the_worst_are_named():
+    names = [f"{letter}.bin" for letter in "abcde"]
+    files = [file("a.txt", 1000, "text"), *(file(name, 30 + n) for n, name in enumerate(names))]
+    parts = [{"a.txt": tally(None), **{name: tally("binary, not text") for name in names}}]
+    said = Account.of(files, parts, []).refusal()
+    assert said.startswith("160 of 1,160 bytes were not read as text: e.bin (binary, not text), ")
+    assert said.endswith(" and 2 more")
+    assert (
+        Account.of(
+            [file("a.txt", 1000), *files[1:]], [parts[0] | {"a.bin": tally(None)}], []
+        ).refusal()
+        is None
+    )
+
+
+# through the verb
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        (tmp_path / f"in/{number}.txt").write_text(f"text number {number}, quite ordinary\n" * 9)
+    return tmp_path
+
+
+@pytest.fixture
+def call(folder, tokenizer_file, capsys):
+    """Prepares what lies in `in`; returns exit code, stdout and stderr."""
+
+    def prepared(*flags, inputs=(folder / "in",), output=folder / "out"):
+        names = [os.fspath(name) for name in inputs]
+        arguments = ["--source", "s", "--input", *names, "--output", str(output)]
+        code = prepare.main([*arguments, "--tokenizer", tokenizer_file, "--workers", "1", *flags])
+        return code, *capsys.readouterr()
+
+    return prepared
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_source_of_which_too_much_was_not_read_is_refused_and_goes_on_with_the_flag(folder, call):
+    (folder / "in/library.so").write_bytes(b"\x7fELF\0\0" + random.Random(0).randbytes(400))
+    directory = folder / "out/s"
+    code, _, err = call()
+    assert code == 1
+    assert "406 of 1,486 bytes were not read as text: " in err
+    assert "library.so (" in err and "--allow-unread" in err and err.count("\n") == 1
+    assert not (directory / "manifest.json").exists()
+    made = {path.stat().st_ino for path in directory.glob(".work/outputs/*/train.bin")}
+    assert made
+    code, out, _ = call("--allow-unread")
+    assert code == 0
+    assert "going on with what was begun" in out and "0 tokens/s" in out
+    assert {path.stat().st_ino for path in directory.glob("train*.bin")} == made
+    provenance = manifest.read_manifest(directory).provenance
+    assert provenance["unread_bytes"] == 406
+    assert provenance["found"]["read as text"] == {"files": 4, "bytes": 1080}
+    code, out, _ = call()
+    assert code == 0 and "already prepared" in out
+
+
+def test_the_table_and_the_manifest_account_for_every_file_and_byte_that_is_there(folder, call):
+    place = folder / "in"
+    (place / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (place / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    (place / "nothing.jsonl").touch()
+    (place / ".hidden").write_text("hidden")
+    (place / ".git").mkdir()
+    (place / ".git/config").write_text("config")
+    os.symlink("gone", place / "nowhere")
+    os.link(place / "0.txt", place / "same.txt")
+    code, out, _ = call()
+    assert code == 0
+    found = manifest.read_manifest(folder / "out/s").provenance["found"]
+    assert {end: count["files"] for end, count in found.items()} == {
+        "read as text": 4,
+        "read as jsonl.gzip": 1,
+        "rejected: not UTF-8": 1,
+        "empty": 1,
+        "left out: hidden": 2,
+        "left out: a link that leads nowhere": 1,
+        "left out: another name of a file that is read": 1,
+    }
+    files = {path.stat().st_ino: path.stat().st_size for path in place.rglob("*") if path.is_file()}
+    assert sum(count["bytes"] for count in found.values()) == sum(files.values())
+    for end in found:
+        assert f" {end} " in out
+    assert {row["reason"] for row in rows(folder / "out/s/left_out.jsonl")} >= {"hidden"}
+
+
+def test_its_own_output_within_the_input_is_left_out_the_first_time_and_the_second(folder, call):
+    output = folder / "in/data"
+    code, _, err = call(output=output)
+    assert code == 0, err
+    found = manifest.read_manifest(output / "s").provenance["found"]
+    assert found == {"read as text": {"files": 4, "bytes": 1080}}
+    code, out, _ = call(output=output)
+    assert code == 0 and "already prepared" in out
+
+
+def test_a_name_that_is_no_text_is_written_as_text_wherever_names_are_written(folder, call):
+    place = folder / "in" / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    (place / os.fsdecode(b"\xe9.txt")).write_bytes("Un café".encode("latin-1"))
+    (place / "two\nlines.txt").write_text("a document in a file of an odd name")
+    os.symlink("gone", place / os.fsdecode(b"nowhere\xe9"))
+    code, out, err = call(inputs=[*(folder / "in").glob("*.txt"), place])
+    assert code == 0, err
+    (rejected,) = rows(folder / "out/s/rejected.jsonl")
+    assert rejected["file"].endswith("caf\\xe9/\\xe9.txt")
+    (left_out,) = rows(folder / "out/s/left_out.jsonl")
+    assert left_out["file"].endswith("caf\\xe9/nowhere\\xe9")
+    (out + err).encode()
+    provenance = manifest.read_manifest(folder / "out/s").provenance
+    assert provenance["inputs"][-1].endswith("caf\\xe9")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_unless_one_can_do_without(
+    folder, call, monkeypatch
+):
+    listdir = os.listdir
+
+    def forbidden(place="."):
+        if os.path.basename(place) == "secret":
+            raise PermissionError(13, "Permission denied")
+        return listdir(place)
+
+    (folder / "in/secret").mkdir()
+    monkeypatch.setattr(os, "listdir", forbidden)
+    code, _, err = call()
+    assert code == 2
+    assert "secret cannot be listed: Permission denied" in err and "--allow-unread" in err
+    code, out, _ = call("--allow-unread")
+    assert code == 0 and "left out: cannot be listed" in out
+
+
+# inputs that change while they are read
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Has something happen when the first look is done and the workers are about to start."""
+    run = executors._run_local
+
+    def happens(action, then=run):
+        def changed(*arguments):
+            action()
+            then(*arguments)
+
+        monkeypatch.setattr(executors, "_run_local", changed)
+
+    yield happens
+    monkeypatch.setattr(executors, "_run_local", run)
+
+
+def grow(path):
+    with open(path, "a") as opened:
+        opened.write("one more line")
+
+
+def write_anew(path):
+    text = path.read_text()
+    path.write_text(text[::-1])  # as long as it was
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(grow, "changed"), (write_anew, "changed"), (os.unlink, "went away")]
+)
+def test_an_input_that_changes_while_it_is_read_is_refused_by_name_and_begun_anew(
+    folder, call, meanwhile, change, said
+):
+    meanwhile(lambda: change(folder / "in/2.txt"))
+    code, _, err = call()
+    assert code == 1
+    assert f"2.txt {said} while it was read: wait until nothing writes" in err
+    assert not (folder / "out/s/manifest.json").exists()
+    meanwhile(lambda: None)
+    code, out, err = call()
+    assert code == 0, err
+    assert "going on" not in out
+
+
+def test_a_file_that_comes_while_the_others_are_read_is_named_and_not_in_the_source(
+    folder, call, meanwhile
+):
+    meanwhile(lambda: (folder / "in/late.txt").write_text("late"))
+    code, out, _ = call()
+    assert code == 0
+    assert "left out: came while others were read" in out
+    (row,) = rows(folder / "out/s/left_out.jsonl")
+    assert row["file"].endswith("late.txt")
+
+
+class Growing(http.server.BaseHTTPRequestHandler):
+    body = b'{"text": "one"}\n{"text": "two"}\n'
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(type(self).body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(type(self).body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_page_that_changes_while_it_is_read_is_refused_by_name(folder, call, meanwhile):
+    pytest.importorskip("aiohttp")
+
+    def more():
+        Growing.body += b'{"text": "three"}\n'
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Growing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.jsonl?download=true"
+        meanwhile(more)
+        code, _, err = call(inputs=[url])
+        assert code == 1 and f"{url} changed while it was read" in err
+        meanwhile(lambda: None)
+        assert call(inputs=[url])[0] == 0
+        server.shutdown()
