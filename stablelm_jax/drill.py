@@ -49,6 +49,10 @@ def _drill(given: Any) -> int:
         raise config_lib.ConfigError(f"--phases: no {min(unknown)!r}; use {', '.join(PHASES)}")
     if "://" in given.workdir:
         raise config_lib.ConfigError(f"--workdir={given.workdir}: give a folder of this machine")
+    from stablelm_jax.run.workdir import check_workdir
+    from stablelm_jax.storage.files import check_writable
+
+    check_workdir(given.workdir)
     from stablelm_jax.drilling.rounds import Drill
 
     # Left by an exception, the drill ends the training under way.
@@ -62,6 +66,8 @@ def _drill(given: Any) -> int:
     drill.processes, drill.devices = given.processes, given.devices
     drill.rng.seed(given.seed)
     try:
+        drill.folder.mkdir(parents=True, exist_ok=True)
+        check_writable(drill.folder / "drill.json")
         drill.train_undisturbed()
         drill.run(given.kills, given.signals, given.phases)
     except (ValueError, OSError) as error:

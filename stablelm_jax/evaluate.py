@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run_verb import run_verb
-from stablelm_jax.storage.files import write_json
+from stablelm_jax.storage.files import check_writable, write_json
+from stablelm_jax.storage.remote import described
 
 if TYPE_CHECKING:
     from stablelm_jax.checkpoint.saved_model import SavedModel
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    for name, value in vars(arguments).items():
+        if value in ("", [""]):
+            parser.error(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
     from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
 
     try:
-        found = finite(_evaluate(arguments))  # what one task found must not cost the others
         if arguments.output:
-            write_json(arguments.output, found)
-        else:
-            print(json.dumps(found, indent=1, allow_nan=False))
+            check_writable(arguments.output)
+        found = finite(_evaluate(arguments))  # what one task found must not cost the others
+        _write(found, arguments.output)
     except (ValueError, OSError, ImportError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
@@ -40,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"evaluate: {len(failed)} tasks have no scores: {reasons}", file=sys.stderr)
         return 1
     return 0
+
+
+def _write(found: dict[str, Any], output: Path | None) -> None:
+    """To stdout where no file is named, or where it cannot be written after all."""
+    if output:
+        try:
+            return write_json(output, found)
+        except OSError:  # hours of work are in it
+            _write(found, None)
+            raise
+    print(json.dumps(found, indent=1, allow_nan=False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("tasks").add_argument
     add(
         "--tasks",
+        type=lambda text: [name.strip() for name in text.split(",")],
         help="names with commas between; of lm-eval, or stablelm2_quick, stablelm2_leaderboard, "
         "stablelm2_multilingual, stablelm2_lambada_deepl",
     )
@@ -105,23 +121,28 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
     found = {"checkpoint": str(saved.path), "step": saved.run["step"]}
+    if not arguments.tasks or arguments.config or arguments.data:
+        found |= _held_out(arguments, saved)
     if arguments.tasks:
         from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
 
-        found |= evaluate_tasks(
-            saved,
-            make_mesh(model=arguments.model),
-            arguments.tasks.split(","),
-            data=arguments.task_data,
-            compared=arguments.compare,
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            dtype=arguments.dtype,
-            max_length=arguments.max_length,
-            batch_tokens=arguments.batch_tokens,
-        )
-    if not arguments.tasks or arguments.config or arguments.data:
-        found |= _held_out(arguments, saved)
+        try:
+            found |= evaluate_tasks(
+                saved,
+                make_mesh(model=arguments.model),
+                arguments.tasks,
+                data=arguments.task_data,
+                compared=arguments.compare,
+                limit=arguments.limit,
+                num_fewshot=arguments.num_fewshot,
+                dtype=arguments.dtype,
+                max_length=arguments.max_length,
+                batch_tokens=arguments.batch_tokens,
+            )
+        except Exception as error:  # of any library: what was found before stays
+            if "eval/loss" not in found:
+                raise
+            found["failed"] = {"tasks": described(error)}
     return found
 
 
@@ -137,7 +158,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
     if arguments.config:
         config = config_lib.load(arguments.config)
     elif "config" in saved.run:
-        config = config_lib.from_dict(saved.run["config"])
+        config = config_lib.from_dict(saved.run["config"], only_known=True)
     else:
         raise ValueError(
             f"{saved.path} was imported and names no held-out text: give --config (with "
@@ -155,7 +176,9 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
     config.evaluation.max_rows = arguments.max_rows
     run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
     if saved.model != run.model:
-        raise ValueError(f"the model of {arguments.config} is not the one in the checkpoint")
+        found = config_lib.differing(vars(saved.model), vars(run.model))
+        what = ", ".join(f"{name} is {was}, not {now}" for name, (was, now) in found.items())
+        raise ValueError(f"the model in the checkpoint is not that of {arguments.config}: {what}")
     line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
     show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
     return line

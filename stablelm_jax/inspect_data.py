@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _inspect(argv: Sequence[str]) -> int:
     config, given = config_lib.config_from_flags(), flags.FLAGS
+    if given.workdir is not None:
+        from stablelm_jax.run.workdir import check_workdir
+
+        check_workdir(given.workdir)
     try:
         wanted = (row for row in _rows(config) if given.source in (None, row.source))
         for row in itertools.islice(wanted, given.rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import orbax.checkpoint as ocp
@@ -27,12 +28,15 @@ def checkpoint_step(name: str) -> int | None:
 def checkpoint_path(path: epath.PathLike) -> epath.Path:
     """A path of this machine made absolute, or a `gs://` URL: what Orbax can write.
 
+    Links stay as they are: a checkpoint that was moved to another disk keeps its name and its run.
+
     Raises:
       ValueError: a URL of another store, or its driver is missing.
     """
     text = str(path).rstrip("/")
     if not remote.is_url(text):
-        return epath.Path(path).resolve()
+        local = epath.Path(path)
+        return local.resolve() if ".." in local.parts else epath.Path(os.path.abspath(local))
     if not re.match("gs://[^/]+/.", text):
         raise ValueError(
             f"{text}: checkpoints lie in a folder of this machine or at gs://BUCKET/FOLDER; Orbax"
@@ -46,22 +50,45 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in a folder `checkpoints/`, ascending; [] without it."""
     found = {checkpoint_step(path.name): path for path in entries(folder)}
     found.pop(None, None)  # other names
-    return sorted(step for step, path in found.items() if ocp.path.step.is_path_finalized(path))
+    return sorted(step for step, path in found.items() if is_finished(path))
+
+
+def is_finished(path: epath.Path) -> bool:
+    """Whether what has the name of a checkpoint was once whole: on a disk the name says so."""
+    return not remote.is_url(path) or ocp.path.step.is_path_finalized(path)
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
-    """`path` if it is named as a checkpoint, else the newest in it or in its `checkpoints/`.
+    """The checkpoint that a path stands for, in every verb.
+
+    That is `path` itself if it is named as one or is a link to one, else the newest in the folder
+    (an imported model, a folder `checkpoints/`) or in its `checkpoints/` (a run).
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the folder holds both kinds.
     """
+    if not str(path).strip():
+        raise ValueError(f"the path of the checkpoint is empty; {REMEDY}")
     path = checkpoint_path(path)
-    if checkpoint_step(path.name) is not None:
-        return path
-    for folder in (path, path / "checkpoints"):
-        if steps := finished_steps(folder):
-            return folder / checkpoint_name(steps[-1])
-    raise ValueError(f"{path} is not a checkpoint and holds none; {REMEDY}")
+    for named in (path, real_path(path)):
+        if checkpoint_step(named.name) is not None:
+            return named
+    found = [
+        folder / checkpoint_name(steps[-1])
+        for folder in (path, path / "checkpoints")
+        if (steps := finished_steps(folder))
+    ]
+    if not found:
+        raise ValueError(f"{path} is not a checkpoint and holds none; {REMEDY}")
+    if len(found) > 1:
+        both = " or ".join(map(str, found))
+        raise ValueError(f"{path} holds checkpoints itself and in a run; name one: {both}")
+    return found[0]
+
+
+def real_path(path: epath.Path) -> epath.Path:
+    """A path of this machine without links; a URL as it is."""
+    return path if remote.is_url(path) else path.resolve()
 
 
 def entries(folder: epath.PathLike) -> list[epath.Path]:

@@ -15,7 +15,8 @@ from etils import epath
 from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
 from stablelm_jax.checkpoint.names import REMEDY, checkpoint_path, checkpoint_step
 from stablelm_jax.model.parameters import nest
-from stablelm_jax.storage.remote import described, retried
+from stablelm_jax.storage.files import what_is
+from stablelm_jax.storage.remote import described, is_url, retried
 
 FORMAT_VERSION = 2
 _ELSE = "use another checkpoint"
@@ -38,6 +39,9 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
       CheckpointError: not a finished checkpoint, or of another format.
     """
     path = checkpoint_path(path)
+    what = "" if is_url(path) else what_is(path)
+    if what not in ("", "a folder") and checkpoint_step(path.name) is not None:
+        raise DamagedCheckpoint(f"{path} is {what}; {_ELSE}")
     if checkpoint_step(path.name) is None or not retried(f"looking for {path}", path.exists):
         raise CheckpointError(f"{path} is not a checkpoint; {REMEDY}")
     if not ocp.path.step.is_path_finalized(path):

@@ -40,7 +40,11 @@ class SavedModel:
         """
         path = find_checkpoint(path)
         run = read_run(path)
-        model = ModelConfig(**run["model_config"])
+        try:
+            model = ModelConfig(**run["model_config"])
+        except TypeError as error:  # a field that is not known
+            remedy = "use the version of stablelm_jax that wrote it"
+            raise ValueError(f"{path} has a model of another version ({error}); {remedy}") from None
         return cls(path, run, model, load_own_tokenizer(path, run, tokenizer))
 
     @property

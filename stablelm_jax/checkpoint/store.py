@@ -7,8 +7,11 @@ among its newest checkpoints.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -16,7 +19,8 @@ from orbax.checkpoint.path import step as orbax_step
 
 from stablelm_jax.checkpoint import names
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
-from stablelm_jax.storage.remote import is_url
+from stablelm_jax.storage.files import flush_to_disk, free_name, what_is
+from stablelm_jax.storage.remote import described, is_url
 
 _TEMPORARY = orbax_step.TMP_DIR_SUFFIX  # in the name of a save that is under way
 _COMMIT_MARK = "commit_success.txt"  # this file makes a folder behind a URL a checkpoint
@@ -27,6 +31,7 @@ class CheckpointStore:
     """The finished checkpoints in the folder `checkpoints/` of a run.
 
     Every process of a run calls every method, in the same order; process 0 renames and deletes.
+    What cannot be deleted or renamed is told, and stops neither a start nor a run.
     """
 
     def __init__(
@@ -36,14 +41,22 @@ class CheckpointStore:
         keep_latest: int,
         keep_every: int | None = None,
         first_process: bool = True,
+        tell: Callable[..., None] = lambda event, text: logging.error(text),
     ):
-        """Opens `folder`, or makes it. `keep_latest` and `keep_every` are those of the config."""
+        """Opens `folder`, or makes it; ValueError if a file or a link into nothing is there.
+
+        `keep_latest` and `keep_every` are those of the config, `tell` is `Events.tell`.
+        """
         self.folder = names.checkpoint_path(folder)
         self._keep_latest, self._keep_every, self._first = keep_latest, keep_every, first_process
         self.unfinished: list[str] = []  # saves that an earlier start did not finish: now removed
         self._steps: set[int] = set()
         self._kept: set[int] = set()
+        self._tell = tell
         if first_process:
+            if (what := what_is(self.folder)) not in ("", "a folder"):
+                remedy = "give the folder back (is a disk not mounted?), or use another --workdir"
+                raise ValueError(f"{self.folder} is {what}; {remedy}")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean_up()
             self._steps = set(names.finished_steps(self.folder))
@@ -54,11 +67,20 @@ class CheckpointStore:
             name, dot, _ = path.name.partition(".")
             if checkpoint_step(name) is None:
                 continue
-            if _TEMPORARY in path.name or (not dot and not orbax_step.is_path_finalized(path)):
-                self.unfinished.append(name)
-                path.rmtree()
-            elif path.name.endswith(_DELETING):
-                path.rmtree()
+            unfinished = _TEMPORARY in path.name or (not dot and not names.is_finished(path))
+            if unfinished or path.name.endswith(_DELETING):
+                removed = self._try(f"{path} was not removed", lambda path=path: _remove(path))
+                if unfinished and removed:
+                    self.unfinished.append(name)
+
+    def _try(self, failure: str, action: Callable[[], Any]) -> bool:
+        """Whether it worked; if not, it is told."""
+        try:
+            action()
+        except Exception as error:  # of the disk, or the driver's own
+            self._tell("not_tidied", f"{failure} ({described(error)}); the run goes on")
+            return False
+        return True
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -75,27 +97,28 @@ class CheckpointStore:
     def set_aside(self, step: int, ending: str = ".damaged") -> str:
         """Gives a checkpoint a name under which no run finds it; returns the name."""
         path = self.folder / checkpoint_name(step)
-        target, number = self.folder / f"{path.name}{ending}", 1
-        while target.exists():
-            number += 1
-            target = self.folder / f"{path.name}{ending}{number}"
-        if self._first:
-            path.rename(target)
+        target = free_name(path, ending)
         self._steps.discard(step)
+        if self._first and not self._try(f"{path} kept its name", lambda: path.rename(target)):
+            return path.name
         return target.name
 
     def add(self, step: int) -> None:
         """The checkpoint of this step is whole; older ones that need not stay are deleted."""
         self._steps.add(step)
+        new = self.folder / checkpoint_name(step)
+        if self._first and not is_url(new):
+            # Orbax leaves its small files to the system; the older checkpoints stay until then.
+            failure = f"{new} may be lost with the power"
+            if not self._try(failure, lambda: flush_to_disk(Path(new))):
+                return
         for old in self.steps()[: -self._keep_latest]:
             if old in self._kept or (self._keep_every and old % self._keep_every == 0):
                 continue
             self._steps.discard(old)
             if self._first:
-                try:
-                    _delete(self.folder / checkpoint_name(old))
-                except Exception as error:  # the driver's own; the new one is whole all the same
-                    logging.error("%s was not deleted: %s", checkpoint_name(old), error)
+                path = self.folder / checkpoint_name(old)
+                self._try(f"{path} was not deleted", lambda path=path: _delete(path))
 
     def remove_unfinished(self, step: int) -> None:
         """Removes what a save that failed has written; what it cannot, the next start removes."""
@@ -117,6 +140,14 @@ def _delete(path: epath.Path) -> None:
     """Deletes a checkpoint so that no half of it is taken for one, whenever the process ends."""
     if is_url(path):
         (path / _COMMIT_MARK).unlink(missing_ok=True)
-    else:
+    elif not os.path.islink(path):
         path = path.rename(path.with_name(path.name + _DELETING))
-    path.rmtree()
+    _remove(path)
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a folder; of a link only the link, as what it leads to was moved away on purpose."""
+    if not is_url(path) and os.path.islink(path):
+        path.unlink()
+    else:
+        path.rmtree()

@@ -10,6 +10,7 @@ names of the user's sources, takes new keys.
 from stablelm_jax.config.access import (
     ConfigError,
     config_changes,
+    differing,
     from_dict,
     rounding_changes,
     set_by,

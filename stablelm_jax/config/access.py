@@ -31,6 +31,22 @@ _CHECKED_BY_RESULT = (
 )
 
 
+# What people type who know other software, by our field.
+_ELSEWHERE = {
+    "schedule.peak": "lr learning_rate max_lr peak_lr",
+    "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps warmup_ratio",
+    "training.num_steps": "steps max_steps num_train_steps max_iters train_iters epochs",
+    "training.accumulation": "gradient_accumulation_steps grad_accum micro_batch_size",
+    "training.dtype": "dtype precision mixed_precision bf16 fp16",
+    "data.batch_size": "batch batch_size bs train_batch_size global_batch_size",
+    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size",
+    "optimizer.clip_norm": "grad_clip gradient_clipping max_grad_norm",
+    "checkpoint.every": "save_every save_steps save_interval",
+    "model.num_layers": "n_layer n_layers num_hidden_layers",
+    "model.width": "hidden_size d_model n_embd dim",
+}
+
+
 class ConfigError(ValueError):
     """A config that cannot run. Its text is one line: the key, its value, why, and what to do."""
 
@@ -65,11 +81,15 @@ def unknown_key(key: str) -> ConfigError:
 
 
 def nearest(key: str) -> str:
-    """The key most like this one, by the whole of it or by its last part."""
+    """The key that other software calls so; else the one most like it or its last part."""
+    name = key.split(".")[-1]
+    for ours, theirs in _ELSEWHERE.items():
+        if name in theirs.split():
+            return ours
 
     def likeness(other: str) -> float:
         whole = difflib.SequenceMatcher(None, key, other).ratio()
-        last = difflib.SequenceMatcher(None, key.split(".")[-1], other.split(".")[-1]).ratio()
+        last = difflib.SequenceMatcher(None, name, other.split(".")[-1]).ratio()
         return max(whole, last) + 0.1 * whole
 
     return max(FIELDS, key=likeness)
@@ -80,11 +100,15 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
-    """The inverse of `to_dict`. A field that `tree` lacks (it is newer) has its default."""
+def from_dict(tree: Mapping[str, Any], *, only_known: bool = False) -> ConfigDict:
+    """The inverse of `to_dict`. A field that `tree` lacks (it is newer) has its default.
+
+    One that is not known is a ConfigError, or with `only_known` left out.
+    """
     config = default_config()
     for key, value in flatten(tree):
-        if key != "data.weights":  # without sources
+        left_out = only_known and key not in FIELDS and not key.startswith("data.weights.")
+        if key != "data.weights" and not left_out:  # the first: without sources
             set_value(config, key, value)
     return config
 
@@ -139,14 +163,23 @@ def rounding_changes(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
 
 
 def show_changes(found: Mapping[str, Any]) -> str:
-    """What `config_changes` found, in one line."""
+    """What `config_changes` or `differing` found, in one line."""
     return "; ".join(f"config.{key} was {was!r}, now {now!r}" for key, (was, now) in found.items())
 
 
-def _differing(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[Any]]:
-    was, now = dict(flatten(from_dict(saved))), dict(flatten(config))
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{key: [was, now]} of what differs; None for what is not there."""
     keys = sorted(was.keys() | now.keys())
     return {key: [was.get(key), now.get(key)] for key in keys if was.get(key) != now.get(key)}
+
+
+def _differing(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[Any]]:
+    """A field that `saved` lacks is newer, and had its default."""
+    defaults = to_dict(default_config())
+    defaults["data"].pop("weights")
+    return differing(
+        {**dict(flatten(defaults)), **dict(flatten(saved))}, dict(flatten(to_dict(config)))
+    )
 
 
 def _within(key: str, names: Iterable[str]) -> bool:

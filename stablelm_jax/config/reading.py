@@ -1,12 +1,14 @@
 """Where a config comes from: its file, and the command line.
 
-`--config FILE.py[:text]` names the file, `--config.group.field=value` sets a field. A verb calls
-`define_flags` and then `run(main)`, and `main` begins with `config_from_flags`. Whatever is wrong
-with flags or config becomes one line on stderr and exit code 2.
+`--config FILE.py[:text]` names the file, `--config.group.field=value` sets a field, and `none`
+unsets one that may be unset. A verb calls `define_flags` and then `run(main)`, and `main` begins
+with `config_from_flags`. Whatever is wrong with flags or config becomes one line on stderr and exit
+code 2.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -22,7 +24,7 @@ from ml_collections.config_flags.config_flags import FlagOrderError
 
 from stablelm_jax.config.access import ConfigError, field_type, get, nearest, set_value
 from stablelm_jax.config.rules import validate
-from stablelm_jax.config.tree import locked
+from stablelm_jax.config.tree import FIELDS, locked
 
 
 def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -80,9 +82,17 @@ class _ConfigFile(flags.ArgumentParser):
         return "config file"
 
 
+def _or_none(parse: Callable[[Any], Any], text: Any) -> Any:
+    """Where a file has set a field that may be unset, `none` on the command line unsets it."""
+    return None if str(text).lower() == "none" else parse(text)
+
+
 def define_flags(argv: Sequence[str] | None = None, required: bool = True) -> None:
     """Defines `--config`. `argv`: the command line that will be parsed, if not `sys.argv`."""
     argv = list(sys.argv if argv is None else argv)
+    for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
+        parser.parse = functools.partial(_or_none, parser.parse)
+        config_flags.register_flag_parser_for_type(kind, parser)
     flags.disclaim_key_flags()  # --help lists the flag under the verb that calls this
     config_flags.DEFINE_config_file(
         "config",
@@ -106,6 +116,9 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 def config_from_flags(*, data: bool = True) -> ConfigDict:
     """The config that `--config` and its overrides give, locked; `data`: as for `validate`."""
     config = flags.FLAGS.config
+    for key, field in FIELDS.items():
+        if field.optional and field.type is str and str(get(config, key)).lower() == "none":
+            set_value(config, key, None)
     validate(config, data=data)
     return config
 

@@ -38,8 +38,8 @@ class FileFingerprints:
         ]
         if distributed.is_first() and path.exists():
             try:
-                self._seen = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+                self._seen = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, OSError):
                 tell(f"{path} is broken: the shards are taken as they are now")
 
     def check(self) -> None:
@@ -73,5 +73,8 @@ class FileFingerprints:
                 " were, or prepare the documents as another source and start another run with it"
             )
         if seen != self._seen and distributed.is_first():
-            write_json(self._path, seen)
+            try:
+                write_json(self._path, seen)
+            except OSError as error:
+                self._tell(f"{self._path} cannot be written ({error}); the run goes on")
         self._seen = seen

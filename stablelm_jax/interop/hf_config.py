@@ -32,7 +32,6 @@ _ALLOWED = {
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
     "rope_type": ("default",),  # plain rotary embeddings
-    "rope_scaling": (None,),
     "rotary_scaling_factor": (1,),
 }
 
@@ -47,11 +46,14 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
     Raises:
       ValueError: another architecture, or something that our model does not compute.
     """
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: rope_parameters is {rope!r}; it should be an object")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    values = {"model_type": None, **values, **rope}  # a model_type has to be there
+    values = {"model_type": None, **values}  # a model_type has to be there
+    for group in ("rope_scaling", "rope_parameters"):  # the old name and the new one
+        rope = values.pop(group, None) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"config.json: {group} is {rope!r}; it should be an object")
+        values |= {key: value for key, value in rope.items() if value is not None and key != "type"}
+        if rope.get("type") is not None:  # as older versions spell rope_type
+            values["rope_type"] = rope["type"]
     for key, allowed in _ALLOWED.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(

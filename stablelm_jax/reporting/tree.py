@@ -17,6 +17,7 @@ from stablelm_jax.data.position import DataPosition
 from stablelm_jax.reporting.picture import draw_runs
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import MetricsFile
+from stablelm_jax.storage.files import check_writable
 
 _NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
 
@@ -38,6 +39,8 @@ def show_runs(folder: str, picture: str | None = None) -> None:
     Raises:
       ValueError: there are none.
     """
+    if picture:
+        check_writable(Path(picture))
     runs = list(find_runs(Path(folder)))
     if not runs:
         raise ValueError(
@@ -59,7 +62,12 @@ def show_runs(folder: str, picture: str | None = None) -> None:
 
 def find_runs(folder: Path) -> Iterator[FoundRun]:
     """The run folders with a readable checkpoint, in a folder and below it."""
-    for path, folders, _ in os.walk(folder):
+    seen = set()  # a link may lead to a folder above it
+    for path, folders, _ in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         items, checkpoints = {}, Path(path) / "checkpoints"
         steps = finished_steps(checkpoints) if "checkpoints" in folders else []
         for step in steps:
@@ -67,6 +75,7 @@ def find_runs(folder: Path) -> Iterator[FoundRun]:
                 items[step] = read_run(checkpoints / checkpoint_name(step))
             except CheckpointError:
                 continue  # the tree shows it as damaged
+        items = {step: run for step, run in items.items() if "config" in run}  # not imported ones
         if items:
             newest = items[max(items)]
             hashes = {step: state_hash(run["checksums"]) for step, run in items.items()}

@@ -36,10 +36,16 @@ import jax
 from stablelm_jax.checkpoint.names import checkpoint_path
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.mirror import LOCK, RemoteMirror
-from stablelm_jax.storage.files import write_json, write_text
+from stablelm_jax.run.workdir import check_workdir
+from stablelm_jax.storage.files import free_name, what_is, write_json, write_text
 from stablelm_jax.storage.remote import is_url
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
+# What lies in a run folder beside the checkpoints only informs: no start fails because of it.
+_FILES = ("config.json", "tokenizer.json", "environment.json", "metrics.jsonl", "events.jsonl")
+_FILES += ("shards.json", "loss.png", LOCK)
+_FOLDERS = ("samples", "hang", "profile", "tensorboard", "wandb")
+_JSON = {"environment.json": list, "shards.json": dict}  # those that a start reads
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 
@@ -51,12 +57,15 @@ class RunFolder:
       checkpoints: the folder of the checkpoints, which may be a URL.
       mirror: brings what is written in `path` to a URL; None where the run folder is `path`.
       path: the folder of this machine that all but the checkpoints are written to.
+      moved_aside: a line for each file there that could not be used and has another name now.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
-        """Raises ValueError where no checkpoint can be written to `workdir`."""
+        """Raises ValueError where no run can be kept in `workdir`."""
+        check_workdir(workdir)
         self.where = str(checkpoint_path(workdir))
         self.checkpoints = checkpoint_path(workdir) / "checkpoints"
+        self.moved_aside: list[str] = []
         self.mirror = RemoteMirror(self.where) if is_url(workdir) else None
         self.path = self.mirror.folder if self.mirror else Path(self.where)
 
@@ -90,7 +99,8 @@ class RunFolder:
         stores have none: behind a URL only the processes of one machine are kept apart.
         """
         new = not self.path.exists()
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._move_aside(LOCK)
         with open(self.path / LOCK, "wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,9 +110,12 @@ class RunFolder:
                 ) from None
             fetched = False
             try:
+                self._move_aside(*_FILES, *_FOLDERS)
                 if self.mirror:
                     self.mirror.fetch()
+                    self._move_aside(*_JSON)
                 fetched = True
+                (self.path / "samples").mkdir(exist_ok=True)
                 yield
             except BaseException:
                 if fetched:  # else the files here may be older than those of the store
@@ -113,24 +126,52 @@ class RunFolder:
             if self.mirror:
                 self.mirror.finish()
 
+    def _move_aside(self, *names: str) -> None:
+        """Gives another name to what a start cannot use, if it can be renamed."""
+        for path in (self.path / name for name in names):
+            if problem := _problem(path):
+                with contextlib.suppress(OSError):
+                    now = path.rename(free_name(path, ".damaged"))
+                    self.moved_aside.append(f"{path} {problem}; it is now called {now.name}")
+
     def upload(self) -> None:
         """Brings what has changed to the run folder's URL, if it has one."""
         if self.mirror:
             self.mirror.upload()
 
     def describe(
-        self, config: dict[str, Any], set_by: dict[str, str], tokenizer: Tokenizer
+        self, config: dict[str, Any], set_by: dict[str, str], tokenizer: Tokenizer, tell: Any
     ) -> None:
         """Writes `config.json` and `tokenizer.json`, and adds this start to `environment.json`.
 
-        `set_by`: {key: default | file | command line}.
+        `set_by`: {key: default | file | command line}. `tell` is `Events.tell`: no file
+        that cannot be written ends the run.
         """
-        write_json(self.path / "config.json", {"config": config, "set_by": set_by})
-        if isinstance(tokenizer, HuggingFaceTokenizer):  # Arcade100k comes with this package
-            write_text(self.path / "tokenizer.json", tokenizer.content.decode())
         path = self.path / "environment.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        write_json(path, [*starts, _environment()])
+        try:
+            write_json(self.path / "config.json", {"config": config, "set_by": set_by})
+            if isinstance(tokenizer, HuggingFaceTokenizer):  # Arcade100k comes with this package
+                write_text(self.path / "tokenizer.json", tokenizer.content.decode())
+            starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            write_json(path, [*starts, _environment()])
+        except (OSError, ValueError) as error:
+            tell("disk", f"{self.path} does not take what describes the run ({error}); it goes on")
+
+
+def _problem(path: Path) -> str:
+    """Why a file or folder of a run cannot be used as what its name says; '' where it can."""
+    what, meant = what_is(path), "a folder" if path.name in _FOLDERS else "a file"
+    if what != meant:
+        return what and f"is {what}"
+    # The lock, maybe of another user, is only opened.
+    if path.name != LOCK and not os.access(path, os.R_OK | os.W_OK):
+        return "may not be read or written"
+    if kind := _JSON.get(path.name):
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(json.loads(path.read_text(encoding="utf-8")), kind):
+                return ""
+        return "does not hold what a run writes there"
+    return ""
 
 
 def _environment() -> dict[str, Any]:
@@ -150,11 +191,23 @@ def _environment() -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the source tree this package lies in, `-dirty` if changed; None outside git."""
-    command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
-    here = Path(__file__).resolve().parent
+    """The commit of the source tree that is this package's own, `-dirty` if changed; else None.
+
+    An installed package may lie in the repository of somebody else, whose commit says nothing.
+    """
+    root = Path(__file__).resolve().parents[2]
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    others = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    options = {
+        "cwd": root,
+        "env": others,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "timeout": 10,
+    }
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, encoding="utf-8", timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        project = (root / "pyproject.toml").read_text(encoding="utf-8")
+        own = (root / ".git").exists() and 'name = "stablelm_jax"' in project
+        return own and subprocess.run(command, **options).stdout.strip() or None
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None

@@ -18,6 +18,7 @@ from stablelm_jax.parallel import distributed
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.storage.files import write_text
+from stablelm_jax.storage.remote import described
 
 
 class RunLog:
@@ -62,14 +63,14 @@ class RunLog:
             self._folder.upload()
 
     def _try(self, what: str, write: Callable[[], None]) -> None:
-        """A disk that takes nothing more does not end the run; it is told once."""
+        """What only informs does not end the run, as where the disk is full; it is told once."""
         try:
             if distributed.is_first():
                 write()
-        except OSError as error:
+        except Exception as error:  # of the disk, or of the library that draws
             if what not in self._told:
                 self._told.add(what)
-                text = f"{what} cannot be written ({error}); the run goes on"
+                text = f"{what} cannot be written ({described(error)}); the run goes on"
                 self._events.tell("disk", text, style="bold red")
 
 

@@ -73,6 +73,8 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         console.print(f"run folder: {folder}", soft_wrap=True)
         events = Events(console, folder.path / "events.jsonl" if first else None)
         tell_losses(lambda text: events.keep("output_lost", text))
+        for text in folder.moved_aside:
+            events.tell("moved_aside", text)
         # Opening the store removes what an interrupted save has left: not before the folder is
         # ours. Closing waits until a save that is under way is whole, after an error too.
         store = CheckpointStore(
@@ -80,6 +82,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
             keep_latest=config.checkpoint.keep_latest,
             keep_every=config.checkpoint.keep_every,
             first_process=first,
+            tell=events.tell,
         )
         saver = stack.enter_context(contextlib.closing(Saver(config.checkpoint, store, events)))
         writers = Writers(config, folder)

@@ -17,24 +17,71 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file at; it becomes `path` when the block ends well.
 
-    Where the block raises, `path` stays as it was and what was written aside is removed.
+    Where the block raises, `path` stays as it was and what was written aside is removed. After a
+    loss of power `path` is the old file or the new one: what gets the name is on the disk by then.
     """
     aside = path.with_name(path.name + PARTIAL)
     try:
         yield aside
+        flush_to_disk(aside)
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+    _flush(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Returns when a loss of power takes nothing of a file, or of a folder and all below it."""
+    for below in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        _flush(below)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems have this for files only
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def what_is(path: str | os.PathLike[str]) -> str:
+    """'a folder', 'a file', 'a link to ..., which is not there', or '' where nothing is."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"a link to {os.readlink(path)}, which is not there"
+    return "a folder" if os.path.isdir(path) else "a file" if os.path.exists(path) else ""
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where no file can be written to `path`: before hours of work, not after."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is {what_is(path)} that is there already; name another file")
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        remedy = "name another file" if path.parent.is_dir() else f"make {path.parent} first"
+        raise ValueError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
+
+
+def free_name(path: Any, ending: str) -> Any:
+    """`path` with an ending, and a number if need be, that nothing has as yet; no link either."""
+    found, number = path.with_name(path.name + ending), 1
+    while found.exists() or os.path.islink(found):
+        number += 1
+        found = path.with_name(f"{path.name}{ending}{number}")
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8; nobody ever sees half of it, after a power cut either."""
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes a text file in UTF-8; nobody ever sees half of it."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,8 +106,10 @@ def new_result(out: Path, *, force: bool = False, source: Path | None = None) ->
     folder.mkdir(parents=True)
     try:
         yield folder / out.name
+        flush_to_disk(folder / out.name)
         if os.path.lexists(out):  # moved and not removed: removing may take long and be interrupted
             os.replace(out, folder / ".replaced")
         os.replace(folder / out.name, out)
+        _flush(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ from stablelm_jax.checkpoint.reading import (
     read_run,
     state_hash,
 )
+from stablelm_jax.config.tree import FIELDS
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.folder import git_commit
@@ -36,6 +37,15 @@ from stablelm_jax.training.setup import Run, mixture_of, prepare_run
 from stablelm_jax.training.state import TrainState, from_arrays, init_state, stored_arrays
 from stablelm_jax.training.update_guard import IN_A_ROW, guard_to_json, new_guard
 
+# The parts of an item `run` that make it this run, and the fields they follow from.
+_FIELDS_OF = {
+    "model_config": {key.split(".")[1]: key for key in FIELDS if key.startswith("model.")},
+    "row_order": {
+        "seed": "seed",
+        "sequence_length": "data.sequence_length",
+        "loss_on_first_token": "data.loss_on_first_token",
+    },
+}
 _COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
 
 
@@ -221,6 +231,11 @@ def _resumed(
 ) -> Beginning:
     """Raises DamagedCheckpoint, or another ValueError where config, data and run do not fit."""
     saved = read_run(path)
+    if "config" not in saved:
+        raise ResumeError(
+            f"{path} was imported and holds weights alone, so no run can go on from it; move it "
+            "away, or use another --workdir"
+        )
     changes = config_lib.config_changes(saved["config"], config)
     if changes and not options.accept_config_change:
         raise ResumeError(
@@ -313,10 +328,13 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
       ResumeError: naming each difference.
     """
     differences = [
-        f"{key} was {saved.get(key)!r}, now {current[key]!r}"
-        for key in ("model_config", "tokenizer_sha256")
-        if saved.get(key) != current[key]
+        f"{part}: {config_lib.show_changes(found)}"
+        for part in _FIELDS_OF
+        if (found := config_lib.differing(_as_fields(part, saved), _as_fields(part, current)))
     ]
+    if saved["tokenizer_sha256"] != current["tokenizer_sha256"]:
+        was, now = saved["tokenizer_sha256"], current["tokenizer_sha256"]
+        differences.append(f"tokenizer_sha256 was {was[:12]}, now {now[:12]}")
     now = current["source_hashes"]  # a source that comes later, in a new stage, is no change
     differences += [
         f"data_hash of source {name!r} was {was[:12]}, now {now.get(name, 'missing')[:12]}"
@@ -333,16 +351,21 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
 
 def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """In the rows consumed so far; which weights come later is a field like others."""
-    was, now = dict(saved["row_order"]), dict(current["row_order"])
     rows = saved["rows_consumed"]
-    before, after = (_given(order.pop("stages"), rows) for order in (was, now))
-    differences = [f"row_order was {was}, now {now}"] if was != now else []
-    if before != after:
-        differences.append(
-            f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; "
-            "new weights begin at a later step: config.data.stages)"
-        )
-    return differences
+    before, after = (_given(order["row_order"]["stages"], rows) for order in (saved, current))
+    if before == after:
+        return []
+    return [
+        f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; new "
+        "weights begin at a later step: config.data.stages)"
+    ]
+
+
+def _as_fields(part: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of an item `run` by field of the config; one that it lacks is newer: the default."""
+    keys, values = _FIELDS_OF[part], {k: v for k, v in item[part].items() if k != "stages"}
+    defaults = {key: FIELDS[key].default for key in keys.values()}
+    return defaults | {keys.get(name, name): value for name, value in values.items()}
 
 
 def _given(stages: Any, rows: int) -> list[Any]:

@@ -42,7 +42,7 @@ def run_training(
             trainer.save_first()
         if distributed.is_first():
             values, tokenizer = config_lib.to_dict(config), beginning.run.tokenizer
-            services.folder.describe(values, set_by, tokenizer)
+            services.folder.describe(values, set_by, tokenizer, services.events.tell)
             services.folder.upload()
         with stop.phase("compiling", leave=True):
             trainer.compile()
