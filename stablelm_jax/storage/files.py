@@ -15,11 +15,7 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at; it becomes `path` when the block ends well.
-
-    Where the block raises, `path` stays as it was and what was written aside is removed. After a
-    loss of power `path` is the old file or the new one: what gets the name is on the disk by then.
-    """
+    """A path beside `path` to write a file at; it becomes `path` only if the block ends well."""
     aside = path.with_name(path.name + PARTIAL)
     try:
         yield aside
@@ -34,8 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def flush_to_disk(path: Path) -> None:
     """Returns when a loss of power takes nothing of a file, or of a folder and all below it."""
-    for below in (*path.rglob("*"), path) if path.is_dir() else (path,):
-        _flush(below)
+    for part in (*path.rglob("*"), path):  # of a file: the file
+        _flush(part)
 
 
 def _flush(path: Path) -> None:
@@ -65,8 +61,7 @@ def check_writable(path: Path) -> None:
         aside.touch()
         aside.unlink()
     except OSError as error:
-        remedy = "name another file" if path.parent.is_dir() else f"make {path.parent} first"
-        raise ValueError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
+        raise ValueError(f"{path}: {error.strerror}; make its folder, or name another") from error
 
 
 def free_name(path: Any, ending: str) -> Any:
