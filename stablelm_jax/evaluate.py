@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     for name, value in vars(arguments).items():
-        if value in ("", [""]):
+        if value == "" or (isinstance(value, list) and "" in value):
             parser.error(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
     from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
 

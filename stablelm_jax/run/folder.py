@@ -198,13 +198,7 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     command = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     others = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    options = {
-        "cwd": root,
-        "env": others,
-        "capture_output": True,
-        "encoding": "utf-8",
-        "timeout": 10,
-    }
+    options = dict(cwd=root, env=others, capture_output=True, encoding="utf-8", timeout=10)
     try:
         project = (root / "pyproject.toml").read_text(encoding="utf-8")
         own = (root / ".git").exists() and 'name = "stablelm_jax"' in project
