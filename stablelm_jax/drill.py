@@ -49,8 +49,8 @@ def _drill(given: Any) -> int:
         raise config_lib.ConfigError(f"--phases: no {min(unknown)!r}; use {', '.join(PHASES)}")
     if "://" in given.workdir:
         raise config_lib.ConfigError(f"--workdir={given.workdir}: give a folder of this machine")
-    from stablelm_jax.run.workdir import check_workdir
     from stablelm_jax.storage.files import check_writable
+    from stablelm_jax.workdir import check_workdir
 
     check_workdir(given.workdir)
     from stablelm_jax.drilling.rounds import Drill

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _inspect(argv: Sequence[str]) -> int:
     config, given = config_lib.config_from_flags(), flags.FLAGS
     if given.workdir is not None:
-        from stablelm_jax.run.workdir import check_workdir
+        from stablelm_jax.workdir import check_workdir
 
         check_workdir(given.workdir)
     try:

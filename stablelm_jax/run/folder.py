@@ -36,7 +36,6 @@ import jax
 from stablelm_jax.checkpoint.names import checkpoint_path
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.mirror import LOCK, RemoteMirror
-from stablelm_jax.run.workdir import check_workdir
 from stablelm_jax.storage.files import free_name, what_is, write_json, write_text
 from stablelm_jax.storage.remote import is_url
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
@@ -61,8 +60,7 @@ class RunFolder:
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
-        """Raises ValueError where no run can be kept in `workdir`."""
-        check_workdir(workdir)
+        """Raises ValueError where no checkpoint can be written to `workdir`."""
         self.where = str(checkpoint_path(workdir))
         self.checkpoints = checkpoint_path(workdir) / "checkpoints"
         self.moved_aside: list[str] = []

@@ -12,6 +12,7 @@ from stablelm_jax.run.services import start_services
 from stablelm_jax.run.signals import StopRequest
 from stablelm_jax.training.begin import ResumeOptions, begin
 from stablelm_jax.training.loop import Trainer
+from stablelm_jax.workdir import check_workdir
 
 
 def run_training(
@@ -31,6 +32,7 @@ def run_training(
       ValueError: config, data or checkpoint do not fit; nothing is lost.
     """
     config_lib.validate(config)
+    check_workdir(workdir)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         services = stack.enter_context(start_services(config, workdir, stop))
