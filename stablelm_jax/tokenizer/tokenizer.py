@@ -19,7 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm_jax.tokenizer.long_text import LONG_RUN, normalise, split_long_runs
+from stablelm_jax.tokenizer.long_text import (
+    LONG_RUN,
+    encode_in_parts,
+    normalise,
+    split_long_runs,
+)
 from stablelm_jax.tokenizer.ranks import find_ranks
 
 ARCADE100K = "arcade100k"
@@ -199,8 +204,19 @@ class HuggingFaceTokenizer(Tokenizer):
         return HuggingFaceTokenizer, (self.content, self.name)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        engine = self._with_specials if specials else self._ordinary
-        return _guarded(lambda: engine.encode(text, add_special_tokens=False).ids, text)
+        return self._run(self._with_specials if specials else self._ordinary, text).tolist()
+
+    def encode_document(self, text: str) -> np.ndarray:
+        return self._run(self._ordinary, text)
+
+    def _run(self, engine, text: str) -> np.ndarray:
+        def encode(part: str):
+            return engine.encode(part, add_special_tokens=False)
+
+        def arrays():
+            return [np.asarray(ids, np.int32) for ids in encode_in_parts(encode, text)]
+
+        return np.concatenate(_guarded(arrays, text))
 
     def decode(self, ids: Sequence[int]) -> str:
         text = ""
