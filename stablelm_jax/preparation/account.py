@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from stablelm_jax.preparation.finding import InputFile, LeftOut
 from stablelm_jax.storage.files import replacing
 
-# More than this share of the bytes not read, and the source is refused.
-_MOST_UNREAD = 0.1
+# More than this share of the bytes not read, and the source is refused; unless it is so little
+# that a single odd file of a small source would do.
+_MOST_UNREAD, _LITTLE = 0.1, 4096
 _HOLDS_NOTHING = re.compile(r"empty .*|.* is (a JSON )?null\b.*")
 _LOSES_THE_REST = "the rest of the file is lost"
 _WORST_SHOWN = 3
@@ -122,7 +123,7 @@ class Account:
 
     def refusal(self) -> str | None:
         """Why too much was not read, naming the worst; None where it was not too much."""
-        if self.unread_bytes <= _MOST_UNREAD * self.found:
+        if self.unread_bytes <= max(_MOST_UNREAD * self.found, _LITTLE):
             return None
         worst = sorted(self.unread, key=lambda each: -each[0])
         named = ", ".join(f"{name} ({reason})" for _, name, reason in worst[:_WORST_SHOWN])

@@ -25,7 +25,7 @@ from stablelm_jax.storage.remote import described, filesystem, is_http, is_url, 
 
 _HIDDEN, _OURS = "hidden", "written by prepare"
 _FIRST_SHARD = "train-00000.bin"
-_WRITTEN = re.compile(r"(train|held_out)-\d{5}\.(bin|idx)|(rejected|left_out)\.jsonl")
+_DATA = re.compile(r".*\.(txt|jsonl?|ndjson|parquet|arrow|csv|tsv|zip|tar|tgz|gz|zstd?|xz|bz2)")
 
 
 class InputError(ValueError):
@@ -80,11 +80,8 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else escaped(c) for c in name)
 
 
-def find(inputs: Sequence[str], own: str | os.PathLike | None = None) -> Found:
+def find(inputs: Sequence[str]) -> Found:
     """All that `inputs` (files, folders, patterns; local or any fsspec URL) stand for.
-
-    Args:
-      own: the folder that will be written to; it is left out.
 
     Raises:
       InputError: nothing is found under an input, or a file is named twice.
@@ -97,7 +94,7 @@ def find(inputs: Sequence[str], own: str | os.PathLike | None = None) -> Found:
         if path is None:
             found = list(_remote_files(written, left_out))
         else:
-            found = _LocalWalk(own, left_out, identities).files(path)
+            found = _LocalWalk(left_out, identities).files(path)
         for file in found:
             if file.path in files:
                 raise InputError(f"--input: {file.name} is reached twice; name it once")
@@ -129,14 +126,8 @@ class _LocalWalk:
     has one here.
     """
 
-    def __init__(
-        self,
-        own: str | os.PathLike | None,
-        left_out: list[LeftOut],
-        earlier: dict[tuple[int, int], str],
-    ):
+    def __init__(self, left_out: list[LeftOut], earlier: dict[tuple[int, int], str]):
         """`earlier`: device and inode of each file that is read already, and its path."""
-        self._own = _identity(os.stat(own)) if own and os.path.isdir(own) else None
         self._left_out, self._earlier = left_out, earlier
         self._found: dict[str, tuple[str, os.stat_result]] = {}  # by absolute path
         self._folders: list[str] = []  # to be listed, the next one last
@@ -158,7 +149,7 @@ class _LocalWalk:
 
     def _walk(self, starts: list[str]) -> None:
         for start in starts:
-            if os.path.isfile(start) and self._is_ours(os.path.dirname(_absolute(start))):
+            if os.path.isfile(start) and _is_prepared(os.path.dirname(_absolute(start))):
                 self._leave_out_whole(start, _OURS)
             else:
                 self._take(start)
@@ -196,7 +187,7 @@ class _LocalWalk:
                 continue
             if earlier:
                 self._leave_out(folder, f"a link to a folder that is read already: {earlier}")
-            elif self._is_ours(folder):
+            elif _is_prepared(folder):
                 self._leave_out_whole(folder, _OURS)
             else:
                 self._list(folder)
@@ -215,19 +206,6 @@ class _LocalWalk:
             else:
                 self._leave_out_whole(path, _HIDDEN)
         self._folders[first:] = reversed(self._folders[first:])
-
-    def _is_ours(self, folder: str) -> bool:
-        """Whether `prepare` wrote a folder, or is about to."""
-        inside = functools.partial(os.path.join, folder)
-        if os.path.exists(inside(".work", "plan.json")):
-            return True
-        if os.path.exists(inside(MANIFEST_NAME)) and os.path.exists(inside(_FIRST_SHARD)):
-            return True
-        if _identity(os.stat(folder)) != self._own:
-            return False
-        if not all(map(_WRITTEN.fullmatch, filter(_is_wanted, os.listdir(folder)))):
-            raise InputError(f"--input: {shown(folder)} is the output as well; write elsewhere")
-        return True
 
     def _once_each(self) -> Iterator[InputFile]:
         """Of several names of one file the one that tells its kind, and no link's if it can be."""
@@ -265,6 +243,14 @@ def _absolute(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
+def _is_prepared(folder: str) -> bool:
+    """Whether `prepare` wrote a folder, or is at it."""
+    inside = functools.partial(os.path.join, folder)
+    if not os.path.exists(inside(_FIRST_SHARD)):
+        return os.path.exists(inside(".work", "outputs"))
+    return os.path.exists(inside(MANIFEST_NAME)) or os.path.exists(inside("rejected.jsonl"))
+
+
 def _rank(path: str) -> tuple[bool, bool]:
     return not os.path.splitext(path)[1], os.path.islink(path)
 
@@ -287,12 +273,17 @@ def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
     try:
         fs, path = filesystem(url)
         fs.invalidate_cache()  # what was listed before may have changed
-        for found in _matches(fs, path):
-            for name in _walk_remote(fs, found, left_out):
-                full, info = fs.unstrip_protocol(name), fs.info(name)
-                version = info.get("ETag") or info.get("Last-Modified") or fs.ukey(name)
-                file = InputFile(full, shown(full), info.get("size"), str(version))
-                yield file._replace(divisible=_gives_ranges(fs, name))
+        first, *outer = url.split("::", 1)  # zip://a.txt::s3://bucket/b.zip
+        chain = f"::{outer[0]}" if outer and is_url(first) else ""
+        for name in [name for found in _matches(fs, path) for name in _below(fs, found, left_out)]:
+            full, info = fs.unstrip_protocol(name) + chain, fs.info(name)
+            version = info.get("ETag") or info.get("Last-Modified") or fs.ukey(name)
+            file = InputFile(full, shown(full), info.get("size"), str(version))
+            if info.get("mimetype") == "text/html" and _DATA.fullmatch(file.last_name.lower()):
+                raise InputError(
+                    f"--input {file.name}: the server sends a web page, perhaps to log in"
+                )
+            yield file._replace(divisible=_gives_ranges(fs, name))
     except FileNotFoundError as error:
         raise InputError(f"--input {url}: {why_not_there(error)}") from error
     except ValueError as error:
@@ -312,7 +303,7 @@ def _matches(fs, path: str) -> list[str]:
     return [path]
 
 
-def _walk_remote(fs, path: str, left_out: list[LeftOut]) -> Iterator[str]:
+def _below(fs, path: str, left_out: list[LeftOut]) -> Iterator[str]:
     # Not `isdir`: over http that fetches the file to look for links in it.
     if fs.info(path)["type"] != "directory":
         yield path

@@ -19,7 +19,6 @@ def find_files(
     inputs: Sequence[str],
     file_format: str = "auto",
     *,
-    own: str | os.PathLike | None = None,
     left_out: list[LeftOut] | None = None,
 ) -> list[InputFile]:
     """All files to read under `inputs` (files, folders, patterns; local or any fsspec URL).
@@ -28,13 +27,12 @@ def find_files(
     wrote. A file is read once, whatever links lead to it.
 
     Args:
-      own: the folder that will be written to, where it may lie in an input.
       left_out: gets what is found and not read.
 
     Raises:
       InputError: nothing is found under a name, or a file is named twice.
     """
-    found = find(inputs, own)
+    found = find(inputs)
     if left_out is not None:
         left_out += found.left_out
     return [_classified(file, file_format) for file in found.files]

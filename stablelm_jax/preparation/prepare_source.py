@@ -86,7 +86,12 @@ class Preparation:
         self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
         self.left_out: list[inputs.LeftOut] = []
-        self.files = self._find(self.left_out)
+        self.files = inputs.find_files(job.inputs, job.format, left_out=self.left_out)
+        for file in self.files:
+            if file.path.startswith(f"{self.directory}{os.sep}"):
+                raise inputs.InputError(
+                    f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
+                )
         unknown = [item for item in self.left_out if item.size is None]
         if unknown and not job.allow_unread:
             raise inputs.InputError(
@@ -104,10 +109,6 @@ class Preparation:
         }
         for name in ("source", "inputs", "output", "tokenizer", "ranks", "allow_unread"):
             del self._settings[name]
-
-    def _find(self, left_out: list[inputs.LeftOut]) -> list[inputs.InputFile]:
-        job = self.job
-        return inputs.find_files(job.inputs, job.format, own=self.directory, left_out=left_out)
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
@@ -245,7 +246,7 @@ class Preparation:
     def _look_again(self) -> None:
         """PreparationError if an input is not what was read any more; notes files that came."""
         try:
-            now = {file.path: file for file in self._find([])}
+            now = {file.path: file for file in inputs.find_files(self.job.inputs, self.job.format)}
         except inputs.InputError:
             now = {}
         for file in self.files:

@@ -75,11 +75,18 @@ def test_what_is_left_out_by_a_rule_is_counted_and_no_loss_but_what_cannot_be_op
 
 def test_more_than_a_tenth_unread_is_refused_and_the_worst_are_named():
     names = [f"{letter}.bin" for letter in "abcde"]
-    files = [file("a.txt", 1000, "text"), *(file(name, 30 + n) for n, name in enumerate(names))]
+    files = [
+        file("a.txt", 100_000, "text"),
+        *(file(name, 3000 + n) for n, name in enumerate(names)),
+    ]
     parts = [{"a.txt": tally(None), **{name: tally("binary, not text") for name in names}}]
     said = Account.of(files, parts, []).refusal()
-    assert said.startswith("160 of 1,160 bytes were not read as text: e.bin (binary, not text), ")
+    assert said.startswith(
+        "15,010 of 115,010 bytes were not read as text: e.bin (binary, not text), "
+    )
     assert said.endswith(" and 2 more")
+    small = [each._replace(size=each.size // 4) for each in files]
+    assert Account.of(small, parts, []).refusal() is None  # a few kB, whatever their share
     parts[0]["a.bin"] = parts[0]["b.bin"] = tally(None)
     assert Account.of(files, parts, []).refusal() is None
 
@@ -113,11 +120,11 @@ def rows(path):
 
 
 def test_a_source_of_which_too_much_was_not_read_is_refused_and_goes_on_with_the_flag(folder, call):
-    (folder / "in/library.so").write_bytes(b"\x7fELF\0\0" + random.Random(0).randbytes(400))
+    (folder / "in/library.so").write_bytes(b"\x7fELF\0\0" + random.Random(0).randbytes(6000))
     directory = folder / "out/s"
     code, _, err = call()
     assert code == 1
-    assert "406 of 1,486 bytes were not read as text: " in err
+    assert "6,006 of 7,086 bytes were not read as text: " in err
     assert "library.so (" in err and "--allow-unread" in err and err.count("\n") == 1
     assert not (directory / "manifest.json").exists()
     made = {path.stat().st_ino for path in directory.glob(".work/outputs/*/train.bin")}
@@ -127,7 +134,7 @@ def test_a_source_of_which_too_much_was_not_read_is_refused_and_goes_on_with_the
     assert "going on with what was begun" in out and "0 tokens/s" in out
     assert {path.stat().st_ino for path in directory.glob("train*.bin")} == made
     provenance = manifest.read_manifest(directory).provenance
-    assert provenance["unread_bytes"] == 406
+    assert provenance["unread_bytes"] == 6006
     assert provenance["found"]["read as text"] == {"files": 4, "bytes": 1080}
     code, out, _ = call()
     assert code == 0 and "already prepared" in out

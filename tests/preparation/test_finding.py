@@ -3,6 +3,7 @@
 import http.server
 import os
 import threading
+import zipfile
 
 import fsspec
 import pytest
@@ -18,6 +19,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         code = int(self.path.split("/")[1])
         body = b'{"text": "one"}\n{"text": "two"}\n' if code == 200 else b""
         self.send_response(code)
+        if "login" in self.path:
+            self.send_header("Content-Type", "text/html; charset=utf-8")
         if code == 302:
             self.send_header("Location", self.path)
         self.send_header("Content-Length", str(len(body)))
@@ -74,6 +77,21 @@ def test_what_a_server_answers_is_said_in_one_line(server, code, said):
     assert "\n" not in str(raised.value)
 
 
+def test_a_page_in_the_place_of_data_is_told_for_what_it_is(server):
+    with pytest.raises(InputError, match="the server sends a web page, perhaps to log in"):
+        find_files([f"{server}/200/login/a.jsonl?x=1"])
+    (file,) = find_files([f"{server}/200/login/Node.js"])
+    assert file.size
+
+
+def test_a_file_within_a_zip_keeps_the_address_that_it_is_opened_by(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("b.jsonl", '{"text": "one"}\n')
+    (file,) = find_files([f"zip://*.jsonl::{tmp_path}/a.zip"])
+    with fsspec.open(file.path) as opened:
+        assert opened.read() == b'{"text": "one"}\n'
+
+
 def test_a_server_that_is_down_or_unknown_is_told_from_a_file_that_is_missing():
     for url in ("http://127.0.0.1:1/a.jsonl", "http://nowhere.invalid/a.jsonl?download=true"):
         with pytest.raises(InputError, match="the server cannot be reached, .*check the address"):
@@ -113,10 +131,10 @@ def link(tree, name, target):
     os.symlink(target, tree / name)
 
 
-def looked_up(tree, *inputs, **options):
+def looked_up(tree, *inputs):
     """(files, {what is left out: reason}), named from `tree` on."""
     left_out = []
-    files = find_files([str(tree / name) for name in inputs], left_out=left_out, **options)
+    files = find_files([str(tree / name) for name in inputs], left_out=left_out)
     return [os.path.relpath(file.path, tree) for file in files], {
         os.path.relpath(item.name, tree): item.reason.partition(":")[0] for item in left_out
     }
@@ -223,28 +241,23 @@ def test_what_is_no_file_or_hidden_is_left_out_by_name_with_its_size(tree):
 
 
 def test_what_prepare_wrote_is_left_out_locally_and_remotely(tree):
-    for name in ("made/manifest.json", "made/train-00000.bin", "begun/.work/plan.json"):
+    for name in ("made/manifest.json", "made/train-00000.bin", "begun/.work/outputs/x"):
         (tree / "in/data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / "in/data" / name).write_text("{}")
     (tree / "in/data/manifest.json").write_text("{}")  # anybody's
-    own = tree / "in/data/own"
-    first = looked_up(tree, "in", own=own)
-    own.mkdir()
-    assert looked_up(tree, "in", own=own)[0] == first[0]
-    assert first[0] == ["in/a.jsonl", "in/data/manifest.json", "in/sub/b.txt"]
-    assert set(first[1].values()) == {"written by prepare"}
+    (tree / "in/data/stopped").mkdir()  # its manifest was removed, to make it anew
+    for name in ("train-00000.bin", "rejected.jsonl"):
+        (tree / "in/data/stopped" / name).write_text("{}")
+    files, left_out = looked_up(tree, "in")
+    assert files == ["in/a.jsonl", "in/data/manifest.json", "in/sub/b.txt"]
+    assert set(left_out.values()) == {"written by prepare"}
     with pytest.raises(InputError, match="left out: written by prepare"):
         looked_up(tree, "in/data/made/*")
-    (own / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="own is the output as well; write elsewhere"):
-        looked_up(tree, "in", own=own)
     memory, remote_left_out = fsspec.filesystem("memory"), []
     memory.put(str(tree / "in"), "/finding", recursive=True)
     files = find_files(["memory://finding"], left_out=remote_left_out)
-    assert [file.name for file in files][:2] == [
-        "memory:///finding/a.jsonl",
-        "memory:///finding/data/manifest.json",
-    ]
+    names = ["a.jsonl", "data/manifest.json"]
+    assert [file.name for file in files][:2] == [f"memory:///finding/{name}" for name in names]
     assert {item.reason for item in remote_left_out} == {"written by prepare", "hidden"}
 
 
