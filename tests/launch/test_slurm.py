@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,21 @@ SRUN = """#!/bin/sh
 printf '%s\\n' "$*" "flags $XLA_FLAGS" >>"$NOTES"
 trap 'exit 75' TERM
 if [ -n "$SRUN_WAITS" ]; then touch "$SRUN_WAITS"; while :; do sleep 0.05; done; fi
-exit "${SRUN_STATUS:-0}"
+[ -z "$TASKS" ] || shift # its own flag
+largest=${SRUN_STATUS:-0}
+for status in $TASKS; do # one task after the other; the largest exit code is reported
+    TASK_STATUS=$status "$@"
+    status=$?
+    [ "$status" -le "$largest" ] || largest=$status
+done
+exit "$largest"
+"""
+# Of the checkout: the training ends as TASK_STATUS says, by itself or by a signal.
+PYTHON = """#!/bin/sh
+case "$*" in
+*restarts.py*) [ -z "$MAY_START" ] || echo "$@" >>"$NOTES"; exit "${MAY_START:-0}" ;;
+*) [ "$TASK_STATUS" != 137 ] || kill -KILL $$; exit "${TASK_STATUS:-0}" ;;
+esac
 """
 SCONTROL = """#!/bin/sh
 echo "scontrol $*" >>"$NOTES"
@@ -31,7 +46,8 @@ def job(tmp_path):
     checkout, spool, programs = tmp_path / "a checkout", tmp_path / "spool", tmp_path / "programs"
     shutil.copytree(ROOT / "launch", checkout / "launch")
     (checkout / ".venv/bin").mkdir(parents=True)
-    (checkout / ".venv/bin/python").symlink_to("/bin/true")
+    (checkout / ".venv/bin/python").write_text(PYTHON)
+    (checkout / ".venv/bin/python").chmod(0o755)
     spool.mkdir()
     programs.mkdir()
     shutil.copy(ROOT / "launch/slurm.sbatch", spool / "script")
@@ -83,6 +99,49 @@ def test_every_node_trains_with_the_settings_for_gpus(job):
 def test_an_error_is_handed_on_and_the_job_not_queued_again(job, status):
     assert ended(job("c", "w", SRUN_STATUS=status))[0] == int(status)
     assert not any(line.startswith("scontrol") for line in notes(job))
+
+
+@pytest.mark.parametrize("others", ["75", "137", "0"])  # 137: srun kills who does not stop
+@pytest.mark.parametrize("status", [1, 2])
+def test_an_error_of_one_task_ends_the_job_whatever_became_of_the_others(job, status, others):
+    code, out, err = ended(job("c", "w", TASKS=f"{others} {status} {others}"))
+    assert code == status and f"ended with exit code {status}" in err.splitlines()[-1]
+    assert "again" not in out and not any(line.startswith("scontrol") for line in notes(job))
+    assert not list(job.tmp_path.glob("a checkout/*.error"))
+
+
+@pytest.mark.parametrize("tasks", ["75 137", "137 75", "75 134", "139"])
+def test_a_task_that_was_killed_while_the_others_stopped_is_a_reason_to_start_again(job, tasks):
+    code, out, err = ended(job("c", "w", TASKS=tasks))
+    assert code == 0, err
+    assert "was killed or crashed" in out and "whole checkpoint" not in out
+    assert notes(job)[-1] == "scontrol requeue 42"
+
+
+def test_before_each_start_and_before_queueing_again_it_asks_whether_there_is_progress(job):
+    more = {"TASKS": "75", "SLURM_RESTART_COUNT": "3", "MAY_START": "0"}
+    assert ended(job("c", "runs/a b", **more))[0] == 0
+    asked = [line for line in notes(job) if "restarts.py" in line]
+    assert asked == [f"launch/restarts.py runs/a b slurm-42 {number}" for number in (3, 4)]
+
+
+def test_without_progress_it_does_not_begin_and_is_not_queued_again(job):
+    """A failed node: SLURM itself queued the job again."""
+    assert ended(job("c", "w", TASKS="75", MAY_START="1"))[0] == 1
+    assert notes(job) == ["launch/restarts.py w slurm-42 0"]
+
+
+def test_the_signal_for_a_task_reaches_the_training_and_its_exit_code_is_kept(tmp_path):
+    training = "import signal; signal.signal(15, lambda *_: exit(75)); print(flush=True)"
+    training += "; signal.pause()"
+    task = subprocess.Popen(
+        ["bash", ROOT / "launch/slurm_task.sh", tmp_path / "e", sys.executable, "-c", training],
+        stdout=subprocess.PIPE, process_group=0,
+    )  # fmt: skip
+    task.stdout.readline()
+    os.killpg(task.pid, signal.SIGTERM)  # as SLURM does: every process of the task
+    assert task.wait(timeout=30) == 75
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_run_that_was_stopped_is_queued_again_after_failed_attempts(job):
