@@ -4,6 +4,7 @@ Debian's packages slurm-wlm and munge have what it needs; nothing of the machine
 is read or changed.
 """
 
+import faulthandler
 import os
 import re
 import shutil
@@ -122,6 +123,8 @@ class Slurm:
 
     def wait_for(self, number, ready, seconds=600):
         """Returns what SLURM knows of the job when `ready(that)`."""
+        # SLURM lets a job wait for two minutes before it runs again: longer than pytest does.
+        faulthandler.cancel_dump_traceback_later()
         deadline = time.monotonic() + seconds
         while not ready(job := self.job(number)):
             assert time.monotonic() < deadline, f"{job}\n{self.log(number)}"

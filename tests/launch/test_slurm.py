@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/sh
 printf '%s\\n' "$*" "flags $XLA_FLAGS" >>"$NOTES"
 trap 'exit 75' TERM
+[ -z "$SRUN_SAYS" ] || echo "slurmstepd-n1: error: *** $SRUN_SAYS ***" >&2
 if [ -n "$SRUN_WAITS" ]; then touch "$SRUN_WAITS"; while :; do sleep 0.05; done; fi
 [ -z "$TASKS" ] || shift # its own flag
 largest=${SRUN_STATUS:-0}
@@ -63,13 +64,13 @@ def job(tmp_path):
         "SCONTROL_FAILS": str(tmp_path / "fails"),
     }
 
-    def start(*arguments, **more):
+    def start(*arguments, stderr=subprocess.PIPE, **more):
         return subprocess.Popen(
             ["bash", str(spool / "script"), *arguments],
             env=environment | more,
             cwd=spool,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -149,6 +150,25 @@ def test_a_run_that_was_stopped_is_queued_again_after_failed_attempts(job):
     code, out, _ = ended(job("c", "w", SRUN_STATUS="75"))
     assert code == 0 and "queueing job 42 again" in out
     assert [line for line in notes(job) if "requeue" in line] == ["scontrol requeue 42"] * 3
+
+
+@pytest.mark.parametrize(
+    "said, again",
+    [
+        ("JOB 42 ON n1 CANCELLED AT 2026-01-02T03:04:05", False),
+        ("JOB 42 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE TO TIME LIMIT", True),
+        ("JOB 42 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE TO PREEMPTION", True),
+        ("STEP 42.0 ON n1 CANCELLED AT 2026-01-02T03:04:05", True),
+        ("JOB 142 ON n1 CANCELLED AT 2026-01-02T03:04:05", True),
+    ],
+)
+def test_a_job_that_somebody_cancels_does_not_come_back(job, said, again):
+    log = job.tmp_path / "log"
+    with open(log, "a") as stderr:
+        process = job("c", "w", stderr=stderr, SRUN_STATUS="75", SRUN_SAYS=said)
+        assert process.wait(timeout=30) == (0 if again else 75)
+    assert ("scontrol requeue 42" in notes(job)) == again
+    assert again or "was cancelled" in log.read_text().splitlines()[-1]
 
 
 def test_where_it_cannot_be_queued_again_it_says_so_and_keeps_the_exit_code(job):
