@@ -61,6 +61,8 @@ EXTRA_OF = {
     "gcsfs": "gcs",
     "s3fs": "s3",
     "aiohttp": "http",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 
 

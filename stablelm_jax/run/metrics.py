@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,51 +141,118 @@ def _as_line(line: Mapping[str, Any]) -> str:
 
 
 class Writers:
-    """TensorBoard and Weights & Biases, where the config switches them on (process 0 only)."""
+    """TensorBoard and Weights & Biases, where the config switches them on (process 0 only).
 
-    def __init__(self, config: ConfigDict, folder: RunFolder):
+    They only inform: one that fails (disk, network, version) is told and left off.
+    """
+
+    def __init__(self, config: ConfigDict, folder: RunFolder, events: Events | None = None):
         """Raises ValueError if a writer is asked for but not installed."""
-        self._config, self._folder = config, folder
-        self._tensorboard = self._wandb = self._files = self._module = None
-        if distributed.is_first() and config.writers.tensorboard:
-            self._event = _imported("tensorboard.compat.proto.event_pb2").Event
-            self._files = _imported("tensorboard.summary.writer.event_file_writer")
-        if distributed.is_first() and config.writers.wandb:
-            self._module = _imported("wandb")
+        kinds = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+        wanted = [kind for name, kind in kinds.items() if config.writers[name]]
+        self._wanted = [kind(config, folder.path) for kind in wanted if distributed.is_first()]
+        self._writers, self._events = [], events
 
-    def open(self) -> None:
-        """Begins to write: not before the run has begun, since this makes files and a W&B run."""
-        config, folder = self._config, self._folder
-        if self._files:
-            self._tensorboard = self._files.EventFileWriter(str(folder.path / "tensorboard"))
-        if self._module:
-            self._wandb = self._module.init(
-                project=config.writers.wandb_project,
-                name=config.name,
-                dir=str(folder.path),
-                config=config.to_dict(),
-                resume="allow",
-            )
+    def open(self, step: int = 0, wandb_id: str | None = None, resumed: bool = False) -> str | None:
+        """Begins to write: not before the run has begun, since this makes files and a W&B run.
+
+        Args:
+          step: the lines after it are written now, some of them maybe again.
+          wandb_id: the W&B run to go on with, as the checkpoint has it.
+          resumed: the run has begun earlier: the id in its folder is its own too.
+
+        Returns the id for the next checkpoints.
+        """
+        self._writers = self._wanted
+        return next(filter(None, self._each("open", step, wandb_id, resumed)), wandb_id)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Writes the numbers of one metrics line at its step."""
         kept = {key: value for key, value in line.items() if key not in ("step", "time")}
         numbers = {key: value for key, value in kept.items() if isinstance(value, (int, float))}
-        if self._tensorboard:
-            values = [{"tag": key, "simple_value": value} for key, value in numbers.items()]
-            summary = {"value": values}
-            event = self._event(step=line["step"], wall_time=time.time(), summary=summary)
-            self._tensorboard.add_event(event)
-        if self._wandb:
-            self._wandb.log(numbers, step=line["step"])
+        self._each("write", line["step"], numbers)
 
     def close(self, failed: bool = False) -> None:
-        """Flushes and ends the writers. `failed`: an error ends the run, and stays visible."""
-        with contextlib.suppress(*([Exception] if failed else [])):
-            if self._tensorboard:
-                self._tensorboard.close()
-            if self._wandb:
-                self._wandb.finish(exit_code=int(failed))
+        """Flushes and ends the writers. `failed`: an error ends the run."""
+        self._each("close", failed)
+
+    def _each(self, action: str, *arguments: Any) -> list[Any]:
+        done = []
+        for writer in list(self._writers):
+            try:
+                done.append(getattr(writer, action)(*arguments))
+            except Exception as error:  # each raises its own
+                self._writers.remove(writer)
+                text = f"{writer.name} failed ({described(error)}); the run goes on without it"
+                if self._events is not None:
+                    self._events.tell("writer_failed", text, style="bold red", writer=writer.name)
+        return done
+
+
+class _TensorBoard:
+    name = "TensorBoard"
+
+    def __init__(self, config: ConfigDict, folder: Path):
+        self._folder = folder / "tensorboard"
+        self._events = _imported("tensorboard.compat.proto.event_pb2")
+        self._files = _imported("tensorboard.summary.writer.event_file_writer")
+
+    def open(self, step: int, *_: Any) -> None:
+        self._file = self._files.EventFileWriter(str(self._folder))
+        # A reader drops what files of earlier starts hold from this step on.
+        self._add(step + 1, session_log={"status": self._events.SessionLog.START})
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._add(
+            step, summary={"value": [{"tag": k, "simple_value": v} for k, v in numbers.items()]}
+        )
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._events.Event(step=step, wall_time=time.time(), **content)
+        self._file.add_event(event)
+        self._file.flush()  # a run that is killed goes on after these lines
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+class _WeightsAndBiases:
+    """One W&B run for all starts of a run.
+
+    W&B refuses a step below its last, but a run that was killed does some steps again: here `step`
+    is a value like the others, and the axis of their plots.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, config: ConfigDict, folder: Path):
+        self._config, self._folder, self._module = config, folder, _imported("wandb")
+
+    def open(self, step: int, wandb_id: str | None, resumed: bool) -> str:
+        note = self._folder / "wandb_id"
+        if resumed and not wandb_id and note.exists():
+            wandb_id = note.read_text(encoding="utf-8").strip()
+        wandb_id = wandb_id or secrets.token_hex(4)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, wandb_id + "\n")
+        # It would try to upload for as long as that takes; `wandb sync` can do it later.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+        self._run = self._module.init(
+            project=self._config.writers.wandb_project,
+            name=self._config.name,
+            dir=str(self._folder),
+            config=self._config.to_dict(),
+            id=wandb_id,
+            resume="allow",
+        )
+        self._run.define_metric("*", step_metric="step")
+        return wandb_id
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **numbers})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def _imported(module: str) -> Any:

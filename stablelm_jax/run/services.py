@@ -85,7 +85,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
             tell=events.tell,
         )
         saver = stack.enter_context(contextlib.closing(Saver(config.checkpoint, store, events)))
-        writers = Writers(config, folder)
+        writers = Writers(config, folder, events)
         stack.push(lambda kind, *_: writers.close(failed=kind is not None))
         log = RunLog(folder, events, writers)
         profiler = Profiler(config_lib.profiled_steps(config), folder.path / "profile", console)

@@ -76,6 +76,7 @@ class Progress:
       train_seconds: time spent in steps, over all starts of the run.
       loss_sums: `LossSums.state()` at the last save, or None.
       config_changes: what was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
+      wandb_id: the run at Weights & Biases, or None.
     """
 
     step: int = 0
@@ -83,6 +84,7 @@ class Progress:
     train_seconds: float = 0.0
     loss_sums: dict[str, Any] | None = None
     config_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    wandb_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
         hash=run.data_position.parent_hash,
     )
     state, progress = _without_row(state, progress)
-    progress = dataclasses.replace(progress, train_seconds=0.0, config_changes=[])
+    progress = dataclasses.replace(progress, train_seconds=0.0, config_changes=[], wandb_id=None)
     return Beginning(run, state, progress)
 
 
@@ -287,6 +289,7 @@ def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState,
     keys = ("step", "rows_consumed", "train_seconds", "loss_sums")
     progress = Progress(**{key: saved[key] for key in keys})
     progress.config_changes = list(saved.get("config_changes", []))
+    progress.wandb_id = saved.get("wandb_id")
     return from_arrays(run.abstract, arrays, step, guard), progress
 
 
@@ -313,6 +316,7 @@ def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) ->
         "guard": guard_to_json(state.guard),
         "origin": dataclasses.asdict(run.data_position),
         "config_changes": progress.config_changes,
+        "wandb_id": progress.wandb_id,
         "config": config_lib.to_dict(run.config),
         "git_commit": git_commit(),
     }

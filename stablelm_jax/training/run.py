@@ -39,7 +39,8 @@ def run_training(
         with stop.phase("restoring", leave=True):
             beginning = begin(config, services, options)
             trainer = Trainer(beginning, services)
-        services.log.writers.open()
+        progress, writers = beginning.progress, services.log.writers
+        progress.wandb_id = writers.open(progress.step, progress.wandb_id, beginning.resumed)
         if not beginning.resumed and config.checkpoint.save_initial:
             trainer.save_first()
         if distributed.is_first():
