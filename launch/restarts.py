@@ -40,7 +40,8 @@ def may_start(workdir: str, launch: str, number: int) -> bool:
         since = before["since"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"launch": launch, "newest": newest, "since": since}) + "\n")
+        state = json.dumps({"launch": launch, "newest": newest, "since": since})
+        note.write_text(state + "\n", encoding="utf-8")
     except OSError as error:
         since = 0  # every start counts where nothing can be remembered
         print(f"{note} cannot be written: {error}", file=sys.stderr)
@@ -60,7 +61,9 @@ def may_start(workdir: str, launch: str, number: int) -> bool:
 def _read(note) -> dict:
     """What an earlier call wrote; nothing where that is not there, or not whole."""
     try:
-        before = json.loads(note.read_text()) if note in entries(note.parent) else {}
+        before = (
+            json.loads(note.read_text(encoding="utf-8")) if note in entries(note.parent) else {}
+        )
         return before if {"launch", "newest", "since"} <= set(before) else {}
     except (OSError, ValueError, TypeError):
         return {}

@@ -203,9 +203,8 @@ class _TensorBoard:
         self._add(step + 1, session_log={"status": self._events.SessionLog.START})
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._add(
-            step, summary={"value": [{"tag": k, "simple_value": v} for k, v in numbers.items()]}
-        )
+        values = [{"tag": key, "simple_value": value} for key, value in numbers.items()]
+        self._add(step, summary={"value": values})
 
     def _add(self, step: int, **content: Any) -> None:
         event = self._events.Event(step=step, wall_time=time.time(), **content)
@@ -258,7 +257,7 @@ class _WeightsAndBiases:
 def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # one that does not fit the others raises its own
         name = module.partition(".")[0]
         remedy = f"pip install {name}, or leave it off"
-        raise ValueError(f"writers.{name} is on, but {name} is not installed; {remedy}") from error
+        raise ValueError(f"writers.{name} is on, but {described(error)}; {remedy}") from error

@@ -39,8 +39,10 @@ def run_training(
         with stop.phase("restoring", leave=True):
             beginning = begin(config, services, options)
             trainer = Trainer(beginning, services)
-        progress, writers = beginning.progress, services.log.writers
-        progress.wandb_id = writers.open(progress.step, progress.wandb_id, beginning.resumed)
+        progress = beginning.progress
+        progress.wandb_id = services.log.writers.open(
+            progress.step, progress.wandb_id, beginning.resumed
+        )
         if not beginning.resumed and config.checkpoint.save_initial:
             trainer.save_first()
         if distributed.is_first():

@@ -74,21 +74,20 @@ def test_out_of_time_it_saves_is_queued_again_and_goes_on_and_scancel_ends_it(
 ):
     config = bare_config(data, **{"training.num_steps": 1_000_000, "checkpoint.every": 1_000_000})
     path, run = write_config(config, tmp_path), tmp_path / "run"
-    job = slurm.submit(path, run, options=["--time=2", "--signal=TERM@60"])
-    slurm.wait_for(job, lambda job: "resuming from" in slurm.log(job["JobId"]))
+    job = slurm.submit(path, run, options=["--time=4", "--signal=TERM@60"])
+    slurm.wait_for(job, lambda job: "resuming from" in slurm.log(job["JobId"]), seconds=1200)
     log = slurm.log(job)
     print(log)
     assert "the training was stopped" in log and f"queueing job {job} again" in log
-    assert slurm.job(job)["Restarts"] == "1"
+    assert int(slurm.job(job)["Restarts"]) >= 1
     slurm.call("scancel", job)
     ended = slurm.ended(job)
     print(slurm.log(job)[len(log) :])
     assert ended["JobState"] == "CANCELLED"
 
 
-@pytest.mark.parametrize("how", ["error"])
-def test_an_error_of_one_process_ends_the_job(slurm, tmp_path, data, how):
-    job = slurm.submit(sabotaged(tmp_path, data, how, starts=99), tmp_path / "run")
+def test_an_error_of_one_process_ends_the_job(slurm, tmp_path, data):
+    job = slurm.submit(sabotaged(tmp_path, data, "error", starts=99), tmp_path / "run")
     ended = slurm.ended(job)
     print(slurm.log(job))
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0")
