@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import os
-import secrets
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,8 +145,9 @@ class Writers:
 
     def __init__(self, config: ConfigDict, folder: RunFolder, events: Events | None = None):
         """Raises ValueError if a writer is asked for but not installed."""
-        kinds = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
-        wanted = [kind for name, kind in kinds.items() if config.writers[name]]
+        from stablelm_jax.reporting.trackers import TRACKERS  # the core never needs the shell
+
+        wanted = [kind for name, kind in TRACKERS.items() if config.writers[name]]
         self._wanted = [kind(config, folder.path) for kind in wanted if distributed.is_first()]
         self._writers, self._events = [], events
 
@@ -158,10 +156,8 @@ class Writers:
 
         Args:
           step: the lines after it are written now, some of them maybe again.
-          wandb_id: the W&B run to go on with, as the checkpoint has it.
-          resumed: the run has begun earlier: the id in its folder is its own too.
-
-        Returns the id for the next checkpoints.
+          wandb_id: the W&B run of the checkpoint that is gone on from; returned for the next ones.
+          resumed: the run has begun earlier.
         """
         self._writers = self._wanted
         return next(filter(None, self._each("open", step, wandb_id, resumed)), wandb_id)
@@ -187,77 +183,3 @@ class Writers:
                 if self._events is not None:
                     self._events.tell("writer_failed", text, style="bold red", writer=writer.name)
         return done
-
-
-class _TensorBoard:
-    name = "TensorBoard"
-
-    def __init__(self, config: ConfigDict, folder: Path):
-        self._folder = folder / "tensorboard"
-        self._events = _imported("tensorboard.compat.proto.event_pb2")
-        self._files = _imported("tensorboard.summary.writer.event_file_writer")
-
-    def open(self, step: int, *_: Any) -> None:
-        self._file = self._files.EventFileWriter(str(self._folder))
-        # A reader drops what files of earlier starts hold from this step on.
-        self._add(step + 1, session_log={"status": self._events.SessionLog.START})
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        values = [{"tag": key, "simple_value": value} for key, value in numbers.items()]
-        self._add(step, summary={"value": values})
-
-    def _add(self, step: int, **content: Any) -> None:
-        event = self._events.Event(step=step, wall_time=time.time(), **content)
-        self._file.add_event(event)
-        self._file.flush()  # a run that is killed goes on after these lines
-
-    def close(self, failed: bool) -> None:
-        self._file.close()
-
-
-class _WeightsAndBiases:
-    """One W&B run for all starts of a run.
-
-    W&B refuses a step below its last, but a run that was killed does some steps again: here `step`
-    is a value like the others, and the axis of their plots.
-    """
-
-    name = "Weights & Biases"
-
-    def __init__(self, config: ConfigDict, folder: Path):
-        self._config, self._folder, self._module = config, folder, _imported("wandb")
-
-    def open(self, step: int, wandb_id: str | None, resumed: bool) -> str:
-        note = self._folder / "wandb_id"
-        if resumed and not wandb_id and note.exists():
-            wandb_id = note.read_text(encoding="utf-8").strip()
-        wandb_id = wandb_id or secrets.token_hex(4)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, wandb_id + "\n")
-        # It would try to upload for as long as that takes; `wandb sync` can do it later.
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
-        self._run = self._module.init(
-            project=self._config.writers.wandb_project,
-            name=self._config.name,
-            dir=str(self._folder),
-            config=self._config.to_dict(),
-            id=wandb_id,
-            resume="allow",
-        )
-        self._run.define_metric("*", step_metric="step")
-        return wandb_id
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **numbers})
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-def _imported(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # one that does not fit the others raises its own
-        name = module.partition(".")[0]
-        remedy = f"pip install {name}, or leave it off"
-        raise ValueError(f"writers.{name} is on, but {described(error)}; {remedy}") from error
