@@ -31,7 +31,7 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 2450,
+    "preparation": 2800,
     "generation": 820,
     "evaluation": 1020,
     "interop": 1700,
