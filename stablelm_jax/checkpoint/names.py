@@ -28,15 +28,12 @@ def checkpoint_step(name: str) -> int | None:
 def checkpoint_path(path: epath.PathLike) -> epath.Path:
     """A path of this machine made absolute, or a `gs://` URL: what Orbax can write.
 
-    Links stay as they are: a checkpoint that was moved to another disk keeps its name and its run.
-
     Raises:
       ValueError: a URL of another store, or its driver is missing.
     """
     text = str(path).rstrip("/")
     if not remote.is_url(text):
-        local = epath.Path(path)
-        return local.resolve() if ".." in local.parts else epath.Path(os.path.abspath(local))
+        return epath.Path(path).resolve()  # not as pathlib does: links stay
     if not re.match("gs://[^/]+/.", text):
         raise ValueError(
             f"{text}: checkpoints lie in a folder of this machine or at gs://BUCKET/FOLDER; Orbax"
@@ -88,7 +85,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
 
 def real_path(path: epath.Path) -> epath.Path:
     """A path of this machine without links; a URL as it is."""
-    return path if remote.is_url(path) else path.resolve()
+    return path if remote.is_url(path) else epath.Path(os.path.realpath(path))
 
 
 def entries(folder: epath.PathLike) -> list[epath.Path]:

@@ -5,8 +5,10 @@ import shutil
 import pytest
 from tiny import write_tokenizer
 
+from stablelm_jax.checkpoint import saved_model
 from stablelm_jax.checkpoint.names import find_checkpoint
 from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
+from stablelm_jax.model.config import STABLELM_2_1_6B
 from stablelm_jax.tokenizer.tokenizer import ARCADE100K, load_tokenizer
 
 
@@ -64,3 +66,31 @@ def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(tmp_path):
     assert find_checkpoint(newest) == newest
     with pytest.raises(ValueError, match="holds none"):
         find_checkpoint(newest / "nothing")
+
+
+def test_a_link_to_a_checkpoint_stands_for_it_and_a_moved_one_keeps_its_name_and_run(trained):
+    path, run, file = trained
+    top = path.parents[2]
+    (top / "best").symlink_to(path)
+    assert find_checkpoint(top / "best") == path
+    file.rename(path.parent.parent / "tokenizer.json")
+    path.rename(top / "moved")
+    path.symlink_to(top / "moved")
+    assert find_checkpoint(path) == find_checkpoint(path.parent.parent) == path
+    assert load_own_tokenizer(path, run).name == str(path.parent.parent / "tokenizer.json")
+
+
+def test_a_path_that_may_mean_two_checkpoints_or_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is empty; give the path"):
+        find_checkpoint("")
+    for name in ("global_step0", "checkpoints/global_step12"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="global_step0 or .*checkpoints/global_step12"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_model_with_a_field_of_another_version_is_named(tmp_path, monkeypatch):
+    run = {"model_config": {**vars(STABLELM_2_1_6B), "sliding_window": 4}, "step": 0}
+    monkeypatch.setattr(saved_model, "read_run", lambda path: run)
+    with pytest.raises(ValueError, match="sliding_window.*use the version of stablelm_jax"):
+        saved_model.SavedModel.open(tmp_path / "global_step0")

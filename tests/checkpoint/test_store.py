@@ -1,6 +1,7 @@
 """What is saved comes back bit for bit; what is damaged, half or of another kind is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stablelm_jax.checkpoint import store as store_module
 from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.reading import (
     CheckpointError,
@@ -172,3 +174,102 @@ def test_the_latest_and_every_keep_every_th_stay_and_what_is_kept_by_name(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"global_step{step}" for step in store.steps()
     )
+
+
+@pytest.fixture
+def told():
+    """(what is told, the function that takes it as `Events.tell` does)."""
+    lines = []
+    return lines, lambda event, text: lines.append(f"{event}: {text}")
+
+
+def moved_with_a_link(path, elsewhere):
+    """Moves a checkpoint to another disk, so to say, and leaves a link; where it is now."""
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    return elsewhere
+
+
+def test_of_a_checkpoint_that_was_moved_only_the_link_is_deleted(tmp_path, told):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        (folder / f"global_step{step}").mkdir(parents=True)
+    moved = moved_with_a_link(folder / "global_step1", tmp_path / "kept")
+    (moved / "file").touch()
+    lost = moved_with_a_link(folder / "global_step2", tmp_path / "lost")
+    lost.rmdir()
+    # As an earlier version left one:
+    (folder / "global_step0.deleting").symlink_to(moved)
+    store = CheckpointStore(folder, keep_latest=1, tell=told[1])
+    assert store.steps() == [1, 2, 3] and not os.path.lexists(folder / "global_step0.deleting")
+    store.add(3)
+    assert [path.name for path in folder.iterdir()] == ["global_step3"]
+    assert (moved / "file").exists() and told[0] == []
+
+
+def test_a_moved_checkpoint_is_read_where_it_is(written, tmp_path):
+    saved = random_checkpoint(5)
+    path = written(saved)
+    moved_with_a_link(path, tmp_path / "elsewhere")
+    run = read_run(path)
+    assert run["rows_consumed"] == 5
+    arrays = read_arrays(path, as_abstract(saved), run)
+    np.testing.assert_array_equal(
+        arrays["params"]["layers"]["kernel"], saved.params["layers"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("lost", ["a link to .*gone, which is not there", "a file"])
+def test_what_is_no_folder_any_more_is_a_damaged_checkpoint_and_can_be_set_aside(tmp_path, lost):
+    path = tmp_path / "global_step8"
+    path.touch() if lost == "a file" else path.symlink_to(tmp_path / "gone")
+    with pytest.raises(DamagedCheckpoint, match=f"global_step8 is {lost}"):
+        read_run(path)
+    store = CheckpointStore(tmp_path, keep_latest=2)
+    assert store.steps() == [8] and store.unfinished == []
+    assert store.set_aside(8) == "global_step8.damaged"
+    assert os.path.lexists(tmp_path / "global_step8.damaged") and not os.path.lexists(path)
+
+
+def test_the_folder_of_checkpoints_may_be_a_link_but_not_to_nowhere(written, tmp_path):
+    folder = written(random_checkpoint()).parent
+    link = tmp_path / "run" / "checkpoints"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    assert CheckpointStore(link, keep_latest=2).steps() == [1]
+    link.unlink()
+    link.symlink_to(tmp_path / "not_mounted")
+    with pytest.raises(ValueError, match="not_mounted, which is not there; .*not mounted"):
+        CheckpointStore(link, keep_latest=2)
+
+
+def test_tidying_up_stops_neither_a_start_nor_a_run(tmp_path, told, monkeypatch):
+    for name in ("global_step1", "global_step2", "global_step3.orbax-checkpoint-tmp"):
+        (tmp_path / name).mkdir()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(store_module, "_remove", refuse)
+    store = CheckpointStore(tmp_path, keep_latest=1, tell=told[1])
+    store.add(2)
+    assert store.steps() == [2] and store.unfinished == []
+    assert [line.partition(" (")[0] for line in told[0]] == [
+        f"not_tidied: {tmp_path}/global_step3.orbax-checkpoint-tmp was not removed",
+        f"not_tidied: {tmp_path}/global_step1 was not deleted",
+    ]
+
+
+def test_older_checkpoints_stay_until_the_new_one_survives_a_loss_of_power(
+    tmp_path, told, monkeypatch
+):
+    for step in (1, 2):
+        (tmp_path / f"global_step{step}").mkdir()
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store_module, "flush_to_disk", fail)
+    store = CheckpointStore(tmp_path, keep_latest=1, tell=told[1])
+    store.add(2)
+    assert store.steps() == [1, 2] and "may be lost with the power" in told[0][0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+from pathlib import Path
 
 import pytest
 
-from stablelm_jax.storage.files import new_result, replacing, write_json, write_text
+from stablelm_jax.storage.files import check_writable, new_result, replacing, write_json, write_text
 
 
 def test_a_file_has_its_old_contents_until_the_new_ones_are_whole(tmp_path):
@@ -49,3 +52,54 @@ def test_a_folder_appears_whole_and_replaces_another_only_when_told_to(tmp_path)
         with new_result(tmp_path, force=True, source=out):
             pass
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_gets_a_name_is_on_the_disk_by_then_and_so_is_the_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def renamed(old, new):
+        done.append("renamed")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "a.txt", "a")
+    assert done == ["a.txt.partial", "renamed", tmp_path.name]
+    done.clear()
+    with new_result(tmp_path / "out") as aside:
+        aside.mkdir()
+        (aside / "file").write_text("1")
+    assert done == ["file", "out", "renamed", tmp_path.name]
+
+
+def test_a_file_system_that_flushes_files_only_will_do(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse_folders(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_text(tmp_path / "a.txt", "a")
+    assert (tmp_path / "a.txt").read_text() == "a"
+
+
+def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path):
+    there = tmp_path / "there.json"
+    there.write_text("old")
+    check_writable(there)
+    check_writable(tmp_path / "new.json")
+    assert there.read_text() == "old" and list(tmp_path.iterdir()) == [there]
+    for path, why in (
+        (tmp_path / "none" / "a.json", "No such file.*make its folder"),
+        (there / "a.json", "Not a directory"),
+        (tmp_path, "is a folder that is there"),
+        (tmp_path / ("x" * 300), "too long"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            check_writable(path)
