@@ -51,9 +51,11 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
         rope = values.pop(group, None) or {}
         if not isinstance(rope, Mapping):
             raise ValueError(f"config.json: {group} is {rope!r}; it should be an object")
-        values |= {key: value for key, value in rope.items() if value is not None and key != "type"}
-        if rope.get("type") is not None:  # as older versions spell rope_type
-            values["rope_type"] = rope["type"]
+        kind = rope.get("rope_type") or rope.get("type") or "default"  # the latter in old files
+        if kind != "default":
+            values["rope_type"] = kind
+        kinds = ("rope_type", "type")
+        values |= {k: v for k, v in rope.items() if v is not None and k not in kinds}
     for key, allowed in _ALLOWED.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(

@@ -4,6 +4,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.config import access
+from stablelm_jax.config.tree import FIELDS
 from stablelm_jax.model.config import ModelConfig
 
 
@@ -97,3 +99,64 @@ def test_mixture_weights_leave_out_sources_of_weight_zero():
     config.data.weights = {"b": 2, "a": 0.5, "c": 0.0}
     assert config_lib.mixture_weights(config) == {"a": 0.5, "b": 2.0}
     assert list(config_lib.mixture_weights(config)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("learning_rate", "schedule.peak"),
+        ("optimizer.lr", "schedule.peak"),
+        ("training.warmup", "schedule.warmup_steps"),
+        ("steps", "training.num_steps"),
+        ("data.seq_len", "data.sequence_length"),
+        ("training.batch_size", "data.batch_size"),
+        ("training.weight_decay", "optimizer.weight_decay"),
+        ("model.dtype", "training.dtype"),
+        ("training.seed", "seed"),
+        ("model.hidden_size", "model.width"),
+        ("model.n_layers", "model.num_layers"),
+        ("max_grad_norm", "optimizer.clip_norm"),
+        ("gradient_accumulation_steps", "training.accumulation"),
+    ],
+)
+def test_a_field_under_the_name_that_other_software_has_for_it_is_found(typed, ours):
+    with pytest.raises(config_lib.ConfigError, match=rf"did you mean config\.{ours}\?"):
+        config_lib.set_value(config_lib.default_config(), typed, 1)
+
+
+def test_every_name_from_elsewhere_leads_to_a_field_and_none_is_a_field_already():
+    assert access._ELSEWHERE.keys() <= FIELDS.keys()
+    names = " ".join(access._ELSEWHERE.values()).split()
+    assert len(names) == len(set(names))
+
+
+def small_config():
+    config = config_lib.default_config()
+    config.data.weights.mine = 1.0
+    config.schedule.peak = 1e-3
+    return config
+
+
+def test_a_field_that_an_old_checkpoint_lacks_had_its_default():
+    config, saved = small_config(), config_lib.to_dict(small_config())
+    del saved["training"]["deterministic"], saved["guard"], saved["data"]["loss_on_first_token"]
+    assert config_lib.config_changes(saved, config) == {}
+    config.guard.kind = "skip"
+    assert config_lib.config_changes(saved, config) == {"guard.kind": ["off", "skip"]}
+
+
+def test_a_field_that_only_the_checkpoint_has_is_shown_and_can_be_left_out():
+    config, saved = small_config(), config_lib.to_dict(small_config())
+    saved["optimizer"]["nesterov"] = True
+    changes = config_lib.config_changes(saved, config)
+    told = config_lib.show_changes(changes)
+    assert told == "config.optimizer.nesterov was True, now None"
+    again = config_lib.from_dict(saved, only_known=True)
+    assert config_lib.to_dict(again) == config_lib.to_dict(config)
+
+
+def test_a_tuple_and_the_list_that_json_makes_of_it_are_equal():
+    config = small_config()
+    config.evaluation.tasks = ("a", "b")
+    assert config_lib.config_changes(config_lib.to_dict(config), config) == {}
+    assert config_lib.differing({"a": 1}, {"a": 1, "b": 2}) == {"b": [None, 2]}

@@ -83,6 +83,8 @@ def test_sources_of_ones_own_come_after_the_colon(verb):
         (["--config", SMOKE, "--config.data.batch_size=many"], "of type int, like 8"),
         (["--config", SMOKE, "--config.data.batch_size", "1.5"], "of type int, like 8"),
         (["--config", SMOKE, "--config.checkpoint.keep_every=x"], "give a value of type int"),
+        (["--config", SMOKE, "--config.data.batch_size=none"], "config.data.batch_size=not set"),
+        (["--config", SMOKE, "--config.learning_rate=1"], "did you mean config.schedule.peak?"),
         (["--config", SMOKE, "--config.model=3"], "--config.model.FIELD=VALUE"),
         (["--config", SMOKE, "--config.schedule={'peak': 1.0}"], "is missing"),
         (["--config", SMOKE, "--config.training.num_steps=20"], "fewer warmup steps (here 2)"),
@@ -131,3 +133,24 @@ def test_help_is_no_failure(verb):
     done = verb("--help")
     assert done.returncode == 0
     assert "--config" in done.stdout
+
+
+def test_none_unsets_what_the_file_has_set(verb, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from stablelm_jax.config import load\n"
+        f"def get_config():\n    c = load({SMOKE!r})\n    c.checkpoint.keep_every = 200\n"
+        "    c.parallel.target = 'h200:1x1'\n    c.training.num_valid_ids = 4000\n"
+        "    return c\n"
+    )
+    assert json.loads(verb("--config", str(path)).stdout)["config"]["parallel"]["target"]
+    flags = ["--config.checkpoint.keep_every=none", "--config.parallel.target", "none"]
+    flags += ["--config.training.num_valid_ids=None", "--config.name=none"]
+    done = verb("--config", str(path), *flags)
+    assert done.returncode == 75, done.stderr
+    out = json.loads(done.stdout)
+    config = out["config"]
+    assert config["checkpoint"]["keep_every"] is None and config["parallel"]["target"] is None
+    assert config["training"]["num_valid_ids"] is None
+    assert config["name"] == "none"  # which cannot be unset: a text like others
+    assert out["set_by"]["checkpoint.keep_every"] == "command line"

@@ -7,6 +7,7 @@ from task_files import write_task
 from tiny import SOURCES, tiny_config, train
 
 from stablelm_jax import evaluate
+from stablelm_jax.evaluation import checkpoint_tasks
 
 ASKS_FOR_TOO_MUCH = """
 task: bad
@@ -87,3 +88,53 @@ def test_a_number_that_json_lacks_is_null_and_costs_no_other(capsys, monkeypatch
         "tasks": [{"value": None}, {"value": 0.5}],
         "eval/loss": None,
     }
+
+
+@pytest.mark.parametrize("place", ["none/x.json", ".", "file/x.json"])
+def test_a_place_for_the_scores_that_takes_none_is_found_before_the_work(
+    tmp_path, place, capsys, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "_evaluate", lambda arguments: pytest.fail("it began"))
+    assert evaluate.main(["--checkpoint", "c", "--output", str(tmp_path / place)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"evaluate: {tmp_path / place}")
+
+
+def test_scores_that_cannot_be_written_after_all_are_printed(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def evaluated_while_the_folder_goes(arguments):
+        folder.rmdir()
+        return {"eval/loss": 2.5}
+
+    monkeypatch.setattr(evaluate, "_evaluate", evaluated_while_the_folder_goes)
+    assert evaluate.main(["--checkpoint", "c", "--output", str(folder / "x.json")]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"eval/loss": 2.5} and "No such file" in err
+
+
+def test_a_failure_of_the_tasks_costs_the_held_out_scores_nothing(trained, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+
+    def fail(*_, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(checkpoint_tasks, "evaluate_tasks", fail)
+    monkeypatch.setattr(evaluate, "_held_out", lambda *_: {"eval/loss": 2.5})
+    flags = ["--checkpoint", str(trained[0]), "--tasks", "piqa", "--data", "somewhere"]
+    assert evaluate.main(flags) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["eval/loss"] == 2.5 and "out of memory" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--tasks", ""), ("--tasks", "a,,b"), ("--tasks", " "), ("--config", ""), ("--data", "")],
+)
+def test_an_empty_name_is_a_bad_argument(flag, value, capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--checkpoint", "c", flag, value])
+    assert left.value.code == 2
+    assert f"{flag} is empty" in capsys.readouterr().err.splitlines()[-1]

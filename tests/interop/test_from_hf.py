@@ -80,8 +80,15 @@ EPOCH = {
              "use_qkv_bias"),
             EPOCH,
         ),
+        (("rope_parameters",), {**FLAT, "rope_scaling": {"rope_type": "default"}}),
+        (("rope_parameters",), {**FLAT, "rope_scaling": {"type": "default", "factor": 2.0}}),
+        (("rope_parameters",), {**FLAT, "rope_scaling": {}}),
+        (("rope_theta",), {**NEW, "rope_scaling": None}),
     ],
-    ids=["flat rope keys", "rope_parameters", "stablelm_epoch"],
+    ids=[
+        *("flat rope keys", "rope_parameters", "stablelm_epoch"),
+        *("rope_scaling default", "type default", "rope_scaling empty", "rope_scaling null"),
+    ],
 )  # fmt: skip
 def test_configs_old_and_new_are_the_same_model(directory, remove, values):
     meant = from_hf.open_directory(directory)
@@ -135,6 +142,9 @@ def test_another_architecture_is_named(directory, capsys):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"rope_parameters": {"rope_type": "yarn", **FLAT}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3"),
         ({"vocab_size": 512}, "misshapen"),
         ({"rope_parameters": "plain"}, "rope_parameters is 'plain'"),

@@ -8,6 +8,7 @@ from rich.console import Console
 from tiny import bare_config, train
 
 from stablelm_jax import runs
+from stablelm_jax.reporting import tree
 from stablelm_jax.reporting.tree import find_runs, run_tree
 
 
@@ -67,3 +68,17 @@ def test_the_verb_prints_the_tree_and_draws_the_curves_where_asked(folder, tmp_p
 def test_a_folder_without_runs_is_an_error_with_a_remedy(tmp_path, capsys):
     assert runs.main([str(tmp_path)]) == 1
     assert "no run with a checkpoint in it or below; name a" in capsys.readouterr().err
+
+
+def test_a_run_that_was_moved_is_found_through_its_link_once(folder, tmp_path):
+    (tmp_path / "moved").symlink_to(folder / "main")
+    (tmp_path / "again").symlink_to(tmp_path)  # a link that leads back
+    assert [run.path for run in find_runs(tmp_path)] == [tmp_path / "moved"]
+
+
+def test_a_picture_that_cannot_be_written_is_found_before_the_runs_are_read(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(tree, "find_runs", lambda folder: pytest.fail("it began"))
+    assert runs.main([str(tmp_path), "--picture", str(tmp_path / "none/p.png")]) == 1
+    assert "none/p.png: No such file" in capsys.readouterr().err

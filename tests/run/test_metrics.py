@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
-from stablelm_jax.run.metrics import MetricsFile
+from stablelm_jax.reporting import picture
+from stablelm_jax.run.metrics import MetricsFile, RunLog
 
 
 def test_a_value_that_is_not_finite_is_written_as_null(tmp_path):
@@ -30,3 +33,15 @@ def test_a_line_of_zeros_as_a_loss_of_power_leaves_it_is_repaired(tmp_path):
 def test_a_file_without_a_whole_line_is_empty(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content)
     assert MetricsFile(tmp_path / "metrics.jsonl").read() == []
+
+
+def test_a_picture_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
+    told, folder = [], SimpleNamespace(path=tmp_path)
+    events = SimpleNamespace(tell=lambda event, text, style: told.append(text))
+    log = RunLog(folder, events, writers=None)
+    monkeypatch.setattr(picture, "draw_losses", lambda *_: 1 / 0)
+    log.draw({})
+    log.draw({})
+    assert told == [
+        "loss.png cannot be written (ZeroDivisionError: division by zero); the run goes on"
+    ]

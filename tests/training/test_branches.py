@@ -1,5 +1,7 @@
 """Step branches, later weights and changed configs: what goes on exactly, what is refused."""
 
+import dataclasses
+import os
 import shutil
 
 import pytest
@@ -9,7 +11,8 @@ from tiny import bare_config, events, losses, metrics, train
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.config import ConfigError
-from stablelm_jax.training.begin import ResumeOptions
+from stablelm_jax.model.config import STABLELM_2_1_6B
+from stablelm_jax.training.begin import ResumeOptions, check_same_run
 from stablelm_jax.training.run import run_training
 
 
@@ -180,3 +183,70 @@ def test_a_stage_that_comes_late_enough_may_be_added_to_a_run(data, half):
     _, lines = resumed(data, half, options, **{"data.stages": "10:squares=1"})
     tokens = {line["step"]: line["tokens/squares"] // 32 for line in lines}
     assert [tokens[step] for step in (8, 10, 11, 12)] == [16, 20, 28, 36]
+
+
+def of_a_checkpoint(**changed):
+    """As much of an item `run` as says whose it is; `changed` by its keys, `a.b` within a part."""
+    item = {
+        "model_config": dataclasses.asdict(STABLELM_2_1_6B),
+        "tokenizer_sha256": "0" * 64,
+        "source_hashes": {"web": "1" * 64},
+        "rows_consumed": 8,
+        "row_order": {
+            "seed": 1234,
+            "sequence_length": 32,
+            "loss_on_first_token": True,
+            "stages": [[0, {"web": 1}]],
+        },
+    }
+    for key, value in changed.items():
+        part, _, name = key.partition("__")
+        if value is None:
+            del item[part][name]
+        else:
+            item[part][name] = value
+    return item
+
+
+def test_a_checkpoint_from_before_a_field_existed_belongs_to_the_run_with_its_default():
+    old = of_a_checkpoint(model_config__qk_norm=None, row_order__loss_on_first_token=None)
+    check_same_run(old, of_a_checkpoint())
+    with pytest.raises(ValueError, match="config.model.qk_norm was False, now True;"):
+        check_same_run(old, of_a_checkpoint(model_config__qk_norm=True))
+    with pytest.raises(ValueError, match="data.loss_on_first_token was True, now False;"):
+        check_same_run(old, of_a_checkpoint(row_order__loss_on_first_token=False))
+
+
+def test_of_another_model_or_order_only_what_differs_is_shown():
+    with pytest.raises(ValueError) as refused:
+        check_same_run(of_a_checkpoint(model_config__width=64), of_a_checkpoint(row_order__seed=7))
+    assert str(refused.value).startswith(
+        "the checkpoint belongs to another run: model_config: config.model.width was 64, now 2048; "
+        "row_order: config.seed was 1234, now 7; give back"
+    )
+
+
+def test_a_field_of_the_model_that_only_the_checkpoint_has_is_named():
+    with pytest.raises(ValueError, match="sliding_window was 4, now None"):
+        check_same_run(of_a_checkpoint(model_config__sliding_window=4), of_a_checkpoint())
+
+
+def test_a_newest_checkpoint_whose_disk_is_gone_is_stepped_over_and_told(data, half, tmp_path):
+    newest = checkpoint(half, 8)
+    newest.rename(tmp_path / "moved")
+    newest.symlink_to(tmp_path / "not_mounted")
+    checkpoint(half, 0).rename(tmp_path / "moved0")
+    checkpoint(half, 0).symlink_to(tmp_path / "moved0")
+    code, lines = resumed(data, half, **{"training.num_steps": 8})
+    assert code == 0 and losses(lines).keys() == set(range(1, 9))
+    (told,) = events(half, "damaged_checkpoint")
+    assert "not_mounted, which is not there" in told["text"]
+    assert os.path.islink(half / "checkpoints/global_step8.damaged") and newest.is_dir()
+
+
+def test_an_imported_checkpoint_among_those_of_a_run_is_told_for_what_it_is(data, tmp_path):
+    model = config_lib.model_config(bare_config(data))
+    path = tmp_path / "checkpoints/global_step5"
+    write_checkpoint(path, model, random_params(model), data / "tokenizer.json")
+    with pytest.raises(ValueError, match="was imported and holds weights alone"):
+        train(bare_config(data), tmp_path)
