@@ -110,6 +110,8 @@ def unigram_entropy(counts: np.ndarray) -> float:
 def write_manifest(directory: str | os.PathLike, manifest: SourceManifest) -> None:
     """Writes `manifest.json` into the source's directory, whole or not at all."""
     text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    # A licence or a name may hold bytes that are no UTF-8: JSON has escapes for them.
+    text = text.encode("utf-8", "backslashreplace").decode()
     write_text(pathlib.Path(directory) / MANIFEST_NAME, text + "\n")
 
 

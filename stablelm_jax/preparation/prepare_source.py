@@ -29,7 +29,7 @@ from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
-from stablelm_jax.storage.remote import described
+from stablelm_jax.storage.remote import described, is_url
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 # Changes when the same inputs and settings would give other bytes.
@@ -162,6 +162,8 @@ class Preparation:
         resumed = self._plan_path.exists()
         if resumed:
             self.plan = Plan.read(self._plan_path)
+            resumed = not self._is_of_no_use()
+        if resumed:
             self._compare(self.plan.settings, f"{self.directory} was begun, not finished,")
         else:
             if (self._work / "settings.json").exists():
@@ -181,6 +183,21 @@ class Preparation:
             write_json(self._plan_path, self.plan)
         self.outputs.mkdir(exist_ok=True)
         return resumed
+
+    def _is_of_no_use(self) -> bool:
+        """Whether what other settings, or other inputs, left behind is nothing to keep."""
+        if all(self.plan.settings.get(key) == ours for key, ours in self._settings.items()):
+            return False
+        if (self._work / "logs" / "slurm_job").exists():  # which may still run
+            return False
+        now = {file.path: (file.size, file.version) for file in self.files}
+        for file in {file for chunk in self.plan.chunks for file in chunk.files}:
+            as_now = now.get(file.path, (file.size, file.version))
+            is_gone = not is_url(file.path) and not os.path.exists(file.path)
+            if is_gone or as_now != (file.size, file.version):
+                return True
+        outputs = map(tokenize_chunk.read_output, self.outputs.glob("[0-9]*-*"))
+        return not any(sum(output.tokens.values()) for output in outputs)
 
     def _first_look(self, cut: list[chunks.Chunk]) -> held_out.Look:
         try:
