@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in vars(arguments).items():
         if value == "" or (isinstance(value, list) and "" in value):
             parser.error(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
-    from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
-
     try:
+        from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
+
         if arguments.output:
             check_writable(arguments.output)
         found = finite(_evaluate(arguments))  # what one task found must not cost the others

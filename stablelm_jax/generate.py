@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stablelm generate", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="global_step<N> or its run, then the newest; or a URL")
-    add("--prompt", action="append", help="may be repeated; - reads it from standard input")
+    add("--prompt", action="append", type=_utf_8, help="may be repeated; - reads it from stdin")
     add("--chat", choices=["zephyr", "chatml"], help="a template; no --prompt: a conversation")
-    add("--system", default="", help="the system's message of a chat")
+    add("--system", default="", type=_utf_8, help="the system's message of a chat")
     add("--max-new-tokens", type=int, default=64, help="%(default)s by default")
     add("--temperature", type=float, default=0.7, help="%(default)s; 0: the likeliest token")
     add("--top-p", type=float, default=0.95, help="%(default)s")
@@ -53,6 +54,11 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def _utf_8(argument: str) -> str:
+    """The bytes of the argument as UTF-8, whatever the locale."""
+    return os.fsencode(argument).decode("utf-8")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -46,8 +46,7 @@ def _inspect(argv: Sequence[str]) -> int:
         wanted = (row for row in _rows(config) if given.source in (None, row.source))
         for row in itertools.islice(wanted, given.rows):
             if given.json:
-                # Escapes of JSON's own where the terminal has no letters for the text.
-                escaped = (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+                escaped = sys.stdout.encoding.lower() != "utf-8"  # by JSON's own escapes
                 print(json.dumps(dataclasses.asdict(row), ensure_ascii=escaped))
             else:
                 _show(row)

@@ -44,7 +44,7 @@ def _plan(argv: Sequence[str]) -> int:
     if given.sweep:  # XLA warns of too much memory; each result says it once
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from stablelm_jax.planning import report
-    from stablelm_jax.planning.sweep import INTERRUPTED, sweep
+    from stablelm_jax.planning.sweep import sweep
     from stablelm_jax.planning.targets import TargetError, parse_target
 
     _check_together(given)
@@ -59,25 +59,20 @@ def _plan(argv: Sequence[str]) -> int:
     try:
         if not given.sweep:
             report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
-            return 0
-        if target is None:
+        elif target is None:
             raise config_lib.ConfigError(
                 "--sweep: needs the machine to compile for; write --target, as in --target "
                 "h200:1x8, or set config.parallel.target"
             )
-        answer_interrupts()  # the first one ranks what is done
-        code = sweep(config, target)
+        else:
+            answer_interrupts()  # the first one ranks what is done
+            sweep(config, target)
     except config_lib.ConfigError:
         raise
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if code == INTERRUPTED:
-        # The compiler still works in its thread: Python taken down around it may crash.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return 0
 
 
 def _check_together(given: flags.FlagValues) -> None:

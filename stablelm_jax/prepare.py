@@ -23,6 +23,11 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from stablelm_jax.run_verb import run_verb
+
+if __name__ == "__main__":  # what is imported below takes seconds, in which Ctrl-C may come
+    run_verb(None, "prepare", interrupted="run the same command again to go on")
+
 from datatrove.utils.logging import logger
 from rich import box
 from rich.markup import escape
@@ -36,7 +41,6 @@ from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
 from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 from stablelm_jax.run.console import make_console
-from stablelm_jax.run_verb import run_verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -265,7 +269,3 @@ def _job(flags: argparse.Namespace) -> Job:
             raise ValueError(problem)
     fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
     return Job(**{**fields, "provenance": dict(flags.provenance)})
-
-
-if __name__ == "__main__":
-    run_verb(main, "prepare", interrupted="run the same command again to go on")

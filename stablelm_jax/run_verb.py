@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import errno
 import faulthandler
+import importlib
 import io
 import os
 import select
@@ -23,14 +24,14 @@ from typing import Any, NoReturn
 
 from stablelm_jax.run.console import note_loss
 
-EXIT_INTERRUPTED = 130  # as shells give it for Ctrl-C
 _GRACE_SECONDS = 5.0  # to clean up after Ctrl-C
 _STALL_SECONDS = 5.0  # that work waits for a reader who does not read, as a terminal after Ctrl-S
 _AT_ONCE = 4096  # bytes that a pipe takes without waiting, once it takes any
+_heard = threading.Event()  # Ctrl-C
 
 
 def run_verb(
-    main: Callable[[], int | None],
+    main: Callable[[], int | None] | None,
     name: str,
     *,
     prints_result: bool = False,
@@ -39,6 +40,7 @@ def run_verb(
     """Runs a verb to its exit code.
 
     Args:
+      main: None for that of stablelm_jax.NAME, which is imported first.
       prints_result: the result is what it prints. Then the verb ends where stdout does: quietly
         with 0 when the reader has gone, as `head` does; with 1 when a disk is full. Otherwise what
         cannot be printed is dropped, and the work goes on.
@@ -47,16 +49,21 @@ def run_verb(
     """
     guard_output(prints_result=prints_result)
     faulthandler.enable(2)
-    line = f"{name}: interrupted; {interrupted}"
+    line = f"{name}: interrupted; {interrupted or 'run the same command again to go on'}"
     if interrupted is not None and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         _end_after_interrupt(line)
     try:
-        code = main()
+        code = (main or importlib.import_module(f"stablelm_jax.{name}").main)()
     except SystemExit as leaving:
         code = leaving.code
     except KeyboardInterrupt:
         _leave_interrupted(line)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end has nothing to say of it
+    except BaseException:  # a library may turn a KeyboardInterrupt into an error of its own
+        if not _heard.is_set():
+            raise
+    if _heard.is_set():
+        _leave_interrupted(line)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what remains is Python's own end
     with contextlib.suppress(SystemExit) if code else contextlib.nullcontext():
         sys.stdout.flush()  # a result that is not all there is an error, here for the last time
     sys.exit(code)
@@ -73,7 +80,7 @@ def _end_after_interrupt(line: str) -> None:
     """Ctrl-C ends the process soon, whatever its main thread is doing.
 
     Python raises KeyboardInterrupt between two of its instructions, and a compilation is one of
-    minutes; raised in a callback of a library, it may be swallowed. So a thread hears of it too.
+    minutes; raised in a callback of a library, it is swallowed. So a thread hears of it too.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -90,14 +97,19 @@ def _end_after_interrupt(line: str) -> None:
 
 
 def _interrupt(*_: object) -> None:
+    _heard.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the cleaning up
+    # Where a library swallows it, or makes another error of it, Python would print its stacks.
+    sys.unraisablehook = sys.excepthook = lambda *_: None
     raise KeyboardInterrupt
 
 
 def _leave_interrupted(line: str) -> NoReturn:
+    """Says it and leaves at once: a library's threads, and its way to end, are not waited for."""
     print(line, file=sys.stderr)
-    sys.stdout.flush()
-    os._exit(EXIT_INTERRUPTED)  # no thread that still compiles is waited for
+    with contextlib.suppress(SystemExit):
+        sys.stdout.flush()
+    os._exit(130)  # as shells give it for Ctrl-C
 
 
 def guard_output(*, prints_result: bool = False) -> None:
@@ -105,11 +117,9 @@ def guard_output(*, prints_result: bool = False) -> None:
 
     What a stream cannot encode is written as an escape (\\xe9).
     """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed: else the next file opened would get what is printed
-            os.open(os.devnull, os.O_RDWR)
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it was closed: else the next file opened would get what is printed
+    os.close(spare)
     codecs.register_error("escape_and_note", _escape)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)  # None where it was closed
@@ -121,9 +131,7 @@ def guard_output(*, prints_result: bool = False) -> None:
             write_through=bool(old and old.write_through),
         )
         setattr(sys, name, stream)
-    if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdin.reconfigure(encoding="utf-8")
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
 
 
 class _Guarded(io.RawIOBase):
@@ -131,7 +139,7 @@ class _Guarded(io.RawIOBase):
 
     def __init__(self, descriptor: int, name: str, *, is_result: bool):
         self._descriptor, self._name, self._is_result = descriptor, name, is_result
-        self._patience = None if is_result else 1000 * _STALL_SECONDS  # milliseconds
+        self._stalled = False
         self._ready = select.poll()
         self._ready.register(descriptor, select.POLLOUT)
 
@@ -149,25 +157,21 @@ class _Guarded(io.RawIOBase):
         rest = memoryview(data)
         try:
             while rest:
-                if not self._ready.poll(self._patience):
-                    self._patience = 0  # until it reads again
+                wait = None if self._is_result else 0 if self._stalled else 1000 * _STALL_SECONDS
+                self._stalled = not self._ready.poll(wait)
+                if self._stalled:
                     raise TimeoutError(errno.ETIMEDOUT, "nobody reads it")
                 rest = rest[os.write(self._descriptor, rest[:_AT_ONCE]) :]
-            if not self._is_result:
-                self._patience = 1000 * _STALL_SECONDS
         except OSError as error:
-            self._note(error)
+            text = f"{self._name} cannot be written: {error.strerror}"
+            note_loss(self._name, f"{text}; what is lost there is not shown again")
+            if self._is_result:
+                self._is_result = False
+                raise SystemExit(0 if error.errno == errno.EPIPE else f"error: {text}") from None
         return len(data)
-
-    def _note(self, error: OSError) -> None:
-        text = f"{self._name} cannot be written: {error.strerror}"
-        note_loss(self._name, f"{text}; what is lost there is not shown again")
-        if self._is_result:
-            self._is_result = False
-            raise SystemExit(0 if error.errno == errno.EPIPE else f"error: {text}")
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    what = f"the encoding {error.encoding} lacks characters that were to be shown"
-    note_loss("encoding", f"{what}; they are written as escapes; set PYTHONIOENCODING=utf-8")
+    what = f"{error.encoding} lacks characters that were shown as escapes"
+    note_loss("encoding", f"{what}; set PYTHONIOENCODING=utf-8")
     return codecs.backslashreplace_errors(error)

@@ -61,7 +61,6 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         print(f"error: {error}", file=sys.stderr)
         if processes is not None:  # jax would wait for the others, who may wait for this one
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(1)
         return 1
 

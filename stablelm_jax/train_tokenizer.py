@@ -15,9 +15,13 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
+from stablelm_jax.run_verb import run_verb
+
+if __name__ == "__main__":  # what is imported below takes seconds, in which Ctrl-C may come
+    run_verb(None, "train_tokenizer")
+
 from stablelm_jax.preparation import chunks, inputs, readers
 from stablelm_jax.preparation.flags import add_input_flags
-from stablelm_jax.run_verb import run_verb
 from stablelm_jax.storage.files import replacing
 from stablelm_jax.tokenizer.train_tokenizer import train
 
@@ -81,7 +85,3 @@ def _train(flags: argparse.Namespace) -> None:
     size = tokenizer.get_vocab_size()
     fewer = f" (not {flags.rows:,}: the text repeats no more)" if size < flags.rows else ""
     print(f"{flags.output}: {size:,} tokens{fewer}, learned from {documents.count:,} documents")
-
-
-if __name__ == "__main__":
-    run_verb(main, "train_tokenizer")

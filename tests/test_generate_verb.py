@@ -100,6 +100,9 @@ def test_a_conversation_ends_with_ctrl_d(run, capsys, monkeypatch):
         (["--prompt", "w1", "--chat", "chatml"], "has no special token <|im_end|>"),
         (["--prompt", "w1", "--stop-token", "<|im_end|>"], "has no special token <|im_end|>"),
         (["--prompt", "w1", "--top-p", "0"], "top_p is 0.0"),
+        (["--prompt", "w1", "--temperature", "nan"], "temperature is nan"),
+        (["--prompt", "w1", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", ""], "a prompt is empty"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_1(run, capsys, flags, message):
@@ -115,6 +118,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_1(run, capsys, flags, message)
         (["--prompt", "w1", "--system", "Be brief."], "give --chat too"),
         (["--prompt", "w1", "--model", "0"], "'0' is no number from 1 on"),
         (["--prompt", "w1", "--context", "0"], "'0' is no number from 1 on"),
+        (["--prompt", "w1 \udce9"], "invalid _utf_8 value"),
     ],
 )
 def test_flags_that_mean_nothing_are_exit_code_2(run, capsys, flags, message):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.checkpoint.names import checkpoint_name, entries
-
 # A signal in these ends the process at once, since there is nothing to save.
 LEAVING = ("starting", "restoring", "compiling")
 PHASES = (
@@ -26,6 +24,8 @@ def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
     to environment.json, compiles, and from then on appends to metrics.jsonl. An evaluation, a
     sample or a save is due where the step of the last line is one for it.
     """
+    from stablelm_jax.checkpoint.names import checkpoint_name, entries  # jax, which takes seconds
+
     if _changed(workdir / ".lock") < launched:
         return "starting"
     if (recorded := _changed(workdir / "environment.json")) < launched:

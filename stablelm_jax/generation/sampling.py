@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_LEAST_TEMPERATURE = 1e-6  # below it the likeliest token is certain, and float32 may overflow
+_MOST = 1e30  # of a temperature, and of a penalty and its inverse: float32 holds it, products too
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -27,20 +30,22 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 <= self.temperature <= _MOST:
+            raise ValueError(
+                f"temperature is {self.temperature}; give 0 (the likeliest) to {_MOST}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or more")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not 1 / _MOST <= self.repetition_penalty <= _MOST:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give 1 or more")
 
     @property
     def stages(self) -> tuple[str, ...]:
         """What a program must hold for these settings; their numbers it takes as arguments."""
         stages = ["penalty"] if self.repetition_penalty != 1 else []
-        if self.temperature > 0:
+        if self.temperature >= _LEAST_TEMPERATURE:
             stages += ["draw"]
             stages += ["top_k"] if self.top_k > 0 else []
             stages += ["top_p"] if self.top_p < 1 else []
@@ -51,7 +56,7 @@ class Sampling:
         return {
             "temperature": np.float32(self.temperature),
             "top_p": np.float32(self.top_p),
-            "top_k": np.int32(self.top_k),
+            "top_k": np.int32(min(self.top_k, 2**31 - 1)),
             "repetition_penalty": np.float32(self.repetition_penalty),
             "seed": np.uint32(self.seed % 2**32),
         }

@@ -12,7 +12,6 @@ can help, FSDP. The most promising by the estimate is compiled first, and most n
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -38,7 +37,6 @@ from stablelm_jax.planning.report import table
 from stablelm_jax.planning.targets import GIB, Target
 from stablelm_jax.run.console import make_console
 
-INTERRUPTED = 130  # exit code, as shells give it for Ctrl-C
 _REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
 _SLACK = 1.5  # estimates may err, but hardly by that much against each other
 
@@ -57,12 +55,13 @@ class Candidate:
     problem: Exception | None = None
 
 
-def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for) -> int:
-    """Prints each result as it comes and the ranking of what fits; returns 0, or 130 after Ctrl-C.
+def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for) -> None:
+    """Prints each result as it comes and the ranking of what fits.
 
     Raises:
       ConfigError, CompilerError: as `compile_for`.
       DoesNotFit: nothing fits.
+      KeyboardInterrupt: after the first Ctrl-C, when what was done is ranked.
     """
     console = make_console(file_width=140)
     ordered = candidates(config, target)
@@ -80,6 +79,7 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
                 console.print(_line(len(tried), candidate), soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         interrupted = True
+        console.print(f"interrupted: {len(tried)} compiled; ranked are those that fit")
     if ranked := sorted((c for c in tried if c.step), key=lambda c: sum(c.time)):
         console.print(_ranking(config, target, ranked))
         console.print("the best by this estimate:")
@@ -92,10 +92,8 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
             f"needs at least {least:.1f} of {available} by its shapes alone; use more devices, a "
             f"chip with more memory or a shorter data.sequence_length{last}"
         )
-    if not interrupted:
-        return 0
-    print(f"interrupted: {len(tried)} compiled; ranked are those that fit", file=sys.stderr)
-    return INTERRUPTED
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _aside(compile_one: Compile) -> Compile:

@@ -8,8 +8,10 @@ would wait for it for ever); and that workers do not outlive the process that st
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import signal
@@ -67,6 +69,7 @@ def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
     # Workers fork from a server that has imported what they need, and so start at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    _start_server(logs / "workers.log")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (str(logs / "workers.log"),))
     try:
         ranks = executor.get_incomplete_ranks()
@@ -89,12 +92,26 @@ def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
         pool.shutdown(cancel_futures=True)
 
 
+def _start_server(output: pathlib.Path) -> None:
+    """Starts what workers fork from: it prints to the file too, and leaves Ctrl-C to its parent."""
+    # A new process inherits both, before Python runs in it.
+    before, stderr = signal.signal(signal.SIGINT, signal.SIG_IGN), os.dup(2)
+    try:
+        with output.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        signal.signal(signal.SIGINT, before)
+
+
 def _start_worker(output: str) -> None:
     """In each worker: its messages go to a file, and it ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable(2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -16,9 +16,7 @@ _listeners: list[Callable[[str], None]] = []
 def make_console(*, file_width: int | None = None, **options: Any) -> Console:
     """rich's console, to which square brackets and `:names:` are text: names of files hold them.
 
-    Args:
-      file_width: columns where stdout is no terminal; by default rich's 80.
-      options: further ones of rich.
+    `file_width`: columns where stdout is no terminal; by default rich's 80. `options`: rich's.
     """
     from rich.console import Console
 

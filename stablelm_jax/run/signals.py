@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -119,7 +118,6 @@ class StopRequest:
 def _say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody may read our output any more
         print(text, flush=True)
-        sys.stderr.flush()
 
 
 def watch_notices(hear: Callable[[str], None]) -> None:

@@ -116,3 +116,34 @@ def _torch():
 
 def _processors():
     return pytest.importorskip("transformers").generation.logits_process
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e-300, "top_p": 0.9, "top_k": 3},
+        {"temperature": 1e-5, "top_k": 10**12},
+        {"temperature": 1.0, "top_p": 1e-50},
+        {"temperature": 1.0, "top_k": 1, "repetition_penalty": 1e-30},
+    ],
+)
+def test_settings_at_the_edge_of_what_float32_holds_take_the_likeliest_token(logits_BV, settings):
+    settings, rows = Sampling(**settings), np.arange(ROWS)
+    seen_BV = np.zeros((ROWS, VOCAB), bool)
+    chosen_B = choose(settings.stages, settings.numbers(), logits_BV, seen_BV, rows, rows)
+    np.testing.assert_array_equal(chosen_B, logits_BV.argmax(1))
+
+
+def test_at_the_largest_temperature_tokens_that_are_masked_stay_so(logits_BV):
+    settings, rows = Sampling(temperature=1e30), np.arange(ROWS)
+    masked_BV = np.where(np.arange(VOCAB) < 5, logits_BV, -np.inf)
+    chosen_B = choose(settings.stages, settings.numbers(), masked_BV, None, rows, rows)
+    assert chosen_B.max() < 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-9, 1e39, 1e300])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+def test_numbers_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} is "):
+        Sampling(**{name: value})

@@ -55,6 +55,16 @@ def test_afterwards_signals_do_what_they_did_before():
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
+def test_a_terminal_that_is_closed_stops_a_run_but_not_under_nohup():
+    body = "import os, signal, time\nfrom stablelm_jax.run.signals import StopRequest\n"
+    body += "with StopRequest() as stop, stop.phase('stepping'):\n"
+    body += "    os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.5); print(stop.name)"
+    for nohup, name in ([], "SIGHUP"), (["nohup"], "None"):
+        command = [*nohup, sys.executable, "-c", body]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        assert done.stdout.splitlines()[-1] == name
+
+
 BUSY = """
 import sys
 from stablelm_jax.run.signals import StopRequest
