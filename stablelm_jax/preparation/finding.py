@@ -7,6 +7,7 @@ What is found and not to be read is left out by name: hidden files, what `prepar
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import glob
 import os
@@ -163,8 +164,9 @@ class _LocalWalk:
         try:
             status = os.stat(path)
         except OSError as error:
-            if os.path.islink(path):
-                self._leave_out(path, "a link that leads nowhere")
+            if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
+                is_link = os.path.islink(path)
+                self._leave_out(path, "a link that leads nowhere" if is_link else "gone again")
             else:
                 self._leave_out(path, f"cannot be looked at: {error.strerror}", None, is_loss=True)
             return

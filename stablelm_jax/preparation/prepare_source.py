@@ -265,6 +265,8 @@ class Preparation:
         try:
             now = {file.path: file for file in inputs.find_files(self.job.inputs, self.job.format)}
         except inputs.InputError:
+            if any(map(is_url, self.job.inputs)):  # perhaps only a network that fails
+                raise
             now = {}
         for file in self.files:
             then, seen = (file.size, file.version), now.pop(file.path, None)

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 
+import fsspec
 import pytest
 
 from stablelm_jax import prepare
@@ -329,3 +330,25 @@ def test_a_page_that_changes_while_it_is_read_is_refused_by_name(folder, call, m
         meanwhile(lambda: None)
         assert call(inputs=[url])[0] == 0
         server.shutdown()
+
+
+def test_a_network_that_fails_at_the_last_look_costs_no_work(folder, call, meanwhile):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/last/a.txt", b"a")
+    plan = folder / "out/s/.work/plan.json"
+    meanwhile(lambda: memory.rm("/last/a.txt"))
+    code, _, err = call(inputs=[folder / "in", "memory://last/a.txt"])
+    assert code == 1 and "memory://last/a.txt" in err
+    assert plan.exists()
+
+
+def test_bytes_behind_a_damage_count_as_not_read(folder, call):
+    lines = [json.dumps({"text": random.Random(n).randbytes(99).hex()}) for n in range(300)]
+    whole = gzip.compress("\n".join(lines).encode())
+    data = whole + b"\x1f\x8b\xff" + random.Random(0).randbytes(len(whole))  # no second part
+    (folder / "in/a.jsonl.gz").write_bytes(data)
+    code, _, err = call()
+    assert code == 1
+    unread = int(err.split()[1].replace(",", ""))
+    assert 0.3 * len(data) < unread < 0.6 * len(data)
+    assert "a.jsonl.gz (gzip stream damaged, the rest of the file is lost" in err

@@ -269,6 +269,15 @@ def test_folders_and_files_without_permission_are_named_as_a_loss(tree, monkeypa
             raise PermissionError(13, "Permission denied")
         return listdir(folder)
 
+    looked = os.stat
+
+    def unseen(path, **options):
+        if os.path.basename(path) == "unseen":
+            raise PermissionError(13, "Permission denied")
+        return looked(path, **options)
+
+    link(tree, "in/unseen", "a.jsonl")
+    monkeypatch.setattr(os, "stat", unseen)
     monkeypatch.setattr(os, "listdir", forbidden)
     monkeypatch.setattr(os, "access", lambda path, *rest: path[-1] != "l" and access(path, *rest))
     (tree / "in/c.txt").write_text("c")
@@ -278,6 +287,7 @@ def test_folders_and_files_without_permission_are_named_as_a_loss(tree, monkeypa
     assert {(os.path.basename(item.name), item.reason, item.is_loss) for item in left_out} == {
         ("a.jsonl", "no permission to read it", True),
         ("sub", "cannot be listed: Permission denied", True),
+        ("unseen", "cannot be looked at: Permission denied", True),
     }
 
 
