@@ -49,12 +49,10 @@ class Tally:
             self.lost += left if _LOSES_THE_REST in rejected else 0
             self.reason = self.reason or rejected
 
-    def add_all(self, other: Tally) -> None:
-        """Counts what another chunk or output holds of the same file."""
-        self.records += other.records
-        self.rejected += other.rejected
-        self.lost += other.lost
-        self.reason = self.reason or other.reason
+    def __add__(self, other: Tally) -> Tally:
+        """With what another chunk or output holds of the same file."""
+        sums = [a + b for a, b in zip(dataclasses.astuple(self)[:3], dataclasses.astuple(other))]
+        return Tally(*sums, self.reason or other.reason)
 
     def unread(self, size: int) -> int:
         """How many of the bytes of the file, which has `size`, were not read as text."""
@@ -88,7 +86,7 @@ class Account:
         """The account of `files`, of whose records `tallies` count some each."""
         whole: dict[str, Tally] = collections.defaultdict(Tally)
         for path, tally in [item for each in tallies for item in each.items()]:
-            whole[path].add_all(tally)
+            whole[path] += tally
         account = cls({})
         for file in files:
             account._add_file(file, whole[file.path])

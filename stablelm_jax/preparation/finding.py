@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -61,13 +61,6 @@ class LeftOut(NamedTuple):
     is_loss: bool = False  # whether it should have been read
 
 
-class Found(NamedTuple):
-    """What lies under all inputs, in order; of which kind the files are is not known yet."""
-
-    files: list[InputFile]
-    left_out: list[LeftOut]
-
-
 def shown(name: str) -> str:
     """A file name in one line of real text: bytes that are no UTF-8, and controls, are escaped."""
 
@@ -81,33 +74,31 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else escaped(c) for c in name)
 
 
-def find(inputs: Sequence[str]) -> Found:
-    """All that `inputs` (files, folders, patterns; local or any fsspec URL) stand for.
+def files_of(
+    written: str, left_out: list[LeftOut], earlier: dict[tuple[int, int], str]
+) -> list[InputFile]:
+    """The files that one input stands for, in order; of which kind they are is not known yet.
+
+    Args:
+      left_out: gets what is found and not read.
+      earlier: the local files of earlier inputs, device and inode and path; gets those of this one.
 
     Raises:
-      InputError: nothing is found under an input, or a file is named twice.
+      InputError: there is nothing to read.
     """
-    files: dict[str, InputFile] = {}
-    left_out: list[LeftOut] = []
-    identities: dict[tuple[int, int], str] = {}
-    for written in inputs:
-        before, path = len(left_out), _local_path(written)
-        if path is None:
-            found = list(_remote_files(written, left_out))
-        else:
-            found = _LocalWalk(left_out, identities).files(path)
-        for file in found:
-            if file.path in files:
-                raise InputError(f"--input: {file.name} is reached twice; name it once")
-            files[file.path] = file
-        if not found:
-            why = "nothing there; check the path"
-            if reasons := sorted({item.reason.partition(":")[0] for item in left_out[before:]}):
-                why = f"nothing to read there, left out: {', '.join(reasons)}"
-            elif path and os.path.isdir(path):
-                why = "an empty folder"
-            raise InputError(f"--input {shown(written)}: {why}")
-    return Found(list(files.values()), left_out)
+    before, path = len(left_out), _local_path(written)
+    if path is None:
+        found = list(_remote_files(written, left_out))
+    else:
+        found = _LocalWalk(left_out, earlier).files(path)
+    if found:
+        return found
+    why = "nothing there; check the path"
+    if reasons := sorted({item.reason.partition(":")[0] for item in left_out[before:]}):
+        why = f"nothing to read there, left out: {', '.join(reasons)}"
+    elif path and os.path.isdir(path):
+        why = "an empty folder"
+    raise InputError(f"--input {shown(written)}: {why}")
 
 
 def _local_path(written: str) -> str | None:
@@ -128,7 +119,6 @@ class _LocalWalk:
     """
 
     def __init__(self, left_out: list[LeftOut], earlier: dict[tuple[int, int], str]):
-        """`earlier`: device and inode of each file that is read already, and its path."""
         self._left_out, self._earlier = left_out, earlier
         self._found: dict[str, tuple[str, os.stat_result]] = {}  # by absolute path
         self._folders: list[str] = []  # to be listed, the next one last
@@ -168,14 +158,16 @@ class _LocalWalk:
                 is_link = os.path.islink(path)
                 self._leave_out(path, "a link that leads nowhere" if is_link else "gone again")
             else:
-                self._leave_out(path, f"cannot be looked at: {error.strerror}", None, is_loss=True)
+                self._leave_out(
+                    path, f"cannot be looked at: {error.strerror}", size=None, is_loss=True
+                )
             return
         if stat.S_ISDIR(status.st_mode):
             (self._links if os.path.islink(path) else self._folders).append(path)
         elif not stat.S_ISREG(status.st_mode):
             self._leave_out(path, "a pipe, socket or device")
         elif not os.access(path, os.R_OK):
-            self._leave_out(path, "no permission to read it", status.st_size, is_loss=True)
+            self._leave_out(path, "no permission to read it", size=status.st_size, is_loss=True)
         else:
             self._found[_absolute(path)] = path, status
 
@@ -198,7 +190,7 @@ class _LocalWalk:
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
-            self._leave_out(folder, f"cannot be listed: {error.strerror}", None, is_loss=True)
+            self._leave_out(folder, f"cannot be listed: {error.strerror}", size=None, is_loss=True)
             return
         first = len(self._folders)
         for name in names:
@@ -224,10 +216,8 @@ class _LocalWalk:
             else:
                 self._leave_out(path, f"another name of a file that is read: {known}")
 
-    def _leave_out(
-        self, path: str, reason: str, size: int | None = 0, is_loss: bool = False
-    ) -> None:
-        self._left_out.append(LeftOut(shown(path), shown(reason), size, is_loss=is_loss))
+    def _leave_out(self, path: str, reason: str, **more) -> None:
+        self._left_out.append(LeftOut(shown(path), shown(reason), **more))
 
     def _leave_out_whole(self, path: str, reason: str) -> None:
         sizes = list(_sizes(path))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 
 from stablelm_jax.preparation import readers
-from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, find
+from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, files_of
 
 FORMATS = ("auto", "jsonl", "parquet", "text")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -16,10 +16,7 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def find_files(
-    inputs: Sequence[str],
-    file_format: str = "auto",
-    *,
-    left_out: list[LeftOut] | None = None,
+    inputs: Sequence[str], file_format: str = "auto", left_out: list[LeftOut] | None = None
 ) -> list[InputFile]:
     """All files to read under `inputs` (files, folders, patterns; local or any fsspec URL).
 
@@ -32,10 +29,15 @@ def find_files(
     Raises:
       InputError: nothing is found under a name, or a file is named twice.
     """
-    found = find(inputs)
-    if left_out is not None:
-        left_out += found.left_out
-    return [_classified(file, file_format) for file in found.files]
+    left_out = [] if left_out is None else left_out
+    files: dict[str, InputFile] = {}
+    identities: dict[tuple[int, int], str] = {}
+    for written in inputs:
+        for file in files_of(written, left_out, identities):
+            if file.path in files:
+                raise InputError(f"--input: {file.name} is reached twice; name it once")
+            files[file.path] = _classified(file, file_format)
+    return list(files.values())
 
 
 def _classified(file: InputFile, file_format: str) -> InputFile:
