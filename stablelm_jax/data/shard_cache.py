@@ -35,7 +35,7 @@ class ShardCache:
 
     def __init__(self, folder: str | os.PathLike, max_bytes: float):
         """Makes nothing yet: a run whose data is local needs no cache."""
-        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        self.folder, self.max_bytes = Path(os.path.expanduser(folder)), max_bytes
         self._held: dict[str, int] = {}  # bytes by sha256
         self._lock = threading.Lock()
 

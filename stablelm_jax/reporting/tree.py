@@ -81,7 +81,8 @@ def find_runs(folder: Path) -> Iterator[FoundRun]:
             hashes = {step: state_hash(run["checksums"]) for step, run in items.items()}
             start = DataPosition.of_checkpoint(newest)
             yield FoundRun(Path(path), steps, hashes, start, newest["config"])
-        folders[:] = sorted(name for name in folders if name not in _NEVER_ENTERED)
+        entered = sorted(name for name in folders if name not in _NEVER_ENTERED)
+        folders[:] = sorted(entered, key=lambda name: os.path.islink(os.path.join(path, name)))
 
 
 def run_tree(runs: list[FoundRun], title: str) -> Tree:

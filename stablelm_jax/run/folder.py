@@ -114,6 +114,7 @@ class RunFolder:
                     self._move_aside(*_JSON)
                 fetched = True
                 (self.path / "samples").mkdir(exist_ok=True)
+                _end_last_line(self.path / "events.jsonl")
                 yield
             except BaseException:
                 if fetched:  # else the files here may be older than those of the store
@@ -170,6 +171,13 @@ def _problem(path: Path) -> str:
                 return ""
         return "does not hold what a run writes there"
     return ""
+
+
+def _end_last_line(path: Path) -> None:
+    """Lines are appended to a file that a loss of power may have cut within one."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 def _environment() -> dict[str, Any]:

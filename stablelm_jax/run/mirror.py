@@ -25,7 +25,7 @@ class RemoteMirror:
 
     def __init__(self, url: str):
         """Raises ValueError where there is no driver for the URL."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         name, digest = url.rsplit("/", 1)[-1], hashlib.sha256(url.encode()).hexdigest()[:12]
         self.folder = cache / "stablelm_jax" / "runs" / f"{name}-{digest}"
         self._url, (self._fs, self._root) = url, filesystem(url)

@@ -124,7 +124,7 @@ def watch_notices(hear: Callable[[str], None]) -> None:
     """On Google's machines, threads call `hear` with the name of a notice; else nothing happens."""
     from stablelm_jax.parallel.distributed import METADATA_HOST  # imports jax
 
-    host = os.environ.get("GCE_METADATA_HOST")  # as Google's own libraries read it
+    host = os.environ.get("GCE_METADATA_HOST") or None  # as Google's own libraries read it
     with contextlib.suppress(OSError):
         if host is None and "Google" in _PRODUCT.read_text(encoding="utf-8"):
             host = METADATA_HOST

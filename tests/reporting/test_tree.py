@@ -74,6 +74,9 @@ def test_a_run_that_was_moved_is_found_through_its_link_once(folder, tmp_path):
     (tmp_path / "moved").symlink_to(folder / "main")
     (tmp_path / "again").symlink_to(tmp_path)  # a link that leads back
     assert [run.path for run in find_runs(tmp_path)] == [tmp_path / "moved"]
+    shutil.copytree(folder / "main", tmp_path / "own")
+    (tmp_path / "best").symlink_to(tmp_path / "own")
+    assert tmp_path / "best" not in [run.path for run in find_runs(tmp_path)]
 
 
 def test_a_picture_that_cannot_be_written_is_found_before_the_runs_are_read(

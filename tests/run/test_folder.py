@@ -63,6 +63,13 @@ def test_what_is_not_permitted_is_moved_aside_too(tmp_path, monkeypatch):
     assert "metrics.jsonl may not be read or written" in moved[0]
 
 
+def test_an_event_begins_a_line_of_its_own_after_one_that_was_cut_short(tmp_path):
+    for before, after in ((b'{"a": 1}\n{"b', b'{"a": 1}\n{"b\n'), (b'{"a": 1}\n', b'{"a": 1}\n')):
+        (tmp_path / "events.jsonl").write_bytes(before)
+        assert started(tmp_path) == ([], [])
+        assert (tmp_path / "events.jsonl").read_bytes() == after
+
+
 def test_each_start_is_added_to_those_before_it(tmp_path):
     for number in (1, 2, 3):
         assert started(tmp_path) == ([], [])
