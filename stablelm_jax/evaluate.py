@@ -177,8 +177,8 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
     run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
     if saved.model != run.model:
         found = config_lib.differing(vars(saved.model), vars(run.model))
-        what = ", ".join(f"{name} is {was}, not {now}" for name, (was, now) in found.items())
-        raise ValueError(f"the model in the checkpoint is not that of {arguments.config}: {what}")
+        what = config_lib.show_changes({f"model.{name}": two for name, two in found.items()})
+        raise ValueError(f"the checkpoint has another model: {what}")
     line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
     show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
     return line

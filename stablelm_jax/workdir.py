@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -13,11 +12,7 @@ from stablelm_jax.storage.remote import is_url
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> None:
-    """Refuses as the folder of a run what is something else, which a run would mix with.
-
-    Raises:
-      ConfigError: says what it is, and what to write instead.
-    """
+    """Raises ConfigError for what is something else than the folder of a run; says for what."""
     if problem := _problem(str(workdir)):
         raise ConfigError(f"--workdir={workdir}: {problem}")
 
@@ -50,9 +45,8 @@ def _problem(workdir: str) -> str:
 
 
 def _content(path: Path) -> str:
-    config = ""
-    with contextlib.suppress(OSError):  # a run has a config.json too, of another kind
-        config = (path / "config.json").read_text(encoding="utf-8", errors="replace")
+    file = path / "config.json"  # a run has one too, of another kind
+    config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if any(path.glob("*.safetensors")) or '"model_type"' in config or '"architectures"' in config:
         return "a Hugging Face model"
     prepared = (path / "manifest.json").exists() or any(path.glob("*/manifest.json"))

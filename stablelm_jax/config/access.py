@@ -101,10 +101,7 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_dict(tree: Mapping[str, Any], *, only_known: bool = False) -> ConfigDict:
-    """The inverse of `to_dict`. A field that `tree` lacks (it is newer) has its default.
-
-    One that is not known is a ConfigError, or with `only_known` left out.
-    """
+    """The inverse of `to_dict`. What `tree` lacks has its default, what is not known is refused."""
     config = default_config()
     for key, value in flatten(tree):
         left_out = only_known and key not in FIELDS and not key.startswith("data.weights.")

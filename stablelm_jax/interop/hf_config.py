@@ -54,8 +54,7 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
         kind = rope.get("rope_type") or rope.get("type") or "default"  # the latter in old files
         if kind != "default":
             values["rope_type"] = kind
-        kinds = ("rope_type", "type")
-        values |= {k: v for k, v in rope.items() if v is not None and k not in kinds}
+        values |= {k: v for k, v in rope.items() if v is not None and k != "rope_type"}
     for key, allowed in _ALLOWED.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(

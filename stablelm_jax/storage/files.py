@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def flush_to_disk(path: Path) -> None:
     """Returns when a loss of power takes nothing of a file, or of a folder and all below it."""
-    for part in (*path.rglob("*"), path):  # of a file: the file
+    for part in (*path.rglob("*"), path):
         _flush(part)
 
 

@@ -234,10 +234,8 @@ def _resumed(
     """Raises DamagedCheckpoint, or another ValueError where config, data and run do not fit."""
     saved = read_run(path)
     if "config" not in saved:
-        raise ResumeError(
-            f"{path} was imported and holds weights alone, so no run can go on from it; move it "
-            "away, or use another --workdir"
-        )
+        remedy = "no run can go on from it; move it away"
+        raise ResumeError(f"{path} was imported and holds weights alone: {remedy}")
     changes = config_lib.config_changes(saved["config"], config)
     if changes and not options.accept_config_change:
         raise ResumeError(
