@@ -267,14 +267,12 @@ def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
         fs.invalidate_cache()  # what was listed before may have changed
         first, *outer = url.split("::", 1)  # zip://a.txt::s3://bucket/b.zip
         chain = f"::{outer[0]}" if outer and is_url(first) else ""
-        for name in [name for found in _matches(fs, path) for name in _below(fs, found, left_out)]:
+        for name in _remote_names(fs, path, left_out):
             full, info = fs.unstrip_protocol(name) + chain, fs.info(name)
             version = info.get("ETag") or info.get("Last-Modified") or fs.ukey(name)
             file = InputFile(full, shown(full), info.get("size"), str(version))
             if info.get("mimetype") == "text/html" and _DATA.fullmatch(file.last_name.lower()):
-                raise InputError(
-                    f"--input {file.name}: the server sends a web page, perhaps to log in"
-                )
+                raise ValueError(f"{file.name}: the server sends a web page, perhaps to log in")
             yield file._replace(divisible=_gives_ranges(fs, name))
     except FileNotFoundError as error:
         raise InputError(f"--input {url}: {why_not_there(error)}") from error
@@ -284,35 +282,31 @@ def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
         raise InputError(f"--input {url}: cannot be listed, {described(error)}") from error
 
 
-def _matches(fs, path: str) -> list[str]:
-    """What a pattern stands for; the path itself where it is none, or nothing fits it."""
-    if not glob.has_magic(path):
-        return [path]
+def _remote_names(fs, path: str, left_out: list[LeftOut]) -> list[str]:
+    """The files that a path or a pattern stands for."""
+    above, matches = path, [path]
     try:
         fs.info(path)  # the characters of patterns are allowed in names and URLs
     except FileNotFoundError:
-        return sorted(fs.glob(path)) or [path]
-    return [path]
-
-
-def _below(fs, path: str, left_out: list[LeftOut]) -> Iterator[str]:
-    # Not `isdir`: over http that fetches the file to look for links in it.
-    if fs.info(path)["type"] != "directory":
-        yield path
-        return
-    sizes = {name: info.get("size") or 0 for name, info in fs.find(path, detail=True).items()}
-    folders = {posixpath.dirname(name) for name in sizes if name.endswith(f"/{_FIRST_SHARD}")}
-    prepared = {folder for folder in folders if f"{folder}/{MANIFEST_NAME}" in sizes}
-    within = len(path.rstrip("/")) + 1
-    for name in sorted(sizes):
-        if posixpath.dirname(name) in prepared:
-            reason = _OURS
-        elif not all(map(_is_wanted, name[within:].split("/"))):
-            reason = _HIDDEN
+        if glob.has_magic(path):
+            above = posixpath.dirname(re.split(r"[*?\[]", path)[0])
+            matches = sorted(fs.glob(path)) or matches
+    infos: dict[str, dict] = {}
+    for found in matches:
+        info = fs.info(found)  # not `isdir`: over http that fetches the file to look for links
+        is_folder = info["type"] == "directory"
+        infos |= sorted(fs.find(found, detail=True).items()) if is_folder else {found: info}
+    folders = {posixpath.dirname(name) for name in infos if name.endswith(f"/{_FIRST_SHARD}")}
+    prepared = {folder for folder in folders if f"{folder}/{MANIFEST_NAME}" in infos}
+    names = []
+    for name, info in infos.items():
+        is_wanted = all(map(_is_wanted, name[len(above) :].strip("/").split("/")))
+        if is_wanted and posixpath.dirname(name) not in prepared:
+            names.append(name)
         else:
-            yield name
-            continue
-        left_out.append(LeftOut(shown(fs.unstrip_protocol(name)), reason, sizes[name]))
+            reason = _OURS if is_wanted else _HIDDEN
+            left_out.append(LeftOut(shown(fs.unstrip_protocol(name)), reason, info.get("size")))
+    return names
 
 
 def _gives_ranges(fs, path: str) -> bool:

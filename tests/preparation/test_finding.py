@@ -78,7 +78,7 @@ def test_what_a_server_answers_is_said_in_one_line(server, code, said):
 
 
 def test_a_page_in_the_place_of_data_is_told_for_what_it_is(server):
-    with pytest.raises(InputError, match="the server sends a web page, perhaps to log in"):
+    with pytest.raises(InputError, match="^--input http.*sends a web page, perhaps to log in"):
         find_files([f"{server}/200/login/a.jsonl?x=1"])
     (file,) = find_files([f"{server}/200/login/Node.js"])
     assert file.size
@@ -306,3 +306,13 @@ def test_an_empty_folder_and_a_pattern_that_fits_nothing_are_told_apart(tree):
         looked_up(tree, "empty")
     with pytest.raises(InputError, match="nothing there; check the path"):
         looked_up(tree, "in/*.csv")
+
+
+def test_a_remote_pattern_gives_every_file_once_and_leaves_hidden_ones_out():
+    memory, left_out = fsspec.filesystem("memory"), []
+    for name in ("a.txt", "sub/b.txt", ".git/c.txt", "x[1].txt"):
+        memory.pipe(f"/patterns/{name}", b"text")
+    names = [file.name for file in find_files(["memory://patterns/**"], left_out=left_out)]
+    assert sorted(names) == [f"memory:///patterns/{n}" for n in ("a.txt", "sub/b.txt", "x[1].txt")]
+    assert {item.name for item in left_out} == {"memory:///patterns/.git/c.txt"}
+    assert len(find_files(["memory://patterns/x[1].txt"])) == 1
