@@ -30,7 +30,7 @@ of `run`:
   --spot                 cheaper, can be preempted
   --service-account S    default: the project's own
   --create-flag=FLAG     more for `gcloud compute tpus queued-resources create`; may be repeated
-  --max-restarts N       default 100
+  --max-restarts N       default 100; five in a row without a newer checkpoint end it sooner
   --delete-after         delete the slice when this script ends, however it ends
   --config.KEY=VALUE     handed to `train`; may be repeated
 USAGE
@@ -204,6 +204,7 @@ copy_and_start() {
     persist tpu-vm scp "$scratch/stablelm_pod" "$name:" --recurse --worker=all \
         ${internal_ip:+--internal-ip} &&
         on_worker all prepare || return 1
+    ((starts == 0)) || on_worker 0 may_start "$workdir" "$launch" "$starts" || return 1
     training='; a training on it goes on'
     on_worker all start "$workdir" --config "$config" ${overrides[@]+"${overrides[@]}"}
 }
@@ -263,15 +264,19 @@ last_lines() { # they are on their way
     done
 }
 
-worst_of() { # ANSWERS: an error's exit code, else 75, else 0
-    awk '$3 == "running" || $3 == "0" { next }
-         $3 == "75" || $3 == "lost" || $3 == "none" { again = 75; next }
+# ANSWERS: an error's exit code, else 75, else 0. Where one worker was killed and others were stopped, or hang
+# without it, all are started again; where every one was killed, that is how it ends.
+worst_of() {
+    awk '$3 == "0" { next }
+         $3 == "running" || $3 == "75" || $3 == "lost" || $3 == "none" { again = 75; next }
+         $3 >= 128 { killed = $3; next }
          !error { error = $3 }
-         END { print error ? error : again + 0 }' <<<"$1"
+         END { print error ? error : again ? again : killed + 0 }' <<<"$1"
 }
 
 run() {
-    local starts result lines state
+    local starts result lines state launch
+    launch="tpu_pod-$(date +%s)"
     for ((starts = 0; starts <= max_restarts; starts++)); do
         make_ready
         result=75
@@ -303,6 +308,7 @@ failed() { # EXIT_CODE
 }
 
 print_commands() {
+    local starts=0
     scratch=/tmp/tpu_pod
     case $verb in
         run)

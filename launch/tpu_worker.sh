@@ -3,13 +3,14 @@
 # code, to ~/stablelm_pod. Not for people: `tpu_pod.sh` is.
 #
 #   prepare        unpacks the code and installs it
+#   may_start WORKDIR LAUNCH NUMBER  whether a start after the first is one too many (restarts.py)
 #   start WORKDIR FLAG...  starts `train` detached, so that a lost connection does not end it
 #   follow LINES   prints the log from its last LINES lines (+1: all), until the training ends
 #   result         prints `stablelm_pod HOST running|lost|none|EXIT_CODE`
 #   last_words     the end of the log of a training that failed
 #   stop           SIGTERM, and SIGKILL for what hangs
 #
-# prepare and start do nothing where a training runs: to call them again is safe.
+# prepare, may_start and start do nothing where a training runs: to call them again is safe.
 # shellcheck disable=SC2329 # the steps are called by name, at the end
 set -euo pipefail
 
@@ -56,6 +57,12 @@ find_python() {
     done
     { python3 -m pip install --quiet --user uv && python3 -m uv --quiet python install 3.12; } >&2
     python3 -m uv python find 3.12
+}
+
+may_start() {
+    ! training_runs || return 0
+    cd "$code"
+    .venv/bin/python launch/restarts.py "$@" || exit 2 # as with `fail`; it has said why
 }
 
 start() {
@@ -146,6 +153,6 @@ stop() {
 
 # One command to the end: bash reads a script as it goes, and a new copy may replace this file.
 case ${1:-} in
-    prepare | start | train | follow | result | last_words | stop) "$@"; exit ;;
+    prepare | may_start | start | train | follow | result | last_words | stop) "$@"; exit ;;
     *) fail "tpu_worker.sh: no such step: ${1:-}" ;;
 esac

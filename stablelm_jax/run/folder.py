@@ -11,6 +11,8 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   loss.png           the curves of metrics.jsonl
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
+  restarts.json      a launch script's: what it has started again, and from where
+  tensorboard/, wandb/, wandb_id   with `writers`
   profile/           with `profile.steps`: jax's trace, top_operations.txt
 """
 

@@ -273,6 +273,45 @@ def test_the_number_of_restarts_is_bounded(pod):
     assert pod.steps().count("start") == 2
 
 
+def test_each_start_after_the_first_asks_whether_there_is_progress(pod):
+    pod.set(workers=2, exits=[["75", "75"], ["75", "75"], ["0", "0"]])
+    assert pod.call("run")[0] == 0
+    asked = pod.checkout.calls("launch/restarts.py")
+    assert [(workdir, number) for workdir, _, number in asked] == [
+        (str(pod.workdir), "1"), (str(pod.workdir), "2"),
+    ]  # fmt: skip
+    assert len({launch for _, launch, _ in asked}) == 1, "one launch, on worker 0 alone"
+
+
+def test_without_progress_it_is_not_started_again(pod):
+    """restarts.py says no: nobody asks it a second time, and nothing is started."""
+    refusing = 'import sys; print("error: 5 starts in a row", file=sys.stderr); sys.exit(1)'
+    (pod.checkout.root / "launch" / "restarts.py").write_text(refusing)
+    pod.git("add", ".")
+    real = f'"launch/restarts.py "*) exec "{PYTHON}" "$@" ;;\n*) exec'
+    pod.checkout.add_program("python3", PYTHON3.replace("*) exec", real))
+    pod.set(exits=[["75"], ["0"]])
+    code, _, err = pod.call("run")
+    assert code == 1 and err.count("5 starts in a row") == 1
+    assert "could not be started" in err and pod.steps().count("start") == 1
+
+
+def test_one_worker_that_was_killed_is_started_again_with_the_others(pod):
+    pod.set(workers=2, exits=[["signal", "137"], ["75", "134"], ["0", "0"]])
+    code, out, err = pod.call("run")
+    assert code == 0, err
+    assert "others hang: stopping those" in out and pod.steps().count("start") == 3
+
+
+@pytest.mark.parametrize(
+    "exits, code", [(["137", "137"], 137), (["137", "1"], 1), (["75", "2"], 2)]
+)
+def test_all_killed_or_an_error_beside_a_kill_is_how_it_ends(pod, exits, code):
+    pod.set(workers=2, exits=[exits])
+    assert pod.call("run")[0] == code
+    assert pod.steps().count("start") == 1
+
+
 @pytest.mark.parametrize("status", [1, 2])
 def test_an_error_of_one_worker_ends_the_others_that_hang_and_is_handed_on(pod, status):
     pod.set(workers=2, exits=[["signal", str(status)]])
