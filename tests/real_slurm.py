@@ -34,12 +34,13 @@ SlurmdSpoolDir={folder}/spool-%n
 StateSaveLocation={folder}/state
 SlurmUser={user}
 SlurmdUser={user}
+SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobRequeue=1
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=1\n"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=8000\n"
 
 
 def missing():
@@ -94,8 +95,9 @@ class Slurm:
             time.sleep(0.2)
 
     def stop(self):
-        self.call("scancel", "--signal=KILL", "--full", "-u", subprocess.getoutput("id -un"))
-        self.call("scancel", "-u", subprocess.getoutput("id -un"), check=False)
+        """Ends all jobs and the daemons."""
+        self.call("scancel", "--signal=KILL", "--full", "--state=RUNNING", check=False)
+        self.call("scancel", "--state=PENDING", check=False)
         for daemon in reversed(self._daemons):
             daemon.terminate()
             daemon.wait(timeout=60)
