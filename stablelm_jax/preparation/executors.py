@@ -26,6 +26,8 @@ from concurrent.futures.process import BrokenProcessPool
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
+from stablelm_jax.storage.remote import described
+
 EXECUTORS = ("local", "slurm", "ray")
 
 # A job of an array runs several tasks one after the other, or starting Python would be most of it.
@@ -128,8 +130,9 @@ class _SlurmExecutor(SlurmPipelineExecutor):
 
 
 def _run_slurm(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
-    # The job gets this Python and this package.
-    path, root = pathlib.Path(sys.executable).parent, pathlib.Path(__file__).parents[2]
+    # The job gets this Python and this package; datatrove's program may be on no PATH there.
+    root = pathlib.Path(__file__).parents[2]
+    program = f'"{sys.executable}" -m datatrove.tools.launch_pickled_pipeline "$@"'
     executor = _SlurmExecutor(
         [step],
         tasks=tasks,
@@ -138,7 +141,8 @@ def _run_slurm(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
         workers=options.workers,
         job_name="stablelm_prepare",
         qos="",
-        env_command=f'export PATH="{path}:$PATH" PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"',
+        env_command=f'export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"\n'
+        f"launch_pickled_pipeline() {{ {program}; }}",
         sbatch_args=dict(options.slurm_options),
         logging_dir=str(logs),
         tasks_per_job=math.ceil(tasks / (options.workers * _ARRAY_ROUNDS)),
@@ -179,8 +183,11 @@ def _is_queued(job: str) -> bool:
 def _run_ray(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
     import ray
 
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR")
+    try:
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # its own, of many kinds
+        raise TasksFailed(f"Ray could not be started: {described(error)}") from error
     executor = RayPipelineExecutor(
         [step], tasks=tasks, workers=options.workers, logging_dir=str(logs)
     )

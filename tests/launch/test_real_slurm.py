@@ -16,13 +16,13 @@ pytestmark = [
     pytest.mark.skipif(bool(real_slurm.missing()), reason="needs Debian's slurm-wlm and munge"),
 ]
 
-# A config file that ends process 1 once there is a checkpoint, in the first so many starts.
+# A config file that ends process 1 once a file is there, in the first so many starts.
 SABOTAGE = """
 import json, os, threading, time
 from stablelm_jax import config as config_lib
 
 def sabotage():
-    while not os.path.exists({checkpoint!r}):
+    while not os.path.exists({awaited!r}):
         time.sleep(0.1)
     os._exit(1) if {how!r} == "error" else os.kill(os.getpid(), 9)
 
@@ -49,11 +49,11 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
-def sabotaged(tmp_path, data, how, starts, **fields):
-    """A config whose process 1 ends itself at the first checkpoint."""
-    config = bare_config(data, **{"training.num_steps": 3000, "checkpoint.every": 200, **fields})
+def sabotaged(tmp_path, data, how, starts, awaited="checkpoints/global_step50"):
+    """A config whose process 1 ends itself when `awaited` is in the run folder."""
+    config = bare_config(data, **{"training.num_steps": 600, "checkpoint.every": 50})
     text = SABOTAGE.format(
-        checkpoint=str(tmp_path / "run/checkpoints/global_step200"), how=how, starts=starts,
+        awaited=str(tmp_path / "run" / awaited), how=how, starts=starts,
         config=json.dumps(config_lib.to_dict(config)),
     )  # fmt: skip
     (tmp_path / "sabotage.py").write_text(text)
@@ -109,12 +109,11 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_ends_well(slurm, 
     print(slurm.log(job))
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert "was killed or crashed" in slurm.log(job)
-    assert metrics(tmp_path / "run")[-1]["step"] == 3000
+    assert metrics(tmp_path / "run")[-1]["step"] == 600
 
 
 def test_a_process_that_is_always_killed_is_not_started_for_ever(slurm, tmp_path, data):
-    path = sabotaged(tmp_path, data, "kill", starts=99, **{"checkpoint.every": 10_000_000})
-    path.write_text(path.read_text().replace("global_step200", "global_step0"))
+    path = sabotaged(tmp_path, data, "kill", starts=99, awaited="metrics.jsonl")
     job = slurm.submit(path, tmp_path / "run", STABLELM_STARTS_WITHOUT_PROGRESS="2")
     ended = slurm.ended(job, seconds=1200)
     print(slurm.log(job))
