@@ -22,7 +22,7 @@ if __name__ == "__main__":  # what is imported below takes seconds, in which Ctr
 
 from stablelm_jax.preparation import chunks, inputs, readers
 from stablelm_jax.preparation.flags import add_input_flags
-from stablelm_jax.storage.files import replacing
+from stablelm_jax.storage.files import check_writable, replacing
 from stablelm_jax.tokenizer.train_tokenizer import train
 
 
@@ -62,10 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="tokenizer.json")
     parser.add_argument("--rows", type=int, default=4096, help="size of the vocabulary")
     flags = parser.parse_args(arguments)
-    if flags.output.exists():
+    if flags.output.is_file():
         print(f"{flags.output}: kept")
         return 0
     try:
+        check_writable(flags.output)
         _train(flags)
     except (ValueError, OSError) as error:
         print("train_tokenizer:", " ".join(str(error).splitlines()), file=sys.stderr)

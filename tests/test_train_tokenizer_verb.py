@@ -118,3 +118,13 @@ def test_the_module_of_the_training_is_the_verb_too(corpus, tmp_path):
     command = [sys.executable, "-m", "stablelm_jax.tokenizer.train_tokenizer", "--rows", "270"]
     subprocess.run([*command, "--input", corpus, "--output", output], check=True, timeout=120)
     assert load_tokenizer(output).largest_id == 269
+
+
+@pytest.mark.parametrize("place", ["none/t.json", "."])
+def test_a_place_that_takes_no_file_is_found_before_anything_is_read(
+    corpus, tmp_path, place, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_tokenizer, "_train", lambda flags: pytest.fail("it began"))
+    output = str(tmp_path / place)
+    assert train_tokenizer.main(["--input", str(corpus), "--output", output]) == 1
+    assert capsys.readouterr().err.startswith(f"train_tokenizer: {tmp_path / place}")

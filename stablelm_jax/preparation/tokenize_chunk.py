@@ -35,7 +35,7 @@ from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
 from stablelm_jax.preparation.held_out import HeldOutRule, content_hash
 from stablelm_jax.preparation.readers import Rejected
-from stablelm_jax.storage.files import write_json
+from stablelm_jax.storage.files import flush_to_disk, write_json
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 SPLITS = ("train", "held_out")
@@ -164,6 +164,7 @@ class OutputWriter:
             self.output.shards[split] = dataclasses.asdict(writer.close())
         np.save(self._scratch / "counts.npy", self._counts)
         write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
+        flush_to_disk(self._scratch)  # what has its name after a loss of power is whole
         try:
             os.rename(self._scratch, self._final)
         except OSError:
