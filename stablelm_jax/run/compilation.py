@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax._src import cache_key  # what a program is found by has no public name
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 
@@ -36,6 +37,10 @@ class CompilationCache:
             jax.config.update("jax_compilation_cache_dir", self.folder)
             # What compiles within a second is not worth a file on a disk that many hosts share.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        if jax.default_backend() == "cpu" and jax.process_count() > 1:
+            # Process 0 alone writes, and on CPUs a key holds a fingerprint in which each process
+            # marks itself: the others would find nothing. The kind of each device says enough.
+            cache_key._hash_accelerator_config = cache_key._hash_devices
         jax.monitoring.register_event_listener(self._count)
 
     def _count(self, event: str, **_: object) -> None:
@@ -43,7 +48,7 @@ class CompilationCache:
         self.misses += event == "/jax/compilation_cache/cache_misses"
 
     def __str__(self) -> str:
-        return f"{self.hits} programs from {self.folder}, {self.misses} compiled"
+        return f"programs: {self.hits} from {self.folder}, {self.misses} compiled"
 
 
 def _machine() -> str:

@@ -41,8 +41,7 @@ class Services:
 
     def note_what_is_safe(self) -> None:
         """Tells `stop` what to say of the run where a signal ends it at once."""
-        saved = self.store.steps()
-        if saved:
+        if saved := self.store.steps():
             path = self.folder.checkpoints / checkpoint_name(saved[-1])
             self.stop.safe = f"checkpoint {path} is whole"
 

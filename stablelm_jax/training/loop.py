@@ -53,10 +53,11 @@ class Trainer:
             self.services.note_what_is_safe()
 
     def compile(self) -> None:
-        """Makes all programs ready: once the loop runs, nothing is compiled."""
+        """Makes all programs ready, everywhere: a watchdog takes a wait for one for a hang."""
         self._programs = compile_programs(self.run, self.services.console, self.services.cache)
         self._faults.compile()
         self.intervals.prepare(self._programs)
+        distributed.anywhere(False)
 
     def train(self) -> int:
         """Runs to the last step; returns the exit code."""

@@ -51,8 +51,7 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
     began = time.monotonic()
     with console.status("compiling the train step"):
         step = compile_step(run)
-    seconds = time.monotonic() - began
-    console.print(f"the train step was ready after {seconds:.1f} s; {cache}")
+    console.print(f"the train step was ready after {time.monotonic() - began:.1f} s; {cache}")
     eval_step = None
     if run.config.evaluation.every:
         batch = abstract_batch(run.config, run.mesh)

@@ -1,6 +1,7 @@
 """A process of its own for each start: jax sets its cache up once."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -45,3 +46,36 @@ def test_beside_a_run_folder_in_a_bucket_it_lies_in_the_bucket(gcs):
     _, misses, folder = start("gs://compiled/runs/first")
     assert misses > 0 and folder.startswith("gs://compiled/runs/.compilation_cache/cpu_")
     assert any(f"gs://{key}".startswith(folder) for key in gcs.objects)
+
+
+TOGETHER = """
+import sys
+import jax, jax.numpy as jnp
+from stablelm_jax.run.compilation import CompilationCache
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+cache = CompilationCache(sys.argv[3])
+mesh = jax.make_mesh((2,), ("data",))
+x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data")))
+jax.jit(lambda x: jnp.sin(x).sum()).lower(x).compile()
+print(cache)
+"""
+
+
+def test_every_process_finds_what_process_0_has_compiled(tmp_path):
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": ""}
+    for expected in ("programs: 0 from", "programs: 1 from"):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{one.getsockname()[1]}"
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", TOGETHER, address, str(index), str(tmp_path / "run")],
+                env=os.environ | settings,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        for process in started:
+            assert expected in process.communicate(timeout=200)[0]
