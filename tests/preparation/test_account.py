@@ -343,7 +343,7 @@ def test_a_network_that_fails_at_the_last_look_costs_no_work(folder, call, meanw
 
 
 def test_bytes_behind_a_damage_count_as_not_read(folder, call):
-    lines = [json.dumps({"text": random.Random(n).randbytes(99).hex()}) for n in range(300)]
+    lines = [json.dumps({"text": random.Random(n).randbytes(99).hex()}) for n in range(2000)]
     whole = gzip.compress("\n".join(lines).encode())
     data = whole + b"\x1f\x8b\xff" + random.Random(0).randbytes(len(whole))  # no second part
     (folder / "in/a.jsonl.gz").write_bytes(data)
