@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from stablelm_jax.run_verb import run_verb
 
@@ -30,6 +29,7 @@ if __name__ == "__main__":  # what is imported below takes seconds, in which Ctr
 
 from datatrove.utils.logging import logger
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -41,9 +41,6 @@ from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
 from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 from stablelm_jax.run.console import make_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on

@@ -134,23 +134,15 @@ def guard_output(*, prints_result: bool = False) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)
 
 
-class _Guarded(io.RawIOBase):
+class _Guarded(io.FileIO):
     """A descriptor to which writing does not fail."""
 
     def __init__(self, descriptor: int, name: str, *, is_result: bool):
-        self._descriptor, self._name, self._is_result = descriptor, name, is_result
+        super().__init__(descriptor, "w", closefd=False)
+        self._name, self._is_result = name, is_result
         self._stalled = False
         self._ready = select.poll()
         self._ready.register(descriptor, select.POLLOUT)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         """Writes all, or drops what cannot be written; the length of `data` in any case."""
@@ -161,7 +153,7 @@ class _Guarded(io.RawIOBase):
                 self._stalled = not self._ready.poll(wait)
                 if self._stalled:
                     raise TimeoutError(errno.ETIMEDOUT, "nobody reads it")
-                rest = rest[os.write(self._descriptor, rest[:_AT_ONCE]) :]
+                rest = rest[os.write(self.fileno(), rest[:_AT_ONCE]) :]
         except OSError as error:
             text = f"{self._name} cannot be written: {error.strerror}"
             note_loss(self._name, f"{text}; what is lost there is not shown again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 
@@ -11,6 +12,7 @@ from etils import epath
 from stablelm_jax.storage import remote
 
 REMEDY = "give the path of a folder such as global_step1000, as found under WORKDIR/checkpoints/"
+_EPATH_GLOB = type(epath.Path("/")).glob
 _NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 
@@ -33,7 +35,10 @@ def checkpoint_path(path: epath.PathLike) -> epath.Path:
     """
     text = str(path).rstrip("/")
     if not remote.is_url(text):
-        return epath.Path(path).resolve()  # not as pathlib does: links stay
+        local = epath.Path(path).resolve()  # not as pathlib does: links stay
+        if glob.has_magic(text):
+            type(local).glob = _glob  # Orbax makes its paths of this type
+        return local
     if not re.match("gs://[^/]+/.", text):
         raise ValueError(
             f"{text}: checkpoints lie in a folder of this machine or at gs://BUCKET/FOLDER; Orbax"
@@ -41,6 +46,11 @@ def checkpoint_path(path: epath.PathLike) -> epath.Path:
         )
     remote.filesystem(text)
     return epath.Path(text)  # resolve() would put the working folder before a URL
+
+
+def _glob(folder: epath.Path, pattern: str):
+    """epath's own takes brackets in a folder's name for a pattern: Orbax would merge nothing."""
+    return _EPATH_GLOB(epath.Path(glob.escape(os.fspath(folder))), pattern)
 
 
 def finished_steps(folder: epath.PathLike) -> list[int]:

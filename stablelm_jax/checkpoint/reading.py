@@ -47,8 +47,7 @@ def read_run(path: epath.PathLike) -> dict[str, Any]:
     if not ocp.path.step.is_path_finalized(path):
         raise CheckpointError(f"{path} was never finished; use an earlier checkpoint")
     try:
-        metadata = path / "run" / "metadata"
-        text = retried(f"reading {path}", lambda: metadata.read_text(encoding="utf-8"))
+        text = retried(f"reading {path}", lambda: (path / "run/metadata").read_text("utf-8"))
         run = json.loads(text)
     except (ValueError, FileNotFoundError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {described(error)}; {_ELSE}") from error

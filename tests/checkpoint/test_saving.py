@@ -174,3 +174,15 @@ def test_closing_never_raises(saver, monkeypatch):
         monkeypatch.setattr(saver._writer, name, lambda method=method: (method(), 1 / 0))
     saver.close()
     assert saver.told[0][0] == "save_failed"
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_holds_whole_checkpoints(tmp_path):
+    folder = tmp_path / "lr[a] *?" / "checkpoints"
+    config = config_lib.default_config().checkpoint
+    saver = Saver(config, CheckpointStore(folder, keep_latest=3), Told())
+    saver.finish(7, lambda: small(2.0))
+    saver.close()
+    like = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
+    path = folder / "global_step7"
+    found = read_arrays(path, {"params": like}, read_run(path))
+    np.testing.assert_array_equal(found["params"]["kernel"], np.full((8, 16), 2.0))

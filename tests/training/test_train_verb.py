@@ -83,6 +83,32 @@ def test_a_finished_run_says_what_it_decided_and_where_its_checkpoint_lies(undis
     assert f"global_step{STEPS}" in out.replace("\n", "").split("finished step")[1]
 
 
+def test_a_run_does_not_depend_on_its_terminal(config_file, undisturbed, tmp_path):
+    """Its reader goes away after a line, and the terminal has no letter for the folder's name."""
+    workdir = tmp_path / "lr[a] é"
+    command = [sys.executable, "-m", "stablelm_jax.train", f"--config={config_file}"]
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            '"$@" | head -n 1; exit ${PIPESTATUS[0]}',
+            "-",
+            *command,
+            "--workdir",
+            workdir,
+        ],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONIOENCODING": "ascii"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and done.stdout.strip().endswith("lr[a] \\xe9")
+    assert losses(workdir) == losses(undisturbed[0])
+    events = (workdir / "events.jsonl").read_text(encoding="utf-8")
+    assert events.count("output_lost") == 2 and "Broken pipe" in events and "ascii" in events
+
+
 def test_ctrl_c_saves_a_checkpoint_exits_75_and_the_next_start_goes_on(
     config_file, undisturbed, tmp_path
 ):
