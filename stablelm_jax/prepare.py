@@ -30,7 +30,6 @@ if __name__ == "__main__":  # what is imported below takes seconds, in which Ctr
 from datatrove.utils.logging import logger
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
@@ -183,7 +182,7 @@ def _found(preparation: Preparation) -> Table:
     columns = [Column(name, justify="right") for name in ("files", "bytes")]
     table = Table("what was found", *columns, box=box.SIMPLE)
     for end, (files, size) in preparation.account.ends.items():
-        table.add_row(escape(end), f"{files:,}", f"{size:,}")
+        table.add_row(end, f"{files:,}", f"{size:,}")
     return table
 
 
