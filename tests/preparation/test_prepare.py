@@ -303,6 +303,22 @@ def test_a_second_process_is_refused_and_workers_end_when_their_parent_is_killed
     wait_for(lambda: not members(process.pid), 10)
 
 
+def test_ctrl_c_in_the_terminal_is_one_line_from_prepare_and_none_from_its_workers(
+    inputs, tokenizer_file, tmp_path
+):
+    """The terminal sends it to the whole group, here while workers are about to start."""
+    start = command("mixed", inputs[0], tmp_path, "--tokenizer", tokenizer_file, "--workers", 2)
+    process = subprocess.Popen(
+        start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True, encoding="utf-8",
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "mixed").rglob("workers.log")), 60)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "prepare: interrupted; run the same command again to go on\n"
+
+
 def members(session):
     """Processes of a session, but for those that have ended and wait to be collected."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True)
