@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
 from stablelm_jax.run_verb import run_verb
@@ -34,7 +34,7 @@ from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed
+from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
@@ -44,6 +44,7 @@ from stablelm_jax.run.console import make_console
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on
 _REASONS_SHOWN = 5
+_LOSS_WARNED_OF = 0.001
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with preparation.locked():
             _prepare(preparation, executor, make_console(highlight=False, soft_wrap=True))
     except (ValueError, OSError, TasksFailed) as error:
-        print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
+        text = " ".join(str(error).splitlines())
+        if begun and isinstance(error, OSError) and error.errno:  # of this process, not of a worker
+            text += f"; {remedy(error)}"
+        print("prepare:", text, file=sys.stderr)
         return 1 if begun else 2
     return 0
 
@@ -82,6 +86,7 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     console.print(_table(made))
     console.print(f"held out: {preparation.plan.held_out.reason}")
     console.print(_rejected(preparation, made))
+    console.print(_lost(**made.provenance["characters_lost"]))
     console.print(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
     seconds = time.monotonic() - started
     speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
@@ -204,6 +209,20 @@ def _rejected(preparation: Preparation, made: SourceManifest) -> str:
     more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
     path = preparation.directory / "rejected.jsonl"
     return f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
+
+
+def _lost(sampled: int, lost: int, most_often: Mapping[str, int]) -> str:
+    share = lost / max(sampled, 1)
+    if not lost:
+        return f"lost by the tokenizer: none of {sampled:,} characters looked at"
+    line = f"lost by the tokenizer: {share:.2%} of {sampled:,} characters looked at"
+    line += f" ({', '.join(map(repr, most_often))})"
+    if share < _LOSS_WARNED_OF:
+        return line
+    return (
+        f"WARNING: {line}: they do not come back from its tokens, and no model trained on them can"
+        " write them; take a tokenizer that knows all bytes, such as those of train_tokenizer"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

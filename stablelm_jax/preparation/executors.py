@@ -8,6 +8,7 @@ would wait for it for ever); and that workers do not outlive the process that st
 from __future__ import annotations
 
 import dataclasses
+import errno
 import faulthandler
 import math
 import multiprocessing
@@ -19,14 +20,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from stablelm_jax.storage.remote import described
+from stablelm_jax.storage.remote import described, may_pass
 
 EXECUTORS = ("local", "slurm", "ray")
 
@@ -41,7 +42,25 @@ _AGAIN = "run the same command again to go on from here"
 
 
 class TasksFailed(RuntimeError):
-    """Not all tasks were done; the message says what is known and what to do."""
+    """Not all tasks were done; the message says what is known and what to do.
+
+    Attributes:
+      killed: processes of this machine that were killed at work.
+    """
+
+    killed: Sequence[int] = ()
+
+
+def remedy(error: Exception) -> str:
+    """What to do about an error of reading, tokenising or writing."""
+    if isinstance(error, MemoryError):
+        return f"{_AGAIN}, with fewer --workers"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free space on the disk, then {_AGAIN}"
+    is_ours = not isinstance(error, OSError) and type(error).__module__ == "builtins"
+    if is_ours and not isinstance(error, ImportError):
+        return "it would come again: take the file out of the input, and please report it"
+    return _AGAIN if may_pass(error) else f"mend that, then {_AGAIN}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +95,25 @@ def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
     try:
         ranks = executor.get_incomplete_ranks()
         futures = [pool.submit(executor._run_for_rank, rank, 1) for rank in ranks]
+        processes = dict(pool._processes)
         for future in as_completed(futures):
             future.result()
     except BrokenProcessPool:
-        raise TasksFailed(
+        failed = TasksFailed(
             f"a worker was killed (by the kernel, if memory ran out): {_AGAIN}, with fewer"
             " --workers if it was memory"
-        ) from None
+        )
+        alive = (None, 0, -signal.SIGTERM)  # the pool ends the others
+        failed.killed = [pid for pid, each in processes.items() if each.exitcode not in alive]
+        raise failed from None
     except BaseException as error:
         for worker in pool._processes.values():  # what they are doing is not waited for
             worker.kill()
         if not isinstance(error, Exception):
             raise
         name = type(error).__name__
-        raise TasksFailed(f"{name}: {error} (details: {logs / 'logs'}); {_AGAIN}") from error
+        text = f"{name}: {error} (details: {logs / 'logs'}); {remedy(error)}"
+        raise TasksFailed(text) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -170,7 +194,7 @@ def _wait_for_slurm(executor: SlurmPipelineExecutor, job: str, logs: pathlib.Pat
         elif time.monotonic() - seen > _SLURM_GRACE_SECONDS:
             raise TasksFailed(
                 f"SLURM job {job} left the queue with {len(missing)} of {executor.world_size} tasks"
-                f" not done (see {logs / 'slurm_logs'}); {_AGAIN}"
+                f" not done (see {logs / 'slurm_logs'}); mend what they say, then {_AGAIN}"
             )
 
 
@@ -194,5 +218,6 @@ def _run_ray(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.Pa
     executor.run()
     if missing := executor.get_incomplete_ranks():
         raise TasksFailed(
-            f"{len(missing)} of {tasks} Ray tasks were not done (see {logs / 'logs'}); {_AGAIN}"
+            f"{len(missing)} of {tasks} Ray tasks were not done (see {logs / 'logs'}); mend what"
+            f" they say, then {_AGAIN}"
         )

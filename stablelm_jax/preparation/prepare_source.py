@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, inputs, readers, tokenize_chunk
 from stablelm_jax.preparation.account import Account, list_left_out
-from stablelm_jax.preparation.executors import Executor, TasksFailed
+from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
@@ -38,6 +39,7 @@ RECIPE = 2
 SHARD_TOKENS = 1 << 28
 
 _ALLOW_UNREAD = "--allow-unread"
+_CHARACTERS_SHOWN = 10
 
 
 class PreparationError(ValueError):
@@ -208,7 +210,7 @@ class Preparation:
         except (ValueError, OSError):
             raise
         except Exception as error:  # of a driver: each raises its own
-            text = f"reading the input failed, {described(error)}; run the same command again"
+            text = f"reading the input failed, {described(error)}; {remedy(error)}"
             raise PreparationError(text) from error
         return seen
 
@@ -236,9 +238,10 @@ class Preparation:
         step = TokenizeChunk(self._plan_path, self.outputs, name, ranks)
         try:
             executor.run(step, len(self.plan.chunks), self._work / "logs")
-        except TasksFailed:
+        except TasksFailed as error:
             self._look_again()  # a file that went away may be the reason
-            raise
+            at = "; ".join(filter(None, map(self._place_of, error.killed)))
+            raise TasksFailed(f"{error}" + (f". It was at work near {at}" if at else "")) from error
         self._look_again()
         outputs = []
         for chunk in range(len(self.plan.chunks)):
@@ -259,6 +262,13 @@ class Preparation:
                 " is kept"
             )
         return outputs
+
+    def _place_of(self, process: int) -> str:
+        """Where in the input a local worker was, which was killed."""
+        for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*-{process}-*"):
+            with contextlib.suppress(OSError, ValueError):
+                return tokenize_chunk.read_output(path).place
+        return ""
 
     def _look_again(self) -> None:
         """PreparationError if an input is not what was read any more; notes files that came."""
@@ -349,6 +359,7 @@ class Preparation:
                 "unread_bytes": self.account.unread_bytes,
                 "settings": self._settings,
                 "held_out": self.plan.held_out._asdict(),
+                "characters_lost": self.characters_lost(outputs),
             },
             rejected=self.reasons.total(),
         )
@@ -356,6 +367,13 @@ class Preparation:
         manifest.write_manifest(self.directory, made)
         shutil.rmtree(self._work, ignore_errors=True)
         return made
+
+    def characters_lost(self, outputs: list[Output]) -> dict[str, Any]:
+        """How many characters were looked at, and how many of them the tokenizer loses."""
+        lost = sum((collections.Counter(output.lost) for output in outputs), collections.Counter())
+        most = dict(lost.most_common(_CHARACTERS_SHOWN))
+        sampled = sum(output.sampled for output in outputs)
+        return {"sampled": sampled, "lost": lost.total(), "most_often": most}
 
     def _split(self, split: str, outputs: list[Output]) -> Split:
         """Moves the shards of a split to the folder of the source, numbered in order."""

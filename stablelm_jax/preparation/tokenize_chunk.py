@@ -16,6 +16,7 @@ output at most.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,9 @@ SCRATCH = "scratch-"  # begins the name of an output that is being written
 
 _BATCH_CHARACTERS = 1 << 20
 _PROGRESS_SECONDS = 1.0
+# What the tokenizer loses is looked for in the beginnings of the first 32 records of 1,024: chosen
+# by their number, so that an interruption changes nothing.
+_SAMPLED, _SAMPLED_EVERY, _SAMPLED_CHARACTERS = 32, 1024, 2048
 
 
 class Plan(NamedTuple):
@@ -66,6 +70,9 @@ class Output:
       records, consumed: records and bytes of the chunk that were read up to the end of this output.
       shards: the fields of `ShardInfo` for each split that has documents.
       files: what became of the records of each file, by its path.
+      place: where in the input the work is.
+      sampled, lost: characters of the texts that were looked at, and how many of each of them the
+        tokenizer loses.
     """
 
     chunk: int
@@ -78,6 +85,14 @@ class Output:
     text_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     shards: dict[str, dict] = dataclasses.field(default_factory=dict)
     files: dict[str, Tally] = dataclasses.field(default_factory=dict)
+    place: str = ""
+    sampled: int = 0
+    lost: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add_sample(self, text: str, lost: Mapping[str, int]) -> None:
+        """Counts the characters of a text, and those of them that the tokenizer loses."""
+        self.sampled += len(text)
+        self.lost = dict(collections.Counter(self.lost) + collections.Counter(lost))
 
     @property
     def name(self) -> str:
@@ -105,7 +120,7 @@ class OutputWriter:
 
     def __init__(self, folder: pathlib.Path, output: Output, plan: Plan, vocab_size: int):
         self.output, self._plan, self._final = output, plan, folder / output.name
-        prefix = f"{SCRATCH}{output.name}-"
+        prefix = f"{SCRATCH}{output.name}-{os.getpid()}-"
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
         self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
@@ -152,8 +167,17 @@ class OutputWriter:
                 self._counts += np.bincount(flat, minlength=len(self._counts))
             documents.clear()
         if time.monotonic() > self._record_due:
-            write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
-            self._record_due = time.monotonic() + _PROGRESS_SECONDS
+            self._write_record()
+
+    def note_place(self, place: str, *, at_once: bool) -> None:
+        """Notes where the work is, for those who ask what a killed worker was doing."""
+        self.output.place = place
+        if at_once or time.monotonic() > self._record_due:
+            self._write_record()
+
+    def _write_record(self) -> None:
+        write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
+        self._record_due = time.monotonic() + _PROGRESS_SECONDS
 
     def close(self, last: bool) -> None:
         """Makes the output visible, whole."""
@@ -163,7 +187,7 @@ class OutputWriter:
         for split, writer in self._writers.items():
             self.output.shards[split] = dataclasses.asdict(writer.close())
         np.save(self._scratch / "counts.npy", self._counts)
-        write_json(self._scratch / "record.json", dataclasses.asdict(self.output))
+        self._write_record()
         flush_to_disk(self._scratch)  # what has its name after a loss of power is whole
         try:
             os.rename(self._scratch, self._final)
@@ -204,11 +228,18 @@ class TokenizeChunk(PipelineStep):
         writer = writer_after(earlier)
         records = read_chunk(plan.chunks[rank], plan.settings["text_key"], skip=earlier.records)
         for batch in _batches(records):
+            if batch:
+                is_large = sum(map(_characters, batch)) > 2 * _BATCH_CHARACTERS
+                writer.note_place(_place(plan.chunks[rank], batch[-1]), at_once=is_large)
             for record, tokens in [(record, _encoded(record, tokenizer)) for record in batch]:
+                number = writer.output.records
                 if not writer.add(record, tokens):
                     writer.close(last=False)
                     writer = writer_after(writer.output)
                     writer.add(record, tokens)
+                if number % _SAMPLED_EVERY < _SAMPLED and not isinstance(tokens, Rejected):
+                    text = record.content[:_SAMPLED_CHARACTERS]
+                    writer.output.add_sample(text, tokenizer.lost_characters(text))
             writer.flush()
         writer.close(last=True)
 
@@ -228,11 +259,21 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch, size = [], 0
     for record in records:
         batch.append(record)
-        size += len(record.content) if isinstance(record.content, str) else 100
+        size += _characters(record)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     yield batch
+
+
+def _characters(record: Record) -> int:
+    return len(record.content) if isinstance(record.content, str) else 100
+
+
+def _place(chunk: Chunk, record: Record) -> str:
+    # In a byte range of a file, lines are counted from the start of the range.
+    start = f" after byte {chunk.start:,}" if chunk.start and not chunk.first else ""
+    return f"{record.file.name}, line {record.line:,}{start}"
 
 
 def _encoded(record: Record, tokenizer: Tokenizer) -> np.ndarray | Rejected:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import base64
+import collections
 import functools
 import hashlib
 import itertools
@@ -19,12 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm_jax.tokenizer.long_text import (
-    LONG_RUN,
-    encode_in_parts,
-    normalise,
-    split_long_runs,
-)
+from stablelm_jax.tokenizer.long_text import LONG_RUN, encode_in_parts, normalise, split_long_runs
 from stablelm_jax.tokenizer.ranks import find_ranks
 
 ARCADE100K = "arcade100k"
@@ -70,6 +66,7 @@ class Tokenizer(abc.ABC):
     eod: int  # id of the token that ends a document
     sha256: str  # identifies the mapping from text to ids
     special_ids: frozenset[int]  # tokens that stand for no text
+    unknown_id: int | None = None  # of the token that stands for what the tokenizer does not know
 
     @property
     def vocab_size(self) -> int:
@@ -91,6 +88,12 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; U+FFFD for bytes that are no UTF-8 and for ids that stand for nothing."""
+
+    def lost_characters(self, text: str) -> collections.Counter[str]:
+        """How many of each character of a text, in NFC, do not come back from its ids."""
+        ids = [i for i in self.encode(text) if i != self.unknown_id]
+        found = collections.Counter(normalise(text))
+        return found - collections.Counter(normalise(self.decode(ids)))
 
 
 class Arcade100k(Tokenizer):
@@ -196,6 +199,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._known = set(self._ordinary.get_vocab(with_added_tokens=True).values())
         self.largest_id = max(self._known)
         self.eod = self._ordinary.token_to_id(end)
+        model = spec.get("model", {})
+        self.unknown_id = model.get("unk_id")
+        if model.get("unk_token") is not None:
+            self.unknown_id = self._ordinary.token_to_id(model["unk_token"])
         added = self._ordinary.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -283,6 +284,7 @@ def test_a_killed_worker_is_noticed_and_the_next_call_finishes(
     (last,) = done.stderr.strip().splitlines()
     assert last.startswith("prepare: a worker was killed")
     assert "run the same command again" in last
+    assert re.search(r"at work near \S+, line [\d,]+( after byte [\d,]+)?$", last)
     in_small_chunks(inputs, tmp_path, tokenizer_file, "--workers", 2)
     assert digests(tmp_path / "mixed") == digests(undisturbed[0])
 
