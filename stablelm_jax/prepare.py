@@ -232,7 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("stablelm prepare", description=__doc__.split(":")[0] + ".")
     add = parser.add_argument
     add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
-    add_input_flags(parser)
+    add_input_flags(parser, required=False)
+    add('--adopt', nargs='+', metavar='PREFIX',
+        help='in place of --input: what Megatron or NeoX tokenised, PREFIX.bin and PREFIX.idx, with'
+        ' the --tokenizer named')  # fmt: skip
+    add('--append-eod', action='store_true',
+        help='with --adopt: documents that lack the token for their end get it')  # fmt: skip
     add("--output", required=True, metavar="DATA", help="the source becomes DATA/NAME")
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
         help='arcade100k (default), or a tokenizer.json')  # fmt: skip
@@ -271,6 +276,8 @@ def _job(flags: argparse.Namespace) -> Job:
     slurm, ray = flags.executor == "slurm", flags.executor == "ray"
     has_name = manifest.SOURCE_NAME.fullmatch(flags.source)
     for is_wrong, problem in [
+        (bool(flags.inputs) == bool(flags.adopt), "give --input, or --adopt in its place"),
+        (flags.append_eod and not flags.adopt, "--append-eod: only with --adopt"),
         (not has_name, "--source: use lower case letters, digits and _, a letter first"),
         ("://" in flags.output, "--output: shards are memory-mapped, give a local folder"),
         (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),
@@ -283,4 +290,5 @@ def _job(flags: argparse.Namespace) -> Job:
         if is_wrong:
             raise ValueError(problem)
     fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
+    fields |= {"inputs": flags.inputs or flags.adopt, "adopt": bool(flags.adopt)}
     return Job(**{**fields, "provenance": dict(flags.provenance)})

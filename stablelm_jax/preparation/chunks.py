@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from stablelm_jax.preparation import readers
+from stablelm_jax.preparation import readers, tokenised
 from stablelm_jax.preparation.inputs import InputFile
+from stablelm_jax.preparation.tokenised import TokenisedReader
 
 # A chunk becomes a shard of about its size: a token of 4 bytes stands for about 4 bytes of text.
 # One GiB takes a worker two minutes, which is what is lost when it is killed. Of a smaller source
@@ -71,6 +72,9 @@ def cut(files: Sequence[InputFile]) -> list[Chunk]:
 
 def _byte_ranges(file: InputFile, size: int) -> list[Chunk]:
     """The chunks of one file; a single one where it is small or cannot be divided."""
+    if file.kind == tokenised.KIND:
+        runs = tokenised.document_ranges(file.path, size)
+        return [Chunk((file,), size, start, end, start) for start, end, size in runs]
     if file.kind == "jsonl" and file.divisible and file.size and not file.compression:
         edges = [*range(0, file.size, size), file.size]
         return [Chunk((file,), end - start, start, end) for start, end in zip(edges, edges[1:])]
@@ -95,11 +99,15 @@ def _row_groups(file: InputFile, size: int) -> list[Chunk]:
     return [*ranges, Chunk((file,), held, start, footer.num_row_groups, first)]
 
 
-def read_chunk(chunk: Chunk, text_key: str, skip: int = 0) -> Iterator[Record]:
-    """Every record of a chunk, in order, except the first `skip`."""
+def read_chunk(
+    chunk: Chunk, text_key: str, skip: int = 0, ids: TokenisedReader | None = None
+) -> Iterator[Record]:
+    """Every record of a chunk, in order, except the first `skip`; `ids` reads what is tokenised."""
     meter = readers.Meter()
     for file in chunk.files:
-        if file.kind == "jsonl":
+        if file.kind == tokenised.KIND:
+            contents = ids.read(file.path, chunk.start, chunk.end, meter)
+        elif file.kind == "jsonl":
             contents = readers.read_jsonl(
                 file.path, text_key, file.compression, chunk.start, chunk.end, meter
             )

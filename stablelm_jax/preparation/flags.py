@@ -7,10 +7,10 @@ import argparse
 from stablelm_jax.preparation.inputs import FORMATS
 
 
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
+def add_input_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """`--input` (as `inputs`), and how its files are read."""
     add = parser.add_argument
-    add('--input', dest='inputs', required=True, nargs='+', metavar='PATH',
+    add('--input', dest='inputs', required=required, nargs='+', metavar='PATH',
         help='files, folders, patterns; local or any fsspec URL')  # fmt: skip
     add('--format', default='auto', choices=FORMATS,
         help='auto: by the name; what has no known one is one document a file')  # fmt: skip

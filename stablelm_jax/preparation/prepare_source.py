@@ -28,6 +28,7 @@ from stablelm_jax.preparation.account import Account, list_left_out
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.lock import only_one
+from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.storage.remote import described, is_url
@@ -63,6 +64,8 @@ class Job:
     licence: str
     provenance: dict[str, str]
     allow_unread: bool = False
+    adopt: bool = False  # the inputs are prefixes of tokenised files
+    append_eod: bool = False
 
 
 class Preparation:
@@ -87,8 +90,9 @@ class Preparation:
         self._work = self.directory / ".work"
         self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
+        self._ids = TokenisedReader(self.tokenizer, job.append_eod)
         self.left_out: list[inputs.LeftOut] = []
-        self.files = inputs.find_files(job.inputs, job.format, left_out=self.left_out)
+        self.files = self._find(self.left_out)
         for file in self.files:
             if file.path.startswith(f"{self.directory}{os.sep}"):
                 raise inputs.InputError(
@@ -109,8 +113,15 @@ class Preparation:
             "tokenizer_sha256": self.tokenizer.sha256,
             **dataclasses.asdict(job),
         }
-        for name in ("source", "inputs", "output", "tokenizer", "ranks", "allow_unread"):
+        for name in ("source", "inputs", "output", "tokenizer", "ranks", "allow_unread", "adopt"):
             del self._settings[name]
+        if not job.append_eod:  # as those of earlier releases
+            del self._settings["append_eod"]
+
+    def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
+        if self.job.adopt:
+            return find_tokenised(self.job.inputs, self._ids)
+        return inputs.find_files(self.job.inputs, self.job.format, left_out=left_out)
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
@@ -203,10 +214,10 @@ class Preparation:
 
     def _first_look(self, cut: list[chunks.Chunk]) -> held_out.Look:
         try:
-            seen = held_out.look(cut, self.job.text_key)
+            seen = held_out.look(cut, self.job.text_key, ids=self._ids)
             if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
                 # The one or two that are held out must not be such that the tokenizer refuses.
-                seen = held_out.look(cut, self.job.text_key, self._is_encoded)
+                seen = held_out.look(cut, self.job.text_key, self._is_encoded, self._ids)
         except (ValueError, OSError):
             raise
         except Exception as error:  # of a driver: each raises its own
@@ -273,7 +284,7 @@ class Preparation:
     def _look_again(self) -> None:
         """PreparationError if an input is not what was read any more; notes files that came."""
         try:
-            now = {file.path: file for file in inputs.find_files(self.job.inputs, self.job.format)}
+            now = {file.path: file for file in self._find()}
         except inputs.InputError:
             if any(map(is_url, self.job.inputs)):  # perhaps only a network that fails
                 raise
@@ -300,7 +311,7 @@ class Preparation:
             for output in outputs:
                 chunk = self.plan.chunks[output.chunk]
                 # In a byte range of a file, lines are counted from the start of the range.
-                if chunk.start == 0 or chunk.files[0].kind != "jsonl":
+                if chunk.start == 0 or chunk.first or chunk.files[0].kind != "jsonl":
                     earlier_lines = 0
                 with open(self.outputs / output.name / "rejected.jsonl", encoding="utf-8") as rows:
                     for row in map(json.loads, rows):

@@ -36,6 +36,7 @@ from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
 from stablelm_jax.preparation.held_out import HeldOutRule, content_hash
 from stablelm_jax.preparation.readers import Rejected
+from stablelm_jax.preparation.tokenised import TokenisedReader, TokenisedText
 from stablelm_jax.storage.files import flush_to_disk, write_json
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
@@ -226,7 +227,8 @@ class TokenizeChunk(PipelineStep):
 
         earlier = done[-1] if done else Output(rank, number=-1)
         writer = writer_after(earlier)
-        records = read_chunk(plan.chunks[rank], plan.settings["text_key"], skip=earlier.records)
+        ids = TokenisedReader(tokenizer, plan.settings.get("append_eod", False))
+        records = read_chunk(plan.chunks[rank], plan.settings["text_key"], earlier.records, ids)
         for batch in _batches(records):
             if batch:
                 is_large = sum(map(_characters, batch)) > 2 * _BATCH_CHARACTERS
@@ -237,7 +239,7 @@ class TokenizeChunk(PipelineStep):
                     writer.close(last=False)
                     writer = writer_after(writer.output)
                     writer.add(record, tokens)
-                if number % _SAMPLED_EVERY < _SAMPLED and not isinstance(tokens, Rejected):
+                if number % _SAMPLED_EVERY < _SAMPLED and type(record.content) is str:
                     text = record.content[:_SAMPLED_CHARACTERS]
                     writer.output.add_sample(text, tokenizer.lost_characters(text))
             writer.flush()
@@ -279,6 +281,8 @@ def _place(chunk: Chunk, record: Record) -> str:
 def _encoded(record: Record, tokenizer: Tokenizer) -> np.ndarray | Rejected:
     if isinstance(record.content, Rejected):
         return record.content
+    if isinstance(record.content, TokenisedText):
+        return record.content.ids
     try:
         tokens = tokenizer.encode_document(record.content)
     except TokenizerError as error:
