@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,30 +23,49 @@ if __name__ == "__main__":  # what is imported below takes seconds, in which Ctr
 
 from stablelm_jax.preparation import chunks, inputs, readers
 from stablelm_jax.preparation.flags import add_input_flags
-from stablelm_jax.storage.files import check_writable, replacing
+from stablelm_jax.storage.files import check_writable, replacing, write_json
 from stablelm_jax.tokenizer.train_tokenizer import train
+
+_SIZE_UNKNOWN = 1 << 20  # taken for the bytes of a file whose server does not tell
+_AT_ONCE = 1 << 20  # characters; the library takes some 150 bytes of memory for each
 
 
 class _Documents:
-    """The documents of an input, and what was rejected of it, as `prepare` says it."""
+    """The documents of an input, and what was rejected of it, as `prepare` says it.
 
-    def __init__(self, files: Sequence[inputs.InputFile], text_key: str):
-        self._files, self._text_key = files, text_key
-        self.count = 0
+    Of more than `max_bytes` of text each chunk gives its beginning, as much as is its share.
+    """
+
+    def __init__(self, files: Sequence[inputs.InputFile], text_key: str, max_bytes: int):
+        self._files, self._text_key, self._max_bytes = files, text_key, max_bytes
+        self.count = self.text_bytes = 0
+        self.is_sample = False
         self.first_rejected = ""
         self.reasons: collections.Counter[str] = collections.Counter()
 
     def __iter__(self) -> Iterator[str]:
-        for chunk in chunks.cut(self._files):
-            for record in chunks.read_chunk(chunk, self._text_key):
-                if isinstance(record.content, str):
-                    self.count += 1
-                    yield record.content
-                    continue
-                reason = record.content.reason
-                place = f"{record.file.name}, line {record.line}"
-                self.first_rejected = self.first_rejected or f"{place}: {reason}"
-                self.reasons[readers.reason_kind(reason)] += 1
+        cut = chunks.cut(self._files)
+        sizes = [chunk.size or _SIZE_UNKNOWN for chunk in cut]
+        for number, chunk in enumerate(cut):
+            left = self._max_bytes - self.text_bytes  # what earlier chunks lack is for later ones
+            share = left * sizes[number] / sum(sizes[number:])
+            yield from self._beginning(chunk, self.text_bytes + share)
+
+    def _beginning(self, chunk: chunks.Chunk, until: float) -> Iterator[str]:
+        for record in chunks.read_chunk(chunk, self._text_key):
+            if isinstance(record.content, str):
+                if self.text_bytes >= until:
+                    self.is_sample = True
+                    return
+                self.count += 1
+                self.text_bytes += len(record.content.encode())
+                for start in range(0, len(record.content), _AT_ONCE):
+                    yield record.content[start : start + _AT_ONCE]
+                continue
+            reason = record.content.reason
+            place = f"{record.file.name}, line {record.line}"
+            self.first_rejected = self.first_rejected or f"{place}: {reason}"
+            self.reasons[readers.reason_kind(reason)] += 1
 
     def rejected(self) -> str:
         """What gave no document: how many, why, and where the first of them is."""
@@ -54,19 +74,19 @@ class _Documents:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Keeps a file that is there already. Returns the exit code."""
+    """Keeps what the same settings made before. Returns the exit code."""
     parser = argparse.ArgumentParser(
         "stablelm train_tokenizer", description=__doc__.split(":")[0] + "."
     )
     add_input_flags(parser)
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="tokenizer.json")
     parser.add_argument("--rows", type=int, default=4096, help="size of the vocabulary")
+    parser.add_argument('--max-bytes', type=int, default=10**9, metavar='N',
+        help='of text to learn from (default 1 GB), spread over the input')  # fmt: skip
     flags = parser.parse_args(arguments)
-    if flags.output.is_file():
-        print(f"{flags.output}: kept")
-        return 0
     try:
-        check_writable(flags.output)
+        if not flags.output.is_file():
+            check_writable(flags.output)
         _train(flags)
     except (ValueError, OSError) as error:
         print("train_tokenizer:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -75,14 +95,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(flags: argparse.Namespace) -> None:
-    documents = _Documents(inputs.find_files(flags.inputs, flags.format), flags.text_key)
+    files = inputs.find_files(flags.inputs, flags.format)
+    settings = {**vars(flags), "inputs": inputs.fingerprint(files)}
+    del settings["output"]
+    notes = flags.output.with_suffix(".training.json")
+    if flags.output.is_file():
+        if not notes.exists() or json.loads(notes.read_text(encoding="utf-8")) != settings:
+            raise ValueError(
+                f"{flags.output} is there already and was not made by this command from this input:"
+                " choose another --output, or remove it"
+            )
+        print(f"{flags.output}: kept, it was made by this command before")
+        return
+    documents = _Documents(files, flags.text_key, flags.max_bytes)
     tokenizer = train(documents, flags.rows)
     if not documents.count:
         why = documents.rejected() if documents.reasons else "all is empty"
         raise ValueError(f"no usable document: {why}")
     with replacing(flags.output) as aside:
         tokenizer.save(str(aside))
+        write_json(notes, settings)
     print(f"rejected: {documents.rejected()}" if documents.reasons else "rejected: none")
     size = tokenizer.get_vocab_size()
     fewer = f" (not {flags.rows:,}: the text repeats no more)" if size < flags.rows else ""
-    print(f"{flags.output}: {size:,} tokens{fewer}, learned from {documents.count:,} documents")
+    print(
+        f"{flags.output}: {size:,} tokens{fewer}, learned from {documents.count:,} documents"
+        f"{' (a sample: --max-bytes)' if documents.is_sample else ''}"
+    )

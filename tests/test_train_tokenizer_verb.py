@@ -3,12 +3,14 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from stablelm_jax import train_tokenizer
+from stablelm_jax.preparation import chunks
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i}  # größer\n" * 20 for i in range(40)]
@@ -46,14 +48,45 @@ def test_the_end_of_text_is_a_token_that_text_cannot_spell(corpus, tmp_path):
     assert tokenizer.encode("<|endoftext|>", specials=True) == [tokenizer.eod]
 
 
-def test_the_same_text_gives_the_same_file_and_a_file_that_is_there_is_kept(corpus, tmp_path):
+def test_the_same_text_gives_the_same_file_and_the_same_command_keeps_it(corpus, tmp_path, capsys):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     trained(corpus, first)
     trained(corpus, second)
     assert first.read_bytes() == second.read_bytes()
-    before = second.read_bytes()
-    trained(corpus, second, rows=400)
-    assert second.read_bytes() == before
+    before = second.stat()
+    trained(corpus, second)
+    assert second.stat() == before
+    assert "second.json: kept" in capsys.readouterr().out
+
+
+def test_a_file_that_other_settings_made_is_neither_kept_in_silence_nor_replaced(
+    corpus, tmp_path, capsys
+):
+    output = tmp_path / "tokenizer.json"
+    trained(corpus, output)
+    before = output.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text() + corpus.read_text())
+    for flags in (("--rows", "400"), ("--rows", "320", "--text-key", "x"), ("--input", str(other))):
+        arguments = ["--input", str(corpus), "--output", str(output), "--rows", "320", *flags]
+        assert train_tokenizer.main(arguments) == 1
+        assert "choose another --output" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_of_much_text_a_sample_is_read_from_all_over_the_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(chunks, "_MIN_CHUNK_BYTES", 400)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("first", "second", "third"):
+        (folder / f"{name}.jsonl").write_text((json.dumps({"text": f"{name} " * 5}) + "\n") * 200)
+    arguments = ["--input", str(folder), "--output", str(tmp_path / "t.json"), "--rows", "280"]
+    assert train_tokenizer.main([*arguments, "--max-bytes", "3000"]) == 0
+    said = capsys.readouterr().out
+    assert "a sample" in said
+    assert 80 < int(re.search(r"from (\d+) documents", said)[1]) < 200
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert all(len(tokenizer.encode(name)) < 3 for name in ("first", "second", "third"))
 
 
 def test_too_few_rows_for_the_bytes_are_refused(corpus, tmp_path, capsys):
