@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import errno
 import faulthandler
+import glob
 import importlib
 import io
 import os
@@ -27,6 +28,8 @@ from stablelm_jax.run.console import note_loss
 _GRACE_SECONDS = 5.0  # to clean up after Ctrl-C
 _STALL_SECONDS = 5.0  # that work waits for a reader who does not read, as a terminal after Ctrl-S
 _AT_ONCE = 4096  # bytes that a pipe takes without waiting, once it takes any
+# NVIDIA's (the second inside Windows), AMD's and TPUs.
+_CHIPS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 _heard = threading.Event()  # Ctrl-C
 
 
@@ -49,6 +52,10 @@ def run_verb(
     """
     guard_output(prints_result=prints_result)
     faulthandler.enable(2)
+    if sys.platform == "linux" and not any(map(glob.glob, _CHIPS)):
+        # Else jax asks the plugins of chips too, which may be here to compile for them: pages of
+        # errors. The verb has not imported jax yet, which reads this once.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     line = f"{name}: interrupted; {interrupted or 'run the same command again to go on'}"
     if interrupted is not None and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         _end_after_interrupt(line)

@@ -69,6 +69,8 @@ class Intervals:
         ):
             if not self.due(every, step) or distributed.agreed(step in self._done[kind]):
                 continue
+            if not self._done[kind]:  # later ones come as no surprise
+                services.events.print(f"step {step}: evaluating ({kind.replace('_', '-')})")
             with services.stop.phase("evaluating"), services.watchdog.patient(patience):
                 found = evaluated(params, step)
             if found:

@@ -54,6 +54,7 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
     console.print(f"the train step was ready after {time.monotonic() - began:.1f} s; {cache}")
     eval_step = None
     if run.config.evaluation.every:
+        console.print("compiling the evaluation")
         batch = abstract_batch(run.config, run.mesh)
         eval_step = run.eval_step.lower(run.abstract.params, batch).compile()
     samples = _prepare_samples(run) if run.config.samples.every else None
