@@ -6,15 +6,20 @@ the same command again; 1 error; 2 bad config or arguments.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from absl import flags, logging
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.run.signals import StopRequest
+from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.run_verb import run_verb
+
+_TELL_SECONDS = 30.0  # in which the others may come to hear why this process leaves
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags.DEFINE_string("coordinator", None, several + "HOST:PORT of process 0.")
         flags.DEFINE_integer("num_processes", None, several + "how many.")
         flags.DEFINE_integer("process_id", None, several + "which one this is, from 0.")
-        config_lib.run(lambda rest: _train(rest, stop), argv)
+        try:
+            config_lib.run(lambda rest: _train(rest, stop), argv)
+        except BaseException as error:
+            _tell_the_others(sys.argv if argv is None else argv, error)
+            raise
 
 
 def _train(argv: Sequence[str], stop: StopRequest) -> int:
@@ -38,20 +47,27 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
     # Importing these takes seconds.
+    import jax
+
     from stablelm_jax.parallel import distributed
+    from stablelm_jax.parallel.meeting import MeetingError, PeerGone
     from stablelm_jax.run.compilation import make_deterministic
     from stablelm_jax.training.begin import ResumeOptions
     from stablelm_jax.training.run import run_training
     from stablelm_jax.training.setup import fingerprints
+    from stablelm_jax.workdir import check_workdir
 
     if config.training.deterministic:
         make_deterministic()
-    given, processes = flags.FLAGS, None
+    given = flags.FLAGS
     try:
-        processes = distributed.find_processes(
-            given.coordinator, given.num_processes, given.process_id
-        )
+        place = (given.coordinator, given.num_processes, given.process_id)
+        processes = distributed.find_processes(*place)
+    except MeetingError as error:
+        raise config_lib.ConfigError(str(error)) from error
+    try:
         if processes is not None:
+            check_workdir(given.workdir)
             distributed.start(processes, fingerprints(config))
         options = ResumeOptions(given.strict, given["accept-config-change"].value)
         return run_training(config, set_by, given.workdir, options, stop)
@@ -59,10 +75,40 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        code = EXIT_STOPPED if isinstance(error, PeerGone) else 1
         if processes is not None:  # jax would wait for the others, who may wait for this one
+            if jax.distributed.is_initialized() and distributed.is_first():
+                time.sleep(2)  # jax ends the others as soon as process 0 is gone
             sys.stdout.flush()
-            os._exit(1)
-        return 1
+            os._exit(code)
+        return code
+
+
+def _tell_the_others(argv: Sequence[str], error: BaseException) -> None:
+    """A process that fails before it meets the others says why, so that they need not wait for it.
+
+    The command line is read once more: what failed may be the reading of its flags.
+    """
+    reason = error.__cause__ if isinstance(error, SystemExit) else error
+    if reason is None:  # it came to its end
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    with contextlib.suppress(Exception):  # the error itself is told by whoever caught it
+        given, _ = parser.parse_known_args(argv[1:])
+        place = (given.coordinator, given.num_processes, given.process_id)
+        if place == (None,) * 3 and not {"SLURM_PROCID", "TPU_WORKER_ID"} & os.environ.keys():
+            return
+        import jax
+
+        from stablelm_jax.parallel.distributed import find_processes
+        from stablelm_jax.parallel.meeting import meet
+
+        processes = find_processes(*place)
+        if processes is not None and not jax.distributed.is_initialized():
+            meet(processes, {}, _TELL_SECONDS, f"{type(reason).__name__}: {reason}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         app.run(main, None if argv is None else list(argv), flags_parser=_parse)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2) from error
 
 
 def config_from_flags(*, data: bool = True) -> ConfigDict:

@@ -4,20 +4,60 @@ The fingerprint of a file is its size and modification time, which costs one `st
 fingerprint moved is read whole and compared with its manifest: a copy or a `touch` leaves the bytes
 alone and passes, anything else is refused before it is trained on. Bytes that change under the same
 size and time, as on a failing disk, are not seen here. Nor are shards behind a URL: those are
-compared with their sha256 when they are fetched.
+compared with their sha256 when they are fetched. Several hosts compare `shard_samples` first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stablelm_jax.data.manifest import Source, open_shard
-from stablelm_jax.data.shards import ShardError, file_sha256
+from stablelm_jax.data.manifest import Source, data_hash, open_shard
+from stablelm_jax.data.shards import ShardError, ShardInfo, file_sha256
 from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
+
+_BLOCKS, _BLOCK_TOKENS, _THREADS = 5, 1024, 32  # the first tokens of a shard, the last, between
+
+
+def shard_samples(sources: Mapping[str, Source]) -> dict[str, str]:
+    """{"<source>": hash of its manifest's contents, "<source>/<file>": hash of some of its blocks}.
+
+    It reads by range where `sources` have no cache. ShardError where a shard cannot be read.
+    """
+    shards = _shards(sources)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = list(pool.map(_sample, *zip(*shards.values())))
+    contents = {name: data_hash({name: source.manifest}) for name, source in sources.items()}
+    return contents | dict(zip(shards, hashes))
+
+
+def check_whole(sources: Mapping[str, Source], names: Iterable[str]) -> None:
+    """Reads these local shards, keys of `shard_samples`; ShardError: not as the manifest says."""
+    for name, (path, info) in _shards(sources).items():
+        if name in names and not isinstance(path, RemotePath):
+            info.compare(path, sha256=file_sha256(path))
+
+
+def _shards(sources: Mapping[str, Source]) -> dict[str, tuple[Path | RemotePath, ShardInfo]]:
+    return {
+        f"{name}/{info.file}": (source.directory / info.file, info)
+        for name, source in sources.items()
+        for info in source.manifest.shards
+    }
+
+
+def _sample(path: Path | RemotePath, info: ShardInfo) -> str:
+    shard, digest = open_shard(path, info), hashlib.sha256()
+    size = min(info.tokens, _BLOCK_TOKENS)
+    for number in range(_BLOCKS if size else 0):
+        start = number * (info.tokens - size) // (_BLOCKS - 1)
+        digest.update(shard.read(start, start + size))
+    return digest.hexdigest()[:16]
 
 
 class FileFingerprints:
@@ -30,12 +70,8 @@ class FileFingerprints:
 
     def __init__(self, path: Path, sources: Mapping[str, Source], tell: Callable[[str], None]):
         self._path, self._tell, self._seen = path, tell, {}
-        self._shards = [
-            (name, source.directory / info.file, info)
-            for name, source in sources.items()
-            if not isinstance(source.directory, RemotePath)
-            for info in source.manifest.shards
-        ]
+        shards = [(name.split("/")[0], *shard) for name, shard in _shards(sources).items()]
+        self._shards = [shard for shard in shards if not isinstance(shard[1], RemotePath)]
         if distributed.is_first() and path.exists():
             try:
                 self._seen = dict(json.loads(path.read_text(encoding="utf-8")))

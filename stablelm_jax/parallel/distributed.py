@@ -1,8 +1,8 @@
 """Several processes, one program: who takes part, and do all of them run the same thing.
 
-`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU. Before jax
-starts, `meet` counts the processes and compares what they are about to run: jax itself waits for
-missing hosts and then aborts from C++, and hosts of different code or data hang in a collective.
+`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU; `start` lets it
+meet the others and starts jax among them. From then on the devices carry what processes ask each
+other, and each that waits long says for whom.
 """
 
 from __future__ import annotations
@@ -18,36 +18,20 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+from stablelm_jax.parallel.meeting import MeetingError, Processes, meet
+
 # How long a host may come later than another; machines of a large job do not boot alike.
-MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS", "60"))
+MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS") or "60")
 DEFAULT_PORT = 8476
 METADATA_HOST = "metadata.google.internal"  # tells a machine of Google's about itself
-
-
-class MeetingError(ValueError):
-    """Not every process came, or they are not about to run the same thing."""
-
-
-class Processes(NamedTuple):
-    """The place of this process among all."""
-
-    coordinator: str  # HOST:PORT of process 0, for jax; the meeting takes the port after it
-    count: int
-    index: int  # from 0
-    found_in: str  # where this was read, for messages
-
-    @property
-    def meeting_place(self) -> tuple[str, int]:
-        host, _, port = self.coordinator.rpartition(":")
-        return host, int(port) + 1
 
 
 def find_processes(
@@ -66,9 +50,12 @@ def find_processes(
         return _from_slurm() or _from_tpu()
     if not 0 <= index < count:
         raise MeetingError(f"process {index} of {count}: count --process_id from 0")
-    port = re.fullmatch(r".+:(\d+)", coordinator)
-    if not port or not 0 < int(port[1]) < 65535:
-        raise MeetingError(f"--coordinator {coordinator!r}: write HOST:PORT, a port below 65535")
+    place = re.fullmatch(r"(\[[^\[\]\s]+\]|[^\[\]:/\s]+):([0-9]{1,5})", coordinator)
+    if not place or not 0 < int(place[2]) < 65535:
+        raise MeetingError(
+            f"--coordinator {coordinator!r}: write HOST:PORT, as in node07:8476 or [::1]:8476; a "
+            "port is a number from 1 to 65534"
+        )
     return Processes(coordinator, count, index, "flags")
 
 
@@ -136,9 +123,9 @@ def _metadata(name: str) -> str:
     return ""
 
 
-def start(processes: Processes, fingerprints: Mapping[str, str]) -> None:
+def start(processes: Processes, fingerprints: Mapping[str, Any]) -> None:
     """Meets the other processes and starts jax among them; `MeetingError` as `meet`."""
-    meet(processes, fingerprints)
+    meet(processes, fingerprints, MEETING_SECONDS)
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -147,103 +134,6 @@ def start(processes: Processes, fingerprints: Mapping[str, str]) -> None:
         process_id=processes.index,
         initialization_timeout=int(MEETING_SECONDS),
     )
-
-
-def meet(
-    processes: Processes, fingerprints: Mapping[str, str], seconds: float = MEETING_SECONDS
-) -> None:
-    """Returns once every process has come with the same fingerprints.
-
-    Each of the others sends process 0 one line of JSON and gets one back, with what is wrong.
-
-    Args:
-      fingerprints: what must be the same everywhere, by name.
-
-    Raises:
-      MeetingError: on every process: someone is missing after `seconds`, or differs.
-    """
-    attend = _host_meeting if processes.index == 0 else _attend_meeting
-    if problem := attend(processes, dict(fingerprints), seconds):
-        raise MeetingError(problem)
-
-
-def _host_meeting(processes: Processes, fingerprints: dict[str, str], seconds: float) -> str | None:
-    """Process 0 hears the others and tells them what is wrong, or None."""
-    deadline = time.monotonic() + seconds
-    present, guests = {0: fingerprints}, []
-    port = processes.meeting_place[1]
-    try:
-        server = socket.create_server(("", port), backlog=processes.count)
-    except OSError as error:
-        raise MeetingError(
-            f"port {port} of {processes.coordinator} is taken ({error}); another run? choose "
-            "another --coordinator port"
-        ) from error
-    with contextlib.ExitStack() as connections:
-        connections.enter_context(server)
-        while len(present) < processes.count and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                guests.append(connections.enter_context(server.accept()[0]))
-                guests[-1].settimeout(max(0.01, deadline - time.monotonic()))
-                said = _read(guests[-1])
-                if said["count"] == processes.count:
-                    present[said["index"]] = said["fingerprints"]
-            except (OSError, ValueError, TypeError, KeyError):
-                continue  # a port scanner, or a process that died: it is missing
-        problem = _problem(processes, present, seconds)
-        for guest in guests:
-            with contextlib.suppress(OSError):
-                guest.sendall(_line({"error": problem}))
-    return problem
-
-
-def _problem(processes: Processes, present: dict[int, dict], seconds: float) -> str | None:
-    if missing := sorted(set(range(processes.count)) - set(present)):
-        return (
-            f"started on {len(present)} of {processes.count} hosts: missing "
-            f"{', '.join(map(str, missing))} after {seconds:.0f} s ({processes.found_in}); see "
-            "their own output"
-        )
-    for name, value in present[0].items():
-        others = [index for index, prints in sorted(present.items()) if prints.get(name) != value]
-        if others:
-            return (
-                f"{name} differs: process(es) {', '.join(map(str, others))} not as process 0; "
-                f"give every host the same {name}"
-            )
-    return None
-
-
-def _attend_meeting(
-    processes: Processes, fingerprints: dict[str, str], seconds: float
-) -> str | None:
-    """Another process tells process 0 what it is about to run, and gives back the answer."""
-    hello = {"index": processes.index, "count": processes.count, "fingerprints": fingerprints}
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with socket.create_connection(processes.meeting_place, timeout=1) as host:
-                # Process 0 answers at its own deadline: it may have started later than this one.
-                host.settimeout(seconds + 5)
-                host.sendall(_line(hello))
-                return _read(host)["error"]
-        except (OSError, ValueError) as error:
-            if time.monotonic() > deadline:
-                raise MeetingError(
-                    f"process {processes.index} of {processes.count} found no process 0 at "
-                    f"{processes.coordinator} within {seconds:.0f} s ({error}); is it running?"
-                ) from error
-            time.sleep(0.2)
-
-
-def _line(message: dict) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-def _read(connection: socket.socket) -> dict:
-    with connection.makefile("rb") as stream:
-        return json.loads(stream.readline(1 << 20))  # a stranger may send without end
 
 
 def is_first() -> bool:
@@ -266,14 +156,36 @@ def anywhere(value: bool) -> bool:
         return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
-def agreed_numbers(values: Sequence[int]) -> list[int]:
-    """Process 0's whole numbers, below 2**31, on every process."""
+def gathered(value: Any) -> list[Any]:
+    """The JSON value that each process gives, by index."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     with _together():
-        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
-        sent = np.zeros(count, np.int32)
-        if is_first():
-            sent[:] = values
-        return multihost_utils.broadcast_one_to_all(sent).tolist()
+        sizes = multihost_utils.process_allgather(np.int32(len(data)))
+        sent = np.zeros(max(sizes), np.uint8)
+        sent[: len(data)] = data
+        rows = multihost_utils.process_allgather(sent)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+@contextlib.contextmanager
+def together_or_not() -> Iterator[None]:
+    """A ValueError or OSError inside, on any process, becomes a MeetingError on all, naming who."""
+    problem = ""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        problem = str(error)
+    said: dict[str, list[str]] = {}
+    for index, (host, text) in enumerate(gathered([socket.gethostname(), problem])):
+        said.setdefault(text, []).append(f"{index} ({host})")
+    said.pop("", None)
+    if said:
+        told = [f"process(es) {', '.join(who[:9])}: {text}" for text, who in said.items()]
+        raise MeetingError("; ".join(told[:4]))
 
 
 _ARRIVED = "stablelm_jax/arrived"  # the folder of keys: the last thing each process came to

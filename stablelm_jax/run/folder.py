@@ -24,6 +24,7 @@ import functools
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -34,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from stablelm_jax.checkpoint.names import checkpoint_path
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.mirror import LOCK, RemoteMirror
 from stablelm_jax.storage.files import free_name, what_is, write_json, write_text
-from stablelm_jax.storage.remote import is_url
+from stablelm_jax.storage.remote import is_url, retried
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 # What lies in a run folder beside the checkpoints only informs: no start fails because of it.
@@ -48,6 +50,7 @@ _FILES += ("shards.json", "loss.png", LOCK)
 _FOLDERS = ("samples", "hang", "profile", "tensorboard", "wandb")
 _JSON = {"environment.json": list, "shards.json": dict}  # those that a start reads
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
+_SEEN_SECONDS = 5.0  # in which a file of another host has to be seen
 
 
 class RunFolder:
@@ -81,15 +84,40 @@ class RunFolder:
           OSError: it cannot be made; on leaving: not all could be uploaded.
         """
         with contextlib.ExitStack() as stack:
-            error = None
-            if distributed.is_first():
-                try:
+            with distributed.together_or_not():
+                if distributed.is_first():
                     stack.enter_context(self._held())
-                except (ValueError, OSError) as caught:
-                    error = caught
-            if distributed.agreed(error is not None):
-                raise error or ValueError("process 0 could not take the run folder; see its output")
+            if jax.process_count() > 1:
+                self._check_shared()
             yield
+
+    def _check_shared(self) -> None:
+        """Every host has to see what process 0 writes here, and to write: they save together."""
+        file = self.checkpoints.parent / f".start-{distributed.gathered(secrets.token_hex(8))[0]}"
+        try:
+            with distributed.together_or_not():
+                if distributed.is_first():
+                    retried(f"writing {file}", lambda: file.write_bytes(b""))
+            with distributed.together_or_not():
+                if not distributed.is_first():
+                    self._wait_for(file)
+                    own = file.with_name(f"{file.name}-{jax.process_index()}")
+                    retried(f"writing {own}", lambda: own.write_bytes(b""))
+                    own.unlink()
+        finally:
+            if distributed.is_first():
+                file.unlink(missing_ok=True)
+
+    def _wait_for(self, file: epath.Path) -> None:
+        """Network file systems may show a file of another host some seconds later."""
+        until = time.monotonic() + _SEEN_SECONDS
+        while not file.exists():
+            if time.monotonic() > until:
+                raise OSError(
+                    f"does not see in --workdir {self.where} what process 0 writes there; give a "
+                    "folder that all hosts share, or a gs:// URL"
+                )
+            time.sleep(0.2)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import jax
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
@@ -12,6 +13,7 @@ from stablelm_jax.run.services import start_services
 from stablelm_jax.run.signals import StopRequest
 from stablelm_jax.training.begin import ResumeOptions, begin
 from stablelm_jax.training.loop import Trainer
+from stablelm_jax.training.setup import check_data
 from stablelm_jax.workdir import check_workdir
 
 
@@ -37,6 +39,8 @@ def run_training(
         stop = stop or stack.enter_context(StopRequest())
         services = stack.enter_context(start_services(config, workdir, stop))
         with stop.phase("restoring", leave=True):
+            if jax.process_count() > 1:
+                check_data(config)
             beginning = begin(config, services, options)
             trainer = Trainer(beginning, services)
         progress = beginning.progress

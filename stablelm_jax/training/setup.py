@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
+from stablelm_jax.data.fingerprints import check_whole, shard_samples
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.position import DataPosition
@@ -26,7 +27,7 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
-from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
@@ -195,27 +196,50 @@ def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) ->
     return open_sources(data.root, names, tokenizer=tokenizer, cache=cache)
 
 
-def fingerprints(config: ConfigDict) -> dict[str, str]:
-    """What every process of a run must share: config, code and data, each as a hash.
+def fingerprints(config: ConfigDict) -> dict[str, dict[str, str]]:
+    """What every process of a run must share besides its data: config and code, by part.
 
     Where the data lies may differ from host to host.
-
-    Raises:
-      ValueError: the data is not as the config says.
     """
     values = dict(config_lib.flatten(config))
     places = ("data.root", "data.cache", "data.cache_gb", "data.tokenizer", "evaluation.task_data")
     for key in places:
         del values[key]
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    sources = open_data(config, tokenizer, mixture_of(config, DataPosition()).sources)
-    manifests = {name: source.manifest for name, source in sources.items()}
-    code = hashlib.sha256(jax.__version__.encode())
     package = Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     return {
-        "config": hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest(),
-        "code": code.hexdigest(),
-        "data": data_hash(manifests) + tokenizer.sha256,
+        "config": {key: repr(value) for key, value in values.items()},
+        "code": code | {"jax": jax.__version__},
     }
+
+
+def check_data(config: ConfigDict) -> None:
+    """Compares the data of all processes: their manifests, and blocks of every shard.
+
+    Raises:
+      MeetingError: on every process: which of them has other data, and where.
+    """
+    with distributed.together_or_not():
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        names = mixture_of(config, DataPosition()).sources
+        sources = open_sources(config.data.root, names, tokenizer=tokenizer)
+        mine = {"tokenizer": tokenizer.sha256} | shard_samples(sources)
+    digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
+    if len(set(distributed.gathered(digest))) == 1:
+        return
+    everyone = distributed.gathered(mine)
+    differ = {
+        index: [
+            key for key in sorted(everyone[0] | other) if everyone[0].get(key) != other.get(key)
+        ]
+        for index, other in enumerate(everyone)
+    }
+    others = [str(index) for index, parts in differ.items() if parts]
+    parts = sorted(set().union(*differ.values()))[:3]
+    with distributed.together_or_not():
+        check_whole(sources, parts)
+    raise distributed.MeetingError(
+        f"data differs: process(es) {', '.join(others)} not as process 0; give every host the same "
+        f"data ({', '.join(parts)})"
+    )

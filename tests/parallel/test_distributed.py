@@ -1,105 +1,17 @@
-"""Who takes part in a run, and the meeting before jax starts; the hosts are threads here."""
+"""Who takes part in a run, and what processes do together; how they meet: test_meeting.py."""
 
 import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
 from stablelm_jax.parallel.distributed import (
     MeetingError,
-    Processes,
     find_processes,
     first_host,
-    meet,
 )
-
-SAME = {"config": "c1", "code": "k1", "data": "d1"}
-
-
-def free_address():
-    """A coordinator whose next port, the meeting's, is free too."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return f"127.0.0.1:{port}"
-
-
-def hold(prints_by_index, count=None, seconds=5.0):
-    """The outcome of each process: None, or what its error says."""
-    address, outcome = free_address(), {}
-
-    def attend(index, prints):
-        try:
-            meet(Processes(address, count or len(prints_by_index), index, "test"), prints, seconds)
-            outcome[index] = None
-        except MeetingError as error:
-            outcome[index] = str(error)
-
-    threads = [
-        threading.Thread(target=attend, args=item) for item in sorted(prints_by_index.items())
-    ]
-    for thread in reversed(threads):  # process 0 comes last: the others must wait for it
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join()
-    return outcome
-
-
-def test_four_that_agree_go_on():
-    assert hold(dict.fromkeys(range(4), SAME)) == dict.fromkeys(range(4))
-
-
-def test_those_who_came_are_all_told_who_is_missing():
-    started = time.monotonic()
-    outcome = hold({0: SAME, 2: SAME}, count=4, seconds=1.0)
-    assert time.monotonic() - started < 4
-    for said in outcome.values():
-        assert "started on 2 of 4 hosts: missing 1, 3 after 1 s" in said
-
-
-@pytest.mark.parametrize("name", SAME)
-def test_a_difference_is_named_on_every_host(name):
-    outcome = hold({0: SAME, 1: SAME, 2: SAME | {name: "other"}})
-    for said in outcome.values():
-        assert f"{name} differs: process(es) 2 not as process 0" in said
-
-
-def test_without_a_process_0_the_others_end_too():
-    outcome = hold({1: SAME}, count=2, seconds=0.6)
-    assert "found no process 0 at 127.0.0.1" in outcome[1]
-
-
-def test_a_stranger_at_the_door_does_not_count():
-    address, outcome = free_address(), []
-    host, port = address.split(":")
-
-    def first():
-        meet(Processes(address, 2, 0, "test"), SAME, 5.0)
-        outcome.append("met")
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    for _ in range(100):
-        try:
-            with socket.create_connection((host, int(port) + 1), timeout=1) as stranger:
-                stranger.sendall(b"GET / HTTP/1.0\n")
-            break
-        except OSError:
-            time.sleep(0.02)
-    assert not outcome
-    meet(Processes(address, 2, 1, "test"), SAME, 5.0)
-    thread.join()
-    assert outcome == ["met"]
 
 
 @pytest.mark.parametrize(
@@ -109,11 +21,26 @@ def test_a_stranger_at_the_door_does_not_count():
         (("h:1", 2, 2), "process 2 of 2"),
         (("h", 2, 0), "write HOST:PORT"),
         (("h:x", 2, 0), "write HOST:PORT"),
+        ((":8476", 2, 0), "write HOST:PORT"),
+        (("h:0", 2, 0), "a number from 1 to 65534"),
+        (("h:65535", 2, 0), "a number from 1 to 65534"),
+        (("h:84760000", 2, 0), "write HOST:PORT"),
+        (("::1:8476", 2, 0), r"as in node07:8476 or \[::1\]:8476"),
+        (("[::1]", 2, 0), "write HOST:PORT"),
+        (("http://h:8476", 2, 0), "write HOST:PORT"),
+        (("h :8476", 2, 0), "write HOST:PORT"),
+        (("h:8476", 2, -1), "process -1 of 2"),
+        ((None, None, 0), "--coordinator, --num_processes: missing"),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(arguments, said):
     with pytest.raises(MeetingError, match=said):
         find_processes(*arguments)
+
+
+def test_the_brackets_of_an_ipv6_address_are_not_part_of_it():
+    assert find_processes("[fe80::1]:8476", 2, 1).meeting_place == ("fe80::1", 8477)
+    assert find_processes("node07.cluster:8476", 2, 1).meeting_place == ("node07.cluster", 8477)
 
 
 def clean(monkeypatch, **values):
@@ -223,14 +150,24 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 from stablelm_jax.parallel import distributed
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 distributed._TELL_SECONDS = 0.3
-assert distributed.agreed_numbers([3, 4][: 2 - 2 * int(sys.argv[2])]) == [3, 4]
-time.sleep(1.5 * int(sys.argv[2]))
-assert distributed.anywhere(sys.argv[2] == "1")
+me = int(sys.argv[2])
+assert distributed.gathered({"é": me * [1]}) == [{"é": []}, {"é": [1]}]
+try:
+    with distributed.together_or_not():
+        open("/nowhere/at/all") if me else None
+except distributed.MeetingError as error:
+    assert str(error).startswith("process(es) 1 (") and "/nowhere/at/all" in str(error), error
+else:
+    raise AssertionError("went on")
+time.sleep(1.5 * me)
+assert distributed.anywhere(me == 1)
 """
 
 
 def test_who_waits_long_says_for_whom():
-    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", AWAITED, address, str(index)],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,8 +36,11 @@ def free_port():
         return one.getsockname()[1]
 
 
-def run(count, path, workdir, *, skip=(), more=()):
-    """Starts `count` processes that share DEVICES devices; returns (exit code, stderr) of each."""
+def run(count, path, workdir, *, skip=(), more=(), own=()):
+    """Starts `count` processes that share DEVICES devices; returns (exit code, output, stderr).
+
+    `own`: more flags of single processes, by index.
+    """
     coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for index in range(count):
@@ -49,7 +53,7 @@ def run(count, path, workdir, *, skip=(), more=()):
             command += [f"--process_id={index}"]
         started.append(
             subprocess.Popen(
-                [*command, *more],
+                [*command, *more, *dict(own).get(index, ())],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -94,6 +98,41 @@ def test_a_missing_process_ends_the_others_with_its_number(data, tmp_path, monke
         assert code == 1
         assert "started on 3 of 4 hosts: missing 2" in err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_without_its_config_tells_the_others_why_it_cannot_start(data, tmp_path):
+    path = config_file(tmp_path, data)
+    (first, _, said), (second, _, own) = run(
+        2, path, tmp_path / "run", own={1: ["--config.training.num_steps=0"]}
+    )
+    assert (first, second) == (1, 2)
+    assert own.splitlines()[-1].startswith("error: config.training.num_steps=0")
+    assert "process 1 on " in said and "cannot start: ConfigError" in said.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_that_does_not_see_the_run_folder_is_named_on_all(data, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    ends = run(
+        2, config_file(tmp_path, data), tmp_path / "run", own={1: [f"--workdir={elsewhere}"]}
+    )
+    for code, _, err in ends:
+        assert code == 1
+        assert "process(es) 1 (" in err.splitlines()[-1]
+        assert f"does not see in --workdir {elsewhere}" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()  # nothing is left of the start
+
+
+@pytest.mark.by_hand  # how the samples are taken is tested in test_shard_samples.py
+def test_a_host_with_other_bytes_under_the_same_manifest_is_named_on_all(data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    shard = other / "squares" / "train-00000.bin"
+    np.fromfile(shard, "<i4")[::-1].tofile(shard)
+    own = {1: [f"--config.data.root={other}"]}
+    for code, _, err in run(2, config_file(tmp_path, data), tmp_path / "run", own=own):
+        assert code == 1
+        said = err.splitlines()[-1]
+        assert "process(es) 1 (" in said and f"{shard}: sha256" in said and "manifest says" in said
 
 
 @pytest.mark.by_hand  # the bucket of one process is tested in test_bucket_run.py
