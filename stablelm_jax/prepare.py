@@ -2,7 +2,8 @@
 
     python -m stablelm_jax.prepare --source news --input news/*.jsonl.gz --output data --workers 8
 
-reads jsonl (.gz, .zst), parquet, text files and source trees, local or any fsspec URL, and writes
+reads records (jsonl, json, parquet, Arrow, csv), texts, pages of HTML and source trees, archives of
+these, compressed or not, local or any fsspec URL (docs/data.md says more), and writes
 `data/news/`: token shards, held-out shards, `manifest.json`, `rejected.jsonl`. Stopped at any
 moment, the same command goes on where it was and gives the same bytes.
 """

@@ -21,8 +21,9 @@ from stablelm_jax.run_verb import run_verb
 if __name__ == "__main__":  # what is imported below takes seconds, in which Ctrl-C may come
     run_verb(None, "train_tokenizer")
 
-from stablelm_jax.preparation import chunks, inputs, readers
+from stablelm_jax.preparation import chunks, inputs, streams
 from stablelm_jax.preparation.flags import add_input_flags
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.storage.files import check_writable, replacing, write_json
 from stablelm_jax.tokenizer.train_tokenizer import train
 
@@ -36,8 +37,8 @@ class _Documents:
     Of more than `max_bytes` of text each chunk gives its beginning, as much as is its share.
     """
 
-    def __init__(self, files: Sequence[inputs.InputFile], text_key: str, max_bytes: int):
-        self._files, self._text_key, self._max_bytes = files, text_key, max_bytes
+    def __init__(self, files: Sequence[inputs.InputFile], reading: Reading, max_bytes: int):
+        self._files, self._reading, self._max_bytes = files, reading, max_bytes
         self.count = self.text_bytes = 0
         self.is_sample = False
         self.first_rejected = ""
@@ -52,7 +53,7 @@ class _Documents:
             yield from self._beginning(chunk, self.text_bytes + share)
 
     def _beginning(self, chunk: chunks.Chunk, until: float) -> Iterator[str]:
-        for record in chunks.read_chunk(chunk, self._text_key):
+        for record in chunks.read_chunk(chunk, self._reading):
             if isinstance(record.content, str):
                 if self.text_bytes >= until:
                     self.is_sample = True
@@ -65,7 +66,7 @@ class _Documents:
             reason = record.content.reason
             place = f"{record.file.name}, line {record.line}"
             self.first_rejected = self.first_rejected or f"{place}: {reason}"
-            self.reasons[readers.reason_kind(reason)] += 1
+            self.reasons[streams.reason_kind(reason)] += 1
 
     def rejected(self) -> str:
         """What gave no document: how many, why, and where the first of them is."""
@@ -107,7 +108,7 @@ def _train(flags: argparse.Namespace) -> None:
             )
         print(f"{flags.output}: kept, it was made by this command before")
         return
-    documents = _Documents(files, flags.text_key, flags.max_bytes)
+    documents = _Documents(files, Reading.of(vars(flags)), flags.max_bytes)
     tokenizer = train(documents, flags.rows)
     if not documents.count:
         why = documents.rejected() if documents.reasons else "all is empty"

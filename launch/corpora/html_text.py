@@ -2,7 +2,7 @@
 
     python launch/corpora/html_text.py --input DIR --output FILE.jsonl [--skip SELECTOR ...]
 
-Needs resiliparse (extra `demo`). Headers, footers, sidebars and navigation are always left out, and
+Needs resiliparse (extra `html`). Headers, footers, sidebars and navigation are always left out, and
 so is what matches a SELECTOR (CSS).
 """
 
@@ -15,23 +15,8 @@ from pathlib import Path
 
 import orjson
 
+from stablelm_jax.preparation.texts import page_text
 from stablelm_jax.storage.files import replacing
-
-NAVIGATION = ("header", "footer", "aside", "nav")
-
-
-def page_text(page: bytes, skip: Sequence[str] = ()) -> str:
-    """The text of one page, paragraphs apart, without what matches the selectors of `skip`."""
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-
-    try:  # first as UTF-8: the detector takes short pages with many accents for Latin-1
-        html = page.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        html = bytes_to_str(page, detect_encoding(page))
-    left_out = [*NAVIGATION, *skip]
-    text = extract_plain_text(html, alt_texts=False, comments=False, skip_elements=left_out)
-    return text.strip()
 
 
 def write_documents(folder: Path, output: Path, skip: Sequence[str] = ()) -> tuple[int, int]:
@@ -68,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"html_text: {error}", file=sys.stderr)
         return 1
     except ImportError:
-        print("html_text: needs resiliparse; pip install -e '.[demo]'", file=sys.stderr)
+        print("html_text: needs resiliparse; pip install -e '.[html]'", file=sys.stderr)
         return 1
     print(f"{arguments.output}: {pages - without_text} pages, {without_text} without text left out")
     return 0

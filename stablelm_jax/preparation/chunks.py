@@ -1,8 +1,9 @@
 """The input cut into chunks, the pieces of work of `prepare`.
 
-A chunk is a byte range of one jsonl file, some row groups of one parquet file, one compressed file,
-or a run of small files. The cut depends on the inputs alone, never on how many workers there are.
-Chunks in their order, and records in order within them, are the order of the documents.
+A chunk is a byte range of a file of JSON lines, some row groups of a parquet file, a file that
+cannot be divided, or a run of small files. The cut depends on the inputs alone, never on how many
+workers there are. Chunks in their order, and records in order within them, are the order of the
+documents.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from stablelm_jax.preparation import readers, tokenised
-from stablelm_jax.preparation.inputs import InputFile
+from stablelm_jax.preparation import readers, streams, tokenised
+from stablelm_jax.preparation.finding import InputFile
+from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.tables import PARQUET_ERRORS
 from stablelm_jax.preparation.tokenised import TokenisedReader
 
 # A chunk becomes a shard of about its size: a token of 4 bytes stands for about 4 bytes of text.
@@ -23,7 +26,7 @@ from stablelm_jax.preparation.tokenised import TokenisedReader
 _MAX_CHUNK_BYTES = 1 << 30
 _MIN_CHUNK_BYTES = 8 << 20
 _CHUNKS_PER_SOURCE = 64
-_FOOTER_THREADS = 16
+_THREADS = 16
 
 
 class Chunk(NamedTuple):
@@ -41,7 +44,7 @@ class Record(NamedTuple):
 
     file: InputFile
     line: int  # from 1 on; in a byte range of a file it counts from the start of the range
-    content: str | readers.Rejected
+    content: str | streams.Rejected
     consumed: int  # bytes of the chunk's files read so far
     left: int = 0  # bytes of its file, or of the range of it, that follow
 
@@ -50,14 +53,14 @@ def cut(files: Sequence[InputFile]) -> list[Chunk]:
     """Cuts files into chunks, in order."""
     total = sum(file.size or 0 for file in files)
     size = min(_MAX_CHUNK_BYTES, max(_MIN_CHUNK_BYTES, total // _CHUNKS_PER_SOURCE))
-    large = [file for file in files if file.kind == "parquet" and (file.size or size) >= size]
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        row_groups = dict(zip(large, pool.map(lambda file: _row_groups(file, size), large)))
+    large = [file for file in files if file.kind == tokenised.KIND or (file.size or 0) >= size]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        divided = dict(zip(large, pool.map(lambda file: _ranges(file, size), large)))
     chunks: list[Chunk] = []
     group: list[InputFile] = []
     held = 0
     for file in files:
-        ranges = row_groups.get(file) or _byte_ranges(file, size)
+        ranges = divided.get(file) or [Chunk((file,), file.size or 0)]
         alone = len(ranges) > 1 or file.size is None
         if group and (alone or held + file.size > size):
             chunks.append(Chunk(tuple(group), held))
@@ -70,23 +73,25 @@ def cut(files: Sequence[InputFile]) -> list[Chunk]:
     return chunks + ([Chunk(tuple(group), held)] if group else [])
 
 
-def _byte_ranges(file: InputFile, size: int) -> list[Chunk]:
-    """The chunks of one file; a single one where it is small or cannot be divided."""
+def _ranges(file: InputFile, size: int) -> list[Chunk]:
+    """The chunks of a large file; none if it cannot be divided."""
     if file.kind == tokenised.KIND:
         runs = tokenised.document_ranges(file.path, size)
         return [Chunk((file,), size, start, end, start) for start, end, size in runs]
-    if file.kind == "jsonl" and file.divisible and file.size and not file.compression:
-        edges = [*range(0, file.size, size), file.size]
-        return [Chunk((file,), end - start, start, end) for start, end in zip(edges, edges[1:])]
-    return [Chunk((file,), file.size or 0)]
+    if file.kind == "parquet":
+        return _row_groups(file, size)
+    if not readers.can_be_divided(file):
+        return []
+    edges = [*range(0, file.size, size), file.size]
+    return [Chunk((file,), end - start, start, end) for start, end in zip(edges, edges[1:])]
 
 
 def _row_groups(file: InputFile, size: int) -> list[Chunk]:
     """Runs of row groups of a file; none if it is damaged, which its reader will say."""
-    with readers.open_input(file.path, seekable=True) as opened:
+    with streams.open_input(file.path, seekable=True) as opened:
         try:
             footer = pq.ParquetFile(opened).metadata
-        except readers.PARQUET_ERRORS:
+        except PARQUET_ERRORS:
             return []
     ranges: list[Chunk] = []
     start = first = held = rows = 0
@@ -100,21 +105,15 @@ def _row_groups(file: InputFile, size: int) -> list[Chunk]:
 
 
 def read_chunk(
-    chunk: Chunk, text_key: str, skip: int = 0, ids: TokenisedReader | None = None
+    chunk: Chunk, reading: Reading, skip: int = 0, ids: TokenisedReader | None = None
 ) -> Iterator[Record]:
     """Every record of a chunk, in order, except the first `skip`; `ids` reads what is tokenised."""
-    meter = readers.Meter()
+    meter = streams.Meter()
     for file in chunk.files:
         if file.kind == tokenised.KIND:
             contents = ids.read(file.path, chunk.start, chunk.end, meter)
-        elif file.kind == "jsonl":
-            contents = readers.read_jsonl(
-                file.path, text_key, file.compression, chunk.start, chunk.end, meter
-            )
-        elif file.kind == "parquet":
-            contents = readers.read_parquet(file.path, text_key, chunk.start, chunk.end, meter)
         else:
-            contents = readers.read_text(file.path, file.compression, meter)
+            contents = readers.read_file(file, reading, meter, chunk.start, chunk.end)
         end = meter.consumed + (chunk.size if chunk.end is not None else file.size or 0)
         for line, content in enumerate(contents, chunk.first + 1):
             if skip:

@@ -40,8 +40,8 @@ class InputFile(NamedTuple):
     name: str  # the file as the user wrote it, for messages
     size: int | None  # in bytes; None where a server does not tell
     version: str  # changes when the file does
-    kind: str = ""  # 'jsonl', 'parquet' or 'text'
-    compression: str | None = None  # 'gzip' or 'zstd'
+    kind: str = ""  # one of formats.FORMATS
+    compression: str | None = None  # as its name says
     divisible: bool = True  # whether parts of it can be read
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from stablelm_jax.preparation.inputs import FORMATS
+from stablelm_jax.preparation.formats import FORMATS
+from stablelm_jax.preparation.texts import split_bytes
 
 
 def add_input_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -13,6 +14,18 @@ def add_input_flags(parser: argparse.ArgumentParser, *, required: bool = True) -
     add('--input', dest='inputs', required=required, nargs='+', metavar='PATH',
         help='files, folders, patterns; local or any fsspec URL')  # fmt: skip
     add('--format', default='auto', choices=FORMATS,
-        help='auto: by the name; what has no known one is one document a file')  # fmt: skip
+        help='auto: by the name; what has no known one is one document a file. In archives it'
+        ' holds for the files within')  # fmt: skip
     add('--text-key', default='text', metavar='KEY',
-        help='key (jsonl) or column (parquet) of the text (default text)')  # fmt: skip
+        help='key or column of the text (default text); a.b is b within a')  # fmt: skip
+    add('--split-on', type=_split_on, metavar='TEXT|blank-lines|64kB',
+        help='cut each text file into documents: at a text such as "<|endoftext|>", at blank lines,'
+        ' or at the line end before so many bytes')  # fmt: skip
+
+
+def _split_on(text: str) -> str:
+    try:
+        split_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

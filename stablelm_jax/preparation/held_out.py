@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from stablelm_jax.preparation.chunks import Chunk, read_chunk
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.tokenised import TokenisedReader
 
 ENOUGH_DOCUMENTS = 50
@@ -56,7 +57,7 @@ class Look(NamedTuple):
 
 def look(
     chunks: Sequence[Chunk],
-    text_key: str,
+    reading: Reading,
     usable: Callable[[str], bool] = lambda text: True,
     ids: TokenisedReader | None = None,
 ) -> Look:
@@ -67,7 +68,7 @@ def look(
     found: dict[int, list[int]] = {}
     text_bytes = earlier_bytes = 0
     for chunk in chunks:
-        for record in read_chunk(chunk, text_key, ids=ids):
+        for record in read_chunk(chunk, reading, ids=ids):
             if not isinstance(record.content, str) or not usable(record.content):
                 continue
             data = record.content.encode()

@@ -7,12 +7,8 @@ import json
 import os
 from collections.abc import Sequence
 
-from stablelm_jax.preparation import readers
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, files_of
-
-FORMATS = ("auto", "jsonl", "parquet", "text")
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+from stablelm_jax.preparation.formats import kind_of, missing_package
 
 
 def find_files(
@@ -41,26 +37,10 @@ def find_files(
 
 
 def _classified(file: InputFile, file_format: str) -> InputFile:
-    stem, suffix = os.path.splitext(file.last_name.lower())
-    compression = _COMPRESSIONS.get(suffix)
-    suffix = os.path.splitext(stem)[1] if compression else suffix
-    kind = _KINDS.get(suffix, "text") if file_format == "auto" else file_format
-    # `.json` names both dumps with a document a line and files with a single value.
-    if file_format == "auto" and suffix == ".json":
-        if compression or _begins_with_a_json_line(file.path):
-            kind = "jsonl"
-    if kind == "parquet" and compression:
-        raise InputError(f"{file.name}: a compressed parquet file; decompress it first")
+    kind, compression = kind_of(file.last_name, file_format)
+    if missing := missing_package(kind):
+        raise InputError(f"{file.name}: {missing}")
     return file._replace(kind=kind, compression=compression)
-
-
-def _begins_with_a_json_line(path: str) -> bool:
-    with readers.open_input(path) as file:
-        line, newline, rest = file.read(1 << 20).partition(b"\n")
-    try:
-        return bool(newline) and isinstance(json.loads(line), dict) and rest[:1] == b"{"
-    except ValueError:
-        return False
 
 
 def fingerprint(files: Sequence[InputFile]) -> str:

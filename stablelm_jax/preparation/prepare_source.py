@@ -23,10 +23,11 @@ import numpy as np
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
-from stablelm_jax.preparation import chunks, held_out, inputs, readers, tokenize_chunk
+from stablelm_jax.preparation import chunks, held_out, inputs, streams, tokenize_chunk
 from stablelm_jax.preparation.account import Account, list_left_out
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
@@ -35,7 +36,7 @@ from stablelm_jax.storage.remote import described, is_url
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 # Changes when the same inputs and settings would give other bytes.
-RECIPE = 2
+RECIPE = 3
 # 1 GiB of int32: large files for a file system, small ones for a copy or a retry.
 SHARD_TOKENS = 1 << 28
 
@@ -58,6 +59,7 @@ class Job:
     ranks: str | None
     format: str
     text_key: str
+    split_on: str | None
     held_out: float
     shard_tokens: int
     languages: list[str]
@@ -98,6 +100,8 @@ class Preparation:
                 raise inputs.InputError(
                     f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
                 )
+        if job.split_on and not {"text", "tar", "zip", "warc"} & {file.kind for file in self.files}:
+            raise inputs.InputError("--split-on cuts texts, and there is none in the input")
         unknown = [item for item in self.left_out if item.size is None]
         if unknown and not job.allow_unread:
             raise inputs.InputError(
@@ -213,11 +217,12 @@ class Preparation:
         return not any(sum(output.tokens.values()) for output in outputs)
 
     def _first_look(self, cut: list[chunks.Chunk]) -> held_out.Look:
+        reading = Reading.of(self._settings)
         try:
-            seen = held_out.look(cut, self.job.text_key, ids=self._ids)
+            seen = held_out.look(cut, reading, ids=self._ids)
             if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
                 # The one or two that are held out must not be such that the tokenizer refuses.
-                seen = held_out.look(cut, self.job.text_key, self._is_encoded, self._ids)
+                seen = held_out.look(cut, reading, self._is_encoded, self._ids)
         except (ValueError, OSError):
             raise
         except Exception as error:  # of a driver: each raises its own
@@ -311,13 +316,13 @@ class Preparation:
             for output in outputs:
                 chunk = self.plan.chunks[output.chunk]
                 # In a byte range of a file, lines are counted from the start of the range.
-                if chunk.start == 0 or chunk.first or chunk.files[0].kind != "jsonl":
+                if chunk.start == 0 or chunk.first or chunk.files[0].kind == "parquet":
                     earlier_lines = 0
                 with open(self.outputs / output.name / "rejected.jsonl", encoding="utf-8") as rows:
                     for row in map(json.loads, rows):
                         row["line"] += earlier_lines
                         listed.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        self.reasons[readers.reason_kind(row["reason"])] += 1
+                        self.reasons[streams.reason_kind(row["reason"])] += 1
                 if output.last:
                     earlier_lines += output.records
 
@@ -329,7 +334,7 @@ class Preparation:
             side = "train on" if "held_out" in filled else "hold out"
             problem = (
                 f"no document to {side}: a source needs two different ones, one of them held out;"
-                " add documents, or cut long ones into several"
+                " add documents, or cut long texts into several: --split-on blank-lines, or 64kB"
             )
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"

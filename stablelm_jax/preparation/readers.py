@@ -1,186 +1,142 @@
-"""Documents out of files: jsonl, parquet and plain text, compressed or not, local or remote.
+"""Documents out of files of every kind, local or remote.
 
-Every reader yields one item for each record, in order: the text of a document, or a `Rejected` that
-says why there is none. So damage is never fatal and never silent, and the position of an item is
-its line (jsonl), its row (parquet), or 1 (a file that is one document).
+Reading a file gives one item for each record, in order: the text of a document, or a `Rejected`
+that says why there is none. So damage is never fatal and never silent, and the position of an item
+is its line (jsonl), its row (tables), its number (JSON, archives, texts that are split), or 1.
 
-Bytes are read and decoded a line at a time: a bad byte costs its own line, not the rest of the
-file. An input that cannot be read for reasons that may pass (a network, a disk) does raise.
+An input that cannot be read for reasons that may pass (a network, a disk) does raise.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-import zlib
-from collections.abc import Callable, Iterator
+import functools
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
-import fsspec
-import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
-import zstandard
+from stablelm_jax.preparation import streams
+from stablelm_jax.preparation.archives import read_tar, read_warc, read_zip
+from stablelm_jax.preparation.finding import InputFile
+from stablelm_jax.preparation.formats import HEAD, Reading, kind_of, missing_package, what_is
+from stablelm_jax.preparation.json_records import lies_in_lines, read_json, read_lines
+from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, as_utf8, blocks_of
+from stablelm_jax.preparation.tables import read_arrow, read_csv, read_parquet
+from stablelm_jax.preparation.texts import read_html, read_text, whole
+from stablelm_jax.storage.remote import described, is_url
 
-from stablelm_jax.storage.remote import driver_options, is_http, is_url
-
-# A longer document is refused: it has to fit into memory several times over in every worker.
-MAX_DOCUMENT_BYTES = 128 * 2**20
-# pyarrow's errors of a damaged file; UnicodeDecodeError comes from column names.
-PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError)
-
-_BLOCK = 1 << 20
-# Damage in a compressed stream loses what the failing call would have returned: feed it little.
-_PIECE = 4096
-# Text has no zero byte; what is binary has one early.
-_HEAD = 8192
-_PARQUET_ROWS = 256
-# Published dumps are written with `zstd --long=31`; the decoder has to be allowed such a window.
-_ZSTD_WINDOW = 2**31
-_BOM = b"\xef\xbb\xbf"
-_TEXT_TYPES = (
-    pa.string(), pa.large_string(), pa.string_view(),
-    pa.binary(), pa.large_binary(), pa.binary_view(),
+_TEXTS = {
+    "text": read_text,
+    "html": read_html,
+    "jsonl": functools.partial(read_json, lines=True),
+    "json": read_json,
+    "csv": read_csv,
+    "tsv": read_csv,
+}
+_STREAMED = {**_TEXTS, "arrow": read_arrow, "warc": read_warc}
+_SEEKING = ("parquet", "zip")
+# What a file raises that is unlike all that was thought of. Not what a disk or a network raises.
+_ODD = (
+    ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError,
+    EOFError, MemoryError, tarfile.TarError, zipfile.BadZipFile, OSError,
 )  # fmt: skip
-_JSON_NAMES = {
-    dict: 'object', list: 'array', str: 'string', int: 'number', float: 'number',
-    bool: 'boolean', type(None): 'null',
-}  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Rejected:
-    """A record that gives no document, and why."""
-
-    reason: str
-
-
-def reason_kind(reason: str) -> str:
-    """The part of a reason that is the same for many records, for counting."""
-    return re.split(r"[:(]", reason)[0].strip()
-
-
-@dataclasses.dataclass
-class Meter:
-    """Bytes of the input read so far, as they lie on disk: what progress is measured in."""
-
-    consumed: int = 0
-
-
-def open_input(path: str, *, seekable: bool = False):
-    """A binary file from a local path or any fsspec URL, to be used in a `with`."""
-    if not is_url(path):
-        return open(path, "rb")
-    # A page that is read from start to end comes in one answer, also from servers without ranges.
-    streamed = is_http(path) and not seekable
-    return fsspec.open(
-        path, "rb", **({"block_size": 0} if streamed else {}), **driver_options(path)
-    )
-
-
-def read_jsonl(
-    path: str,
-    text_key: str,
-    compression: str | None = None,
+def read_file(
+    file: InputFile,
+    reading: Reading,
+    meter: Meter | None = None,
     start: int = 0,
     end: int | None = None,
-    meter: Meter | None = None,
 ) -> Iterator[str | Rejected]:
-    """One document a line, its text under `text_key`.
+    """The records of a file.
 
-    `start` and `end`: only the lines that begin in these bytes, of a file that is not compressed.
+    `start` and `end`: only the lines that begin in these bytes (JSON that `can_be_divided`), or
+    only these row groups (parquet).
     """
-    meter = meter or Meter()
-    with open_input(path, seekable=bool(start or end)) as file:
-        if compression:
-            blocks = _decompressed(file, compression, meter)
-        else:
-            blocks = _plain(file, *line_range(file, start, end), meter)
-        for number, line in enumerate(_lines(blocks)):
-            if isinstance(line, bytes) and start == number == 0:
-                line = line.removeprefix(_BOM)
-            yield line if isinstance(line, Rejected) else parse_json_line(line, text_key)
-
-
-def read_parquet(
-    path: str,
-    text_key: str,
-    start: int = 0,
-    end: int | None = None,
-    meter: Meter | None = None,
-) -> Iterator[str | Rejected]:
-    """One document a row, its text in column `text_key`, of the row groups [start, end)."""
-    meter = meter or Meter()
-    with open_input(path, seekable=True) as file:
-        try:
-            table = pq.ParquetFile(file)
-        except PARQUET_ERRORS as error:
-            yield Rejected(f"not a readable parquet file: {_damage(error)}")
+    try:
+        yield from _records(file, reading, meter or Meter(), start, end)
+    except Damaged as error:
+        yield Rejected(str(error))
+    except _ODD as error:
+        if isinstance(error, PermissionError) and not is_url(file.path):
+            yield Rejected("no permission to read it")
             return
-        for group in range(start, table.num_row_groups if end is None else end):
-            yield from _row_group(table, group, text_key, meter)
+        # A bare OSError is a library's, about what a file holds; that of a URL is its driver's.
+        bare = type(error) is OSError and error.errno is None and not is_url(file.path)
+        if isinstance(error, OSError) and not bare:
+            raise
+        text = f"damaged {file.kind}, the rest of the file is lost: {described(error)}"
+        yield Rejected(text[:200])
 
 
-def read_text(
-    path: str, compression: str | None = None, meter: Meter | None = None
+def _records(
+    file: InputFile, reading: Reading, meter: Meter, start: int, end: int | None
 ) -> Iterator[str | Rejected]:
-    """A whole file as one document."""
-    try:
-        with open_input(path) as file:
-            data = _whole(file, compression, meter or Meter())
-    except PermissionError:
-        data = Rejected("no permission to read it")
-    yield data if isinstance(data, Rejected) else decode(data.removeprefix(_BOM))
+    is_range = bool(start or end is not None)
+    with streams.open_input(file.path, seekable=is_range or file.kind in _SEEKING) as opened:
+        if file.kind in _SEEKING and file.compression:
+            yield Rejected(f"a compressed {file.kind} file: decompress it first")
+        elif file.kind == "parquet":
+            yield from read_parquet(opened, reading, meter, start, end)
+        elif is_range:
+            blocks = blocks_of(opened, meter, *line_range(opened, start, end))
+            yield from read_lines(blocks if start else as_utf8(blocks), reading)
+        elif file.kind == "zip":
+            problem = _why_not("zip", opened.read(HEAD))
+            member = functools.partial(_member, reading)
+            yield from [problem] if problem else read_zip(opened, member, meter)
+        else:
+            blocks = streams.unpacked(blocks_of(opened, meter), file.compression, meter)
+            yield from _streamed(file.kind, blocks, reading)
 
 
-def decode(data: bytes) -> str | Rejected:
-    """The text of UTF-8 bytes, unless it is empty."""
-    try:
-        return _not_empty(data.decode())
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        where = f" on line {line}" if line > 1 else f" at byte {error.start}"
-        return Rejected(f"not UTF-8: 0x{data[error.start]:02x}{where}")
+def _streamed(kind: str, blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
+    head, blocks = streams.peek(as_utf8(blocks) if kind in _TEXTS else blocks, HEAD)
+    if problem := _why_not(kind, head):
+        yield problem
+    elif kind == "tar":
+        yield from read_tar(blocks, functools.partial(_member, reading))
+    else:
+        yield from _STREAMED[kind](blocks, reading)
 
 
-def parse_json_line(line: bytes, text_key: str) -> str | Rejected:
-    """The text of one line of jsonl."""
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        value = _parse_leniently(line)
-        if isinstance(value, Rejected):
-            return value
-    if not isinstance(value, dict):
-        return Rejected(f"a JSON {_JSON_NAMES[type(value)]}, not an object")
-    if text_key not in value:
-        keys = ", ".join(list(value)[:8])[:120] or "none"
-        return Rejected(f"no key {text_key!r} (keys: {keys})")
-    text = value[text_key]
-    if not isinstance(text, str):
-        return Rejected(f"{text_key!r} is a JSON {_JSON_NAMES[type(text)]}, not a string")
-    return _not_empty(text)
+def _why_not(kind: str, head: bytes) -> Rejected | None:
+    """Why a kind cannot be read: it is known to be another, or a package is missing."""
+    name, missing = what_is(head), missing_package(kind)
+    if name and not name.startswith(kind):
+        return Rejected(f"{name}, not {kind}")
+    return Rejected(missing) if missing else None
 
 
-def _parse_leniently(line: bytes):
-    """What orjson refuses: either NaN and Infinity, which Python writes, or the reason why."""
-    if not line.strip():
-        return Rejected("empty line")
-    text = decode(line)
-    if isinstance(text, Rejected):
-        return text
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return Rejected("not Unicode: an unpaired surrogate (\\ud800 to \\udfff)")
-    except (ValueError, RecursionError) as error:
-        return Rejected(f"not JSON: {error}"[:200])
-    return value
+def _member(reading: Reading, name: str, file: BinaryIO) -> Iterator[str | Rejected]:
+    """The records of a file of an archive."""
+    meter = Meter()
+    kind, compression = kind_of(name, reading.format)
+    if any(part.strip(".") and part[0] == "." for part in name.split("/")) or "__MACOSX" in name:
+        yield Rejected("left out by name in an archive")
+        return
+    blocks = streams.unpacked(blocks_of(file, meter), compression, meter)
+    if kind == "parquet":
+        data = whole(blocks)
+        is_bytes = isinstance(data, bytes)
+        yield from read_parquet(io.BytesIO(data), reading, meter) if is_bytes else [data]
+    elif kind in _STREAMED:
+        yield from _streamed(kind, blocks, reading)
+    else:
+        yield Rejected(f"{kind} archive in an archive: unpack it first")
 
 
-def _not_empty(text: str) -> str | Rejected:
-    return Rejected("empty document") if not text or text.isspace() else text
+def can_be_divided(file: InputFile) -> bool:
+    """Whether a file holds a JSON record a line, as it lies on disk."""
+    if file.kind not in ("json", "jsonl") or file.compression or not file.divisible:
+        return False
+    with streams.open_input(file.path) as opened:
+        head, blocks = streams.peek(blocks_of(opened, Meter()), HEAD)
+        if what_is(head) or head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return False
+        return lies_in_lines(as_utf8(blocks), unless_clear=file.kind == "jsonl")[0]
 
 
 def line_range(file, start: int, end: int | None) -> tuple[int, int | None]:
@@ -204,133 +160,3 @@ def _line_start(file, offset: int, stop: int | None) -> int:
             return position + found + 1
         position += len(block)
     return position
-
-
-def _plain(file, begin: int, end: int | None, meter: Meter) -> Iterator[bytes]:
-    if begin or end is not None:
-        file.seek(begin)
-    left = float("inf") if end is None else end - begin
-    while left > 0 and (block := file.read(int(min(_BLOCK, left)))):
-        left -= len(block)
-        meter.consumed += len(block)
-        yield block
-
-
-_DECOMPRESSORS: dict[str, Callable] = {
-    "gzip": lambda: zlib.decompressobj(wbits=31),
-    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj(),
-}
-
-
-def _decompressed(file, compression: str, meter: Meter) -> Iterator[bytes | Rejected]:
-    """What can be read of a stream of one or many frames; ends with a `Rejected` if damaged."""
-    decoder = None
-    padding = b"\0" if compression == "gzip" else b""  # tapes pad files with zeros
-    try:
-        while block := file.read(_BLOCK):
-            for start in range(0, len(block), _PIECE):
-                piece = block[start : start + _PIECE]
-                meter.consumed += len(piece)
-                while piece:
-                    if decoder is None:
-                        piece = piece.lstrip(padding)
-                        decoder = _DECOMPRESSORS[compression]() if piece else None
-                        continue
-                    yield decoder.decompress(piece)
-                    piece = decoder.unused_data if decoder.eof else b""
-                    decoder = None if decoder.eof else decoder
-    except (zlib.error, zstandard.ZstdError) as error:
-        yield Rejected(f"{compression} stream damaged, the rest of the file is lost: {error}")
-        return
-    if decoder is not None:
-        yield Rejected(f"{compression} stream cut short, the rest of the file is lost")
-
-
-def _lines(blocks: Iterator[bytes | Rejected]) -> Iterator[bytes | Rejected]:
-    """Cuts blocks into lines; a line beyond MAX_DOCUMENT_BYTES becomes one `Rejected`."""
-    held: list[bytes] = []
-    size = 0
-    for block in blocks:
-        if isinstance(block, Rejected):  # what is held is the first part of a lost line
-            yield block
-            return
-        first, *others = block.split(b"\n")
-        size += len(first)
-        held = [*held, first] if size <= MAX_DOCUMENT_BYTES else []
-        if others:
-            yield _too_long() if size > MAX_DOCUMENT_BYTES else b"".join(held)
-            yield from others[:-1]
-            held, size = [others[-1]], len(others[-1])
-    if size:
-        yield _too_long() if size > MAX_DOCUMENT_BYTES else b"".join(held)
-
-
-def _whole(file, compression: str | None, meter: Meter) -> bytes | Rejected:
-    blocks = _decompressed(file, compression, meter) if compression else None
-    pieces, size = [], 0
-    for block in blocks or _plain(file, 0, None, meter):
-        if isinstance(block, Rejected):
-            return block
-        if size < _HEAD and b"\0" in block[:_HEAD]:  # before reading on: libraries are large
-            return Rejected("binary, not text")
-        pieces.append(block)
-        size += len(block)
-        if size > MAX_DOCUMENT_BYTES:
-            return _too_long(" (if it holds one JSON document a line, pass --format jsonl)")
-    return b"".join(pieces)
-
-
-def _too_long(hint: str = "") -> Rejected:
-    limit = MAX_DOCUMENT_BYTES >> 20
-    return Rejected(f"longer than {limit} MiB; split it into smaller documents{hint}")
-
-
-def _row_group(
-    table: pq.ParquetFile, group: int, text_key: str, meter: Meter
-) -> Iterator[str | Rejected]:
-    """Every row of a row group, each either a text or the reason why it is none."""
-    info = table.metadata.row_group(group)
-    before, done = meter.consumed, 0
-    try:
-        rest = _no_text_column(table.schema_arrow, text_key)
-        options = {"row_groups": [group], "columns": [text_key]}
-        for batch in table.iter_batches(_PARQUET_ROWS, **options) if rest is None else ():
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            # Arrow does not promise that strings are UTF-8: take the bytes and look.
-            for cell in column.cast(pa.large_binary()).to_pylist():
-                if cell is None:
-                    yield Rejected(f"{text_key!r} is null")
-                else:
-                    yield decode(cell) if len(cell) <= MAX_DOCUMENT_BYTES else _too_long()
-            done += len(column)
-            meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
-    except PARQUET_ERRORS as error:
-        rest = Rejected(f"row group {group} damaged: {_damage(error)}")
-    for _ in range(done, info.num_rows):
-        yield rest
-    meter.consumed = before + info.total_byte_size
-
-
-def _no_text_column(schema: pa.Schema, text_key: str) -> Rejected | None:
-    """Why no row has a text; None where column `text_key` holds texts."""
-    if text_key not in schema.names:
-        return Rejected(f"no column {text_key!r} (columns: {', '.join(schema.names)[:120]})")
-    kind = schema.field(text_key).type
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if values not in _TEXT_TYPES:
-        return Rejected(f"column {text_key!r} holds {kind}, not strings")
-    return None
-
-
-def _damage(error: Exception) -> str:
-    """The message of an error about the file's contents; any other error is raised again.
-
-    pyarrow reports damage as ArrowException, or as a bare OSError without a number. What comes
-    from below it, the disk or the network, keeps its own type or its errno.
-    """
-    bare = type(error) is OSError and error.errno is None
-    if not bare and not isinstance(error, pa.ArrowException | UnicodeDecodeError):
-        raise error
-    return str(error).splitlines()[0][:200]

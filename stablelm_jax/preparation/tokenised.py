@@ -16,7 +16,7 @@ import numpy as np
 
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation.finding import InputError, InputFile
-from stablelm_jax.preparation.readers import Meter, Rejected
+from stablelm_jax.preparation.streams import Meter, Rejected
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 KIND = "tokens"

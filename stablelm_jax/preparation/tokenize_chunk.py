@@ -34,8 +34,9 @@ from datatrove.pipeline.base import PipelineStep
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import HeldOutRule, content_hash
-from stablelm_jax.preparation.readers import Rejected
+from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.preparation.tokenised import TokenisedReader, TokenisedText
 from stablelm_jax.storage.files import flush_to_disk, write_json
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -228,7 +229,7 @@ class TokenizeChunk(PipelineStep):
         earlier = done[-1] if done else Output(rank, number=-1)
         writer = writer_after(earlier)
         ids = TokenisedReader(tokenizer, plan.settings.get("append_eod", False))
-        records = read_chunk(plan.chunks[rank], plan.settings["text_key"], earlier.records, ids)
+        records = read_chunk(plan.chunks[rank], Reading.of(plan.settings), earlier.records, ids)
         for batch in _batches(records):
             if batch:
                 is_large = sum(map(_characters, batch)) > 2 * _BATCH_CHARACTERS

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stablelm_jax.preparation import chunks
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.inputs import InputError, find_files, fingerprint
 
 
@@ -47,11 +48,11 @@ def test_a_folder_gives_its_files_sorted_without_what_is_hidden_and_says_what_th
     assert found == [
         ("a.jsonl", "jsonl", None),
         ("c.ndjson.zst", "jsonl", "zstd"),
-        ("dump.json", "jsonl", None),
-        ("dump.json.gz", "jsonl", "gzip"),
+        ("dump.json", "json", None),
+        ("dump.json.gz", "json", "gzip"),
         ("old.PARQUET", "parquet", None),
         ("part.jsonl.gz", "jsonl", "gzip"),
-        ("settings.json", "text", None),
+        ("settings.json", "json", None),
         ("a/one.md", "text", None),
         ("b/two.py", "text", None),
     ]
@@ -60,8 +61,6 @@ def test_a_folder_gives_its_files_sorted_without_what_is_hidden_and_says_what_th
 def test_a_format_that_is_asked_for_holds_for_every_file(tree):
     files = find_files([str(tree / "a"), str(tree / "dump.json.gz")], "text")
     assert [(file.kind, file.compression) for file in files] == [("text", None), ("text", "gzip")]
-    with pytest.raises(InputError, match="decompress it first"):
-        find_files([str(tree / "dump.json.gz")], "parquet")
 
 
 def test_inputs_keep_the_order_they_are_named_in_and_patterns_are_sorted(tree):
@@ -107,7 +106,7 @@ def test_the_fingerprint_follows_the_files_and_not_the_place(tree):
 
 
 def read(cut):
-    return [record for chunk in cut for record in chunks.read_chunk(chunk, "text")]
+    return [record for chunk in cut for record in chunks.read_chunk(chunk, Reading())]
 
 
 def make_inputs(folder: pathlib.Path) -> list[str]:
@@ -161,6 +160,24 @@ def test_reading_can_start_behind_any_number_of_records(tmp_path):
     texts, inputs = make_inputs(tmp_path)
     (chunk,) = chunks.cut(find_files(inputs))
     for skip in (0, 1, 900, 901, 1234, 1999, 2000):
-        records = list(chunks.read_chunk(chunk, "text", skip))
+        records = list(chunks.read_chunk(chunk, Reading(), skip))
         assert [record.content for record in records] == texts[skip:]
     assert records == []
+
+
+def test_what_save_to_disk_writes_beside_its_rows_is_left_out_by_name(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        table = pa.table({"text": ["a row"]})
+        with pa.ipc.new_stream(str(tmp_path / split / "data-0.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        (tmp_path / split / "state.json").write_text("{}")
+        (tmp_path / split / "dataset_info.json").write_text('{"text": "of the data set"}')
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "state.json").write_text('{"text": "no data set here"}')
+    left_out = []
+    found = find_files([str(tmp_path)], left_out=left_out)
+    names = [os.path.relpath(file.path, tmp_path) for file in found]
+    assert names == ["other/state.json", "test/data-0.arrow", "train/data-0.arrow"]
+    assert [item.reason for item in left_out] == ["metadata of a data set"] * 5

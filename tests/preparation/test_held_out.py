@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stablelm_jax.preparation import chunks, held_out, inputs
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import Look, content_hash
 
 
@@ -144,16 +145,16 @@ def cut_of(folder, texts):
 def test_the_first_look_reads_a_small_source_whole_and_a_large_one_in_part(tmp_path, monkeypatch):
     texts = [f"{number:05d}" * 100 for number in range(20_000)]
     source = cut_of(tmp_path, [*texts, texts[0]])
-    look = held_out.look(source, "text")
+    look = held_out.look(source, Reading())
     assert look.whole and len(look.found) == 20_000
     assert look.found[content_hash(texts[0].encode())] == [2, 1000]
     monkeypatch.setattr(held_out, "_LOOK_BYTES", 2_000_000)
-    look = held_out.look(source, "text")
+    look = held_out.look(source, Reading())
     assert not look.whole and len(look.found) == 4_000
     # What was read in vain counts too: a mebibyte at most.
     assert 0.2 <= look.share <= 0.3
     monkeypatch.setattr(held_out, "_LOOK_DOCUMENTS_MOST", 2_000)
-    assert len(held_out.look(source, "text").found) == 2_000
+    assert len(held_out.look(source, Reading()).found) == 2_000
     monkeypatch.undo()
     monkeypatch.setattr(held_out, "_LOOK_BYTES", 10)
-    assert len(held_out.look(source, "text").found) == 1_000
+    assert len(held_out.look(source, Reading()).found) == 1_000

@@ -31,6 +31,7 @@ from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks, executors, held_out, tokenize_chunk
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.inputs import find_files
 from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.tokenizer.tokenizer import TokenizerError, load_tokenizer
@@ -143,7 +144,7 @@ REJECTED = [
     ("a.jsonl", 1004, "no key"),
     ("d.parquet", 201, "'text' is null"),
     ("latin.txt", 1, "not UTF-8"),
-    ("library.so", 1, "binary"),
+    ("library.so", 1, "program or library"),
 ]
 
 
@@ -545,7 +546,7 @@ def test_an_output_made_twice_is_kept_once(tmp_path):
         tokenize_chunk.OutputWriter(outputs, tokenize_chunk.Output(3, 0), plan, 10)
         for _ in range(2)
     ]
-    for writer, record in zip(writers, chunks.read_chunk(plan.chunks[0], "text"), strict=True):
+    for writer, record in zip(writers, chunks.read_chunk(plan.chunks[0], Reading()), strict=True):
         writer.add(record, np.array([1, 7], np.int32))
         writer.close(last=True)
     (output,) = tokenize_chunk.outputs_of_chunk(outputs, 3)
@@ -657,3 +658,47 @@ def test_a_job_that_sbatch_refuses_is_an_error_of_one_line(
     )  # fmt: skip
     assert code == 1
     assert err == "prepare: sbatch failed with exit code 3, see above\n"
+
+
+def test_one_large_text_is_refused_with_what_to_do_and_then_split(tmp_path, capsys, tokenizer_file):
+    play = "".join(f"Speaker {i}:\nHear me speak of {i * i}.\n\n" for i in range(3000))
+    (tmp_path / "input.txt").write_text(play, encoding="utf-8")
+    flags = ["--source", "play", "--input", tmp_path / "input.txt", "--tokenizer", tokenizer_file]
+    code, _, err = call(capsys, *flags, "--output", tmp_path / "out")
+    assert code == 1
+    assert "--split-on blank-lines" in err
+    for workers in (1, 2):
+        output = tmp_path / f"out{workers}"
+        done = ["--output", output, "--split-on", "1kB", "--workers", workers]
+        assert call(capsys, *flags, *done)[0] == 0
+    assert digests(tmp_path / "out1") == digests(tmp_path / "out2")
+    tokenizer = load_tokenizer(tokenizer_file)
+    texts = [
+        text
+        for split in ("train", "held_out")
+        for text in documents(tmp_path / "out1/play", split, tokenizer)
+    ]
+    assert sorted("\n".join(texts).split()) == sorted(play.split())
+    # After a refusal the same command with the flag just works.
+    again = ["--output", tmp_path / "out", "--split-on", "blank-lines"]
+    code, out, _ = call(capsys, *flags, *again)
+    assert code == 0
+    assert "3,000 documents" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--split-on", "0kB"], "give a text, blank-lines, or a size up to"),
+        (["--split-on", "blank-lines"], "--split-on cuts texts, and there is none in the input"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused_at_once(tmp_path, capfd, tokenizer_file, flags, said):
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    arguments = ["--source", "s", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    try:
+        code = prepare.main([*arguments, "--tokenizer", tokenizer_file, *flags])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert said in capfd.readouterr().err

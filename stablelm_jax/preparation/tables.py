@@ -1,0 +1,188 @@
+"""Documents out of tables: parquet, Arrow, csv and tsv. One document a row, in one column."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import itertools
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stablelm_jax.preparation import streams
+from stablelm_jax.preparation.formats import HEAD, Reading, what_is
+from stablelm_jax.preparation.streams import (
+    Blocks,
+    Meter,
+    Rejected,
+    as_file,
+    cut_at,
+    peek,
+    too_long,
+    without_first,
+)  # fmt: skip
+from stablelm_jax.preparation.texts import decode
+
+# pyarrow's errors of a damaged file; UnicodeDecodeError comes from column names.
+PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
+_ROWS = 256  # that are turned into Python's strings at a time
+_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+_TEXT_TYPES = (*_BYTES, *_BYTES.values())
+
+
+def read_parquet(
+    file, reading: Reading, meter: Meter, start: int = 0, end: int | None = None
+) -> Iterator[str | Rejected]:
+    """One document a row, of the row groups [start, end) of an open file."""
+    name = what_is(file.read(HEAD)) or "no parquet"
+    try:
+        table = pq.ParquetFile(file)
+    except PARQUET_ERRORS as error:
+        name = name.replace("parquet file", "parquet file without its ending")
+        yield Rejected(f"not a readable parquet file: {name} ({_damage(error)})")
+        return
+    for group in range(start, table.num_row_groups if end is None else end):
+        yield from _row_group(table, group, reading.text_key, meter)
+
+
+def _row_group(
+    table: pq.ParquetFile, group: int, text_key: str, meter: Meter
+) -> Iterator[str | Rejected]:
+    """Every row of a row group, each either a text or the reason why it is none."""
+    info = table.metadata.row_group(group)
+    before, done = meter.consumed, 0
+    try:
+        rest = steps = _steps(table.schema_arrow, text_key)
+        options = {"row_groups": [group], "columns": [text_key]}
+        for batch in table.iter_batches(_ROWS, **options) if type(steps) is list else ():
+            yield from _texts(batch, steps, text_key)
+            done += len(batch)
+            meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
+    except PARQUET_ERRORS as error:
+        rest = Rejected(f"row group {group} damaged: {_damage(error)}")
+    for _ in range(done, info.num_rows):
+        yield rest
+    meter.consumed = before + info.total_byte_size
+
+
+def read_arrow(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
+    """One document a row of an Arrow stream, or an Arrow file, which is one with an index."""
+    head, blocks = peek(blocks, 8)
+    with as_file(without_first(blocks, 8 if head == b"ARROW1\0\0" else 0)) as file:
+        table = pa.ipc.open_stream(file)
+        steps = _steps(table.schema, reading.text_key)
+        for batch in table:
+            batch.validate()
+            if isinstance(steps, Rejected):
+                yield from itertools.repeat(steps, len(batch))
+            for start in range(0, len(batch) if isinstance(steps, list) else 0, _ROWS):
+                yield from _texts(batch.slice(start, _ROWS), steps, reading.text_key)
+
+
+def _texts(batch: pa.RecordBatch, steps: list[str], text_key: str) -> Iterator[str | Rejected]:
+    """The texts of a column; of a field of it where there are several steps."""
+    column = batch.column(steps[0])
+    for step in steps[1:]:
+        column = pc.struct_field(column, step)
+    if pa.types.is_dictionary(column.type):
+        column.validate(full=True)
+        column = column.dictionary_decode()
+    # Arrow does not promise that strings are UTF-8: take the bytes and look. Nor does it look
+    # whether they lie within the file: what a damaged one says would end the process.
+    column = column.view(_BYTES.get(column.type, column.type))
+    column.validate(full=True)
+    for cell in column.cast(pa.large_binary()).to_pylist():
+        if cell is None:
+            yield Rejected(f"{text_key!r} is null")
+        else:
+            yield decode(cell) if len(cell) <= streams.MAX_DOCUMENT_BYTES else too_long()
+
+
+def _steps(schema: pa.Schema, text_key: str) -> list[str] | Rejected:
+    """The column that holds the texts, or the column and the fields within; or why there is none.
+
+    The key 'a.b' is a column of this name, or the field 'b' of column 'a'.
+    """
+    names, steps, rest = schema.names, [], text_key
+    kind: pa.DataType = pa.struct(list(schema))
+    while rest:
+        names = [field.name for field in kind] if pa.types.is_struct(kind) else []
+        parts = rest.split(".")
+        heads = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        step = next((head for head in heads if head in names), None)
+        if step is None:
+            listed = ", ".join(schema.names)[:120] or "none"
+            return Rejected(f"no column {text_key!r} (columns: {listed})")
+        if names.count(step) > 1:
+            return Rejected(f"{names.count(step)} columns are named {step!r}")
+        kind, rest = kind.field(step).type, rest[len(step) + 1 :]
+        steps.append(step)
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if values not in _TEXT_TYPES:
+        return Rejected(f"column {text_key!r} holds {str(kind)[:120]}, not strings")
+    return steps
+
+
+def _damage(error: Exception) -> str:
+    """The message of an error about the file's contents; any other error is raised again.
+
+    pyarrow reports damage as ArrowException, or as a bare OSError without a number. What comes
+    from below it, the disk or the network, keeps its own type or its errno.
+    """
+    bare = type(error) is OSError and error.errno is None
+    if not bare and not isinstance(error, PARQUET_ERRORS[1:]):
+        raise error
+    return (str(error).splitlines() or ["no reason given"])[0][:200]
+
+
+# csv
+
+
+def read_csv(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
+    """One document a row below the header; the header tells what stands between two columns."""
+    csv.field_size_limit(streams.MAX_DOCUMENT_BYTES)
+    lost: list[Rejected] = []
+    lines = _lines(blocks, lost)
+    first = next(lines, "")
+    headers = [(next(csv.reader([first], delimiter=mark), []), mark) for mark in ",\t;|"]
+    # The one that gives the column; else the one that gives most.
+    header, mark = max(headers, key=lambda found: (reading.text_key in found[0], len(found[0])))
+    rows = csv.reader(lines, delimiter=mark, strict=True)
+    while True:
+        before = rows.line_num + 2
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield Rejected(f"not csv: {error} (in the row that begins on line {before})")
+            continue
+        if row is None:
+            break
+        if row:  # a blank line is no row
+            yield _cell(row, header, reading.text_key)
+    yield from lost
+
+
+def _lines(blocks: Blocks, lost: list[Rejected]) -> Iterator[str]:
+    """Lines as csv takes them: a byte that is not UTF-8 stays in its place, to cost its own row."""
+    for line in cut_at(blocks, b"\n"):
+        if isinstance(line, Rejected):
+            lost.append(line)
+        else:
+            yield line.decode(errors="surrogateescape") + "\n"
+
+
+def _cell(row: list[str], header: list[str], text_key: str) -> str | Rejected:
+    if header.count(text_key) != 1:
+        listed = ", ".join(header)[:120]
+        count = header.count(text_key)
+        problem = f"{count} columns are named" if count else "no column"
+        return Rejected(f"{problem} {text_key!r} (columns: {listed})")
+    if len(row) != len(header):
+        return Rejected(f"a row with another number of columns than the header: {len(row)}")
+    return decode(codecs.encode(row[header.index(text_key)], errors="surrogateescape"))

@@ -1,0 +1,141 @@
+"""Documents out of text files and pages of HTML: one a file, or many where a text is split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from stablelm_jax.preparation import streams
+from stablelm_jax.preparation.formats import HEAD, Reading, why_no_text
+from stablelm_jax.preparation.streams import Blocks, Rejected, cut_at, peek, too_long
+
+BLANK_LINES = "blank-lines"
+_UNITS = {"k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
+_BLANK_START = re.compile(rb"\A\s*\n")
+_NAVIGATION = ("header", "footer", "aside", "nav")
+
+
+def decode(data: bytes) -> str | Rejected:
+    """The text of UTF-8 bytes, unless it is empty."""
+    try:
+        return not_empty(data.decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        where = f" on line {line}" if line > 1 else f" at byte {error.start}"
+        return Rejected(f"not UTF-8: 0x{data[error.start]:02x}{where}")
+
+
+def not_empty(text: str) -> str | Rejected:
+    return Rejected("empty document") if not text or text.isspace() else text
+
+
+def read_text(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
+    """A whole text as one document, or as those that `reading.split_on` cuts it into."""
+    head, blocks = peek(blocks, HEAD)
+    if problem := why_no_text(head):  # before reading on: libraries and films are large
+        yield Rejected(problem)
+    elif reading.split_on:
+        for piece in _pieces(blocks, reading.split_on):
+            yield piece if isinstance(piece, Rejected) else decode(piece)
+    else:
+        data = whole(blocks, " with --split-on")
+        yield data if isinstance(data, Rejected) else decode(data)
+
+
+def whole(blocks: Blocks, hint: str = "") -> bytes | Rejected:
+    """All bytes; why not, where they are too many."""
+    pieces, size = [], 0
+    for block in blocks:
+        pieces.append(block)
+        size += len(block)
+        if size > streams.MAX_DOCUMENT_BYTES:
+            return too_long(hint)
+    return b"".join(pieces)
+
+
+# splitting
+
+
+def split_bytes(split_on: str) -> int | None:
+    """The size that '64kB' asks for; None of what is no size.
+
+    Raises:
+      ValueError: it is no size that a document can have, or empty.
+    """
+    found = re.fullmatch(r"(\d+) ?([km]i?)b?", split_on.lower())
+    size = int(found[1]) * _UNITS[found[2]] if found else None
+    if not split_on or (found and not 0 < size <= streams.MAX_DOCUMENT_BYTES):
+        limit = streams.MAX_DOCUMENT_BYTES >> 20
+        raise ValueError(
+            f"--split-on {split_on!r}: give a text, {BLANK_LINES}, or a size up to {limit}MiB"
+        )
+    return size
+
+
+def _pieces(blocks: Blocks, split_on: str) -> Iterator[bytes | Rejected]:
+    """The pieces of a text, those that are blank left out."""
+    if size := split_bytes(split_on):
+        pieces = _gathered(cut_at(blocks, b"\n"), lambda held, line: held + len(line) > size)
+    elif split_on == BLANK_LINES:
+        pieces = _gathered(cut_at(blocks, b"\n"), lambda held, line: not line.strip())
+    else:  # a shell passes \n on as two characters
+        separator = split_on.replace("\\n", "\n").replace("\\t", "\t").encode()
+        pieces = cut_at(blocks, separator)
+    for piece in pieces:
+        if isinstance(piece, Rejected):
+            yield piece
+        elif piece and not piece.isspace():
+            yield _BLANK_START.sub(b"", piece).rstrip(b"\r\n")
+
+
+def _gathered(
+    lines: Iterator[bytes | Rejected], is_next: Callable[[int, bytes], bool]
+) -> Iterator[bytes | Rejected]:
+    """Puts lines together until `is_next(bytes held, line)` says that a new piece begins."""
+    held: list[bytes] = []
+    size = 0
+
+    def piece() -> bytes | Rejected:
+        return too_long() if size > streams.MAX_DOCUMENT_BYTES else b"\n".join(held)
+
+    for line in lines:
+        if held and (isinstance(line, Rejected) or is_next(size, line)):
+            yield piece()
+            held, size = [], 0
+        if isinstance(line, Rejected):
+            yield line
+            continue
+        size += len(line) + 1
+        held = [] if size > streams.MAX_DOCUMENT_BYTES else held
+        held.append(line)
+    if held:
+        yield piece()
+
+
+# HTML
+
+
+def read_html(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
+    """The text of one page."""
+    head, blocks = peek(blocks, HEAD)
+    problem = why_no_text(head)
+    data = Rejected(problem) if problem else whole(blocks)
+    yield data if isinstance(data, Rejected) else not_empty(page_text(data))
+
+
+def page_text(page: bytes, skip: Sequence[str] = ()) -> str:
+    """The text of a page of HTML, paragraphs apart; needs resiliparse.
+
+    Headers, footers, sidebars and navigation are left out, and what matches a CSS selector of
+    `skip`.
+    """
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    try:  # first as UTF-8: the detector takes short pages with many accents for Latin-1
+        html = page.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        html = bytes_to_str(page, detect_encoding(page))
+    left_out = [*_NAVIGATION, *skip]
+    text = extract_plain_text(html, alt_texts=False, comments=False, skip_elements=left_out)
+    return text.strip()
