@@ -9,17 +9,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+from stablelm_jax.preparation import streams
 from stablelm_jax.preparation.formats import Reading
-from stablelm_jax.preparation.streams import (
-    Blocks,
-    Damaged,
-    Meter,
-    Rejected,
-    as_file,
-    blocks_of,
-    expands_without_measure,
-    peek,
-)
+from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, as_file
 from stablelm_jax.preparation.texts import read_html, read_text
 
 # Reads one file of an archive, (its name, the open file), to documents.
@@ -59,7 +51,7 @@ def read_zip(file: BinaryIO, read_member: ReadMember, meter: Meter) -> Iterator[
         raise Damaged(f"zip archive damaged or without its ending: {error}") from None
     members = [member for member in archive.infolist() if not member.is_dir()]
     sizes = [sum(m.compress_size for m in members), sum(m.file_size for m in members)]
-    if expands_without_measure(*sizes):
+    if streams.expands_without_measure(*sizes):
         raise Damaged("grows without measure when decompressed, the rest of the file is lost")
     for member in members:
         meter.consumed += member.compress_size
@@ -86,7 +78,7 @@ def read_warc(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
-    head, blocks = peek(blocks, 5)
+    head, blocks = streams.peek(blocks, 5)
     if head != b"WARC/":
         raise Damaged("web archive damaged from its beginning")
     try:
@@ -109,7 +101,7 @@ def _page(page, reading: Reading) -> Iterator[str | Rejected]:
     http = page.http_headers
     status = http.get_statuscode() if http else "200"
     kind = (http or page.rec_headers).get_header("Content-Type", "no type").split(";")[0].strip()
-    content = blocks_of(page.content_stream(), Meter())
+    content = streams.blocks_of(page.content_stream(), Meter())
     if status != "200":
         yield Rejected(f"a page of HTTP status {status}")
     elif kind in ("text/html", "application/xhtml+xml"):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, files_of
 from stablelm_jax.preparation.formats import kind_of, missing_package
 
+_METADATA = ("state.json", "dataset_info.json", "dataset_dict.json")
+
 
 def find_files(
     inputs: Sequence[str], file_format: str = "auto", left_out: list[LeftOut] | None = None
@@ -33,7 +35,20 @@ def find_files(
             if file.path in files:
                 raise InputError(f"--input: {file.name} is reached twice; name it once")
             files[file.path] = _classified(file, file_format)
-    return list(files.values())
+    return _without_metadata(list(files.values()), left_out)
+
+
+def _without_metadata(files: list[InputFile], left_out: list[LeftOut]) -> list[InputFile]:
+    """Leaves out what `save_to_disk` of Hugging Face's datasets writes beside and above its rows."""
+    saved = {os.path.dirname(file.path) for file in files if file.kind == "arrow"}
+    saved |= {os.path.dirname(folder) for folder in saved}
+    kept = []
+    for file in files:
+        if file.last_name in _METADATA and os.path.dirname(file.path) in saved:
+            left_out.append(LeftOut(file.name, "metadata of a data set", file.size or 0))
+        else:
+            kept.append(file)
+    return kept
 
 
 def _classified(file: InputFile, file_format: str) -> InputFile:

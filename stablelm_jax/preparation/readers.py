@@ -78,15 +78,18 @@ def _records(
     with streams.open_input(file.path, seekable=is_range or file.kind in _SEEKING) as opened:
         if file.kind in _SEEKING and file.compression:
             yield Rejected(f"a compressed {file.kind} file: decompress it first")
-        elif file.kind == "parquet":
-            yield from read_parquet(opened, reading, meter, start, end)
-        elif is_range:
+        elif is_range and file.kind != "parquet":
             blocks = blocks_of(opened, meter, *line_range(opened, start, end))
             yield from read_lines(blocks if start else as_utf8(blocks), reading)
-        elif file.kind == "zip":
-            problem = _why_not("zip", opened.read(HEAD))
-            member = functools.partial(_member, reading)
-            yield from [problem] if problem else read_zip(opened, member, meter)
+        elif file.kind in _SEEKING:
+            problem = _why_not(file.kind, opened.read(HEAD))
+            opened.seek(0)
+            if problem:
+                yield problem
+            elif file.kind == "parquet":
+                yield from read_parquet(opened, reading, meter, start, end)
+            else:
+                yield from read_zip(opened, functools.partial(_member, reading), meter)
         else:
             blocks = streams.unpacked(blocks_of(opened, meter), file.compression, meter)
             yield from _streamed(file.kind, blocks, reading)
@@ -134,7 +137,7 @@ def can_be_divided(file: InputFile) -> bool:
         return False
     with streams.open_input(file.path) as opened:
         head, blocks = streams.peek(blocks_of(opened, Meter()), HEAD)
-        if what_is(head) or head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if what_is(head) or streams.compression_of(head) or head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return False
         return lies_in_lines(as_utf8(blocks), unless_clear=file.kind == "jsonl")[0]
 

@@ -9,6 +9,7 @@ import bz2
 import codecs
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import lzma
@@ -30,7 +31,7 @@ _BLOCK = 1 << 16
 # Damage in a compressed stream loses what the failing call would have returned: feed it little.
 _PIECE = 4096
 # Published dumps are written with `zstd --long=31`; the decoder has to be allowed such a window.
-_LONGEST_WINDOW = 2**31
+_WINDOW = 2**31
 # Compressed text is a hundred times larger at most. What grows more is made to fill the machine.
 _MOST_EXPANSION = 500
 _ANY_EXPANSION_BYTES = 256 << 20
@@ -147,25 +148,26 @@ class _BlockFile(io.RawIOBase):
 
 # compression
 
-_DECOMPRESSORS: dict[str, Callable] = {
-    "gzip": lambda: zlib.decompressobj(wbits=31),
-    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW).decompressobj(),
-    "xz": lambda: lzma.LZMADecompressor(memlimit=_LONGEST_WINDOW),
-    "bzip2": bz2.BZ2Decompressor,
-    "lz4": lz4.frame.LZ4FrameDecompressor,
+# name: (how a stream begins, what decompresses it). zstd may begin with a frame to be skipped, as
+# programs that compress in parallel write them.
+_COMPRESSIONS: dict[str, tuple[bytes, Callable]] = {
+    "gzip": (rb"\x1f\x8b\x08", lambda: zlib.decompressobj(wbits=31)),
+    "zstd": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", lambda: _zstd().decompressobj()),
+    "xz": (rb"\xfd7zXZ\x00|\x5d\0\0[^\0]", lambda: lzma.LZMADecompressor(memlimit=_WINDOW)),
+    "bzip2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2Decompressor),
+    "lz4": (rb"\x04\x22\x4d\x18", lz4.frame.LZ4FrameDecompressor),
 }
-_MAGIC = {
-    "gzip": re.compile(rb"\x1f\x8b\x08"),
-    # Or a frame to be skipped, as programs that compress in parallel write them.
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-    "xz": re.compile(rb"\xfd7zXZ\x00|\x5d\x00\x00.{3}", re.DOTALL),
-    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-    "lz4": re.compile(rb"\x04\x22\x4d\x18"),
-}
+_zstd = functools.partial(zstandard.ZstdDecompressor, max_window_size=_WINDOW)
 # What a decoder says of damage. bz2 raises OSError for it, which here comes from no disk.
 _DECODER_ERRORS = (
     zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, RuntimeError, ValueError, EOFError,
 )  # fmt: skip
+
+
+def compression_of(head: bytes) -> str | None:
+    """The compression of a stream that begins like this."""
+    found = (name for name, (begin, _) in _COMPRESSIONS.items() if re.match(begin, head))
+    return next(found, None)
 
 
 def unpacked(blocks: Blocks, named: str | None, meter: Meter) -> Blocks:
@@ -177,21 +179,13 @@ def unpacked(blocks: Blocks, named: str | None, meter: Meter) -> Blocks:
     is_compressed = False
     for _ in range(_MOST_LAYERS):
         head, blocks = peek(blocks, 512)
-        found = next((name for name, magic in _MAGIC.items() if magic.match(head)), None)
+        found = compression_of(head)
         if found is None:
             break
         blocks, is_compressed, named = _decompressed(blocks, found), True, None
-    if named and (b"\0" in head or not _is_utf8(head)):
+    if named and b"\0" in head:
         raise Damaged(f"{named} stream damaged, the rest of the file is lost: no {named} at all")
     return _bounded(blocks, meter) if is_compressed else blocks
-
-
-def _is_utf8(head: bytes) -> bool:
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _decompressed(blocks: Blocks, compression: str) -> Blocks:
@@ -204,7 +198,7 @@ def _decompressed(blocks: Blocks, compression: str) -> Blocks:
             while piece:
                 if decoder is None:
                     piece = piece.lstrip(padding)
-                    decoder = _DECOMPRESSORS[compression]() if piece else None
+                    decoder = _COMPRESSIONS[compression][1]() if piece else None
                     continue
                 try:
                     data = decoder.decompress(piece)

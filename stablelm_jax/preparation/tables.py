@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import itertools
 from collections.abc import Iterator
 
@@ -12,17 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stablelm_jax.preparation import streams
-from stablelm_jax.preparation.formats import HEAD, Reading, what_is
-from stablelm_jax.preparation.streams import (
-    Blocks,
-    Meter,
-    Rejected,
-    as_file,
-    cut_at,
-    peek,
-    too_long,
-    without_first,
-)  # fmt: skip
+from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, cut_at, too_long
 from stablelm_jax.preparation.texts import decode
 
 # pyarrow's errors of a damaged file; UnicodeDecodeError comes from column names.
@@ -40,13 +32,11 @@ def read_parquet(
     file, reading: Reading, meter: Meter, start: int = 0, end: int | None = None
 ) -> Iterator[str | Rejected]:
     """One document a row, of the row groups [start, end) of an open file."""
-    name = what_is(file.read(HEAD)) or "no parquet"
-    try:
-        table = pq.ParquetFile(file)
-    except PARQUET_ERRORS as error:
-        name = name.replace("parquet file", "parquet file without its ending")
-        yield Rejected(f"not a readable parquet file: {name} ({_damage(error)})")
-        return
+    begins = file.read(4) == b"PAR1"
+    file.seek(max(file.seek(0, io.SEEK_END) - 4, 0))
+    if begins and file.read() != b"PAR1":
+        raise Damaged("parquet file without its ending, the rest of the file is lost")
+    table = pq.ParquetFile(file)
     for group in range(start, table.num_row_groups if end is None else end):
         yield from _row_group(table, group, reading.text_key, meter)
 
@@ -73,8 +63,8 @@ def _row_group(
 
 def read_arrow(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     """One document a row of an Arrow stream, or an Arrow file, which is one with an index."""
-    head, blocks = peek(blocks, 8)
-    with as_file(without_first(blocks, 8 if head == b"ARROW1\0\0" else 0)) as file:
+    head, blocks = streams.peek(blocks, 8)
+    with streams.as_file(streams.without_first(blocks, 8 if head == b"ARROW1\0\0" else 0)) as file:
         table = pa.ipc.open_stream(file)
         steps = _steps(table.schema, reading.text_key)
         for batch in table:

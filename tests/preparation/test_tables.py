@@ -81,7 +81,7 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"no parquet at all, by no means"])
 def test_a_file_that_is_no_parquet_is_one_rejected_record(tmp_path, data):
     (reason,) = read(write(tmp_path / "a.parquet", data))
-    assert reason.startswith("not a readable parquet file")
+    assert reason.startswith(("damaged parquet", "parquet file without its ending"))
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_parquet_that_is_cut_encrypted_compressed_or_something_else_is_named(tmp
         (data[:-10], "parquet file without its ending"),
         (b"PARE" + data[4:-4] + b"PARE", "encrypted parquet file"),
         (b"SQLite format 3\0" + bytes(100), "SQLite database"),
-        (b"<html>not found</html>", "no parquet"),
+        (b"<html>not found</html>", "damaged parquet"),
     ]:
         (reason,) = read(write(tmp_path / "b.parquet", content))
-        assert reason.startswith(f"not a readable parquet file: {name}")
+        assert reason.startswith(name)
     (reason,) = read(write(tmp_path / "a.parquet.gz", gzip.compress(data)))
     assert reason == "a compressed parquet file: decompress it first"
     assert read(path) == ["one"]
