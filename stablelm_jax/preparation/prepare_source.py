@@ -213,8 +213,13 @@ class Preparation:
             is_gone = not is_url(file.path) and not os.path.exists(file.path)
             if is_gone or as_now != (file.size, file.version):
                 return True
-        outputs = map(tokenize_chunk.read_output, self.outputs.glob("[0-9]*-*"))
-        return not any(sum(output.tokens.values()) for output in outputs)
+        outputs = list(map(tokenize_chunk.read_output, self.outputs.glob("[0-9]*-*")))
+        filled = {split for output in outputs for split in output.shards}
+        # All was read and no source can be made of it, or there is nothing yet.
+        is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
+        return (is_done and len(filled) < len(SPLITS)) or not any(
+            sum(output.tokens.values()) for output in outputs
+        )
 
     def _first_look(self, cut: list[chunks.Chunk]) -> held_out.Look:
         reading = Reading.of(self._settings)

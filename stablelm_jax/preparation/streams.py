@@ -27,7 +27,7 @@ from stablelm_jax.storage.remote import driver_options, is_http, is_url
 # A longer document is refused: it has to fit into memory several times over in every worker.
 MAX_DOCUMENT_BYTES = 128 * 2**20
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 20
 # Damage in a compressed stream loses what the failing call would have returned: feed it little.
 _PIECE = 4096
 # Published dumps are written with `zstd --long=31`; the decoder has to be allowed such a window.
@@ -87,8 +87,9 @@ def blocks_of(file, meter: Meter, begin: int = 0, end: int | None = None) -> Blo
     left = float("inf") if end is None else end - begin
     while left > 0 and (block := file.read(int(min(_BLOCK, left)))):
         left -= len(block)
-        meter.consumed += len(block)
-        yield block
+        for piece in (block[start : start + _PIECE] for start in range(0, len(block), _PIECE)):
+            meter.consumed += len(piece)
+            yield piece
 
 
 def peek(blocks: Blocks, size: int) -> tuple[bytes, Blocks]:
@@ -192,22 +193,20 @@ def _decompressed(blocks: Blocks, compression: str) -> Blocks:
     """What can be read of a stream of one or many frames."""
     decoder = None
     padding = b"\0" if compression in ("gzip", "xz") else b""  # tapes pad files with zeros
-    for block in blocks:
-        for start in range(0, len(block), _PIECE):
-            piece = block[start : start + _PIECE]
-            while piece:
-                if decoder is None:
-                    piece = piece.lstrip(padding)
-                    decoder = _COMPRESSIONS[compression][1]() if piece else None
-                    continue
-                try:
-                    data = decoder.decompress(piece)
-                except _DECODER_ERRORS as error:
-                    text = f"{compression} stream damaged, the rest of the file is lost: {error}"
-                    raise Damaged(text[:200]) from None
-                yield data
-                piece = decoder.unused_data or b"" if decoder.eof else b""
-                decoder = None if decoder.eof else decoder
+    for piece in blocks:
+        while piece:
+            if decoder is None:
+                piece = piece.lstrip(padding)
+                decoder = _COMPRESSIONS[compression][1]() if piece else None
+                continue
+            try:
+                data = decoder.decompress(piece)
+            except _DECODER_ERRORS as error:
+                text = f"{compression} stream damaged, the rest of the file is lost: {error}"
+                raise Damaged(text[:200]) from None
+            yield data
+            piece = decoder.unused_data or b"" if decoder.eof else b""
+            decoder = None if decoder.eof else decoder
     if decoder is not None:
         raise Damaged(f"{compression} stream cut short, the rest of the file is lost")
 
