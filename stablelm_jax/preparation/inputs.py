@@ -39,7 +39,7 @@ def find_files(
 
 
 def _without_metadata(files: list[InputFile], left_out: list[LeftOut]) -> list[InputFile]:
-    """Leaves out what `save_to_disk` of Hugging Face's datasets writes beside and above its rows."""
+    """Leaves out what `save_to_disk` of Hugging Face datasets writes beside and above its rows."""
     saved = {os.path.dirname(file.path) for file in files if file.kind == "arrow"}
     saved |= {os.path.dirname(folder) for folder in saved}
     kept = []
