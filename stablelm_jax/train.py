@@ -1,23 +1,30 @@
 """`train --config F --workdir D`: pretrains; goes on by itself where D holds a checkpoint.
 
-Exit codes: 0 the run reached its last step; 75 stopped by a signal with a whole checkpoint, run
-the same command again; 1 error; 2 bad config or arguments.
+Exit codes: 0 the run reached its last step; 75 stopped with a whole checkpoint (by a signal, a hang
+or another process that is gone), run the same command again; 1 error; 2 bad config or arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.run_verb import run_verb
+
+if TYPE_CHECKING:
+    from stablelm_jax.parallel.meeting import Processes
 
 _TELL_SECONDS = 30.0  # in which the others may come to hear why this process leaves
 
@@ -47,41 +54,60 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
     # Importing these takes seconds.
-    import jax
-
-    from stablelm_jax.parallel import distributed
-    from stablelm_jax.parallel.meeting import MeetingError, PeerGone
+    from stablelm_jax.parallel.distributed import find_processes
+    from stablelm_jax.parallel.meeting import MeetingError
     from stablelm_jax.run.compilation import make_deterministic
     from stablelm_jax.training.begin import ResumeOptions
     from stablelm_jax.training.run import run_training
-    from stablelm_jax.training.setup import fingerprints
     from stablelm_jax.workdir import check_workdir
 
     if config.training.deterministic:
         make_deterministic()
     given = flags.FLAGS
+    options = ResumeOptions(given.strict, given["accept-config-change"].value)
+    run = functools.partial(run_training, config, set_by, given.workdir, options, stop)
     try:
-        place = (given.coordinator, given.num_processes, given.process_id)
-        processes = distributed.find_processes(*place)
+        processes = find_processes(given.coordinator, given.num_processes, given.process_id)
     except MeetingError as error:
         raise config_lib.ConfigError(str(error)) from error
     try:
-        if processes is not None:
-            check_workdir(given.workdir)
-            distributed.start(processes, fingerprints(config))
-        options = ResumeOptions(given.strict, given["accept-config-change"].value)
-        return run_training(config, set_by, given.workdir, options, stop)
+        if processes is None:
+            return run()
+        check_workdir(given.workdir)
     except config_lib.ConfigError:
         raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = EXIT_STOPPED if isinstance(error, PeerGone) else 1
-        if processes is not None:  # jax would wait for the others, who may wait for this one
-            if jax.distributed.is_initialized() and distributed.is_first():
-                time.sleep(2)  # jax ends the others as soon as process 0 is gone
+        return 1
+    return _train_among(processes, config, run, stop)
+
+
+def _train_among(
+    processes: Processes, config: ConfigDict, run: Callable[[], int], stop: StopRequest
+) -> int:
+    """`run` as one of several processes: where it fails, the others are told, and leave too."""
+    from stablelm_jax.parallel import distributed
+    from stablelm_jax.parallel.meeting import PeerGone
+    from stablelm_jax.run.events import HEARING_SECONDS
+    from stablelm_jax.run.peers import Peers
+    from stablelm_jax.training.setup import fingerprints
+
+    try:
+        distributed.start(processes, fingerprints(config))
+        peers = Peers(processes, stop)
+        return peers.end(run())
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError)
+        # The cause may be a process that is gone: then this one says so instead, and leaves.
+        time.sleep(HEARING_SECONDS if expected else 5 * HEARING_SECONDS)
+        codes = {config_lib.ConfigError: 2, PeerGone: EXIT_STOPPED}
+        try:
+            if not expected:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-            os._exit(code)
-        return code
+        finally:  # Python's own end would wait for the others, who may wait for this one
+            stop.leave(codes.get(type(error), 1))
 
 
 def _tell_the_others(argv: Sequence[str], error: BaseException) -> None:

@@ -65,6 +65,12 @@ def is_finished(path: epath.Path) -> bool:
     return not remote.is_url(path) or ocp.path.step.is_path_finalized(path)
 
 
+def newest_finished(folder: epath.PathLike) -> epath.Path | None:
+    """The newest finished checkpoint in a folder `checkpoints/`."""
+    steps = finished_steps(folder)
+    return epath.Path(folder) / checkpoint_name(steps[-1]) if steps else None
+
+
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
     """The checkpoint that a path stands for, in every verb.
 
@@ -80,11 +86,8 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     for named in (path, real_path(path)):
         if checkpoint_step(named.name) is not None:
             return named
-    found = [
-        folder / checkpoint_name(steps[-1])
-        for folder in (path, path / "checkpoints")
-        if (steps := finished_steps(folder))
-    ]
+    folders = (path, path / "checkpoints")
+    found = [newest for folder in folders if (newest := newest_finished(folder))]
     if not found:
         raise ValueError(f"{path} is not a checkpoint and holds none; {REMEDY}")
     if len(found) > 1:

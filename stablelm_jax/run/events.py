@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+HEARING_SECONDS = 1.0  # after an error: news of another process may be on its way
 _PLAIN_SECONDS = 5.0  # without a terminal: a line at most this often
 
 
@@ -34,6 +35,10 @@ class Events:
 
     def tell(self, event: str, text: str, *, style: str = "bold yellow", **fields: Any) -> None:
         """Prints a text in colour and keeps it."""
+        if style == "bold red" and jax.process_count() > 1:
+            time.sleep(
+                HEARING_SECONDS
+            )  # where the cause is a process that is gone, this one leaves
         self.print(text, style)
         if self._path is None:  # not process 0, whose console is quiet
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)

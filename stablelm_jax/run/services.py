@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.checkpoint.names import checkpoint_name
+from stablelm_jax.checkpoint.names import newest_finished
 from stablelm_jax.checkpoint.saving import Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel import distributed
@@ -38,12 +39,6 @@ class Services:
     log: RunLog
     profiler: Profiler
     watchdog: Watchdog
-
-    def note_what_is_safe(self) -> None:
-        """Tells `stop` what to say of the run where a signal ends it at once."""
-        if saved := self.store.steps():
-            path = self.folder.checkpoints / checkpoint_name(saved[-1])
-            self.stop.safe = f"checkpoint {path} is whole"
 
 
 @contextlib.contextmanager
@@ -91,11 +86,13 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         # The watchdog looks on while steps are taken; what ends the run has bounds of its own.
         watchdog = Watchdog(
             config.training.hang_seconds,
-            lambda step, why: end_hung_run(step, why, stop.phase_name, folder, events),
+            lambda step, why: end_hung_run(step, why, stop, folder, events),
         )
         stack.callback(watchdog.stop)
         services = Services(
             stop, console, cache, folder, events, store, saver, log, profiler, watchdog
         )
-        services.note_what_is_safe()
+        # What a process that leaves at once says, and where it says so.
+        stop.whole = functools.partial(newest_finished, folder.checkpoints)
+        stop.tell = lambda text: events.tell("left", text)
         yield services

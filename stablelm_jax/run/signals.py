@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_STOPPED = 75
 # Besides Ctrl-C and the usual one: a terminal that is closed, and the two that SLURM jobs are
@@ -34,7 +35,10 @@ class StopRequest:
 
     Attributes:
       name: the first signal or notice heard, or None.
-      safe: a sentence on the run's state, for a process that leaves at once.
+      safe: a sentence on the run's state, where there is no whole checkpoint yet.
+      whole: finds the newest checkpoint that is whole, or None.
+      tell: says the last line of a process that leaves at once.
+      leave: ends this process at once with an exit code.
       phase_name: the phase that the run is in.
     """
 
@@ -43,10 +47,20 @@ class StopRequest:
         self._last = last
         self.name: str | None = None
         self.safe = "nothing had begun"
+        self.whole: Callable[[], object | None] = lambda: None
+        self.tell: Callable[[str], None] = _say
+        self.leave: Callable[[int], NoReturn] = os._exit
         self.phase_name, self._leave = "starting", True
         self._heard_at: float | None = None
         self._lock = threading.RLock()
         self._before: dict[int, object] = {}
+
+    def what_is_safe(self) -> str:
+        """A sentence on the run's state, for a process that leaves at once."""
+        with contextlib.suppress(OSError):  # the disk's
+            if whole := self.whole():
+                return f"checkpoint {whole} is whole"
+        return self.safe
 
     def seconds_since(self) -> float:
         """Seconds since the first signal or notice; 0 where there was none."""
@@ -110,9 +124,9 @@ class StopRequest:
     def _leave_at_once(self) -> None:
         _say(
             f"stopped by {self.name} while {self.phase_name}, {self.seconds_since():.1f} s after "
-            f"it: {self.safe}; run the same command again to go on"
+            f"it: {self.what_is_safe()}; run the same command again to go on"
         )
-        os._exit(EXIT_STOPPED)
+        self.leave(EXIT_STOPPED)
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ import jax
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
-from stablelm_jax.run.signals import EXIT_STOPPED
+from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 
 _FACTOR = 10.0  # times the median step
 _PAUSE = 5.0  # seconds in which the other processes write their stacks
@@ -97,13 +97,13 @@ class Watchdog:
                 return
 
 
-def end_hung_run(step: int, why: str, phase: str, folder: RunFolder, events: Events) -> None:
+def end_hung_run(step: int, why: str, stop: StopRequest, folder: RunFolder, events: Events) -> None:
     """Writes the stacks of all threads and ends the process: no thread may be able to go on."""
     # Even where the console or the disk is what hangs.
     threading.Timer(4 * _PAUSE, os._exit, (EXIT_STOPPED,)).start()
     index = jax.process_index()
     path = folder.path / "hang" / f"{checkpoint_name(step)}-process{index}.txt"
-    text = f"HUNG in {phase} at step {step} on process {index}: {why}"
+    text = f"HUNG in {stop.phase_name} at step {step} on process {index}: {why}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         print(text, end="\n\n", file=file, flush=True)
@@ -112,6 +112,6 @@ def end_hung_run(step: int, why: str, phase: str, folder: RunFolder, events: Eve
         if folder.mirror:
             folder.mirror.upload_file(path)
     events.tell("hang", f"{text}; see {path}", style="bold red", step=step)
-    if index == 0:
-        time.sleep(_PAUSE)  # jax ends the others as soon as process 0 is gone
-    os._exit(EXIT_STOPPED)
+    if jax.process_count() > 1:
+        time.sleep(_PAUSE)  # the others leave as soon as they hear of this one
+    stop.leave(EXIT_STOPPED)

@@ -50,13 +50,13 @@ class Trainer:
         """Saves what a run that is stopped while it compiles goes on from."""
         with self.services.stop.phase("saving"):
             self.services.saver.finish(self.progress.step, self.checkpoint)
-            self.services.note_what_is_safe()
 
     def compile(self) -> None:
-        """Makes all programs ready, everywhere: a watchdog takes a wait for one for a hang."""
+        """Makes all programs ready, on every process: once the loop runs, nothing is compiled."""
         self._programs = compile_programs(self.run, self.services.console, self.services.cache)
         self._faults.compile()
         self.intervals.prepare(self._programs)
+        # To a watchdog, a first step that waits for one who still compiles would be a hang.
         distributed.anywhere(False)
 
     def train(self) -> int:

@@ -15,11 +15,13 @@ DEVICES = 4
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys, time
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 sys.argv[3:4] = []
+index = int(sys.argv[-1].partition("=")[2]) if "process_id" in sys.argv[-1] else 0
+exec(os.environ.get("DISTURBED", ""))
 from stablelm_jax.train import main
 main()
 """
@@ -133,6 +135,39 @@ def test_a_host_with_other_bytes_under_the_same_manifest_is_named_on_all(data, t
         assert code == 1
         said = err.splitlines()[-1]
         assert "process(es) 1 (" in said and f"{shard}: sha256" in said and "manifest says" in said
+
+
+# Process 1 compiles for longer than the limit of a hang; process 0 is killed after a checkpoint.
+DISTURBED = """
+import os, signal, time
+from stablelm_jax.training import loop, programs
+compile_step, step = programs.compile_step, loop.Trainer._step
+def slow(run):
+    time.sleep(12 * index)
+    return compile_step(run)
+def dies(trainer, *arguments):
+    if index == 0 and trainer.progress.step == 5:
+        trainer.services.saver._settle()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, *arguments)
+programs.compile_step, loop.Trainer._step = slow, dies
+"""
+
+
+def test_one_compiles_late_and_is_no_hang_one_is_killed_and_the_other_leaves_with_75(
+    data, tmp_path, monkeypatch
+):
+    overrides = {"training.hang_seconds": 10.0, "evaluation.every": 0, "samples.every": 0}
+    path = config_file(tmp_path, data, **overrides, **{"checkpoint.every": 4})
+    with monkeypatch.context() as patch:
+        patch.setenv("DISTURBED", DISTURBED)
+        (killed, out, first), (code, _, err) = run(2, path, tmp_path / "run")
+    assert killed == -9 and "waiting for process 1" in first
+    assert code == 75, err
+    assert "HUNG" not in out + err
+    assert not any(path.stat().st_size for path in tmp_path.glob("run/hang/*"))
+    assert "process 0 is gone, killed or with its machine" in err.splitlines()[-1]
+    assert f"checkpoint {tmp_path / 'run/checkpoints/global_step4'} is whole" in err
 
 
 @pytest.mark.by_hand  # the bucket of one process is tested in test_bucket_run.py
