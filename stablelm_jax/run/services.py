@@ -22,7 +22,7 @@ from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.run.metrics import RunLog, Writers
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.run.signals import StopRequest, watch_notices
-from stablelm_jax.run.watchdog import Watchdog, end_hung_run
+from stablelm_jax.run.watchdog import Watchdog, backstop_of, end_hung_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         watchdog = Watchdog(
             config.training.hang_seconds,
             lambda step, why: end_hung_run(step, why, stop, folder, events),
+            lambda: backstop_of(folder),
         )
         stack.callback(watchdog.stop)
         services = Services(

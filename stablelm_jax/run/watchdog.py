@@ -19,12 +19,14 @@ from typing import Any
 import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_name
+from stablelm_jax.run.backstop import Backstop
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 
 _FACTOR = 10.0  # times the median step
 _PAUSE = 5.0  # seconds in which the other processes write their stacks
+BACKSTOP_SECONDS = 5 * _PAUSE  # more than the limit: the watchdog itself ends the run sooner
 
 
 class Watchdog:
@@ -33,12 +35,21 @@ class Watchdog:
     `hung` gets the last step that was dispatched and a sentence, in the watchdog's thread.
     """
 
-    def __init__(self, least_seconds: float, hung: Callable[[int, str], None]):
-        """`least_seconds`: the limit is never below this; 0 switches the watchdog off."""
+    def __init__(
+        self,
+        least_seconds: float,
+        hung: Callable[[int, str], None],
+        backstop: Callable[[], Backstop] | None = None,
+    ):
+        """`least_seconds`: the limit is never below this; 0 switches the watchdog off.
+
+        `backstop`: makes what ends the process where the watchdog's own thread cannot run.
+        """
         self._least, self._hung, self._bound = least_seconds, hung, 0.0
         self._steps: collections.deque[Any] = collections.deque()
         self._seconds: collections.deque[float] = collections.deque(maxlen=101)
         self._ended = threading.Event()
+        self._make_backstop = backstop
         self._poll = min(1.0, least_seconds / 10)
 
     def start(self, step_number: int) -> None:
@@ -77,8 +88,13 @@ class Watchdog:
         return max(_FACTOR * median, self._least, self._bound)
 
     def _watch(self) -> None:
+        backstop = None
+        with contextlib.suppress(OSError):  # the watchdog serves without it
+            backstop = self._make_backstop and self._make_backstop()
         looked_at = time.monotonic()
         while not self._ended.wait(self._poll):
+            if backstop:
+                backstop.set(self.limit() + BACKSTOP_SECONDS)
             now = time.monotonic()
             if now - looked_at > 5 * self._poll + 1:  # the whole process was halted, and goes on
                 self._moved_at += now - looked_at
@@ -94,7 +110,9 @@ class Watchdog:
                 why = f"nothing moved for {now - self._moved_at:.0f} s"
                 limit = f"{_FACTOR:g} median steps, at least {self._least:g} s"
                 self._hung(self._step_number, f"{why} (limit: {limit})")
-                return
+                break
+        if backstop:
+            backstop.stop()
 
 
 def end_hung_run(step: int, why: str, stop: StopRequest, folder: RunFolder, events: Events) -> None:
@@ -115,3 +133,11 @@ def end_hung_run(step: int, why: str, stop: StopRequest, folder: RunFolder, even
     if jax.process_count() > 1:
         time.sleep(_PAUSE)  # the others leave as soon as they hear of this one
     stop.leave(EXIT_STOPPED)
+
+
+def backstop_of(folder: RunFolder) -> Backstop:
+    """What ends a run in which native code lets no thread of Python run."""
+    index = jax.process_index()
+    path = folder.path / "hang" / f"native-process{index}.txt"
+    text = f"HUNG: native code lets no Python run on process {index}; see {path}"
+    return Backstop(path, text, EXIT_STOPPED)
