@@ -19,6 +19,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from stablelm_jax.checkpoint.barrier import FailedElsewhere, SaveBarrier
 from stablelm_jax.checkpoint.checksum import checksums
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import FORMAT_VERSION, sealed
@@ -55,10 +56,15 @@ class Saver:
     `look` and `due_by_time` are asked at every step and never wait.
     """
 
-    def __init__(self, config: Any, store: CheckpointStore, events: Any):
-        """`config`: the group `checkpoint` of a config. `events`: a `run.events.Events`."""
-        self._config, self._store, self._events = config, store, events
-        self._writer = ocp.AsyncCheckpointer(_handlers(), timeout_secs=config.timeout_seconds)
+    def __init__(self, config: Any, store: CheckpointStore, events: Any, pages: str = ""):
+        """`config`: the group `checkpoint` of a config. `events`: a `run.events.Events`.
+
+        `pages`: the file with all that Orbax says of a failure.
+        """
+        self._config, self._store, self._events, self._pages = config, store, events, pages
+        self._barrier = SaveBarrier()
+        options = ocp.AsyncOptions(config.timeout_seconds, barrier_sync_fn=self._barrier)
+        self._writer = ocp.AsyncCheckpointer(_handlers(), async_options=options)
         self._writing = False
         self._began_at = time.monotonic()  # the newest save, or this start of the run
         self._retry_at: float | None = None
@@ -126,6 +132,7 @@ class Saver:
 
     def _start(self, step: int, make: Callable[[], Checkpoint]) -> None:
         self.last_step, self._began_at, self._retry_at = step, time.monotonic(), None
+        self._barrier.begin()
         checkpoint = make()
         try:
             start_writing(self._writer, self._store.folder / checkpoint_name(step), checkpoint)
@@ -154,17 +161,22 @@ class Saver:
 
     def _fail(self, error: Exception) -> None:
         self._writing, self._retry_at = False, time.monotonic() + RETRY_SECONDS
-        with contextlib.suppress(Exception):  # what is left is removed by the next start
-            self._store.remove_unfinished(self.last_step)
         # What the system said stands somewhere in the pages that tensorstore says.
         found = re.search(r"os_error_code='(\d+)'", str(error))
         cause = os.strerror(int(found[1])) if found else described(error)
+        if isinstance(error, FailedElsewhere):
+            cause = str(error)
+        else:
+            self._barrier.fail(cause)
+        with contextlib.suppress(Exception):  # what is left is removed by the next start
+            self._store.remove_unfinished(self.last_step)
         kept = self._store.steps()
         older = f"{checkpoint_name(kept[-1])} is whole" if kept else "there is no older one"
+        more = f"; {self._pages} has more" if self._pages else ""
         text = (
             f"{checkpoint_name(self.last_step)} COULD NOT BE SAVED ({cause}); the run goes on, "
             f"{older}, and another try follows within {RETRY_SECONDS:.0f} s. Look at the disk of "
-            f"{self._store.folder}"
+            f"{self._store.folder}{more}"
         )
         self._events.tell("save_failed", text, style="bold red", step=self.last_step)
 

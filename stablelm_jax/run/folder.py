@@ -7,6 +7,7 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   metrics.jsonl      one line every `training.log_every` steps, one for each evaluation
   events.jsonl       what else happened: signals, saves that failed, updates left out, changes
   hang/              with a hang: the stacks of every process
+  orbax-process<i>.log   with a save that fails: all that the checkpoint library says of it
   shards.json        sizes and times of the shards, to notice one that changes
   loss.png           the curves of metrics.jsonl
   checkpoints/global_step<N>/

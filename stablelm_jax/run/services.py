@@ -5,8 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import jax
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -78,7 +85,10 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
             first_process=first,
             tell=events.tell,
         )
-        saver = stack.enter_context(contextlib.closing(Saver(config.checkpoint, store, events)))
+        pages = folder.path / f"orbax-process{jax.process_index()}.log"
+        stack.enter_context(orbax_to_file(pages))
+        saver = Saver(config.checkpoint, store, events, str(pages))
+        stack.enter_context(contextlib.closing(saver))
         writers = Writers(config, folder, events)
         stack.push(lambda kind, *_: writers.close(failed=kind is not None))
         log = RunLog(folder, events, writers)
@@ -97,3 +107,33 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         stop.whole = functools.partial(newest_finished, folder.checkpoints)
         stop.tell = lambda text: events.tell("left", text)
         yield services
+
+
+@contextlib.contextmanager
+def orbax_to_file(path: Path) -> Iterator[None]:
+    """What Orbax says goes to a file: of a save that fails it says pages, and we say a line."""
+    pages = logging.FileHandler(path, encoding="utf-8", delay=True)
+    pages.handleError = lambda record: None  # the disk may be what fails
+    loggers = absl_logging.get_absl_logger(), logging.getLogger("asyncio")
+    print_error = sys.unraisablehook
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        ours = record.name != "asyncio" and f"{os.sep}orbax{os.sep}" not in record.pathname
+        if not ours:
+            pages.handle(record)
+        return ours
+
+    def hook(error: Any) -> None:  # of tensorstore's threads in C++
+        caught = error.exc_type, error.exc_value, error.exc_traceback
+        pages.handle(logging.LogRecord("", logging.ERROR, "", 0, "in native code", (), caught))
+
+    sys.unraisablehook = hook
+    for logger in loggers:
+        logger.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = print_error
+        for logger in loggers:
+            logger.removeFilter(is_ours)
+        pages.close()

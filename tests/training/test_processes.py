@@ -170,6 +170,36 @@ def test_one_compiles_late_and_is_no_hang_one_is_killed_and_the_other_leaves_wit
     assert f"checkpoint {tmp_path / 'run/checkpoints/global_step4'} is whole" in err
 
 
+# The disk of process 1 is full at one save.
+FULL = """
+import resource, signal
+from stablelm_jax.checkpoint import saving
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write, endless = saving.start_writing, resource.RLIM_INFINITY
+def full(writer, path, checkpoint):
+    most = 2000 if index == 1 and path.name == "global_step2" else endless
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, endless))
+    write(writer, path, checkpoint)
+saving.start_writing, saving.RETRY_SECONDS = full, 0.0
+"""
+
+
+@pytest.mark.by_hand  # the wait at a barrier is tested in tests/checkpoint/test_barrier.py
+def test_a_save_that_fails_on_one_host_names_it_on_all_and_the_run_goes_on(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DISTURBED", FULL)
+    path = config_file(tmp_path, data, **{"checkpoint.every": 2, "training.num_steps": 8})
+    for index, (code, out, err) in enumerate(run(2, path, tmp_path / "run")):
+        assert code == 0, err
+        said = out if index == 0 else err
+        assert "global_step2 COULD NOT BE SAVED" in said and "File too large" in said
+        assert "Traceback" not in out + err
+    assert (tmp_path / "run/orbax-process1.log").stat().st_size
+    steps = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert "global_step8" in steps and "global_step2" not in steps
+
+
 @pytest.mark.by_hand  # the bucket of one process is tested in test_bucket_run.py
 def test_two_processes_share_a_run_folder_in_a_bucket(data, alone, tmp_path, gcs, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
