@@ -18,8 +18,8 @@ PACKAGE = ROOT / "stablelm_jax"
 # The core, from the top floor down:
 CORE = {
     "training": 2240,
-    "run": 1480,
-    "checkpoint": 930,
+    "run": 1500,
+    "checkpoint": 925,
     "config": 900,
     "data": 1500,
     "tokenizer": 520,
