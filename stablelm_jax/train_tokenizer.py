@@ -96,10 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(flags: argparse.Namespace) -> None:
-    files = inputs.find_files(flags.inputs, flags.format)
+    left_out: list[inputs.LeftOut] = []
+    files = inputs.find_files(flags.inputs, flags.format, left_out, str(flags.output))
     settings = {**vars(flags), "inputs": inputs.fingerprint(files)}
     del settings["output"]
-    notes = flags.output.with_suffix(".training.json")
+    notes = flags.output.with_suffix(inputs.TRAINING_NOTES)
     if flags.output.is_file():
         if not notes.exists() or json.loads(notes.read_text(encoding="utf-8")) != settings:
             raise ValueError(
@@ -117,6 +118,8 @@ def _train(flags: argparse.Namespace) -> None:
         tokenizer.save(str(aside))
         write_json(notes, settings)
     print(f"rejected: {documents.rejected()}" if documents.reasons else "rejected: none")
+    for item in left_out:
+        print(f"left out: {item.name}, {item.reason}")
     size = tokenizer.get_vocab_size()
     fewer = f" (not {flags.rows:,}: the text repeats no more)" if size < flags.rows else ""
     print(

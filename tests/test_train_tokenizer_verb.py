@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from stablelm_jax import train_tokenizer
+from stablelm_jax import prepare, train_tokenizer
 from stablelm_jax.preparation import chunks
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -161,3 +161,24 @@ def test_a_place_that_takes_no_file_is_found_before_anything_is_read(
     output = str(tmp_path / place)
     assert train_tokenizer.main(["--input", str(corpus), "--output", output]) == 1
     assert capsys.readouterr().err.startswith(f"train_tokenizer: {tmp_path / place}")
+
+
+def test_its_output_within_the_input_is_left_out_the_first_time_and_the_second(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("\n".join(TEXTS))
+    trained(tmp_path / "in", tmp_path / "in/tokenizer.json")
+    trained(tmp_path / "in", tmp_path / "in/tokenizer.json")
+    assert "kept" in capsys.readouterr().out
+    arguments = ["--source", "s", "--input", str(tmp_path / "in"), "--output", str(tmp_path)]
+    arguments += ["--tokenizer", str(tmp_path / "in/tokenizer.json"), "--split-on", "2kB"]
+    assert prepare.main([*arguments, "--workers", "1"]) == 0
+    assert "left out: the tokenizer" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "in/gone").symlink_to("nowhere")
+    trained(tmp_path / "in", tmp_path / "tokenizer.json")
+    out = capsys.readouterr().out
+    assert f"left out: {tmp_path / 'in/gone'}, a link that leads nowhere" in out

@@ -15,12 +15,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from stablelm_jax.preparation.finding import InputFile, LeftOut
+from stablelm_jax.preparation.streams import reason_kind
 from stablelm_jax.storage.files import replacing
 
 # More than this share of the bytes not read, and the source is refused; unless it is so little
 # that a single odd file of a small source would do.
 _MOST_UNREAD, _LITTLE = 0.1, 4096
 _HOLDS_NOTHING = re.compile(r"empty .*|.* is (a JSON )?null\b.*")
+# What is no loss beside the texts of an archive: hidden files, links, the metadata of a webdataset.
+_BESIDE_TEXTS = re.compile(r"(hidden|a link or device) in an archive.*|no key .*\.json\)")
 _LOSES_THE_REST = "the rest of the file is lost"
 _WORST_SHOWN = 3
 
@@ -43,11 +46,13 @@ class Tally:
         """Counts a record, rejected for a reason or not, that `left` bytes of the file follow."""
         if rejected is not None and _HOLDS_NOTHING.fullmatch(rejected):
             return
+        self.reason = self.reason or rejected or ""
+        if rejected is not None and _BESIDE_TEXTS.fullmatch(rejected):
+            return
         self.records += 1
         if rejected is not None:
             self.rejected += 1
             self.lost += left if _LOSES_THE_REST in rejected else 0
-            self.reason = self.reason or rejected
 
     def __add__(self, other: Tally) -> Tally:
         """With what another chunk or output holds of the same file."""
@@ -57,7 +62,7 @@ class Tally:
     def unread(self, size: int) -> int:
         """How many of the bytes of the file, which has `size`, were not read as text."""
         if self.rejected == self.records:
-            return size if self.records else 0
+            return size if self.reason else 0
         share = self.rejected / self.records
         return min(size, round(self.lost + (size - self.lost) * share))
 
@@ -91,7 +96,7 @@ class Account:
         for file in files:
             account._add_file(file, whole[file.path])
         for item in left_out:
-            account._add(f"left out: {_kind_of(item.reason)}", item.files, item.size or 0)
+            account._add(f"left out: {reason_kind(item.reason)}", item.files, item.size or 0)
             if item.is_loss:
                 account.found += item.size or 0
                 account.unread.append((item.size or 0, item.name, item.reason))
@@ -99,10 +104,10 @@ class Account:
 
     def _add_file(self, file: InputFile, tally: Tally) -> None:
         size = file.size or 0
-        if not tally.records:
+        if not tally.reason and not tally.records:
             end = "empty"
         elif tally.rejected == tally.records:
-            end = f"rejected: {_kind_of(tally.reason)}"
+            end = f"rejected: {reason_kind(tally.reason)}"
         else:
             end = f"read as {file.kind}" + (f".{file.compression}" if file.compression else "")
         self._add(end, 1, size)
@@ -127,10 +132,6 @@ class Account:
         named = ", ".join(f"{name} ({reason})" for _, name, reason in worst[:_WORST_SHOWN])
         more = f" and {len(worst) - _WORST_SHOWN:,} more" if len(worst) > _WORST_SHOWN else ""
         return f"{self.unread_bytes:,} of {self.found:,} bytes were not read as text: {named}{more}"
-
-
-def _kind_of(reason: str) -> str:
-    return re.split(r"[:(]", reason)[0].strip()
 
 
 def list_left_out(path: pathlib.Path, left_out: Sequence[LeftOut]) -> None:

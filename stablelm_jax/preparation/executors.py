@@ -120,8 +120,9 @@ def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
 
 def _start_server(output: pathlib.Path) -> None:
     """Starts what workers fork from: it prints to the file too, and leaves Ctrl-C to its parent."""
-    # A new process inherits both, before Python runs in it.
-    before, stderr = signal.signal(signal.SIGINT, signal.SIG_IGN), os.dup(2)
+    # A new process inherits both, before Python runs in it. Blocked, and not ignored: Ctrl-C in this
+    # moment is not lost to the parent.
+    before, stderr = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}), os.dup(2)
     try:
         with output.open("ab") as file:
             os.dup2(file.fileno(), 2)
@@ -129,7 +130,7 @@ def _start_server(output: pathlib.Path) -> None:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(output: str) -> None:

@@ -14,13 +14,15 @@ FORMATS = (
 # Hold files, each of them to be read by its own name.
 ARCHIVES = ("tar", "zip")
 _KINDS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".jl": "jsonl",
+    ".json": "json", ".parquet": "parquet",
     ".arrow": "arrow", ".feather": "arrow", ".csv": "csv", ".tsv": "tsv", ".html": "html",
     ".htm": "html", ".xhtml": "html", ".tar": "tar", ".zip": "zip", ".warc": "warc",
     ".wet": "warc",
 }  # fmt: skip
 _COMPRESSIONS = {
-    ".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2", ".lz4": "lz4",
+    ".gz": "gzip", ".gzip": "gzip", ".bgz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz",
+    ".lzma": "xz", ".bz2": "bzip2", ".lz4": "lz4",
 }  # fmt: skip
 _SHORT = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 # Packages that a kind needs, of which only an extra brings them: (package, extra).
@@ -60,7 +62,7 @@ def missing_package(kind: str) -> str | None:
     package, extra = _NEEDS.get(kind, ("", ""))
     if not package or find_spec(package):
         return None
-    return f'{kind} needs {package}: pip install "stablelm_jax[{extra}]", or --format text'
+    return f"{kind} needs {package}: pip install -e '.[{extra}]', or --format text"
 
 
 # What begins like this is no text, whatever its name says: the longer beginnings first.
@@ -86,7 +88,17 @@ _SIGNATURES = {
     rb"PAR1[\x15\0\x16\x1c-]": "parquet file",
     rb"PARE": "encrypted parquet file",
     rb"ARROW1\0\0|\xff{4}.{2}\0\0": "arrow file",
+    rb"FEA1": "Feather file of version 1",
+    rb"ORC\n?[^ -~\s]": "ORC file",
     rb"Obj\x01": "Avro file",
+    rb"GGUF[\x01-\x03]\0": "GGUF file",
+    rb"\0asm|!<arch>\n|dex\n": "program or library",
+    rb"\x1f\x9d": "compress (.Z) stream, `gzip -d` reads it",
+    rb"LZIP\x01": "lzip stream",
+    rb"\xff\x06\0\0sNaPpY": "snappy stream",
+    rb"II\*\0|MM\0\*": "TIFF image",
+    rb"RIFF.{4}WEBP|BM.{4}\0{4}": "image",
+    rb"wOF[F2]|OTTO\0|\0\x01\0\0\0.\0": "font",
     rb"MMIDIDX\0": "Megatron index",
     rb".{6}\0\0\{\"": "safetensors file",
     rb"\x7fELF|MZ.\0|\xcf\xfa\xed\xfe|\xca\xfe\xba\xbe": "program or library",
@@ -99,6 +111,14 @@ def what_is(head: bytes) -> str | None:
     """What begins with these bytes, if that is known and no text."""
     matches = (name for begin, name in _SIGNATURES.items() if re.match(begin, head, re.DOTALL))
     return next(matches, None)
+
+
+_PAGE = re.compile(rb"\s*(<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(!doctype\s+html|html)\b", re.S | re.I)
+
+
+def is_page(head: bytes) -> bool:
+    """Whether a text begins as pages of HTML do."""
+    return bool(_PAGE.match(head))
 
 
 def why_no_text(head: bytes) -> str | None:

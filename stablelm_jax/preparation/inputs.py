@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, files_of
 from stablelm_jax.preparation.formats import kind_of, missing_package
 
+TRAINING_NOTES = ".training.json"  # ends the name of what stands beside a trained tokenizer
 _METADATA = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
 def find_files(
-    inputs: Sequence[str], file_format: str = "auto", left_out: list[LeftOut] | None = None
+    inputs: Sequence[str],
+    file_format: str = "auto",
+    left_out: list[LeftOut] | None = None,
+    tokenizer: str | None = None,
 ) -> list[InputFile]:
     """All files to read under `inputs` (files, folders, patterns; local or any fsspec URL).
 
@@ -23,18 +27,25 @@ def find_files(
 
     Args:
       left_out: gets what is found and not read.
+      tokenizer: a tokenizer.json that is no text: it is left out, with what it was made from.
 
     Raises:
       InputError: nothing is found under a name, or a file is named twice.
     """
     left_out = [] if left_out is None else left_out
+    path = os.path.realpath(tokenizer or "")
+    notes = os.path.splitext(path)[0] + TRAINING_NOTES
+    ours = {path, notes, os.path.join(path, "tokenizer.json")}
     files: dict[str, InputFile] = {}
     identities: dict[tuple[int, int], str] = {}
     for written in inputs:
         for file in files_of(written, left_out, identities):
             if file.path in files:
                 raise InputError(f"--input: {file.name} is reached twice; name it once")
-            files[file.path] = _classified(file, file_format)
+            if os.path.realpath(file.path) in ours:
+                left_out.append(LeftOut(file.name, "the tokenizer", file.size))
+            else:
+                files[file.path] = _classified(file, file_format)
     return _without_metadata(list(files.values()), left_out)
 
 

@@ -8,6 +8,7 @@ into a question mark, and hold a record in memory however large it is.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -139,6 +140,15 @@ def _in_lines(head: bytes, is_whole: bool) -> bool | None:
     if any(isinstance(_loads(line), dict) for line in rest.split(b"\n")[:100]):
         return True
     return None
+
+
+def are_records(head: bytes, text_key: str) -> bool:
+    """Whether a text begins as records do: with an object of this key, or with two objects."""
+    values_seen = itertools.islice(values(iter([head])), 2)
+    whole = [value for value in values_seen if isinstance(value, bytes)]
+    if not whole or not all(isinstance(_loads(value), dict) for value in whole):
+        return False
+    return len(whole) == 2 or isinstance(parse(whole[0], text_key), str)
 
 
 # cutting a stream into records

@@ -125,7 +125,7 @@ class Preparation:
     def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
         if self.job.adopt:
             return find_tokenised(self.job.inputs, self._ids)
-        return inputs.find_files(self.job.inputs, self.job.format, left_out=left_out)
+        return inputs.find_files(self.job.inputs, self.job.format, left_out, self.job.tokenizer)
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
@@ -203,7 +203,9 @@ class Preparation:
 
     def _is_of_no_use(self) -> bool:
         """Whether what other settings, or other inputs, left behind is nothing to keep."""
-        if all(self.plan.settings.get(key) == ours for key, ours in self._settings.items()):
+        settings = self._settings.items()
+        differs = {key for key, ours in settings if self.plan.settings.get(key) != ours}
+        if not differs:
             return False
         if (self._work / "logs" / "slurm_job").exists():  # which may still run
             return False
@@ -215,9 +217,10 @@ class Preparation:
                 return True
         outputs = list(map(tokenize_chunk.read_output, self.outputs.glob("[0-9]*-*")))
         filled = {split for output in outputs for split in output.shards}
-        # All was read and no source can be made of it, or there is nothing yet.
+        # All was read, and refused or not as it was meant; or there is nothing yet.
         is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
-        return (is_done and len(filled) < len(SPLITS)) or not any(
+        is_read_anew = not differs.isdisjoint(Reading._fields)
+        return (is_done and (is_read_anew or len(filled) < len(SPLITS))) or not any(
             sum(output.tokens.values()) for output in outputs
         )
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from stablelm_jax.preparation import streams
+from stablelm_jax.preparation import formats, json_records, streams
 from stablelm_jax.preparation.archives import read_tar, read_warc, read_zip
 from stablelm_jax.preparation.finding import InputFile
 from stablelm_jax.preparation.formats import HEAD, Reading, kind_of, missing_package, what_is
@@ -36,6 +36,7 @@ _TEXTS = {
 }
 _STREAMED = {**_TEXTS, "arrow": read_arrow, "warc": read_warc}
 _SEEKING = ("parquet", "zip")
+_RECORDS_BYTES = 1 << 20  # looked at to find out whether a text holds records
 # What a file raises that is unlike all that was thought of. Not what a disk or a network raises.
 _ODD = (
     ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError,
@@ -82,7 +83,7 @@ def _records(
             blocks = blocks_of(opened, meter, *line_range(opened, start, end))
             yield from read_lines(blocks if start else as_utf8(blocks), reading)
         elif file.kind in _SEEKING:
-            problem = _why_not(file.kind, opened.read(HEAD))
+            problem = _why_not(file.kind, opened.read(HEAD), reading)
             opened.seek(0)
             if problem:
                 yield problem
@@ -97,7 +98,9 @@ def _records(
 
 def _streamed(kind: str, blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     head, blocks = streams.peek(as_utf8(blocks) if kind in _TEXTS else blocks, HEAD)
-    if problem := _why_not(kind, head):
+    if kind == "text" and head.lstrip()[:1] in (b"{", b"["):
+        head, blocks = streams.peek(blocks, _RECORDS_BYTES)
+    if problem := _why_not(kind, head, reading):
         yield problem
     elif kind == "tar":
         yield from read_tar(blocks, functools.partial(_member, reading))
@@ -105,8 +108,14 @@ def _streamed(kind: str, blocks: Blocks, reading: Reading) -> Iterator[str | Rej
         yield from _STREAMED[kind](blocks, reading)
 
 
-def _why_not(kind: str, head: bytes) -> Rejected | None:
+def _why_not(kind: str, head: bytes, reading: Reading) -> Rejected | None:
     """Why a kind cannot be read: it is known to be another, or a package is missing."""
+    if kind == "text" and reading.format == "auto" and not reading.split_on:
+        what = "html" if formats.is_page(head) else ""
+        what = "json" if json_records.are_records(head, reading.text_key) else what
+        if what:
+            text = f"a text that holds {what.upper()}"
+            return Rejected(f"{text}: --format {what} reads it, --format text takes it as it is")
     name, missing = what_is(head), missing_package(kind)
     if name and not name.startswith(kind):
         return Rejected(f"{name}, not {kind}")
@@ -118,7 +127,7 @@ def _member(reading: Reading, name: str, file: BinaryIO) -> Iterator[str | Rejec
     meter = Meter()
     kind, compression = kind_of(name, reading.format)
     if any(part.strip(".") and part[0] == "." for part in name.split("/")) or "__MACOSX" in name:
-        yield Rejected("left out by name in an archive")
+        yield Rejected("hidden in an archive")
         return
     blocks = streams.unpacked(blocks_of(file, meter), compression, meter)
     if kind == "parquet":

@@ -22,6 +22,7 @@ import fsspec
 import lz4.frame
 import zstandard
 
+from stablelm_jax.preparation.finding import shown
 from stablelm_jax.storage.remote import driver_options, is_http, is_url
 
 # A longer document is refused: it has to fit into memory several times over in every worker.
@@ -40,9 +41,12 @@ _MOST_LAYERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A record that gives no document, and why."""
+    """A record that gives no document, and why; what it quotes of a file is made real text."""
 
     reason: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 class Damaged(Exception):

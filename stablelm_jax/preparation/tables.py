@@ -145,11 +145,13 @@ def read_csv(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     header, mark = max(headers, key=lambda found: (reading.text_key in found[0], len(found[0])))
     rows = csv.reader(lines, delimiter=mark, strict=True)
     while True:
-        before = rows.line_num + 2
+        before = rows.line_num
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield Rejected(f"not csv: {error} (in the row that begins on line {before})")
+            # A quote without its end takes lines with it: each of them counts.
+            problem = Rejected(f"not csv: {error} (in the row that begins on line {before + 2})")
+            yield from itertools.repeat(problem, max(rows.line_num - before, 1))
             continue
         if row is None:
             break

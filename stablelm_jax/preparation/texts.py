@@ -10,7 +10,7 @@ from stablelm_jax.preparation.formats import HEAD, Reading, why_no_text
 from stablelm_jax.preparation.streams import Blocks, Rejected, cut_at, peek, too_long
 
 BLANK_LINES = "blank-lines"
-_UNITS = {"k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
+_UNITS = {"k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 _BLANK_START = re.compile(rb"\A\s*\n")
 _NAVIGATION = ("header", "footer", "aside", "nav")
 
@@ -62,7 +62,7 @@ def split_bytes(split_on: str) -> int | None:
     Raises:
       ValueError: it is no size that a document can have, or empty.
     """
-    found = re.fullmatch(r"(\d+) ?([km]i?)b?", split_on.lower())
+    found = re.fullmatch(r"(\d+) ?([kmg]i?)b?", split_on.lower())
     size = int(found[1]) * _UNITS[found[2]] if found else None
     if not split_on or (found and not 0 < size <= streams.MAX_DOCUMENT_BYTES):
         limit = streams.MAX_DOCUMENT_BYTES >> 20

@@ -2,9 +2,11 @@
 
 import gzip
 import http.server
+import io
 import json
 import os
 import random
+import tarfile
 import threading
 
 import fsspec
@@ -24,6 +26,16 @@ def tally(*records):
         reason, left = record if isinstance(record, tuple) else (record, 0)
         made.add(reason, left)
     return made
+
+
+def tar_of(members):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
 
 
 def file(name, size=100, kind="jsonl", compression=None):
@@ -46,6 +58,21 @@ def test_a_file_counts_as_unread_by_the_share_of_its_records_and_by_what_a_damag
 def test_records_that_hold_nothing_are_no_loss(reason):
     assert tally(None, *[reason] * 50).unread(100) == 0
     assert tally(reason).unread(100) == 0
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "hidden in an archive (member ._a.txt)",
+        "a link or device in an archive (member a)",
+        "no key 'text' (keys: width) (--format text takes the file as it is) (member 1.json)",
+    ],
+)
+def test_what_lies_beside_the_texts_of_an_archive_is_no_loss_but_by_itself_it_is(reason):
+    assert tally(None, *[reason] * 50).unread(100) == 0
+    account = Account.of([file("a.tar", kind="tar")], [{"a.tar": tally(reason, reason)}], [])
+    (end,) = account.ends
+    assert end.startswith("rejected: ") and account.unread_bytes == 100
 
 
 def test_the_parts_of_a_file_in_several_chunks_are_counted_together():
@@ -160,6 +187,31 @@ def test_after_a_wrong_key_the_same_command_with_the_right_one_works(folder, cal
     assert code == 1 and "--text-key names the key" in err
     code, _, err = call("--text-key", "body", inputs=[folder / "in/a.jsonl"])
     assert code == 0, err
+
+
+def test_what_was_refused_is_begun_anew_when_it_is_to_be_read_otherwise(folder, call):
+    records = "".join(json.dumps({"text": f"text {number}" * 99}) + "\n" for number in range(20))
+    (folder / "in/dump").write_text(records)
+    code, _, err = call()
+    assert code == 1 and "dump (a text that holds JSON: --format json reads it" in err
+    code, out, err = call("--format", "text")
+    assert code == 0, err
+    assert "5 documents" in out
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.csv", "prénom,texte\na,b\n".encode("latin-1")),
+        ("a.jsonl", b'{"\\ud800": 1}\n'),
+        ("a.tar", tar_of({"caf\udce9.bin": b"\0\1\2"})),
+    ],
+)
+def test_what_a_reason_quotes_of_a_file_may_be_any_bytes(folder, call, name, data):
+    (folder / "in" / name).write_bytes(data)
+    code, out, err = call("--allow-unread")
+    assert code == 0, err
+    assert [each["file"][-len(name) :] for each in rows(folder / "out/s/rejected.jsonl")] == [name]
 
 
 def test_the_table_and_the_manifest_account_for_every_file_and_byte_that_is_there(folder, call):

@@ -33,7 +33,7 @@ EXPECTED = [
     "two",
     "three",
     "zip archive in an archive: unpack it first (member part/inner.zip)",
-    "left out by name in an archive (member part/._0001.txt)",
+    "hidden in an archive (member part/._0001.txt)",
     "empty document (member part/empty.txt)",
     "not UTF-8: 0xe9 at byte 3 (member part/latin.txt)",
 ]

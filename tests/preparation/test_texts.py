@@ -56,6 +56,43 @@ def test_words_that_begin_as_binary_files_do_are_text(tmp_path, text):
     assert read(write(tmp_path / "a", text)) == [text]
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        '{{"id": 1, "text": "{0}"}}\n{{"id": 2, "text": "b"}}\n',
+        '[{{"text": "{0}"}}]',
+        '{{\n "text": "{0}"\n}}\n',
+        '{{"body": "{0}"}}\n{{"body": "b"}}\n',
+    ],
+)
+@pytest.mark.parametrize("name", ["part-00000", "dump.txt", "dump.jsonl.bak", "dump.gz"])
+def test_records_under_the_name_of_a_text_are_told_and_read_or_kept_on_demand(tmp_path, name, form):
+    text = form.format("a" * 20_000)
+    path = write(tmp_path / name, text)
+    (reason,) = read(path)
+    assert reason == (
+        "a text that holds JSON: --format json reads it, --format text takes it as it is"
+    )
+    assert read(path, file_format="text") == [text]
+    assert read(path, "body" if "body" in form else "text", file_format="json")[0] == "a" * 20_000
+
+
+@pytest.mark.parametrize(
+    "text", ['{"cells": [], "nbformat": 4}', "[section]\nkey = 1\n", "{ int x; }", "[a](b) [c](d)"]
+)
+def test_braces_and_brackets_alone_make_no_records(tmp_path, text):
+    assert read(write(tmp_path / "a.txt", text)) == [text]
+
+
+@pytest.mark.parametrize("begin", ["<!DOCTYPE html>\n", "<HTML>", '<?xml version="1.0"?>\n<html>'])
+def test_a_page_under_another_name_is_told_and_read_or_kept_on_demand(tmp_path, begin):
+    path = write(tmp_path / "index.php?id=1", begin + PAGE.format("x"))
+    (reason,) = read(path)
+    assert reason.startswith("a text that holds HTML: --format html reads it, --format text takes")
+    assert read(path, file_format="html") == ["Größer x"]
+    assert read(path, file_format="text") == [begin + PAGE.format("x")]
+
+
 def test_a_text_cut_short_by_compression_is_rejected_whole(tmp_path):
     (reason,) = read(write(tmp_path / "a.gz", gzip.compress(b"a whole document")[:-4]))
     assert "cut short" in reason
