@@ -120,8 +120,8 @@ def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
 
 def _start_server(output: pathlib.Path) -> None:
     """Starts what workers fork from: it prints to the file too, and leaves Ctrl-C to its parent."""
-    # A new process inherits both, before Python runs in it. Blocked, and not ignored: Ctrl-C in this
-    # moment is not lost to the parent.
+    # A new process inherits both, before Python runs in it. Ctrl-C is blocked and not ignored: one
+    # that comes now reaches the parent in a moment.
     before, stderr = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}), os.dup(2)
     try:
         with output.open("ab") as file:

@@ -37,10 +37,11 @@ _TEXTS = {
 _STREAMED = {**_TEXTS, "arrow": read_arrow, "warc": read_warc}
 _SEEKING = ("parquet", "zip")
 _RECORDS_BYTES = 1 << 20  # looked at to find out whether a text holds records
-# What a file raises that is unlike all that was thought of. Not what a disk or a network raises.
+# What files behind a URL raise that are unlike all that was thought of. Anything else may be the
+# driver's, and so the network's; on this machine nothing but OSError is.
 _ODD = (
     ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError,
-    EOFError, MemoryError, tarfile.TarError, zipfile.BadZipFile, OSError,
+    EOFError, MemoryError, tarfile.TarError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -60,13 +61,15 @@ def read_file(
         yield from _records(file, reading, meter or Meter(), start, end)
     except Damaged as error:
         yield Rejected(str(error))
-    except _ODD as error:
-        if isinstance(error, PermissionError) and not is_url(file.path):
+    except Exception as error:
+        is_remote = is_url(file.path)
+        if isinstance(error, PermissionError) and not is_remote:
             yield Rejected("no permission to read it")
             return
         # A bare OSError is a library's, about what a file holds; that of a URL is its driver's.
-        bare = type(error) is OSError and error.errno is None and not is_url(file.path)
-        if isinstance(error, OSError) and not bare:
+        bare = type(error) is OSError and error.errno is None and not is_remote
+        is_odd = isinstance(error, _ODD) or not is_remote
+        if not bare and (isinstance(error, OSError | ImportError) or not is_odd):
             raise
         text = f"damaged {file.kind}, the rest of the file is lost: {described(error)}"
         yield Rejected(text[:200])

@@ -74,7 +74,7 @@ def why_not_there(error: FileNotFoundError) -> str:
     if isinstance(cause, FileNotFoundError | KeyError | None) or status in (404, 410):
         return "nothing there; check the path"
     if status in (401, 403, 407):
-        return f"the server refuses with {status}; give a URL that is signed, or download the file"
+        return f"the server refuses with {status}; log in, give a signed URL, or download the file"
     if type(cause).__name__ == "TooManyRedirects":
         return "the server sends from one address to the next without end; check the URL"
     if status:

@@ -63,7 +63,7 @@ def test_the_kind_of_a_url_is_told_by_its_path_and_not_by_its_query(server, url,
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (401, "the server refuses with 401; give a URL that is signed"),
+        (401, "the server refuses with 401; log in, give a signed URL"),
         (403, "the server refuses with 403"),
         (404, "nothing there; check the path"),
         (302, "from one address to the next without end"),

@@ -1,6 +1,7 @@
 """Files of every kind, wherever they lie: what cannot be read ends nothing, a failing disk does."""
 
 import bz2
+import csv
 import errno
 import gzip
 import io
@@ -79,7 +80,9 @@ def test_a_file_without_permission_is_rejected_by_name(tmp_path, monkeypatch):
         assert read(write(tmp_path / name, b"x")) == ["no permission to read it"]
 
 
-@pytest.mark.parametrize("error", [RecursionError(), KeyError("a"), MemoryError(), OSError("odd")])
+@pytest.mark.parametrize(
+    "error", [RecursionError(), KeyError("a"), csv.Error(), OSError("odd"), Exception("x")]
+)
 def test_what_nobody_thought_of_in_a_file_is_a_rejected_record(tmp_path, monkeypatch, error):
     def odd(blocks, reading):
         yield "one"

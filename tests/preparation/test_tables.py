@@ -223,6 +223,11 @@ def test_a_bad_row_of_csv_costs_no_other(tmp_path):
     ]
 
 
+def test_line_ends_of_an_old_mac_are_told(tmp_path):
+    (reason,) = read(write(tmp_path / "a.csv", "text\rone\rtwo\r"))
+    assert reason.startswith("damaged csv, the rest of the file is lost: Error: new-line character")
+
+
 def test_a_header_that_is_not_utf8_is_quoted_as_text(tmp_path):
     path = write(tmp_path / "a.csv", "prénom,texte\na,b\n".encode("latin-1"))
     assert read(path) == ["no column 'text' (columns: pr\\xe9nom, texte)"]
