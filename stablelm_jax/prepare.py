@@ -37,6 +37,7 @@ from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.flags import add_input_flags
+from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
 from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
@@ -275,10 +276,12 @@ def _pair(text: str) -> tuple[str, str]:
 def _job(flags: argparse.Namespace) -> Job:
     """The job that the flags ask for; ValueError for what argparse cannot see."""
     slurm, ray = flags.executor == "slurm", flags.executor == "ray"
+    reads_texts = Reading.of(vars(flags)) != Reading()  # other than by default
     has_name = manifest.SOURCE_NAME.fullmatch(flags.source)
     for is_wrong, problem in [
         (bool(flags.inputs) == bool(flags.adopt), "give --input, or --adopt in its place"),
         (flags.append_eod and not flags.adopt, "--append-eod: only with --adopt"),
+        (flags.adopt and reads_texts, "--adopt: no --format, --text-key, --split-on for tokens"),
         (not has_name, "--source: use lower case letters, digits and _, a letter first"),
         ("://" in flags.output, "--output: shards are memory-mapped, give a local folder"),
         (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),

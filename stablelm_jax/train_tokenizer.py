@@ -25,6 +25,7 @@ from stablelm_jax.preparation import chunks, inputs, streams
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.storage.files import check_writable, replacing, write_json
+from stablelm_jax.storage.remote import described, is_url
 from stablelm_jax.tokenizer.train_tokenizer import train
 
 _SIZE_UNKNOWN = 1 << 20  # taken for the bytes of a file whose server does not tell
@@ -91,6 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _train(flags)
     except (ValueError, OSError) as error:
         print("train_tokenizer:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 1
+    except Exception as error:  # of a driver: each raises its own
+        if not any(map(is_url, flags.inputs)):
+            raise
+        print(f"train_tokenizer: reading the input failed, {described(error)}", file=sys.stderr)
         return 1
     return 0
 

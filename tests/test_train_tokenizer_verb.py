@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 from stablelm_jax import prepare, train_tokenizer
@@ -182,3 +183,17 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     trained(tmp_path / "in", tmp_path / "tokenizer.json")
     out = capsys.readouterr().out
     assert f"left out: {tmp_path / 'in/gone'}, a link that leads nowhere" in out
+
+
+def test_a_driver_of_a_url_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
+    class DriverError(Exception):
+        pass
+
+    def fail(*_):
+        raise DriverError("connection reset")
+
+    fsspec.filesystem("memory").pipe("/driver/a.txt", b"one text")
+    monkeypatch.setattr(chunks, "read_chunk", fail)
+    arguments = ["--input", "memory://driver/a.txt", "--output", str(tmp_path / "t.json")]
+    assert train_tokenizer.main(arguments) == 1
+    assert "DriverError: connection reset" in capsys.readouterr().err

@@ -194,8 +194,8 @@ class Preparation:
                 for path in self.directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].*"):
                     path.unlink()
             self._work.mkdir()
-            cut = chunks.cut(self.files)
-            rule = held_out.choose(self._first_look(cut), self.job.held_out)
+            cut, seen = self._first_look()
+            rule = held_out.choose(seen, self.job.held_out)
             self.plan = Plan(self._settings, rule, cut)
             write_json(self._plan_path, self.plan)
         self.outputs.mkdir(exist_ok=True)
@@ -224,9 +224,10 @@ class Preparation:
             sum(output.tokens.values()) for output in outputs
         )
 
-    def _first_look(self, cut: list[chunks.Chunk]) -> held_out.Look:
+    def _first_look(self) -> tuple[list[chunks.Chunk], held_out.Look]:
         reading = Reading.of(self._settings)
         try:
+            cut = chunks.cut(self.files)
             seen = held_out.look(cut, reading, ids=self._ids)
             if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
                 # The one or two that are held out must not be such that the tokenizer refuses.
@@ -236,7 +237,7 @@ class Preparation:
         except Exception as error:  # of a driver: each raises its own
             text = f"reading the input failed, {described(error)}; {remedy(error)}"
             raise PreparationError(text) from error
-        return seen
+        return cut, seen
 
     def _is_encoded(self, text: str) -> bool:
         try:

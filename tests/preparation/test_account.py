@@ -14,7 +14,7 @@ import pytest
 
 from stablelm_jax import prepare
 from stablelm_jax.data import manifest
-from stablelm_jax.preparation import executors
+from stablelm_jax.preparation import chunks, executors, held_out
 from stablelm_jax.preparation.account import Account, Tally
 from stablelm_jax.preparation.finding import InputFile, LeftOut
 
@@ -392,6 +392,23 @@ def test_a_network_that_fails_at_the_last_look_costs_no_work(folder, call, meanw
     code, _, err = call(inputs=[folder / "in", "memory://last/a.txt"])
     assert code == 1 and "memory://last/a.txt" in err
     assert plan.exists()
+
+
+class DriverError(Exception):
+    """As drivers of URLs raise: of no kind that Python knows."""
+
+
+def test_a_driver_that_fails_at_the_cut_or_the_first_look_is_one_line(folder, call, monkeypatch):
+    def fail(*_, **__):
+        raise DriverError("connection reset")
+
+    for module, name in ((chunks, "cut"), (held_out, "look")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, fail)
+            code, _, err = call()
+        assert code == 1 and err.count("\n") == 1
+        assert "reading the input failed, DriverError: connection reset" in err
+    assert call()[0] == 0
 
 
 def test_bytes_behind_a_damage_count_as_not_read(folder, call):

@@ -160,3 +160,9 @@ def test_input_or_adopt_is_given_and_not_both(tokenizer, tmp_path, capsys):
     assert prepare.main(command) == 2
     assert adopt("x", tmp_path / "data", tokenizer, "--input", "y") == 2
     assert capsys.readouterr().err.count("give --input, or --adopt in its place") == 2
+
+
+@pytest.mark.parametrize("flag", ["--format=text", "--text-key=body", "--split-on=blank-lines"])
+def test_flags_for_texts_are_refused_with_adopt_and_not_ignored(tokenizer, tmp_path, capsys, flag):
+    assert adopt("x", tmp_path / "data", tokenizer, flag) == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err
