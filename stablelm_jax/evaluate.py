@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if failed := found.get("failed"):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        print(f"evaluate: {len(failed)} tasks have no scores: {reasons}", file=sys.stderr)
+        print(f"evaluate: tasks without scores: {reasons}", file=sys.stderr)
         return 1
     return 0
 

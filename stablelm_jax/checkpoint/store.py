@@ -146,8 +146,8 @@ def _delete(path: epath.Path) -> None:
 
 
 def _remove(path: epath.Path) -> None:
-    """Removes a folder; of a link only the link, as what it leads to was moved away on purpose."""
-    if not is_url(path) and os.path.islink(path):
+    """Removes a folder or file; of a link only the link: what it leads to was moved on purpose."""
+    if not is_url(path) and (os.path.islink(path) or os.path.isfile(path)):
         path.unlink()
     else:
         path.rmtree()

@@ -29,21 +29,37 @@ ROUNDING = (
 _CHECKED_BY_RESULT = (
     *("model", "seed", "data.tokenizer", "data.sequence_length", "data.loss_on_first_token"),
 )
-
-
 # What people type who know other software, by our field.
 _ELSEWHERE = {
     "schedule.peak": "lr learning_rate max_lr peak_lr",
-    "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps warmup_ratio",
-    "training.num_steps": "steps max_steps num_train_steps max_iters train_iters epochs",
+    "schedule.minimum": "min_lr lr_min lr_end learning_rate_min min_learning_rate",
+    "schedule.kind": "lr_scheduler lr_scheduler_type scheduler lr_decay_style",
+    "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps warmup_ratio warmup_fraction",
+    "schedule.total_steps": "decay_steps lr_decay_steps lr_decay_iters",
+    "optimizer.b1": "beta1 adam_beta1 betas",
+    "optimizer.b2": "beta2 adam_beta2",
+    "optimizer.epsilon": "eps adam_eps adam_epsilon",
+    "optimizer.weight_decay": "wd",
+    "optimizer.clip_norm": "clip grad_clip gradient_clipping gradient_clip_val max_grad_norm",
+    "training.num_steps": "steps max_steps num_train_steps max_iters train_iters iterations epochs",
     "training.accumulation": "gradient_accumulation_steps grad_accum micro_batch_size",
     "training.dtype": "dtype precision mixed_precision bf16 fp16",
+    "training.remat": "gradient_checkpointing activation_checkpointing recompute",
+    "training.log_every": "log_interval logging_steps",
     "data.batch_size": "batch batch_size bs train_batch_size global_batch_size",
-    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size",
-    "optimizer.clip_norm": "grad_clip gradient_clipping max_grad_norm",
+    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size n_ctx ctx_len "
+    "max_position_embeddings",
+    "data.root": "data_dir data_path dataset dataset_dir",
     "checkpoint.every": "save_every save_steps save_interval",
-    "model.num_layers": "n_layer n_layers num_hidden_layers",
-    "model.width": "hidden_size d_model n_embd dim",
+    "checkpoint.keep_latest": "save_total_limit keep_checkpoints max_to_keep",
+    "evaluation.every": "eval_every eval_steps eval_interval",
+    "model.num_layers": "n_layer n_layers num_hidden_layers depth",
+    "model.width": "hidden_size hidden_dim d_model n_embd embed_dim dim",
+    "model.num_heads": "n_head n_heads num_attention_heads",
+    "model.feed_forward_width": "intermediate_size ffn_hidden_size ffn_dim mlp_dim d_ff",
+    "model.rotary_fraction": "rotary_pct partial_rotary_factor",
+    "model.init_std": "initializer_range",
+    "parallel.model": "tp tensor_parallel tensor_parallel_size tensor_model_parallel_size",
 }
 
 

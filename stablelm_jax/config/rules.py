@@ -50,8 +50,8 @@ def _fields(config: ConfigDict, data: bool) -> None:
             if problem := field.problem(given[key]):
                 refuse(config, key, problem)
         elif not field.optional and (data or key != "data.tokenizer"):
-            remedy = f"set it in the config file or with --config.{key}=VALUE"
-            refuse(config, key, f"has no default; {remedy}")
+            why = "has no default" if isinstance(field.default, type) else "may not be unset"
+            refuse(config, key, f"{why}; set it in the config file or with --config.{key}=VALUE")
 
 
 def _mixture(config: ConfigDict, data: bool) -> None:

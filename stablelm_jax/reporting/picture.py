@@ -64,10 +64,11 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
         steps, losses = _series(lines, "loss")
         top.plot(steps, _smooth(losses), color=colour, alpha=0.35, linewidth=0.9)
         dots = {"marker": "o", "markersize": 4, "markeredgecolor": "black", "color": colour}
-        top.plot(*_series(lines, "eval/loss"), label=name, **dots)
+        top.plot(*_series(lines, "eval/loss"), label=f" {name}", **dots)  # matplotlib hides _name
         bottom.plot(*_series(lines, "learning_rate"), color=colour)
     top.set(ylabel="nats a token", title="Loss: held-out (dots), training (thin, smoothed)")
-    top.legend(fontsize=9)
+    for text in top.legend(fontsize=9).get_texts():
+        text.set_parse_math(False)  # dollar signs in a name are no formula
     bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     _save(figure, path)
 

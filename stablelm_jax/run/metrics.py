@@ -100,8 +100,8 @@ class MetricsFile:
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines(True):
             line = None
             if text.endswith("\n"):
-                with contextlib.suppress(ValueError):
-                    line = json.loads(text)
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = finite(json.loads(text))
             whole = isinstance(line, dict) and isinstance(line.get("step"), int)
             parsed.append(line if whole else None)
         return parsed

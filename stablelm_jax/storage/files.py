@@ -55,7 +55,8 @@ def what_is(path: str | os.PathLike[str]) -> str:
 def check_writable(path: Path) -> None:
     """Raises ValueError where no file can be written to `path`: before hours of work, not after."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is {what_is(path)} that is there already; name another file")
+        what = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise ValueError(f"{path} is {what}; name another")
     aside = path.with_name(path.name + PARTIAL)
     try:
         aside.touch()

@@ -117,6 +117,13 @@ def test_mixture_weights_leave_out_sources_of_weight_zero():
         ("model.n_layers", "model.num_layers"),
         ("max_grad_norm", "optimizer.clip_norm"),
         ("gradient_accumulation_steps", "training.accumulation"),
+        ("optimizer.beta2", "optimizer.b2"),
+        ("schedule.min_lr", "schedule.minimum"),
+        ("training.eval_interval", "evaluation.every"),
+        ("training.gradient_checkpointing", "training.remat"),
+        ("model.intermediate_size", "model.feed_forward_width"),
+        ("model.num_attention_heads", "model.num_heads"),
+        ("model.num_key_value_heads", "model.num_kv_heads"),
     ],
 )
 def test_a_field_under_the_name_that_other_software_has_for_it_is_found(typed, ours):

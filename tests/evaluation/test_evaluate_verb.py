@@ -71,7 +71,7 @@ def test_a_task_that_fails_costs_no_other_its_scores(trained, tmp_path, capsys):
     found = json.loads(out)
     assert {score["task"] for score in found["tasks"]} == {"good"}
     assert list(found["failed"]) == [str(bad)] and "5000" in found["failed"][str(bad)]
-    assert err.strip().splitlines()[-1].startswith("evaluate: 1 tasks have no scores: ")
+    assert err.strip().splitlines()[-1].startswith("evaluate: tasks without scores: ")
 
 
 def test_a_published_model_that_is_not_known_is_refused(trained, capsys):

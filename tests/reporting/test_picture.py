@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 from matplotlib.axes import Axes
 
-from stablelm_jax.reporting.picture import draw_losses
+from stablelm_jax.reporting.picture import draw_losses, draw_runs
 
 LINES = [
     {"step": 1, "loss/books": 3.0, "loss/code": 4.0},
@@ -32,3 +32,11 @@ def test_a_picture_that_fails_leaves_the_one_before(tmp_path):
     with full, pytest.raises(OSError, match="disk full"):
         draw_losses(LINES, ENTROPY, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_names_of_runs_are_text_in_a_picture(tmp_path):
+    runs = {name: LINES for name in ("lr$1e-3$", "a$\\frac$", "_old/run", "x[/y]")}
+    with mock.patch.object(Axes, "legend", autospec=True, side_effect=Axes.legend) as legend:
+        draw_runs(runs, tmp_path / "runs.png")
+    labels = legend.call_args.args[0].get_legend_handles_labels()[1]
+    assert [label.strip() for label in labels] == list(runs)

@@ -29,6 +29,13 @@ def test_a_line_of_zeros_as_a_loss_of_power_leaves_it_is_repaired(tmp_path):
     assert file.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_line_that_no_start_can_write_again_does_not_end_one(tmp_path):
+    """Other software may write NaN, or nest without end."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.write_text('{"step": 1, "loss": NaN, "x": [1e999]}\n' + "[" * 99_999 + "\n")
+    assert file.cut_back(5) == ([{"step": 1, "loss": None, "x": [None]}], 1)
+
+
 @pytest.mark.parametrize("content", ["", '{"st'])
 def test_a_file_without_a_whole_line_is_empty(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content)

@@ -98,7 +98,8 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path)
     for path, why in (
         (tmp_path / "none" / "a.json", "No such file.*make its folder"),
         (there / "a.json", "Not a directory"),
-        (tmp_path, "is a folder that is there"),
+        (tmp_path, "is a folder; name another"),
+        (Path("/dev/null"), "is no ordinary file; name another"),
         (tmp_path / ("x" * 300), "too long"),
     ):
         with pytest.raises(ValueError, match=why):
