@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run_verb import run_verb
 from stablelm_jax.storage.files import check_writable, write_json
-from stablelm_jax.storage.remote import described
 
 if TYPE_CHECKING:
     from stablelm_jax.checkpoint.saved_model import SavedModel
@@ -66,23 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL")
     add("--output", type=Path, help="file for the JSON; default: stdout")
-    add(
-        "--model",
-        type=_count,
-        default=1,
-        help="devices that share each row: tensor parallel (%(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="default: held-out text as in training; tasks bfloat16, float32 on a CPU",
-    )
-    add(
-        "--batch-tokens",
-        type=_count,
-        default=16_384,
-        help="of a batch on each device (%(default)s)",
-    )
+    add("--model", type=_count, default=1, help="devices that share the model (%(default)s)")
+    what = "default: held-out text as in training; tasks bfloat16, float32 on a CPU"
+    add("--dtype", choices=("bfloat16", "float32"), help=what)
+    what = "of a batch on each device (%(default)s)"
+    add("--batch-tokens", type=_count, default=16_384, help=what)
     add("--tokenizer", help="default: the one the model was trained with")
 
     add = parser.add_argument_group("held-out text").add_argument
@@ -91,19 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rows", type=_count, default=2**31 - 1, help="held-out rows a source; default: all")
 
     add = parser.add_argument_group("tasks").add_argument
-    add(
-        "--tasks",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        help="names with commas between; of lm-eval, or stablelm2_quick, stablelm2_leaderboard, "
-        "stablelm2_multilingual, stablelm2_lambada_deepl",
+    names = (
+        "names with commas between; of lm-eval, or stablelm2_quick, stablelm2_leaderboard, "
+        "stablelm2_multilingual, stablelm2_lambada_deepl"
     )
+    add("--tasks", type=lambda text: [name.strip() for name in text.split(",")], help=names)
     add("--task-data", help="folder made by launch/corpora/task_data.py; default: the Hub")
     add("--limit", type=_count, help="items of each task; default: all")
-    add(
-        "--num-fewshot",
-        type=int,
-        help="examples, where a task is not fixed to none; default: each task's own number",
-    )
+    what = "examples, where a task is not fixed to none; default: each task's own number"
+    add("--num-fewshot", type=int, help=what)
     add("--max-length", type=_count, help="tokens; default: those of the training")
     add("--compare", default="stablelm-2-1_6b", help="published model; default: %(default)s")
     return parser
@@ -118,6 +101,7 @@ def _count(text: str) -> int:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from stablelm_jax.checkpoint.saved_model import SavedModel
     from stablelm_jax.parallel.mesh import make_mesh
+    from stablelm_jax.storage.remote import described
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
     found = {"checkpoint": str(saved.path), "step": saved.run["step"]}

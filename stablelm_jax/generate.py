@@ -134,7 +134,7 @@ def _continue(generator, tokenizer, template, system, prompts, settings) -> None
             written += tokens
             print(prompt + tokenizer.decode(tokens))
     seconds = time.perf_counter() - began
-    told = f"{sum(map(len, ids))} tokens read, {len(written)} written in {seconds:.2f} s"
+    told = f"tokens: {sum(map(len, ids))} read, {len(written)} written in {seconds:.2f} s"
     print(f"{told}: {len(written) / seconds:,.1f} tokens/s", file=sys.stderr)
 
 

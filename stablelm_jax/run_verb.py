@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 from stablelm_jax.run.console import note_loss
@@ -31,6 +32,7 @@ _AT_ONCE = 4096  # bytes that a pipe takes without waiting, once it takes any
 # NVIDIA's (the second inside Windows), AMD's and TPUs.
 _CHIPS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 _heard = threading.Event()  # Ctrl-C
+_told = "interrupted"  # the line that is said then
 
 
 def run_verb(
@@ -89,7 +91,8 @@ def _end_after_interrupt(line: str) -> None:
     Python raises KeyboardInterrupt between two of its instructions, and a compilation is one of
     minutes; raised in a callback of a library, it is swallowed. So a thread hears of it too.
     """
-    reading, writing = os.pipe()
+    global _told
+    _told, (reading, writing) = line, os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _interrupt)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -103,9 +106,13 @@ def _end_after_interrupt(line: str) -> None:
     threading.Thread(target=wait, name="interrupts", daemon=True).start()
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(_: int, frame: FrameType | None) -> None:
     _heard.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the cleaning up
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _leave_interrupted(_told)  # native code whose import is cut short may crash
+        frame = frame.f_back
     # Where a library swallows it, or makes another error of it, Python would print its stacks.
     sys.unraisablehook = sys.excepthook = lambda *_: None
     raise KeyboardInterrupt

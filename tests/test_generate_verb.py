@@ -49,7 +49,7 @@ def test_a_prompt_is_printed_with_its_text_as_it_comes_and_the_speed_apart(run, 
     assert run("--prompt", "w1 w3", "--temperature", "0") == 0
     first = capsys.readouterr()
     assert first.out.startswith("w1 w3") and first.out.endswith("\n")
-    assert "2 tokens read, 5 written in" in first.err and "tokens/s" in first.err
+    assert "tokens: 2 read, 5 written in" in first.err and "tokens/s" in first.err
     both = ["--prompt", "w1 w3", "--prompt", "w2 w4 w6"]
     assert run(*both, "--temperature", "0") == 0
     lines = capsys.readouterr().out.splitlines()

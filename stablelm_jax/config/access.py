@@ -47,8 +47,8 @@ _ELSEWHERE = {
     "training.remat": "gradient_checkpointing activation_checkpointing recompute",
     "training.log_every": "log_interval logging_steps",
     "data.batch_size": "batch batch_size bs train_batch_size global_batch_size",
-    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size n_ctx ctx_len "
-    "max_position_embeddings",
+    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size n_ctx"
+    " max_position_embeddings",
     "data.root": "data_dir data_path dataset dataset_dir",
     "checkpoint.every": "save_every save_steps save_interval",
     "checkpoint.keep_latest": "save_total_limit keep_checkpoints max_to_keep",

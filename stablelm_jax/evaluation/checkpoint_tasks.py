@@ -71,7 +71,7 @@ def evaluate_tasks(
         )
     console.print(table_of_scores(scores, compared))
     if model.cut:
-        console.print(f"inputs that lost their beginning: {model.cut}; {model.max_length} tokens fit")
+        console.print(f"inputs cut at their beginning: {model.cut}; {model.max_length} tokens fit")
     found = scores_to_json(scores, compared) | {"inputs_cut": model.cut}
     return found | {"failed": failed} if failed else found
 

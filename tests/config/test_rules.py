@@ -56,7 +56,7 @@ def test_what_reads_no_data_needs_no_tokenizer_and_no_source():
     config.data.weights = {}
     config_lib.set_value(config, "data.tokenizer", None)
     config_lib.validate(config, data=False)
-    with pytest.raises(config_lib.ConfigError, match="config.data.tokenizer=not set: has no"):
+    with pytest.raises(config_lib.ConfigError, match="config.data.tokenizer=not set: may not"):
         config_lib.validate(config)
 
 

@@ -178,6 +178,22 @@ def test_ctrl_c_is_one_line_and_130_whatever_goes_on(script, body):
     assert not work.exists()
 
 
+def test_ctrl_c_while_libraries_are_imported_ends_at_once(script, tmp_path):
+    """Native code of jax crashes where its import is cut short; others swallow the error."""
+    swallowing = WAITING.replace(";", "\ntry:") + "\nexcept KeyboardInterrupt: time.sleep(60)"
+    (tmp_path / "slow.py").write_text(f"import time\n{swallowing}")
+    command, work = script("import slow")
+    verb = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    verb.stdout.readline()
+    time.sleep(0.2)
+    began = time.monotonic()
+    verb.send_signal(signal.SIGINT)
+    assert verb.communicate(timeout=60)[1].count("\n") == 1 and verb.returncode == 130
+    assert time.monotonic() - began < 4 and not work.exists()
+
+
 def test_a_second_ctrl_c_does_not_end_the_cleaning_up(script):
     body = """
 try:
