@@ -33,32 +33,23 @@ _CHECKED_BY_RESULT = (
 _ELSEWHERE = {
     "schedule.peak": "lr learning_rate max_lr peak_lr",
     "schedule.minimum": "min_lr lr_min lr_end learning_rate_min min_learning_rate",
-    "schedule.kind": "lr_scheduler lr_scheduler_type scheduler lr_decay_style",
     "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps warmup_ratio warmup_fraction",
-    "schedule.total_steps": "decay_steps lr_decay_steps lr_decay_iters",
-    "optimizer.b1": "beta1 adam_beta1 betas",
     "optimizer.b2": "beta2 adam_beta2",
-    "optimizer.epsilon": "eps adam_eps adam_epsilon",
-    "optimizer.weight_decay": "wd",
     "optimizer.clip_norm": "clip grad_clip gradient_clipping gradient_clip_val max_grad_norm",
     "training.num_steps": "steps max_steps num_train_steps max_iters train_iters iterations epochs",
     "training.accumulation": "gradient_accumulation_steps grad_accum micro_batch_size",
     "training.dtype": "dtype precision mixed_precision bf16 fp16",
     "training.remat": "gradient_checkpointing activation_checkpointing recompute",
-    "training.log_every": "log_interval logging_steps",
     "data.batch_size": "batch batch_size bs train_batch_size global_batch_size",
-    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size n_ctx"
-    " max_position_embeddings",
+    "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size n_ctx",
     "data.root": "data_dir data_path dataset dataset_dir",
     "checkpoint.every": "save_every save_steps save_interval",
-    "checkpoint.keep_latest": "save_total_limit keep_checkpoints max_to_keep",
     "evaluation.every": "eval_every eval_steps eval_interval",
     "model.num_layers": "n_layer n_layers num_hidden_layers depth",
     "model.width": "hidden_size hidden_dim d_model n_embd embed_dim dim",
     "model.num_heads": "n_head n_heads num_attention_heads",
     "model.feed_forward_width": "intermediate_size ffn_hidden_size ffn_dim mlp_dim d_ff",
     "model.rotary_fraction": "rotary_pct partial_rotary_factor",
-    "model.init_std": "initializer_range",
     "parallel.model": "tp tensor_parallel tensor_parallel_size tensor_model_parallel_size",
 }
 
@@ -147,11 +138,9 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
     defaults = dict(flatten(default_config()))
     origins = {}
     for key, value in flatten(config):
-        if _within(key, overrides):
-            origins[key] = "command line"
-        else:
-            as_default = key in defaults and defaults[key] == value
-            origins[key] = "default" if as_default else "file"
+        as_default = key in defaults and defaults[key] == value
+        otherwise = "default" if as_default else "file"
+        origins[key] = "command line" if _within(key, overrides) else otherwise
     return origins
 
 
@@ -188,11 +177,9 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[
 
 def _differing(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[Any]]:
     """A field that `saved` lacks is newer, and had its default."""
-    defaults = to_dict(default_config())
-    defaults["data"].pop("weights")
-    return differing(
-        {**dict(flatten(defaults)), **dict(flatten(saved))}, dict(flatten(to_dict(config)))
-    )
+    defaults = dict(flatten(to_dict(default_config())))
+    del defaults["data.weights"]
+    return differing(defaults | dict(flatten(saved)), dict(flatten(to_dict(config))))
 
 
 def _within(key: str, names: Iterable[str]) -> bool:
