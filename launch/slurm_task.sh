@@ -7,6 +7,7 @@ set -uo pipefail
 file=$1
 shift
 
+export STABLELM_STARTED_AGAIN=yes # so 75, not 1, where another process was killed before the first checkpoint
 trap : TERM INT HUP USR1 USR2 # the command hears of these too, and this shell waits for it
 "$@"
 status=$?

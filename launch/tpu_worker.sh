@@ -99,6 +99,7 @@ train() { # Detached: waits for the training and records how it ended.
     cd "$code"
     # Into a file Python writes whole blocks: the log would lag behind by minutes.
     export PYTHONUNBUFFERED=1
+    export STABLELM_STARTED_AGAIN=yes # so 75, not 1, where another was killed before the first checkpoint
     (trap - TERM HUP && exec .venv/bin/python -m stablelm_jax.train "$@") &
     child=$!
     echo "$child" >"$here/pid"

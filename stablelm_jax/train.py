@@ -87,14 +87,15 @@ def _train_among(
 ) -> int:
     """`run` as one of several processes: where it fails, the others are told, and leave too."""
     from stablelm_jax.parallel import distributed
-    from stablelm_jax.parallel.meeting import PeerGone
+    from stablelm_jax.parallel.meeting import PeerGone, meet
     from stablelm_jax.run.events import HEARING_SECONDS
     from stablelm_jax.run.peers import Peers
     from stablelm_jax.training.setup import fingerprints
 
     try:
-        distributed.start(processes, fingerprints(config))
-        peers = Peers(processes, stop)
+        connections = meet(processes, fingerprints(config), distributed.MEETING_SECONDS)
+        peers = Peers(processes.index, connections, stop)  # each hears when another is gone
+        distributed.start(processes)
         return peers.end(run())
     except Exception as error:
         expected = isinstance(error, ValueError | OSError)

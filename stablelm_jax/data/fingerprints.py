@@ -22,10 +22,11 @@ from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
 
 _BLOCKS, _BLOCK_TOKENS, _THREADS = 5, 1024, 32  # the first tokens of a shard, the last, between
+_WHOLE_TOKENS = 1 << 20  # a shard that is not larger is read whole
 
 
 def shard_samples(sources: Mapping[str, Source]) -> dict[str, str]:
-    """{"<source>": hash of its manifest's contents, "<source>/<file>": hash of some of its blocks}.
+    """{"<source>": hash of its manifest's contents, "<source>/<file>": hash of its tokens, or some}.
 
     It reads by range where `sources` have no cache. ShardError where a shard cannot be read.
     """
@@ -53,9 +54,9 @@ def _shards(sources: Mapping[str, Source]) -> dict[str, tuple[Path | RemotePath,
 
 def _sample(path: Path | RemotePath, info: ShardInfo) -> str:
     shard, digest = open_shard(path, info), hashlib.sha256()
-    size = min(info.tokens, _BLOCK_TOKENS)
-    for number in range(_BLOCKS if size else 0):
-        start = number * (info.tokens - size) // (_BLOCKS - 1)
+    size = info.tokens if info.tokens <= _WHOLE_TOKENS else _BLOCK_TOKENS
+    starts = {number * (info.tokens - size) // (_BLOCKS - 1) for number in range(_BLOCKS)}
+    for start in sorted(starts) if size else ():
         digest.update(shard.read(start, start + size))
     return digest.hexdigest()[:16]
 
@@ -63,9 +64,8 @@ def _sample(path: Path | RemotePath, info: ShardInfo) -> str:
 class FileFingerprints:
     """The shards of a run as they were seen last: {"<source>/<file>": [bytes, mtime in ns]}.
 
-    Process 0 keeps them in `path`, the run folder's `shards.json`, for the next start. Other hosts
-    may have copies of the data of their own, which they compare while they run. `tell` gets a line
-    for each shard that is read whole.
+    Process 0 keeps them in `path`, the run folder's `shards.json`, for the next start; other hosts
+    compare copies of their own while they run. `tell` gets a line for each shard read whole.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, Source], tell: Callable[[str], None]):

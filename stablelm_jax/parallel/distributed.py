@@ -1,8 +1,8 @@
 """Several processes, one program: who takes part, and do all of them run the same thing.
 
-`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU; `start` lets it
-meet the others and starts jax among them. From then on the devices carry what processes ask each
-other, and each that waits long says for whom.
+`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU; `start` starts jax
+among all. From then on the devices carry what processes ask each other, and each that waits long
+says for whom.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-from stablelm_jax.parallel.meeting import MeetingError, Processes, meet
+from stablelm_jax.parallel.meeting import MeetingError, Processes
 
 # How long a host may come later than another; machines of a large job do not boot alike.
 MEETING_SECONDS = float(os.environ.get("STABLELM_MEETING_SECONDS") or "60")
@@ -123,9 +123,8 @@ def _metadata(name: str) -> str:
     return ""
 
 
-def start(processes: Processes, fingerprints: Mapping[str, Any]) -> None:
-    """Meets the other processes and starts jax among them; `MeetingError` as `meet`."""
-    meet(processes, fingerprints, MEETING_SECONDS)
+def start(processes: Processes) -> None:
+    """Starts jax among processes that have met."""
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(

@@ -53,7 +53,7 @@ def meet(
     fingerprints: Mapping[str, Any],
     seconds: float,
     leaving: str = "",
-) -> None:
+) -> dict[int, socket.socket]:
     """Returns once every process has come with the same fingerprints.
 
     Args:
@@ -61,20 +61,28 @@ def meet(
       seconds: how much later than another a process may come.
       leaving: why this process does not take part, for the others to hear.
 
+    Returns:
+      By index, connections that stay: of process 0 to each of the others, of these to process 0.
+
     Raises:
       MeetingError: on every process, with what is wrong on which of them.
     """
     hello = {"index": processes.index, "count": processes.count, "host": socket.gethostname()}
     hello |= {"fingerprints": dict(fingerprints), "leaving": leaving}
     if processes.index == 0:
-        answer = asyncio.run(_Meeting(processes).hold(hello, seconds))
+        answer, connections = asyncio.run(_Meeting(processes).hold(hello, seconds))
     else:
-        answer = _attend(processes, hello, seconds)
+        answer, connection = _attend(processes, hello, seconds)
+        connections = {0: connection}
     if answer["error"]:
         raise (PeerGone if answer["gone"] else MeetingError)(answer["error"])
+    return connections
 
 
-def _attend(processes: Processes, hello: dict[str, Any], seconds: float) -> dict[str, Any]:
+_Answer = tuple[dict[str, Any], socket.socket]  # what process 0 says, and the connection to it
+
+
+def _attend(processes: Processes, hello: dict[str, Any], seconds: float) -> _Answer:
     """Tells process 0 what this one is about to run, and gives back the answer."""
     began, (host, port) = time.monotonic(), processes.meeting_place
     for attempt in itertools.count():
@@ -97,7 +105,7 @@ def _attend(processes: Processes, hello: dict[str, Any], seconds: float) -> dict
     )
 
 
-def _ask(place: tuple[str, int], hello: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _ask(place: tuple[str, int], hello: dict[str, Any], seconds: float) -> _Answer:
     """The answer of process 0; OSError: it is not there, now."""
     with socket.create_connection(place, timeout=_GREETING_SECONDS) as connection:
         if connection.getsockname() == connection.getpeername():  # TCP may meet itself
@@ -108,9 +116,9 @@ def _ask(place: tuple[str, int], hello: dict[str, Any], seconds: float) -> dict[
             connection.sendall(_line(hello))
             connection.settimeout(seconds + _LINE_SECONDS)
             answer = stream.readline(_LONGEST)
-    if not answer:
-        raise PeerGone(f"process 0 at {place[0]} went away before the run began; start all again")
-    return json.loads(answer)
+        if answer:
+            return json.loads(answer), connection.dup()
+    raise PeerGone(f"process 0 at {place[0]} went away before the run began; start all again")
 
 
 class _Meeting:
@@ -119,11 +127,14 @@ class _Meeting:
     def __init__(self, processes: Processes):
         self._processes = processes
         self._present: dict[int, dict[str, Any]] = {}  # what each process says
+        self._connections: dict[int, socket.socket] = {}  # to each that has its answer
         self._problem, self._gone, self._decided = "", False, False
         self._waiting = self._answered = 0
 
-    async def hold(self, hello: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Returns what all hear. `hello`: what process 0 itself has to say."""
+    async def hold(
+        self, hello: dict[str, Any], seconds: float
+    ) -> tuple[dict[str, Any], dict[int, socket.socket]]:
+        """Returns what all hear, and by what. `hello`: what process 0 itself has to say."""
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
             await self._listen(hello, stack)
@@ -137,7 +148,7 @@ class _Meeting:
             late = min(began + seconds, time.monotonic() + linger)
             while self._waiting or (self._answered < awaited and time.monotonic() < late):
                 await asyncio.sleep(0.02)
-        return self._answer()
+        return self._answer(), self._connections
 
     async def _listen(self, hello: dict[str, Any], stack: contextlib.ExitStack) -> None:
         """At the port after the coordinator's and at its own, which jax takes afterwards."""
@@ -153,7 +164,7 @@ class _Meeting:
     def _come(self, hello: dict[str, Any], seconds: float) -> None:
         """Process 0 comes as the others do: where that fails, they would not find it either."""
         try:
-            found = _attend(self._processes, hello, seconds)["error"]
+            found = _attend(self._processes, hello, seconds)[0]["error"]
         except MeetingError as error:
             found = str(error)
         self._problem = self._problem or found
@@ -167,16 +178,20 @@ class _Meeting:
                 self._admit(hello)
             except (OSError, ValueError, TypeError, LookupError, RecursionError):
                 return
+            except asyncio.CancelledError:  # the meeting is over
+                return
             self._waiting += 1
-            while not (self._decided or reader.at_eof() or reader.exception()):
+            while not (self._decided or _is_lost(reader)):
                 await asyncio.sleep(0.05)
-            if not self._decided:
-                self._gone = not self._problem
+            self._waiting, self._answered = self._waiting - 1, self._answered + 1
+            if _is_lost(reader):
+                self._gone |= not self._problem
                 self._fail(
                     hello, "was killed or stopped before the run began; start all processes again"
                 )
+            elif hello["index"]:
+                self._connections[hello["index"]] = writer.get_extra_info("socket").dup()
             writer.write(_line(self._answer()))
-            self._waiting, self._answered = self._waiting - 1, self._answered + 1
 
     def _admit(self, hello: dict[str, Any]) -> None:
         """Notes what one says; ValueError, TypeError, LookupError: it is no process of ours."""
@@ -223,6 +238,10 @@ class _Meeting:
                     f"give every host the same {name}{where}"
                 )
         return ""
+
+
+def _is_lost(reader: asyncio.StreamReader) -> bool:
+    return reader.at_eof() or reader.exception() is not None
 
 
 def _parts(wanted: Any, other: Any) -> str:

@@ -1,8 +1,8 @@
 """Several processes after the start: each hears within moments that another is gone, and leaves.
 
 Where a process dies, jax's collectives fail on some of the others and wait for ever on the rest,
-and its own watch takes 100 s and ends them from C++ with exit code 134. So each process keeps a
-connection to process 0, which the operating system closes when a process ends, however it ends.
+and its own watch takes 100 s and ends them from C++ with exit code 134. So each process keeps the
+connection by which it met process 0: the operating system closes it when a process ends, however.
 """
 
 from __future__ import annotations
@@ -15,53 +15,43 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import NoReturn, TextIO
 
-from stablelm_jax.parallel.distributed import MEETING_SECONDS
-from stablelm_jax.parallel.meeting import MeetingError, Processes
 from stablelm_jax.run.events import HEARING_SECONDS
 from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 
+# Set by launch scripts, which start all again after 75: then it is 75 before a first checkpoint too.
+_LAUNCHED = "STABLELM_STARTED_AGAIN"
 _FATES = {  # of a process, by its exit code: all of them, started again, may go on
     "killed": "is gone, killed or with its machine",
     str(EXIT_STOPPED): f"has stopped with exit code {EXIT_STOPPED}",
 }
-_HELLO_SECONDS = 5.0  # for whoever connects to say who it is
 _LAST_SECONDS = 5.0  # for the last words, and for a way out of Python that waits for others
 # A machine without power closes no connection: it is asked after 20 s of silence, six times.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
 class Peers:
-    """Connections between process 0 and each of the others. Make it once jax has started among all.
+    """Connections between process 0 and each of the others. Make it before jax starts among them.
 
     Each says one line before it ends: "INDEX CODE HOST", where CODE is "end" if all come to the
     same end by themselves. A connection that closes without it belonged to one that was killed.
     """
 
-    def __init__(self, processes: Processes, stop: StopRequest):
-        """`stop`: says what is safe when this process leaves; its `leave` now tells the others.
+    def __init__(self, index: int, connections: Mapping[int, socket.socket], stop: StopRequest):
+        """`index`: of this process. `connections`: by which it met the others (`meet`).
 
-        Raises:
-          MeetingError: a connection could not be made.
+        `stop`: says what is safe when this process leaves; its `leave` now tells the others.
         """
-        self._index, self._stop = processes.index, stop
+        self._index, self._connections, self._stop = index, connections, stop
         self._ended, self._code = threading.Event(), 0
         self._lock = threading.Lock()
-        connect = _accept_all if processes.index == 0 else _connect
-        try:
-            self._connections = connect(processes)
-        except OSError as error:
-            host, port = processes.meeting_place
-            raise MeetingError(
-                f"process {processes.index} has no lasting connection by port {port} of {host} "
-                f"({error}); is this port open between all hosts?"
-            ) from error
         _delay_aborts()
         stop.leave = self._leave
-        for index, connection in self._connections.items():
+        for other, connection in connections.items():
             _keep_alive(connection)
-            threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
+            threading.Thread(target=self._listen, args=(other, connection), daemon=True).start()
 
     def end(self, code: int) -> int:
         """All processes have come to this end together; returns the exit code."""
@@ -103,7 +93,8 @@ class Peers:
                 time.sleep(2 * HEARING_SECONDS)
             threading.Timer(_LAST_SECONDS, os._exit, (1,)).start()  # a disk may hang
             safe = self._stop.what_is_safe()
-            mine = EXIT_STOPPED if may_go_on and safe != self._stop.safe else 1
+            whole = safe != self._stop.safe
+            mine = EXIT_STOPPED if may_go_on and (whole or _LAUNCHED in os.environ) else 1
             threading.Timer(_LAST_SECONDS / 2, os._exit, (mine,)).start()  # a terminal may hang
             name = f"process {index}" + (f" ({host})" if host != "?" else "")
             fate = _FATES.get(code, "ended with an error, which its own output tells")
@@ -119,37 +110,6 @@ def _next(lines: TextIO) -> str:
     with contextlib.suppress(OSError, ValueError):
         return lines.readline()
     return ""
-
-
-def _accept_all(processes: Processes) -> dict[int, socket.socket]:
-    """Process 0 waits for all others; strangers are sent away."""
-    found: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + MEETING_SECONDS
-    with socket.create_server(("", processes.meeting_place[1])) as server:
-        while len(found) < processes.count - 1:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            guest, _ = server.accept()
-            guest.settimeout(_HELLO_SECONDS)
-            with guest.makefile() as lines:
-                hello = _next(lines).strip()
-            if hello.isdecimal() and 0 < int(hello) < processes.count:
-                found[int(hello)] = guest
-            else:
-                guest.close()
-    return found
-
-
-def _connect(processes: Processes) -> dict[int, socket.socket]:
-    deadline = time.monotonic() + MEETING_SECONDS
-    while True:
-        try:
-            host = socket.create_connection(processes.meeting_place, timeout=_HELLO_SECONDS)
-            host.sendall(f"{processes.index}\n".encode())
-            return {0: host}
-        except OSError:  # process 0 is about to listen
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def _keep_alive(connection: socket.socket) -> None:

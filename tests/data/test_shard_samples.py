@@ -6,6 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from stablelm_jax.data import fingerprints
 from stablelm_jax.data.fingerprints import check_whole, shard_samples
 from stablelm_jax.data.manifest import (
     SourceManifest,
@@ -57,7 +58,19 @@ def zeros_from(start, stop):
     return damage
 
 
-def test_equal_copies_have_equal_samples(root, copy):
+@pytest.fixture
+def large(monkeypatch):
+    """The shards here count as large: of such, blocks are read."""
+    monkeypatch.setattr(fingerprints, "_WHOLE_TOKENS", 100)
+
+
+def test_of_a_small_shard_every_token_counts(root, copy):
+    change(copy, "train-1", zeros_from(TOKENS // 3, TOKENS // 3 + 1))
+    here, there = shard_samples(open_sources(root, ["a"])), shard_samples(open_sources(copy, ["a"]))
+    assert [key for key in here if here[key] != there[key]] == ["a/train-1.bin"]
+
+
+def test_equal_copies_have_equal_samples(root, copy, large):
     samples = shard_samples(open_sources(root, ["a"]))
     assert samples == shard_samples(open_sources(copy, ["a"]))
     assert list(samples) == ["a", "a/train-0.bin", "a/train-1.bin", "a/held_out-0.bin"]
@@ -74,7 +87,9 @@ def test_equal_copies_have_equal_samples(root, copy):
         ("held_out-0", lambda tokens: tokens + 1),
     ],
 )
-def test_other_bytes_of_the_same_size_give_the_shard_another_sample(root, copy, name, damage):
+def test_other_bytes_of_the_same_size_give_the_shard_another_sample(
+    root, copy, large, name, damage
+):
     change(copy, name, damage)
     sources = open_sources(copy, ["a"])  # manifest and sizes are as they should be
     here, there = shard_samples(open_sources(root, ["a"])), shard_samples(sources)
@@ -92,7 +107,7 @@ def test_another_manifest_gives_the_source_another_sample(root, copy):
     assert [key for key in here if here[key] != there[key]] == ["a"]
 
 
-def test_shards_behind_a_url_have_the_same_samples_and_are_not_fetched(root):
+def test_shards_behind_a_url_have_the_same_samples_and_are_not_fetched(root, large):
     store, bucket = fsspec.filesystem("memory"), "memory://samples"
     store.put(str(root), "/samples", recursive=True)
     try:

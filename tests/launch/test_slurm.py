@@ -145,6 +145,14 @@ def test_the_signal_for_a_task_reaches_the_training_and_its_exit_code_is_kept(tm
     assert not (tmp_path / "e").exists()
 
 
+def test_a_task_tells_the_training_that_a_launch_script_starts_it_again(tmp_path):
+    """Else it is an error that another process was killed before the first checkpoint."""
+    script = ROOT / "launch/slurm_task.sh"
+    asks = 'test "$STABLELM_STARTED_AGAIN" = yes && exit 75'
+    assert subprocess.run(["bash", script, tmp_path / "e", "sh", "-c", asks]).returncode == 75
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_run_that_was_stopped_is_queued_again_after_failed_attempts(job):
     (job.tmp_path / "fails").write_text("2")
     code, out, _ = ended(job("c", "w", SRUN_STATUS="75"))

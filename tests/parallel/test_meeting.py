@@ -182,7 +182,7 @@ STRANGERS = [
 ]
 
 
-def test_strangers_who_talk_or_are_silent_neither_end_the_start_nor_delay_it():
+def test_strangers_who_talk_or_are_silent_neither_end_the_start_nor_delay_it(caplog):
     port, outcome = free_port(), []
     first = threading.Thread(target=lambda: outcome.extend(hold({"count": 2}, port=port)))
     first.start()
@@ -202,6 +202,7 @@ def test_strangers_who_talk_or_are_silent_neither_end_the_start_nor_delay_it():
         first.join()
     assert [error for _, error in outcome] == [None, None]
     assert all(seconds < 8 for seconds, _ in outcome)
+    assert not caplog.records
 
 
 def test_processes_meet_at_an_ipv6_address():

@@ -1,5 +1,6 @@
 """Processes of one run, without the run: whoever is gone, the others say so and leave."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -11,13 +12,13 @@ from stablelm_jax.run.signals import EXIT_STOPPED
 
 SCRIPT = """
 import os, signal, sys, time
-from stablelm_jax.parallel.distributed import Processes
+from stablelm_jax.parallel.meeting import Processes, meet
 from stablelm_jax.run.peers import Peers
 from stablelm_jax.run.signals import StopRequest
 coordinator, index, does, whole = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 stop = StopRequest()
 stop.whole = lambda: whole
-peers = Peers(Processes(coordinator, 3, index, "test"), stop)
+peers = Peers(index, meet(Processes(coordinator, 3, index, "test"), {}, 60.0), stop)
 print("met", flush=True)
 sys.stdin.readline()
 if does == "ends":
@@ -45,7 +46,7 @@ def free_port():
             return first.getsockname()[1]
 
 
-def three(*deeds, whole="global_step8"):
+def three(*deeds, whole="global_step8", **environment):
     """Three processes, once they have met, do this; returns [(exit code, last line)]."""
     coordinator = f"127.0.0.1:{free_port()}"
     started = [
@@ -54,6 +55,7 @@ def three(*deeds, whole="global_step8"):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **environment},
         )
         for index, does in enumerate(deeds)
     ]
@@ -84,6 +86,11 @@ def test_a_process_that_is_killed_takes_the_others_along_with_its_name(index):
 def test_without_a_whole_checkpoint_it_is_an_error():
     (_, (code, line), _) = three("is killed", "waits", "waits", whole="")
     assert code == 1 and "nothing had begun" in line
+
+
+def test_before_a_first_checkpoint_a_launch_script_is_told_to_start_it_again():
+    ends = three("is killed", "waits", "waits", whole="", STABLELM_STARTED_AGAIN="yes")
+    assert [code for code, _ in ends] == [-9, EXIT_STOPPED, EXIT_STOPPED]
 
 
 def test_a_process_that_fails_ends_the_others_with_an_error_and_no_advice():

@@ -140,7 +140,9 @@ def test_a_host_with_other_bytes_under_the_same_manifest_is_named_on_all(data, t
 # Process 1 compiles for longer than the limit of a hang; process 0 is killed after a checkpoint.
 DISTURBED = """
 import os, signal, time
+from stablelm_jax.parallel import distributed
 from stablelm_jax.training import loop, programs
+distributed._TELL_SECONDS = 3.0
 compile_step, step = programs.compile_step, loop.Trainer._step
 def slow(run):
     time.sleep(12 * index)
