@@ -79,7 +79,7 @@ def _ranges(file: InputFile, size: int) -> list[Chunk]:
         runs = tokenised.document_ranges(file.path, size)
         return [Chunk((file,), size, start, end, start) for start, end, size in runs]
     if file.kind == "parquet":
-        return _row_groups(file, size)
+        return _row_groups(file, size) if file.divisible else []
     if not readers.can_be_divided(file):
         return []
     edges = [*range(0, file.size, size), file.size]

@@ -79,7 +79,14 @@ def _records(
     file: InputFile, reading: Reading, meter: Meter, start: int, end: int | None
 ) -> Iterator[str | Rejected]:
     is_range = bool(start or end is not None)
-    with streams.open_input(file.path, seekable=is_range or file.kind in _SEEKING) as opened:
+    seeks = is_range or file.kind in _SEEKING
+    with streams.open_input(file.path, seekable=seeks and file.divisible) as opened:
+        if seeks and not file.divisible:  # a server that gives a file from its beginning only
+            data = whole(blocks_of(opened, Meter()))
+            if isinstance(data, Rejected):
+                yield Rejected("too large for a server that gives whole files: download it first")
+                return
+            opened = io.BytesIO(data)
         if file.kind in _SEEKING and file.compression:
             yield Rejected(f"a compressed {file.kind} file: decompress it first")
         elif is_range and file.kind != "parquet":

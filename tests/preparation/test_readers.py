@@ -1,11 +1,15 @@
 """Files of every kind, wherever they lie: what cannot be read ends nothing, a failing disk does."""
 
 import bz2
+import contextlib
 import csv
 import errno
+import functools
 import gzip
+import http.server
 import io
 import json
+import threading
 import zipfile
 
 import fsspec
@@ -14,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from read_documents import json_lines, random_texts, read, records, write
 
-from stablelm_jax.preparation import formats, readers, streams
+from stablelm_jax.preparation import chunks, formats, readers, streams
 from stablelm_jax.preparation.formats import kind_of
+from stablelm_jax.preparation.inputs import find_files
 
 
 @pytest.mark.parametrize(
@@ -69,6 +74,38 @@ def test_every_format_is_read_from_an_fsspec_url(tmp_path):
         fsspec.filesystem("memory").pipe(f"/readers/{name}", data)
         assert records(f"memory://readers/{name}") == texts
     assert records("memory://readers/a.jsonl", part=(0, 10)) == texts[:1]
+
+
+def test_what_is_read_in_parts_comes_whole_from_a_server_that_gives_no_parts(tmp_path, monkeypatch):
+    texts = [str(number) * 1000 for number in range(2000)]  # more than fsspec reads ahead
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number, text in enumerate(texts):
+            archive.writestr(f"{number}.txt", text)
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("a.parquet", "a.zip"):
+            url = f"http://127.0.0.1:{server.server_port}/{name}"
+            assert read(url) == texts
+            assert len(chunks.cut(find_files([url]))) == 1
+            with monkeypatch.context() as patched:
+                patched.setattr(streams, "MAX_DOCUMENT_BYTES", 1 << 20)
+                (reason,) = read(url)
+                assert reason.endswith("a server that gives whole files: download it first")
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Knows nothing of byte ranges."""
+
+    def log_message(self, *_):
+        pass
+
+    def copyfile(self, source, target):
+        with contextlib.suppress(ConnectionError):  # who asked has gone
+            super().copyfile(source, target)
 
 
 def test_a_file_without_permission_is_rejected_by_name(tmp_path, monkeypatch):
