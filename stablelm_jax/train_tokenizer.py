@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(flags: argparse.Namespace) -> None:
     left_out: list[inputs.LeftOut] = []
     files = inputs.find_files(flags.inputs, flags.format, left_out, str(flags.output))
+    inputs.check_split(flags.split_on, files)
     settings = {**vars(flags), "inputs": inputs.fingerprint(files)}
     del settings["output"]
     notes = flags.output.with_suffix(inputs.TRAINING_NOTES)

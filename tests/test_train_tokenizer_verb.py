@@ -197,3 +197,9 @@ def test_a_driver_of_a_url_that_fails_is_one_line(tmp_path, capsys, monkeypatch)
     arguments = ["--input", "memory://driver/a.txt", "--output", str(tmp_path / "t.json")]
     assert train_tokenizer.main(arguments) == 1
     assert "DriverError: connection reset" in capsys.readouterr().err
+
+
+def test_a_split_that_cuts_nothing_is_refused(corpus, tmp_path, capsys):
+    arguments = ["--input", str(corpus), "--output", str(tmp_path / "t.json")]
+    assert train_tokenizer.main([*arguments, "--split-on", "blank-lines"]) == 1
+    assert "--split-on cuts texts" in capsys.readouterr().err

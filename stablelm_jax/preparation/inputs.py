@@ -69,6 +69,12 @@ def _classified(file: InputFile, file_format: str) -> InputFile:
     return file._replace(kind=kind, compression=compression)
 
 
+def check_split(split_on: str | None, files: Sequence[InputFile]) -> None:
+    """InputError where texts are to be split and there are none."""
+    if split_on and not {"text", "tar", "zip", "warc"} & {file.kind for file in files}:
+        raise InputError("--split-on cuts texts, and there is none in the input")
+
+
 def fingerprint(files: Sequence[InputFile]) -> str:
     """A hash that changes when a file is added, taken away, renamed, moved in order or changed.
 

@@ -100,8 +100,7 @@ class Preparation:
                 raise inputs.InputError(
                     f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
                 )
-        if job.split_on and not {"text", "tar", "zip", "warc"} & {file.kind for file in self.files}:
-            raise inputs.InputError("--split-on cuts texts, and there is none in the input")
+        inputs.check_split(job.split_on, self.files)
         unknown = [item for item in self.left_out if item.size is None]
         if unknown and not job.allow_unread:
             raise inputs.InputError(
