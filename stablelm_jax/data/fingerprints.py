@@ -26,7 +26,7 @@ _WHOLE_TOKENS = 1 << 20  # a shard that is not larger is read whole
 
 
 def shard_samples(sources: Mapping[str, Source]) -> dict[str, str]:
-    """{"<source>": hash of its manifest's contents, "<source>/<file>": hash of its tokens, or some}.
+    """{"<source>": hash of its manifest's contents, "<source>/<file>": hash of some of its tokens}.
 
     It reads by range where `sources` have no cache. ShardError where a shard cannot be read.
     """

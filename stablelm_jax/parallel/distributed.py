@@ -1,8 +1,8 @@
 """Several processes, one program: who takes part, and do all of them run the same thing.
 
-`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU; `start` starts jax
-among all. From then on the devices carry what processes ask each other, and each that waits long
-says for whom.
+`find_processes` reads the place of this process from flags, SLURM or a Cloud TPU; `start` starts
+jax among all. From then on the devices carry what processes ask each other, and each that waits
+long says for whom.
 """
 
 from __future__ import annotations

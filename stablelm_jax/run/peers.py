@@ -21,7 +21,7 @@ from typing import NoReturn, TextIO
 from stablelm_jax.run.events import HEARING_SECONDS
 from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 
-# Set by launch scripts, which start all again after 75: then it is 75 before a first checkpoint too.
+# Set by launch scripts, which start all again after 75: so it is 75 before a checkpoint too.
 _LAUNCHED = "STABLELM_STARTED_AGAIN"
 _FATES = {  # of a process, by its exit code: all of them, started again, may go on
     "killed": "is gone, killed or with its machine",
