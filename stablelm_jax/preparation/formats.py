@@ -88,17 +88,17 @@ _SIGNATURES = {
     rb"PAR1[\x15\0\x16\x1c-]": "parquet file",
     rb"PARE": "encrypted parquet file",
     rb"ARROW1\0\0|\xff{4}.{2}\0\0": "arrow file",
-    rb"FEA1": "Feather file of version 1",
-    rb"ORC\n?[^ -~\s]": "ORC file",
+    rb"FEA1\0": "Feather file of version 1",
+    rb"ORC\n?[\0-\x08\x0b\x0e-\x1f]": "ORC file",
     rb"Obj\x01": "Avro file",
     rb"GGUF[\x01-\x03]\0": "GGUF file",
-    rb"\0asm|!<arch>\n|dex\n": "program or library",
+    rb"\0asm|!<arch>\n|dex\n0\d\d\0": "program or library",
     rb"\x1f\x9d": "compress (.Z) stream, `gzip -d` reads it",
     rb"LZIP\x01": "lzip stream",
     rb"\xff\x06\0\0sNaPpY": "snappy stream",
     rb"II\*\0|MM\0\*": "TIFF image",
     rb"RIFF.{4}WEBP|BM.{4}\0{4}": "image",
-    rb"wOF[F2]|OTTO\0|\0\x01\0\0\0.\0": "font",
+    rb"wOF[F2](\0|OTTO|true)|OTTO\0|\0\x01\0\0\0.\0": "font",
     rb"MMIDIDX\0": "Megatron index",
     rb".{6}\0\0\{\"": "safetensors file",
     rb"\x7fELF|MZ.\0|\xcf\xfa\xed\xfe|\xca\xfe\xba\xbe": "program or library",
@@ -113,7 +113,10 @@ def what_is(head: bytes) -> str | None:
     return next(matches, None)
 
 
-_PAGE = re.compile(rb"\s*(<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(!doctype\s+html|html)\b", re.S | re.I)
+# (?> keeps a beginning with many comments from being matched in all the ways there are.
+_PAGE = re.compile(
+    rb"\s*(<\?xml[^>]*>\s*|(?><!--.*?-->)\s*)*<(!doctype\s+html|html)\b", re.S | re.I
+)
 
 
 def is_page(head: bytes) -> bool:

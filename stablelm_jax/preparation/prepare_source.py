@@ -231,9 +231,9 @@ class Preparation:
             if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
                 # The one or two that are held out must not be such that the tokenizer refuses.
                 seen = held_out.look(cut, reading, self._is_encoded, self._ids)
-        except (ValueError, OSError):
-            raise
         except Exception as error:  # of a driver: each raises its own
+            if isinstance(error, ValueError | OSError):
+                raise
             text = f"reading the input failed, {described(error)}; {remedy(error)}"
             raise PreparationError(text) from error
         return cut, seen

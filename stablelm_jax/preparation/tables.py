@@ -16,6 +16,7 @@ from stablelm_jax.preparation import streams
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, cut_at, too_long
 from stablelm_jax.preparation.texts import decode
+from stablelm_jax.storage.remote import described
 
 # pyarrow's errors of a damaged file; UnicodeDecodeError comes from column names.
 PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
@@ -55,7 +56,10 @@ def _row_group(
             done += len(batch)
             meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
     except PARQUET_ERRORS as error:
-        rest = Rejected(f"row group {group} damaged: {_damage(error)}")
+        # pyarrow tells damage by a bare OSError, too; one of the disk or the network has a number.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
+        rest = Rejected(f"row group {group} damaged: {described(error)}"[:200])
     for _ in range(done, info.num_rows):
         yield rest
     meter.consumed = before + info.total_byte_size
@@ -117,18 +121,6 @@ def _steps(schema: pa.Schema, text_key: str) -> list[str] | Rejected:
     if values not in _TEXT_TYPES:
         return Rejected(f"column {text_key!r} holds {str(kind)[:120]}, not strings")
     return steps
-
-
-def _damage(error: Exception) -> str:
-    """The message of an error about the file's contents; any other error is raised again.
-
-    pyarrow reports damage as ArrowException, or as a bare OSError without a number. What comes
-    from below it, the disk or the network, keeps its own type or its errno.
-    """
-    bare = type(error) is OSError and error.errno is None
-    if not bare and not isinstance(error, PARQUET_ERRORS[1:]):
-        raise error
-    return (str(error).splitlines() or ["no reason given"])[0][:200]
 
 
 # csv

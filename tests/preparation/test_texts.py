@@ -37,6 +37,11 @@ def test_a_text_file_is_one_document(tmp_path):
         (b"ARROW1\0\0", "arrow file, not text"),
         (b"name".ljust(257, b"\0") + b"ustar\x0000", "tar archive, not text"),
         (b"Obj\x01\x04", "Avro file, not text"),
+        (b"FEA1\0\0\0\0", "Feather file of version 1, not text"),
+        (b"ORC\n\x0b\x05", "ORC file, not text"),
+        (b"GGUF\3\0\0\0", "GGUF file, not text"),
+        (b"wOF2\0\1\0\0", "font, not text"),
+        (b"LZIP\1\x0c", "lzip stream, not text"),
         (b"MMIDIDX\0\0\1", "Megatron index, not text"),
         (b"\0\0\0\x18ftypmp42", "video, not text"),
         (b"7z\xbc\xaf\x27\x1c\0\4", "7-zip archive, not text"),
@@ -51,7 +56,13 @@ def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, data, reason):
     assert found.startswith(reason.split(",")[0]) or "not UTF-8" in reason
 
 
-@pytest.mark.parametrize("text", ["PK is a region.", "BZh", "MZ.", "ID3 tags", "Rar!", "II*"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("PK is a region.", "BZh", "MZ.", "ID3 tags", "Rar!", "II*", "FEA1 and 2", "dex\n"),
+        *("ORC\n\u00e9", "ORC is", "wOFF!", "OTTO", "GGUF files", "LZIP", "BMW", "!<arch>"),
+    ],
+)
 def test_words_that_begin_as_binary_files_do_are_text(tmp_path, text):
     assert read(write(tmp_path / "a", text)) == [text]
 
@@ -84,7 +95,14 @@ def test_braces_and_brackets_alone_make_no_records(tmp_path, text):
     assert read(write(tmp_path / "a.txt", text)) == [text]
 
 
-@pytest.mark.parametrize("begin", ["<!DOCTYPE html>\n", "<HTML>", '<?xml version="1.0"?>\n<html>'])
+def test_a_text_that_begins_with_many_comments_is_looked_at_in_no_time(tmp_path):
+    text = "<!-- a --> " * 500 + "<p>"
+    assert read(write(tmp_path / "a.md", text)) == [text]
+
+
+@pytest.mark.parametrize(
+    "begin", ["<!DOCTYPE html>\n", "<HTML>", '<?xml version="1.0"?>\n<!-- a -->\n<html>']
+)
 def test_a_page_under_another_name_is_told_and_read_or_kept_on_demand(tmp_path, begin):
     path = write(tmp_path / "index.php?id=1", begin + PAGE.format("x"))
     (reason,) = read(path)
