@@ -143,6 +143,8 @@ class _Meeting:
                 await asyncio.sleep(0.02)
             self._problem = self._problem or self._difference(seconds)
             self._decided = True
+            if not self._problem:
+                stack.close()  # before an answer: others then look for jax at one of these ports
             awaited = self._processes.count if self._problem else 0
             linger = seconds if hello["leaving"] else _LINGER_SECONDS
             late = min(began + seconds, time.monotonic() + linger)

@@ -205,6 +205,19 @@ def test_strangers_who_talk_or_are_silent_neither_end_the_start_nor_delay_it(cap
     assert not caplog.records
 
 
+def test_once_all_may_go_on_nobody_is_heard_at_the_ports_any_more():
+    """Others look for jax there at once."""
+    port = free_port()
+    first = threading.Thread(target=hold, args=({"count": 2},), kwargs={"port": port})
+    first.start()
+    connections = meet(Processes(f"127.0.0.1:{port}", 2, 1, "test"), SAME, 20.0)
+    assert list(connections) == [0]
+    for place in (("127.0.0.1", port), ("127.0.0.1", port + 1)):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(place)
+    first.join()
+
+
 def test_processes_meet_at_an_ipv6_address():
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
