@@ -22,12 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stablelm_jax.run_verb import end_after_interrupt, run_verb
+
+if __name__ == "__main__":  # what is imported below takes a moment, in which Ctrl-C may come
+    end_after_interrupt("drill: interrupted; run the same command again")
+
 from absl import flags
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.drilling.phases import PHASES
 from stablelm_jax.run.console import make_console
-from stablelm_jax.run_verb import run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:

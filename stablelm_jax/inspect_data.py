@@ -16,12 +16,16 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
+from stablelm_jax.run_verb import end_after_interrupt, run_verb
+
+if __name__ == "__main__":  # what is imported below takes a moment, in which Ctrl-C may come
+    end_after_interrupt("inspect_data: interrupted; the rows end here")
+
 from absl import flags
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.run.console import make_console
-from stablelm_jax.run_verb import run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:

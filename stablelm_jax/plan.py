@@ -16,10 +16,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from stablelm_jax.run_verb import answer_interrupts, end_after_interrupt, run_verb
+
+if __name__ == "__main__":  # what is imported below takes a moment, in which Ctrl-C may come
+    end_after_interrupt("plan: interrupted; the plan ends here")
+
 from absl import flags
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.run_verb import answer_interrupts, run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:

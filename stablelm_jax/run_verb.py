@@ -59,8 +59,8 @@ def run_verb(
         # errors. The verb has not imported jax yet, which reads this once.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     line = f"{name}: interrupted; {interrupted or 'run the same command again to go on'}"
-    if interrupted is not None and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        _end_after_interrupt(line)
+    if interrupted is not None:
+        end_after_interrupt(line)
     try:
         code = (main or importlib.import_module(f"stablelm_jax.{name}").main)()
     except SystemExit as leaving:
@@ -85,13 +85,15 @@ def answer_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _end_after_interrupt(line: str) -> None:
-    """Ctrl-C ends the process soon, whatever its main thread is doing.
+def end_after_interrupt(line: str) -> None:
+    """Ctrl-C says `line` and ends the process soon, whatever its main thread is doing.
 
     Python raises KeyboardInterrupt between two of its instructions, and a compilation is one of
     minutes; raised in a callback of a library, it is swallowed. So a thread hears of it too.
     """
     global _told
+    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        return  # called before; or ignored, as in the background of a script
     _told, (reading, writing) = line, os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _interrupt)

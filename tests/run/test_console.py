@@ -261,7 +261,7 @@ def test_every_verb_begins_with_the_guard():
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text and path.name != "__main__.py":
-            assert "    run_verb(" in text.split('__name__ == "__main__"')[1], path.name
+            assert "    run_verb(" in text.split('__name__ == "__main__"')[-1], path.name
 
 
 def test_every_console_is_made_in_one_place():
