@@ -136,4 +136,5 @@ def orbax_to_file(path: Path) -> Iterator[None]:
         sys.unraisablehook = print_error
         for logger in loggers:
             logger.removeFilter(is_ours)
-        pages.close()
+        with contextlib.suppress(OSError):  # the disk again
+            pages.close()
