@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "stablelm_jax"
 
-# Lines at most of all *.py of a room. Five rooms hold more than the design gives them: training
-# 1,750, run 900, config 750, parallel 450, model 660. They may shrink to it and never grow.
+# Lines at most of all *.py of a room. Some hold more than the design gives them: training 1,750,
+# run 900, checkpoint 850, config 750, tokenizer 450, parallel 450, model 660, storage 220,
+# preparation 1,700. They may shrink to it and never grow.
 # The core, from the top floor down:
 CORE = {
-    "training": 2240,
-    "run": 1500,
+    "training": 2220,
+    "run": 1460,
     "checkpoint": 925,
     "config": 900,
     "data": 1500,
@@ -31,16 +32,16 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 3500,
-    "generation": 820,
-    "evaluation": 1020,
+    "preparation": 3265,
+    "generation": 805,
+    "evaluation": 1000,
     "interop": 1700,
     "planning": 1225,
     "reporting": 700,
     "drilling": 400,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 9_800, 21_500
+CORE_WITHOUT_KERNELS, EVERYTHING = 9490, 21_430
 
 
 def files_of(room):
