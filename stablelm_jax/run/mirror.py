@@ -83,6 +83,8 @@ class RemoteMirror:
                 continue  # Weights & Biases uploads its own
             try:
                 status = path.stat()  # first: a file that changes during the copy goes up again
+                if name.startswith("hang/") and status.st_size == 0:
+                    continue  # ready for stacks, which there are not
                 if self._uploaded.get(path) != (status.st_mtime_ns, status.st_size):
                     self.upload_file(path)
                     self._uploaded[path] = (status.st_mtime_ns, status.st_size)
