@@ -36,9 +36,8 @@ class Events:
     def tell(self, event: str, text: str, *, style: str = "bold yellow", **fields: Any) -> None:
         """Prints a text in colour and keeps it."""
         if style == "bold red" and jax.process_count() > 1:
-            time.sleep(
-                HEARING_SECONDS
-            )  # where the cause is a process that is gone, this one leaves
+            # If the cause is another process that is gone, this one leaves meanwhile.
+            time.sleep(HEARING_SECONDS)
         self.print(text, style)
         if self._path is None:  # not process 0, whose console is quiet
             print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ from stablelm_jax.run.folder import RunFolder
 from stablelm_jax.run.metrics import RunLog, Writers
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.run.signals import StopRequest, watch_notices
-from stablelm_jax.run.watchdog import Watchdog, backstop_of, end_hung_run
+from stablelm_jax.run.watchdog import Watchdog, watchdog_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +94,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         log = RunLog(folder, events, writers)
         profiler = Profiler(config_lib.profiled_steps(config), folder.path / "profile", console)
         # The watchdog looks on while steps are taken; what ends the run has bounds of its own.
-        watchdog = Watchdog(
-            config.training.hang_seconds,
-            lambda step, why: end_hung_run(step, why, stop, folder, events),
-            lambda: backstop_of(folder),
-        )
+        watchdog = watchdog_of(config.training.hang_seconds, stop, folder, events)
         stack.callback(watchdog.stop)
         services = Services(
             stop, console, cache, folder, events, store, saver, log, profiler, watchdog

@@ -115,7 +115,22 @@ class Watchdog:
             backstop.stop()
 
 
-def end_hung_run(step: int, why: str, stop: StopRequest, folder: RunFolder, events: Events) -> None:
+def watchdog_of(
+    least_seconds: float, stop: StopRequest, folder: RunFolder, events: Events
+) -> Watchdog:
+    """The watchdog of a run, which ends it where it hangs, and C behind it."""
+    path = folder.path / "hang" / f"native-process{jax.process_index()}.txt"
+    text = f"HUNG: native code lets no Python run on process {jax.process_index()}; see {path}"
+    return Watchdog(
+        least_seconds,
+        lambda step, why: _end_hung_run(step, why, stop, folder, events),
+        lambda: Backstop(path, text, EXIT_STOPPED),
+    )
+
+
+def _end_hung_run(
+    step: int, why: str, stop: StopRequest, folder: RunFolder, events: Events
+) -> None:
     """Writes the stacks of all threads and ends the process: no thread may be able to go on."""
     # Even where the console or the disk is what hangs.
     threading.Timer(4 * _PAUSE, os._exit, (EXIT_STOPPED,)).start()
@@ -133,11 +148,3 @@ def end_hung_run(step: int, why: str, stop: StopRequest, folder: RunFolder, even
     if jax.process_count() > 1:
         time.sleep(_PAUSE)  # the others leave as soon as they hear of this one
     stop.leave(EXIT_STOPPED)
-
-
-def backstop_of(folder: RunFolder) -> Backstop:
-    """What ends a run in which native code lets no thread of Python run."""
-    index = jax.process_index()
-    path = folder.path / "hang" / f"native-process{index}.txt"
-    text = f"HUNG: native code lets no Python run on process {index}; see {path}"
-    return Backstop(path, text, EXIT_STOPPED)
