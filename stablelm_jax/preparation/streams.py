@@ -28,7 +28,7 @@ from stablelm_jax.storage.remote import driver_options, is_http, is_url
 # A longer document is refused: it has to fit into memory several times over in every worker.
 MAX_DOCUMENT_BYTES = 128 * 2**20
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16  # small: what is lost behind a damage is counted from the end of its block
 # Damage in a compressed stream loses what the failing call would have returned: feed it little.
 _PIECE = 4096
 # Published dumps are written with `zstd --long=31`; the decoder has to be allowed such a window.
@@ -91,9 +91,8 @@ def blocks_of(file, meter: Meter, begin: int = 0, end: int | None = None) -> Blo
     left = float("inf") if end is None else end - begin
     while left > 0 and (block := file.read(int(min(_BLOCK, left)))):
         left -= len(block)
-        for piece in (block[start : start + _PIECE] for start in range(0, len(block), _PIECE)):
-            meter.consumed += len(piece)
-            yield piece
+        meter.consumed += len(block)
+        yield block
 
 
 def peek(blocks: Blocks, size: int) -> tuple[bytes, Blocks]:
@@ -197,7 +196,7 @@ def _decompressed(blocks: Blocks, compression: str) -> Blocks:
     """What can be read of a stream of one or many frames."""
     decoder = None
     padding = b"\0" if compression in ("gzip", "xz") else b""  # tapes pad files with zeros
-    for piece in blocks:
+    for piece in (part for block in blocks for part in _parts(block)):
         while piece:
             if decoder is None:
                 piece = piece.lstrip(padding)
@@ -213,6 +212,10 @@ def _decompressed(blocks: Blocks, compression: str) -> Blocks:
             decoder = None if decoder.eof else decoder
     if decoder is not None:
         raise Damaged(f"{compression} stream cut short, the rest of the file is lost")
+
+
+def _parts(block: bytes) -> Iterator[bytes]:
+    return (block[start : start + _PIECE] for start in range(0, len(block), _PIECE))
 
 
 def _bounded(blocks: Blocks, meter: Meter) -> Blocks:
