@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from ports import free_port
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 # Processes of a job find each other by the names of nodes: addresses need no name server.
@@ -66,9 +68,9 @@ class Slurm:
         folder = self.folder
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (folder / name).mkdir()
-        conf = CONF.format(host=host, port=_free_port(), folder=folder, user=user)
+        conf = CONF.format(host=host, port=free_port(), folder=folder, user=user)
         for node in NODES:
-            conf += NODE.format(name=node, host=host, port=_free_port())
+            conf += NODE.format(name=node, host=host, port=free_port())
         (folder / "slurm.conf").write_text(conf)
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
@@ -136,9 +138,3 @@ class Slurm:
     def ended(self, number, seconds=600):
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         return self.wait_for(number, lambda job: job["JobState"] in over, seconds)
-
-
-def _free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from ports import free_port
 
 from stablelm_jax.parallel import meeting
 from stablelm_jax.parallel.meeting import MeetingError, PeerGone, Processes, meet
@@ -18,19 +19,6 @@ def linger_shortly(monkeypatch):
 
 
 SAME = {"config": {"seed": "1", "steps": "12"}, "code": "k1"}
-
-
-def free_port():
-    """A coordinator's port whose next, the meeting's, is free too."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 def hold(*processes, port=None, host="127.0.0.1", seconds=20.0):

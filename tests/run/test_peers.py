@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from ports import free_port
 
 from stablelm_jax.run.signals import EXIT_STOPPED
 
@@ -32,18 +33,6 @@ if does == "aborts":  # as jax does where process 0 is gone
     os.abort()
 time.sleep(60)
 """
-
-
-def free_port():
-    """One with a free one after it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            try:
-                second.bind(("127.0.0.1", first.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return first.getsockname()[1]
 
 
 def three(*deeds, whole="global_step8", **environment):

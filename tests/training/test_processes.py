@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from ports import free_port
 from tiny import losses, metrics, tiny_config, write_config
 
 DEVICES = 4
@@ -30,12 +30,6 @@ main()
 def config_file(folder, data, **overrides):
     config = tiny_config(data, **{"checkpoint.every": 6, **overrides})
     return write_config(config, folder)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def run(count, path, workdir, *, skip=(), more=(), own=()):
