@@ -7,6 +7,7 @@ plain Python, one row and one token at a time, as what the fast code is compared
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from stablelm_jax.data.shards import ShardWriter, file_sha256
 
 EOD = 7
 TOKENIZER = TokenizerInfo("letters", "a" * 64, 64, EOD)
+CHAT = {"name": "letters", "jinja": "{{ messages }}", "enders": ["<|endoftext|>"]}
 
 
 def random_documents(rng: np.random.Generator, count: int, longest: int) -> list[list[int]]:
@@ -42,15 +44,20 @@ def write_source(
     train_shards: list[list[list[int]]],
     held_out: list[list[int]] | None = None,
     tokenizer: TokenizerInfo = TOKENIZER,
+    kind: str = "text",
+    spans: Callable[[list[int]], list[tuple[int, int]]] | None = None,
 ) -> Source:
-    """Writes `root/name`: a list of documents for each train shard, and one held-out shard."""
+    """Writes `root/name`: a list of documents for each train shard, and one held-out shard.
+
+    `spans(document)` gives its trained spans, where `kind` is not text.
+    """
     directory = root / name
     directory.mkdir(parents=True)
     train = [
-        _write_shard(directory / f"train-{number:05d}", documents)
+        _write_shard(directory / f"train-{number:05d}", documents, spans)
         for number, documents in enumerate(train_shards)
     ]
-    held_out_shard = _write_shard(directory / "held_out-00000", held_out or [[8, 9, EOD]])
+    held_out_shard = _write_shard(directory / "held_out-00000", held_out or [[8, 9, EOD]], spans)
     tokens = [token for documents in train_shards for document in documents for token in document]
     manifest = SourceManifest(
         source=name,
@@ -59,15 +66,18 @@ def write_source(
         held_out=Split.of([held_out_shard], 100),
         unigram_entropy=unigram_entropy(np.bincount(tokens)),
         languages=("en",),
+        kind=kind,
+        chat={} if kind == "text" else CHAT,
     )
     write_manifest(directory, manifest)
     return Source(directory, manifest)
 
 
-def _write_shard(path: Path, documents: list[list[int]]):
+def _write_shard(path: Path, documents: list[list[int]], spans=None):
     with ShardWriter(path) as writer:
         for document in documents:
-            writer.add_many(np.array(document), [len(document)])
+            rows = spans and np.array([(0, *span) for span in spans(document)]).reshape(-1, 3)
+            writer.add_many(np.array(document), [len(document)], rows)
     return writer.info
 
 

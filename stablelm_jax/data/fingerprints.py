@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stablelm_jax.data.manifest import Source, data_hash, open_shard
-from stablelm_jax.data.shards import ShardError, ShardInfo, file_sha256
+from stablelm_jax.data.shards import ShardError, ShardInfo, file_sha256, read_spans, spans_path
 from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
@@ -79,7 +79,7 @@ class FileFingerprints:
                 tell(f"{path} is broken: the shards are taken as they are now")
 
     def check(self) -> None:
-        """Compares both files of every shard, train and held-out, with what was seen last.
+        """Compares the files of every shard, train and held-out, with what was seen last.
 
         A file that was never seen passes, as one of a source that joins in a later stage. A
         ShardError is raised on every process and names the files that are missing or changed.
@@ -88,7 +88,9 @@ class FileFingerprints:
         for name, path, info in self._shards:
             try:
                 # Before the shard is read: what changes from here on shows the next time.
-                found = {file: file.stat() for file in (path, path.with_suffix(".idx"))}
+                files = [path, path.with_suffix(".idx")]
+                files += [spans_path(path)] if info.spans_sha256 else []
+                found = {file: file.stat() for file in files}
                 now = {f"{name}/{f.name}": [s.st_size, s.st_mtime_ns] for f, s in found.items()}
                 if any(seen.get(key, value) != value for key, value in now.items()):
                     self._tell(
@@ -97,6 +99,8 @@ class FileFingerprints:
                     )
                     open_shard(path, info).check()
                     info.compare(path, sha256=file_sha256(path))
+                    if info.spans_sha256:
+                        read_spans(path, info)
                 seen |= now
             except ShardError as error:
                 wrong.append(str(error))

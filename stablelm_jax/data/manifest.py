@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
-from stablelm_jax.data.shards import Shard, ShardInfo
+from stablelm_jax.data.shards import Shard, ShardInfo, read_spans
 from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import RemotePath, as_path
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
@@ -29,6 +29,8 @@ from stablelm_jax.tokenizer.tokenizer import Tokenizer
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+KINDS = ("text", "conversations", "pairs")  # of sources
+_ADDED_LATER = {"kind", "chat", "spans_sha256"}  # fields that older manifests lack
 
 
 class ManifestError(ValueError):
@@ -80,6 +82,9 @@ class SourceManifest:
     licence: str = ""  # an SPDX expression or a sentence
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # free fields
     rejected: int = 0  # documents that were not usable, listed in `rejected.jsonl`
+    kind: str = "text"  # one of KINDS; what is not text has spans beside its shards
+    # The chat template that the conversations were written with; none for text.
+    chat: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -125,7 +130,7 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
     """
     path = as_path(directory) / MANIFEST_NAME
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ManifestMissing(
             f"{path}: missing; prepare this source first (python -m stablelm_jax.prepare)"
@@ -147,6 +152,17 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
     for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
         if split != Split.of(split.shards, split.text_bytes):
             raise ManifestError(f"{path}: {name}: its totals are not the sums of its shards")
+    if manifest.kind not in KINDS:
+        raise ManifestError(
+            f"{path}: kind {manifest.kind!r} is unknown (known: {', '.join(KINDS)});"
+            " use the release that wrote it"
+        )
+    for info in manifest.shards:
+        if bool(info.spans_sha256) == (manifest.kind == "text"):
+            raise ManifestError(
+                f"{path}: {info.file}: spans_sha256 {info.spans_sha256!r} in a source of"
+                f" {manifest.kind}; prepare the source again"
+            )
     return manifest
 
 
@@ -159,9 +175,9 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f", {near[0]!r}?" if near else ""
             raise ManifestError(f"{where}: unknown field {name!r}{hint}")
-        for name in sorted(kinds.keys() - value.keys()):
+        for name in sorted(kinds.keys() - value.keys() - _ADDED_LATER):
             raise ManifestError(f"{where}: field {name!r} is missing")
-        return kind(**{n: _from_json(kinds[n], value[n], f"{where}.{n}") for n in kinds})
+        return kind(**{n: _from_json(kinds[n], value[n], f"{where}.{n}") for n in value})
     if origin is tuple and isinstance(value, list):
         return tuple(_from_json(typing.get_args(kind)[0], item, where) for item in value)
     json_type = {tuple: list, float: (int, float), Mapping: dict}.get(origin, origin)
@@ -211,9 +227,14 @@ def open_sources(
 
 
 def verify(directory: pathlib.Path | RemotePath, manifest: SourceManifest) -> None:
-    """Compares the sizes of a source's shards with its manifest; ShardError names what differs."""
+    """Compares the sizes of a source's shards with its manifest; ShardError names what differs.
+
+    Files of spans are small and read whole.
+    """
     for info in manifest.shards:
         open_shard(directory / info.file, info)
+        if info.spans_sha256:
+            read_spans(directory / info.file, info)
 
 
 def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | RemoteShard:
@@ -227,16 +248,20 @@ def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | Remo
 
 
 def data_hash(manifests: Mapping[str, SourceManifest]) -> str:
-    """Identifies the data of a run: contents and order of every source's shards, nothing else.
+    """Identifies the data of a run: contents and order of every source's shards, with the spans.
 
     File names, paths, dates, licences and provenance do not count; the sources' names do, because
     a row depends on them (`rows.source_seed`).
     """
     contents = {
         name: {
-            split: [[info.sha256, info.tokens] for info in getattr(manifest, split).shards]
+            split: [_contents(info) for info in getattr(manifest, split).shards]
             for split in ("train", "held_out")
         }
         for name, manifest in sorted(manifests.items())
     }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(info: ShardInfo) -> list[str | int]:
+    return [info.sha256, info.tokens] + ([info.spans_sha256] if info.spans_sha256 else [])

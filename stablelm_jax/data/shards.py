@@ -13,6 +13,11 @@ The `.bin` holds nothing but tokens, one after the other. The `.idx` is little-e
 
 We write int32 tokens and one sequence a document. We read every integer type, and documents of
 several sequences, because other tools write those.
+
+Beside a shard of conversations lies `<stem>.spans.npy`, int32 [spans, 3]: which of its tokens are
+trained. A span is (document of the shard, its first token, the token after its last), the tokens
+counted within the document; spans are sorted. Of pairs, documents 2p and 2p + 1 are the chosen and
+the rejected side of the p-th pair of the shard.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 import pathlib
 import struct
@@ -75,12 +81,13 @@ class ShardInfo:
     tokens: int
     bytes: int
     sha256: str
+    spans_sha256: str = ""  # of the file of spans; none lies beside a shard of text
 
     def compare(self, path: pathlib.Path | RemotePath, **found: int | str) -> None:
         """Raises ShardError where a field has another value than was `found` at `path`."""
         for name, value in found.items():
             if value != getattr(self, name):
-                what = f"sha256 {value}" if name == "sha256" else f"{value} {name}"
+                what = f"sha256 {value}" if name.endswith("sha256") else f"{value} {name}"
                 raise ShardError(
                     f"{path}: {what} where the manifest says {getattr(self, name)};"
                     " restore the file or prepare the source again"
@@ -91,6 +98,25 @@ def file_sha256(path: str | os.PathLike) -> str:
     """Hexadecimal sha256 of a whole file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def spans_path(path: pathlib.Path | RemotePath) -> pathlib.Path | RemotePath:
+    """The file of spans that belongs to the `.bin` at `path`."""
+    return path.parent / f"{path.name.removesuffix('.bin')}.spans.npy"
+
+
+def read_spans(path: pathlib.Path | RemotePath, info: ShardInfo) -> np.ndarray:
+    """The trained spans of the shard whose `.bin` is `path`: int32 [spans, 3], see above.
+
+    Raises ShardError where the file of spans is missing or not the one that the manifest names.
+    """
+    sidecar = spans_path(path)
+    try:
+        data = sidecar.read_bytes()
+    except OSError as error:
+        raise shard_error(sidecar, error) from error
+    info.compare(sidecar, spans_sha256=hashlib.sha256(data).hexdigest())
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 class ShardWriter:
@@ -111,17 +137,32 @@ class ShardWriter:
         self._file = self._files.enter_context(open(tokens_aside, "wb", buffering=1 << 20))
         self._sha256 = hashlib.sha256()
         self._lengths = array.array("i")
+        self._spans: list[np.ndarray] = []
         self.info: ShardInfo | None = None
 
-    def add_many(self, flat_tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+    def add_many(
+        self,
+        flat_tokens: np.ndarray,
+        lengths: Sequence[int] | np.ndarray,
+        spans: np.ndarray | None = None,
+    ) -> None:
         """Appends documents that lie one after the other in `flat_tokens`, `lengths` tokens each.
 
         A document includes its `<|endoftext|>` and so is never empty; ids lie in [0, 2**31).
+        `spans` [N, 3] says what of them is trained, their documents counted from the first of this
+        call on; it is given in each call of a shard, or in none.
         """
         lengths = np.asarray(lengths, np.int32)
         assert flat_tokens.ndim == 1 and np.issubdtype(flat_tokens.dtype, np.integer)
         assert 0 <= flat_tokens.min(initial=0) <= flat_tokens.max(initial=0) < 2**31
         assert lengths.min(initial=1) > 0 and lengths.sum(dtype=np.int64) == len(flat_tokens)
+        if spans is not None:
+            documents, first, last = spans.T
+            assert 0 <= documents.min(initial=0) <= documents.max(initial=0) < len(lengths)
+            assert (
+                (0 <= first).all() and (first < last).all() and (last <= lengths[documents]).all()
+            )
+            self._spans.append(spans + [len(self._lengths), 0, 0])
         data = memoryview(np.ascontiguousarray(flat_tokens, "<i4")).cast("B")
         self._file.write(data)
         self._sha256.update(data)
@@ -135,9 +176,19 @@ class ShardWriter:
                 self._index_aside.write_bytes(_index_bytes(lengths))
                 # An older shard's index must not be found beside the new tokens.
                 self._idx.unlink(missing_ok=True)
+                spans_sha256 = self._write_spans() if self._spans else ""
             tokens, sha256 = int(lengths.sum(dtype=np.int64)), self._sha256.hexdigest()
-            self.info = ShardInfo(self._bin.name, len(lengths), tokens, 4 * tokens, sha256)
+            counts = len(lengths), tokens, 4 * tokens
+            self.info = ShardInfo(self._bin.name, *counts, sha256, spans_sha256)
         return self.info
+
+    def _write_spans(self) -> str:
+        """Writes the file of spans; returns its sha256."""
+        file = io.BytesIO()
+        np.save(file, np.concatenate(self._spans).astype("<i4"))
+        with replacing(spans_path(self._bin)) as aside:
+            aside.write_bytes(file.getvalue())
+        return hashlib.sha256(file.getvalue()).hexdigest()
 
     def __enter__(self) -> Self:
         return self

@@ -157,17 +157,17 @@ class RemotePath:
         entries = retried("listing", lambda: self.fs.ls(self.path, detail=True))
         return {posixpath.basename(entry["name"]): entry.get("size") for entry in entries}
 
-    def read_text(self, encoding: str = "utf-8") -> str:
+    def read_bytes(self) -> bytes:
         """The whole file; FileNotFoundError or another OSError where it cannot be read."""
-        return retried("reading", lambda: self.fs.cat_file(self.path)).decode(encoding)
+        return retried("reading", lambda: self.fs.cat_file(self.path))
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), fewer at the end of the file; errors as `read_text`."""
+        """Bytes [start, stop), fewer at the end of the file; errors as `read_bytes`."""
         action = functools.partial(self.fs.cat_file, self.path, start=start, end=stop)
         return retried(f"reading bytes {start} to {stop}", action)
 
     def fetch(self, target: Path) -> None:
-        """Copies the file over `target`, a file of this machine; errors as `read_text`."""
+        """Copies the file over `target`, a file of this machine; errors as `read_bytes`."""
         retried(f"fetching to {target}", lambda: self.fs.get_file(self.path, str(target)))
 
 

@@ -120,6 +120,19 @@ def test_a_change_between_two_checks_of_one_start_is_refused(root, sources, reco
         watched.check()
 
 
+def test_spans_are_watched_like_the_shards_they_belong_to(tmp_path, record):
+    def spans(document):
+        return [(0, len(document))]
+
+    write_source(tmp_path, "chats", [DOCUMENTS], kind="conversations", spans=spans)
+    sources, sidecar = open_sources(tmp_path, ["chats"]), tmp_path / "chats/train-00000.spans.npy"
+    assert check(sources, record) == []
+    later(sidecar)
+    assert len(check(sources, record)) == 1
+    flip(sidecar, -1)
+    assert str(sidecar) in refused(sources, record)
+
+
 def test_a_broken_record_is_told_and_written_anew(sources, record):
     check(sources, record)
     whole = record.read_text()

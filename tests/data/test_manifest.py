@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from prepared import EOD, TOKENIZER, write_source
+from prepared import CHAT, EOD, TOKENIZER, write_source
 
 from stablelm_jax.data.manifest import (
     ManifestError,
@@ -67,7 +67,57 @@ def test_the_file_holds_the_fields_that_scripts_rely_on(source):
         "tokens",
         "bytes",
         "sha256",
+        "spans_sha256",
     }
+
+
+def test_a_manifest_of_before_there_were_conversations_is_read(source):
+    def remove_what_is_new(fields):
+        del fields["kind"], fields["chat"]
+        for split in ("train", "held_out"):
+            for shard in fields[split]["shards"]:
+                del shard["spans_sha256"]
+
+    edit(source, remove_what_is_new)
+    assert read_manifest(source.directory) == source.manifest
+    assert source.manifest.kind == "text" and source.manifest.chat == {}
+
+
+@pytest.fixture
+def chats(tmp_path):
+    def spans(document):
+        return [(0, len(document))]
+
+    return write_source(tmp_path, "chats", [DOCUMENTS], kind="conversations", spans=spans)
+
+
+def test_a_source_of_conversations_opens_with_its_template(chats, tmp_path):
+    opened = open_sources(tmp_path, ["chats"])["chats"]
+    assert opened == chats and opened.manifest.chat == CHAT
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 130)])
+def test_spans_that_are_missing_or_damaged_are_refused_and_named(chats, tmp_path, damage):
+    path = chats.directory / "train-00000.spans.npy"
+    damage(path)
+    with pytest.raises(ShardError, match="missing|sha256 .* where the manifest says") as caught:
+        open_sources(tmp_path, ["chats"])
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("text", "spans_sha256"), ("tunes", "is unknown")])
+def test_a_kind_that_the_shards_contradict_or_that_is_unknown_is_refused(chats, kind, message):
+    edit(chats, lambda fields: fields.update(kind=kind))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(chats.directory)
+
+
+def test_the_data_hash_sees_the_spans(chats, tmp_path):
+    def fewer(document):
+        return [(1, len(document))]
+
+    other = write_source(tmp_path / "2", "chats", [DOCUMENTS], kind="conversations", spans=fewer)
+    assert data_hash({"chats": chats.manifest}) != data_hash({"chats": other.manifest})
 
 
 def test_a_manifest_with_a_value_that_json_lacks_is_not_written(source):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablelm_jax.data import shards
-from stablelm_jax.data.shards import Shard, ShardError, ShardWriter
+from stablelm_jax.data.shards import Shard, ShardError, ShardWriter, read_spans
+from stablelm_jax.storage.remote import RemotePath
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), max_size=9)
 
@@ -108,6 +109,39 @@ def test_what_is_no_list_of_documents_is_not_written(tmp_path, tokens, lengths):
     with pytest.raises(AssertionError), ShardWriter(tmp_path / "a") as writer:
         writer.add_many(np.array(tokens), lengths)
     assert not list(tmp_path.iterdir())
+
+
+def test_spans_come_back_counted_by_the_documents_of_the_shard(tmp_path):
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.add_many(np.array([1, 2, 3, 0]), [4], np.array([[0, 1, 2], [0, 3, 4]]))
+        writer.add_many(np.array([4, 0]), [2], np.zeros((0, 3), np.int64))
+        writer.add_many(np.array([5, 0, 6, 7, 0]), [2, 3], np.array([[1, 1, 3]]))
+    path = tmp_path / "a.bin"
+    spans = read_spans(path, writer.info)
+    assert spans.dtype == np.int32 and spans.tolist() == [[0, 1, 2], [0, 3, 4], [3, 1, 3]]
+    remote = read_spans(RemotePath(f"file://{tmp_path}") / "a.bin", writer.info)
+    assert remote.tolist() == spans.tolist()
+    assert writer.info.spans_sha256 == shards.file_sha256(tmp_path / "a.spans.npy")
+
+
+@pytest.mark.parametrize("span", [[1, 0, 1], [0, 1, 1], [0, -1, 1], [0, 0, 3], [-1, 0, 1]])
+def test_spans_outside_of_their_documents_are_not_written(tmp_path, span):
+    with pytest.raises(AssertionError), ShardWriter(tmp_path / "a") as writer:
+        writer.add_many(np.array([1, 0]), [2], np.array([span]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_spans_that_are_missing_or_others_are_refused_and_named(tmp_path):
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.add_many(np.array([1, 0]), [2], np.array([[0, 1, 2]]))
+    sidecar = tmp_path / "a.spans.npy"
+    _set_byte(-1, 1)(sidecar)
+    with pytest.raises(ShardError, match=r"a\.spans\.npy: sha256 .* the manifest says"):
+        read_spans(tmp_path / "a.bin", writer.info)
+    sidecar.unlink()
+    for folder in (tmp_path, RemotePath(f"file://{tmp_path}")):
+        with pytest.raises(ShardError, match=r"a\.spans\.npy: missing"):
+            read_spans(folder / "a.bin", writer.info)
 
 
 def _cut(path):
