@@ -89,12 +89,15 @@ class SavedModel:
 
 
 def load_own_tokenizer(
-    path: epath.PathLike, run: Mapping[str, Any], named: str | None = None
+    path: epath.PathLike,
+    run: Mapping[str, Any],
+    named: str | None = None,
+    remedy: str = "name it with --tokenizer",
 ) -> Tokenizer:
     """The tokenizer that the checkpoint `path`, whose item `run` this is, was trained with.
 
     It is looked for where the training had it, in the checkpoint and in the folder of its run; or,
-    if `named`, a name or the path of a tokenizer.json, there alone.
+    if `named`, a name or the path of a tokenizer.json, there alone. `remedy`: told where it is not.
 
     Raises:
       ValueError: it is not there, or another than the checkpoint was trained with.
@@ -115,5 +118,5 @@ def load_own_tokenizer(
         errors.append(f"{place} is another tokenizer")
     raise ValueError(
         f"the tokenizer that {path} was trained with is not to be found: {'; '.join(errors)}; "
-        "name it with --tokenizer"
+        f"{remedy}"
     )

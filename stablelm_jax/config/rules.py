@@ -32,6 +32,9 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
     _cooldown(config)
     _mesh(config)
     _saves_and_samples(config)
+    if config.branch.state == "weights" and not config.branch.parent:
+        remedy = "set config.branch.parent to a checkpoint, or leave this at 'all'"
+        refuse(config, "branch.state", f"there is no parent whose weights to take; {remedy}")
     profiled_steps(config)
 
 

@@ -167,7 +167,12 @@ TREE = {
         "sigmas": Field(6.0, above=0),  # a spike is so many standard deviations above the mean
         "window": Field(128, least=2),  # about how many steps the mean and deviation look back
     },
-    "branch": {"parent": Field("")},  # PATH/global_stepN that a new run starts from; '': none
+    "branch": {
+        # A checkpoint that a new run starts from, or a run or an import: its newest; '': none.
+        "parent": Field(""),
+        # 'all': state and place in the data, of an import its weights; 'weights': of any parent.
+        "state": Field("all", choices=("all", "weights")),
+    },
     "profile": {"steps": Field("")},  # FIRST:LAST traces the updates first to last - 1; '': none
 }
 

@@ -11,7 +11,6 @@ have kept it from coming about. So its last pair is always the same one.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -45,19 +44,3 @@ def _last_pair(ranks: Mapping[bytes, int], token: bytes) -> Pair:
             joined[i] = ranks.get(parts[i] + parts[i + 1], math.inf)
     left, right = parts
     return left, right
-
-
-def spelled(token: bytes) -> str:
-    """The token as vocabularies in JSON and GGUF write it: one printable character a byte."""
-    alphabet = _alphabet()
-    return "".join(alphabet[byte] for byte in token)
-
-
-@functools.cache
-def _alphabet() -> tuple[str, ...]:
-    """GPT-2's: printable Latin-1 bytes stand for themselves, the others for 256, 257 and so on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return tuple(
-        chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)
-    )

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
-from stablelm_jax.interop.bpe_merges import merges, spelled
-from stablelm_jax.tokenizer.ranks import RANKS_SHA256
+from stablelm_jax.interop.bpe_merges import merges
+from stablelm_jax.tokenizer.ranks import RANKS_SHA256, spelled
 from stablelm_jax.tokenizer.tokenizer import (
     ARCADE100K,
     FIRST_SPECIAL,
@@ -34,12 +34,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.content
     assert isinstance(tokenizer, Arcade100k)
-    vocabulary = {spelled(token): rank for token, rank in tokenizer.ranks.items()}
     pairs = [(spelled(left), spelled(right)) for left, right in merges(tokenizer.ranks)]
     # The specials stand in the vocabulary: id 100256 is a hole, and `tokenizers` would number
     # tokens that are only added from there on.
-    vocabulary |= tokenizer.specials
-    engine = Engine(models.BPE(vocab=vocabulary, merges=pairs))
+    engine = Engine(models.BPE(vocab=tokenizer.vocabulary(), merges=pairs))
     engine.normalizer = normalizers.NFC()
     to_characters = pre_tokenizers.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
@@ -108,11 +106,6 @@ def _is_arcade(own: HuggingFaceTokenizer) -> bool:
         arcade = load_tokenizer(ARCADE100K)
     except ValueError:  # its ranks are not to be had here
         return False
-    spec = json.loads(own.content)
-    known = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    if isinstance(spec["model"]["vocab"], dict):  # a list in other kinds than BPE
-        known |= spec["model"]["vocab"]
-    ours = {spelled(token): rank for token, rank in arcade.ranks.items()} | arcade.specials
-    return ours.items() <= known.items() and all(
+    return arcade.vocabulary().items() <= own.vocabulary().items() and all(
         own.encode(text) == arcade.encode(text) for text in _PROBES
     )

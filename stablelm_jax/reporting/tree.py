@@ -49,15 +49,20 @@ def show_runs(folder: str, picture: str | None = None) -> None:
     make_console().print(run_tree(runs, folder))
     if not picture:
         return
-    # What was before the first branch takes no more room than what came after it.
-    branched_at = [run.start.parent_step for run in runs if run.start.parent]
+    curves = {run.path: MetricsFile(run.path / "metrics.jsonl").read() for run in runs}
+    # What was before the first branch takes no more room than what came after it. A branch of
+    # weights counts its steps from 0.
+    branched_at = [
+        min(run.start.parent_step, *(line["step"] for line in curves[run.path]))
+        for run in runs
+        if run.start.parent and curves[run.path]
+    ]
     first = 2 * min(branched_at) - max(run.steps[-1] for run in runs) if branched_at else 0
-    curves = {}
-    for run in runs:
-        lines = MetricsFile(run.path / "metrics.jsonl").read()
-        kept = [line for line in lines if line["step"] >= first]
-        curves[str(run.path.relative_to(folder))] = kept
-    draw_runs(curves, Path(picture))
+    kept = {
+        str(path.relative_to(folder)): [line for line in lines if line["step"] >= first]
+        for path, lines in curves.items()
+    }
+    draw_runs(kept, Path(picture))
 
 
 def find_runs(folder: Path) -> Iterator[FoundRun]:
@@ -88,19 +93,27 @@ def find_runs(folder: Path) -> Iterator[FoundRun]:
 def run_tree(runs: list[FoundRun], title: str) -> Tree:
     """Puts runs that started fresh, or whose parent is not among `runs`, at the top."""
     tree = Tree(Text(str(title)), guide_style="dim")
-    nodes: dict[tuple[Path, int], Tree] = {}  # (run folder, step) -> where its branches hang
+    branches: dict[tuple[Path, int] | None, list[FoundRun]] = {}  # by (run folder, step)
     for run in sorted(runs, key=lambda run: (run.start.parent_step, run.path)):
-        above, label = tree, _label(run)
-        if parent := _parent(runs, run):
-            above = nodes.get((parent.path, run.start.parent_step), tree)
-        elif run.start.parent:
-            label.append(f" from {run.start.parent}, which is not here", style="yellow")
+        parent = _parent(runs, run)
+        place = (parent.path, run.start.parent_step) if parent else None
+        branches.setdefault(place, []).append(run)
+
+    def hang(above: Tree, run: FoundRun, is_top: bool) -> None:
+        label = _label(run)
+        if is_top and run.start.parent:
+            imported = _is_imported(run.start.parent)
+            text = "weights that were imported" if imported else "which is not here"
+            label.append(f" from {run.start.parent}, {text}", style="" if imported else "yellow")
         node = above.add(label)
         for step in run.steps:
-            mark = "damaged", "red"
-            if step in run.hashes:
-                mark = run.hashes[step][:12], "dim"
-            nodes[run.path, step] = node.add(Text.assemble(f"{checkpoint_name(step)} ", mark))
+            mark = (run.hashes[step][:12], "dim") if step in run.hashes else ("damaged", "red")
+            below = node.add(Text.assemble(f"{checkpoint_name(step)} ", mark))
+            for branch in branches.get((run.path, step), ()):
+                hang(below, branch, False)
+
+    for run in branches.get(None, ()):
+        hang(tree, run, True)
     return tree
 
 
@@ -115,6 +128,14 @@ def _parent(runs: list[FoundRun], run: FoundRun) -> FoundRun | None:
     return None
 
 
+def _is_imported(parent: str) -> bool:
+    """Whether it is a checkpoint that no run wrote, as `convert from-hf` makes them."""
+    try:
+        return "imported" in read_run(parent)
+    except CheckpointError:
+        return False
+
+
 def _label(run: FoundRun) -> Text:
     schedule, steps = run.config["schedule"], run.config["training"]["num_steps"]
     text = f" ({run.config['name']}, to step {run.steps[-1]:,} of {steps:,}"
@@ -123,4 +144,6 @@ def _label(run: FoundRun) -> Text:
         text += f", learning rate from {begin:,} to {end:,} linear to {to:g}"
     if run.config["data"].get("stages"):
         text += f", stages {run.config['data']['stages']}"
+    if run.config["branch"].get("state") == "weights":
+        text += ", weights alone of its parent"
     return Text.assemble((str(run.path), "bold"), f"{text})")

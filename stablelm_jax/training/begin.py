@@ -19,6 +19,7 @@ from stablelm_jax.checkpoint.names import (
     checkpoint_name,
     checkpoint_path,
     checkpoint_step,
+    find_checkpoint,
     finished_steps,
 )
 from stablelm_jax.checkpoint.reading import (
@@ -28,29 +29,27 @@ from stablelm_jax.checkpoint.reading import (
     read_run,
     state_hash,
 )
-from stablelm_jax.config.tree import FIELDS
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.folder import git_commit
 from stablelm_jax.run.services import Services
+from stablelm_jax.training.same_run import (
+    ResumeError,
+    begun_before,
+    check_same_run,
+    check_same_weights,
+)
 from stablelm_jax.training.setup import Run, mixture_of, prepare_run
-from stablelm_jax.training.state import TrainState, from_arrays, init_state, stored_arrays
+from stablelm_jax.training.state import (
+    TrainState,
+    from_arrays,
+    init_state,
+    state_of_weights,
+    stored_arrays,
+)
 from stablelm_jax.training.update_guard import IN_A_ROW, guard_to_json, new_guard
 
-# The parts of an item `run` that make it this run, and the fields they follow from.
-_FIELDS_OF = {
-    "model_config": {key.split(".")[1]: key for key in FIELDS if key.startswith("model.")},
-    "row_order": {
-        "seed": "seed",
-        "sequence_length": "data.sequence_length",
-        "loss_on_first_token": "data.loss_on_first_token",
-    },
-}
 _COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
-
-
-class ResumeError(ValueError):
-    """The checkpoint belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,19 +102,14 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
     Raises:
       ValueError: config, data and checkpoint do not fit; nothing of the run is changed then.
     """
-    store, parent = services.store, config.branch.parent
-    if parent and checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is None:
-        raise config_lib.ConfigError(
-            f"config.branch.parent={parent!r}: is no checkpoint; write "
-            "WORKDIR/checkpoints/global_stepN of the run to start from"
-        )
+    store = services.store
     for name in store.unfinished:
         text = f"{name} was never finished; removed"
         services.events.tell("unfinished_checkpoint", text, name=name)
     store.agree(distributed.gathered(store.steps())[0])
     if store.steps():
         return _newest_whole(config, services, options)
-    return _branch(config, services) if parent else _fresh(config, services)
+    return _branch(config, services) if config.branch.parent else _fresh(config, services)
 
 
 def _check_length(config: ConfigDict, path: Any, saved: Mapping[str, Any]) -> None:
@@ -170,25 +164,46 @@ def _fresh(config: ConfigDict, services: Services) -> Beginning:
 
 
 def _branch(config: ConfigDict, services: Services) -> Beginning:
-    """State and place in the data of `branch.parent`; time and config changes begin anew."""
-    parent = config.branch.parent
+    """From `branch.parent`: all of its state, or its weights alone."""
+    parent = distributed.gathered(_parent_of(config))[0]
     saved = read_run(parent)
-    position = _branch_position(parent, saved)
+    position = _branch_position(config, parent, saved)
+    if _weights_alone(config, saved):
+        return _from_weights(config, services, position, saved)
     _check_length(config, parent, saved)
     run = prepare_run(config, position)
     check_same_run(saved, run.identity())
     _show(services, run)
     state, progress = _restore(run, parent, saved)
-    services.events.tell(
-        "branch",
-        f"a branch of {parent}, from step {progress.step}",
-        parent=parent,
-        step=progress.step,
-        hash=run.data_position.parent_hash,
-    )
+    _tell_branch(services, run, f"a branch of {parent}, from step {progress.step}")
     state, progress = _without_row(state, progress)
     progress = dataclasses.replace(progress, train_seconds=0.0, config_changes=[], wandb_id=None)
     return Beginning(run, state, progress)
+
+
+def _from_weights(
+    config: ConfigDict, services: Services, position: DataPosition, saved: Mapping[str, Any]
+) -> Beginning:
+    """The parent's weights as step 0 of a run of its own: all else begins anew."""
+    parent, run = position.parent, prepare_run(config, position)
+    changed = check_same_weights(parent, saved, run.identity(), run.tokenizer)
+    _show(services, run)
+    params = read_arrays(parent, {"params": run.abstract.params}, saved)["params"]
+    why = "which holds nothing else, " if "imported" in saved else ""
+    also = f"; {config_lib.show_changes(changed)}" if changed else ""
+    _tell_branch(
+        services,
+        run,
+        f"a branch of the weights of {parent}, {why}step {saved['step']} there: fresh moments, "
+        f"from step 0 and the beginning of the data{also}",
+    )
+    return Beginning(run, state_of_weights(run.optimizer, run.abstract, params), Progress())
+
+
+def _tell_branch(services: Services, run: Run, text: str) -> None:
+    at = run.data_position
+    named = {"parent": at.parent, "step": at.parent_step, "hash": at.parent_hash}
+    services.events.tell("branch", text, **named)
 
 
 def _show(services: Services, run: Run) -> None:
@@ -197,15 +212,28 @@ def _show(services: Services, run: Run) -> None:
     show_decisions(services.console, run)
 
 
-def _branch_position(parent: str, saved: Mapping[str, Any]) -> DataPosition:
-    if "rows_consumed" not in saved:
-        raise config_lib.ConfigError(
-            f"config.branch.parent={parent!r}: holds weights alone, imported from "
-            f"{saved['imported']['from']}: no moments and no place in the data to go on from"
-        )
-    return DataPosition().moved(
-        saved, parent=parent, parent_step=saved["step"], parent_hash=state_hash(saved["checksums"])
-    )
+def _parent_of(config: ConfigDict) -> str:
+    """The checkpoint that `branch.parent` names, or the newest of the run or import it names."""
+    parent = config.branch.parent
+    if checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is not None:
+        return parent
+    try:
+        return str(find_checkpoint(parent))
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config.branch.parent={parent!r}: {error}") from error
+
+
+def _weights_alone(config: ConfigDict, saved: Mapping[str, Any]) -> bool:
+    """Whether a branch takes nothing else; of an imported parent there is nothing else."""
+    return config.branch.state == "weights" or "imported" in saved
+
+
+def _branch_position(config: ConfigDict, parent: str, saved: Mapping[str, Any]) -> DataPosition:
+    hashed = state_hash(saved["checksums"])
+    named = {"parent": parent, "parent_step": saved["step"], "parent_hash": hashed}
+    if _weights_alone(config, saved):
+        return DataPosition(**named)
+    return DataPosition().moved(saved, **named)
 
 
 def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
@@ -217,8 +245,10 @@ def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
       CheckpointError: the folder, or the parent of a branch, has no checkpoint that can be read.
     """
     if not workdir:
-        parent = config.branch.parent
-        return _branch_position(parent, read_run(parent)) if parent else DataPosition()
+        if not config.branch.parent:
+            return DataPosition()
+        parent = _parent_of(config)
+        return _branch_position(config, parent, read_run(parent))
     folder = checkpoint_path(workdir) / "checkpoints"
     for step in reversed(finished_steps(folder)):
         try:
@@ -270,9 +300,9 @@ def _same_rows_so_far(config: ConfigDict, position: DataPosition, saved: Mapping
     """Whether rows are counted as before and only weights of later steps are new."""
     rows = saved["rows_consumed"]
     spans = [list(span) for span in mixture_of(config, position).spans()]
-    return config.data.batch_size == saved["config"]["data"]["batch_size"] and _given(
+    return config.data.batch_size == saved["config"]["data"]["batch_size"] and begun_before(
         spans, rows
-    ) == _given(saved["row_order"]["stages"], rows)
+    ) == begun_before(saved["row_order"]["stages"], rows)
 
 
 def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState, Progress]:
@@ -318,58 +348,3 @@ def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) ->
         "config": config_lib.to_dict(run.config),
         "git_commit": git_commit(),
     }
-
-
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint whose model, data or row order is not this run's.
-
-    Args:
-      saved, current: the item `run` of the checkpoint, and what this run would write.
-
-    Raises:
-      ResumeError: naming each difference.
-    """
-    differences = [
-        f"{part}: {config_lib.show_changes(found)}"
-        for part in _FIELDS_OF
-        if (found := config_lib.differing(_as_fields(part, saved), _as_fields(part, current)))
-    ]
-    if saved["tokenizer_sha256"] != current["tokenizer_sha256"]:
-        was, now = saved["tokenizer_sha256"], current["tokenizer_sha256"]
-        differences.append(f"tokenizer_sha256 was {was[:12]}, now {now[:12]}")
-    now = current["source_hashes"]  # a source that comes later, in a new stage, is no change
-    differences += [
-        f"data_hash of source {name!r} was {was[:12]}, now {now.get(name, 'missing')[:12]}"
-        for name, was in saved["source_hashes"].items()
-        if now.get(name) != was
-    ]
-    differences += _changed_order(saved, current)
-    if differences:
-        raise ResumeError(
-            f"the checkpoint belongs to another run: {'; '.join(differences)}; give back the "
-            "settings and the data it started with, or another --workdir to start anew"
-        )
-
-
-def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """In the rows consumed so far; which weights come later is a field like others."""
-    rows = saved["rows_consumed"]
-    before, after = (_given(order["row_order"]["stages"], rows) for order in (saved, current))
-    if before == after:
-        return []
-    return [
-        f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; new "
-        "weights begin at a later step: config.data.stages)"
-    ]
-
-
-def _as_fields(part: str, item: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of an item `run` by field of the config; one that it lacks is newer: the default."""
-    keys, values = _FIELDS_OF[part], {k: v for k, v in item[part].items() if k != "stages"}
-    defaults = {key: FIELDS[key].default for key in keys.values()}
-    return defaults | {keys.get(name, name): value for name, value in values.items()}
-
-
-def _given(stages: Any, rows: int) -> list[Any]:
-    """The stages that began before row `rows`."""
-    return [[row, counts] for row, counts in stages if row < rows]

@@ -43,7 +43,7 @@ def abstract_state(
 ) -> TrainState:
     """The state as `ShapeDtypeStruct`s with their shardings; nothing is allocated."""
     masters = sharding.named(mesh, sharding.master_specs(parameter_table(model), mesh, zero1))
-    shapes = jax.eval_shape(lambda: _new_state(model, optimizer, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: _new_state(optimizer, init_params(model, jax.random.key(0))))
     everywhere = sharding.replicated(mesh)
     placed = TrainState(
         step=everywhere,
@@ -73,13 +73,25 @@ def init_state(
 ) -> TrainState:
     """A fresh state, made in place on its devices: no host ever holds the whole of it."""
     make = jax.jit(
-        lambda key: _new_state(model, optimizer, key), out_shardings=shardings_of(abstract)
+        lambda key: _new_state(optimizer, init_params(model, key)),
+        out_shardings=shardings_of(abstract),
     )
     return make(jax.random.key(seed))
 
 
-def _new_state(model: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array):
-    params = init_params(model, key)
+def state_of_weights(
+    optimizer: optax.GradientTransformation, abstract: TrainState, params: Any
+) -> TrainState:
+    """The state of a run that begins with these weights, placed as `abstract` says."""
+    others = dataclasses.replace(abstract, params=None)
+    make = jax.jit(
+        lambda params: dataclasses.replace(_new_state(optimizer, params), params=None),
+        out_shardings=shardings_of(others),
+    )
+    return dataclasses.replace(make(params), params=params)
+
+
+def _new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from stablelm_jax.interop.bpe_merges import merges, spelled
+from stablelm_jax.interop.bpe_merges import merges
+from stablelm_jax.tokenizer.ranks import spelled
 from stablelm_jax.tokenizer.tokenizer import PATTERN, load_tokenizer
 
 

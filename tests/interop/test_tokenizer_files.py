@@ -69,6 +69,11 @@ def test_specials_have_their_ids_and_text_comes_back(arcade, engine):
     assert engine.decode(arcade.encode(LANGUAGES)) == arcade.decode(arcade.encode(LANGUAGES))
 
 
+def test_a_vocabulary_is_the_same_from_ranks_and_from_a_file(arcade, folder):
+    found = load_tokenizer(folder).vocabulary()
+    assert found == arcade.vocabulary() and len(found) == 100_256 + len(SPECIAL_TOKENS)
+
+
 def test_auto_tokenizer_loads_it_offline_and_adds_nothing(arcade, folder):
     transformers = pytest.importorskip("transformers")
     (folder / "config.json").write_text('{"model_type": "stablelm"}')

@@ -50,6 +50,22 @@ def test_a_branch_whose_parent_is_elsewhere_stands_at_the_top_and_says_so(folder
     assert str(folder / "main") in lines[0][2] and "which is not here" in lines[0][2]
 
 
+def test_runs_of_weights_hang_under_their_parents_whatever_their_steps(data, folder, tmp_path):
+    """Of base, sft and dpo the steps begin anew: sft has more of them than the base has."""
+    main = tmp_path / "main"
+    shutil.copytree(folder / "main", main)
+    steps = {"branch.state": "weights", "checkpoint.every": 3, "training.num_steps": 3}
+    for name, parent in (("sft", main / "checkpoints/global_step4"), ("dpo", tmp_path / "sft")):
+        train(bare_config(data, **steps, **{"branch.parent": str(parent)}), tmp_path / name)
+    lines = lines_of(tmp_path)
+    depth = {word: indentation for indentation, word, _ in lines}
+    assert depth[str(main)] < depth[str(tmp_path / "sft")] < depth[str(tmp_path / "dpo")]
+    labels = {word: line for _, word, line in lines}
+    assert "weights alone of its parent" in labels[str(tmp_path / "dpo")]
+    picture = tmp_path / "curves.png"
+    assert runs.main([str(tmp_path), "--picture", str(picture)]) == 0 and picture.exists()
+
+
 def test_a_damaged_checkpoint_is_marked(folder, tmp_path):
     shutil.copytree(folder / "main", tmp_path / "main")
     shutil.rmtree(tmp_path / "main/checkpoints/global_step8/run")

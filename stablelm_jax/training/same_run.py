@@ -1,0 +1,126 @@
+"""Whether a checkpoint belongs to a run: what may differ where one goes on from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
+from stablelm_jax.config.tree import FIELDS
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
+
+# The parts of an item `run` that make it this run, and the fields they follow from.
+_FIELDS_OF = {
+    "model_config": {key.split(".")[1]: key for key in FIELDS if key.startswith("model.")},
+    "row_order": {
+        "seed": "seed",
+        "sequence_length": "data.sequence_length",
+        "loss_on_first_token": "data.loss_on_first_token",
+    },
+}
+# Fields of a model that none of its weights depends on.
+_NOT_OF_THE_WEIGHTS = ("model.rotary_theta", "model.init_std")
+
+
+class ResumeError(ValueError):
+    """The checkpoint belongs to another run."""
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose model, data or row order is not this run's.
+
+    Args:
+      saved, current: the item `run` of the checkpoint, and what this run would write.
+
+    Raises:
+      ResumeError: naming each difference.
+    """
+    differences = [
+        f"{part}: {config_lib.show_changes(found)}"
+        for part in _FIELDS_OF
+        if (found := config_lib.differing(_as_fields(part, saved), _as_fields(part, current)))
+    ]
+    if saved["tokenizer_sha256"] != current["tokenizer_sha256"]:
+        was, now = saved["tokenizer_sha256"], current["tokenizer_sha256"]
+        differences.append(f"tokenizer_sha256 was {was[:12]}, now {now[:12]}")
+    now = current["source_hashes"]  # a source that comes later, in a new stage, is no change
+    differences += [
+        f"data_hash of source {name!r} was {was[:12]}, now {now.get(name, 'missing')[:12]}"
+        for name, was in saved["source_hashes"].items()
+        if now.get(name) != was
+    ]
+    differences += _changed_order(saved, current)
+    if differences:
+        raise ResumeError(
+            f"the checkpoint belongs to another run: {'; '.join(differences)}; give back the "
+            "settings and the data it started with, or another --workdir to start anew"
+        )
+
+
+def check_same_weights(
+    parent: epath.PathLike, saved: Mapping[str, Any], current: Mapping[str, Any], own: Tokenizer
+) -> dict[str, list[Any]]:
+    """Refuses a parent whose weights do not fit this run's model and the ids of its tokens.
+
+    Args:
+      parent, saved: the checkpoint and its item `run`.
+      current, own: what this run would write there, and its tokenizer.
+
+    Returns:
+      {key of the config: [was, now]} of the model's fields that differ, as they may.
+
+    Raises:
+      ConfigError: naming each difference.
+    """
+    found = config_lib.differing(*(_as_fields("model_config", item) for item in (saved, current)))
+    allowed = {key: found.pop(key) for key in _NOT_OF_THE_WEIGHTS if key in found}
+    if found:
+        raise config_lib.ConfigError(
+            f"the weights of {parent} are of another model: {config_lib.show_changes(found)}; give "
+            "the values that they were trained with, or another config.branch.parent"
+        )
+    if own.sha256 != saved["tokenizer_sha256"]:
+        _check_ids(parent, saved, own)
+    return allowed
+
+
+def _check_ids(parent: epath.PathLike, saved: Mapping[str, Any], own: Tokenizer) -> None:
+    """Two files may hold one vocabulary: a tokenizer.json of Arcade100k, as exports have it."""
+    put = f"put its tokenizer.json into {parent}, whose ids this run's tokenizer is to have"
+    try:
+        theirs = load_own_tokenizer(parent, saved, remedy=put).vocabulary()
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config.data.tokenizer={own.name!r}: {error}") from error
+    if changed := config_lib.differing(theirs, own.vocabulary()):
+        some = "; ".join(f"{t!r} was {was}, now {now}" for t, (was, now) in [*changed.items()][:3])
+        raise config_lib.ConfigError(
+            f"config.data.tokenizer={own.name!r}: {len(changed)} tokens have other ids than in the "
+            f"tokenizer of {parent} ({some}); name that one, and prepare the data with it"
+        )
+
+
+def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """In the rows consumed so far; which weights come later is a field like others."""
+    rows = saved["rows_consumed"]
+    before, after = (begun_before(order["row_order"]["stages"], rows) for order in (saved, current))
+    if before == after:
+        return []
+    return [
+        f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; new "
+        "weights begin at a later step: config.data.stages)"
+    ]
+
+
+def _as_fields(part: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of an item `run` by field of the config; one that it lacks is newer: the default."""
+    keys, values = _FIELDS_OF[part], {k: v for k, v in item[part].items() if k != "stages"}
+    defaults = {key: FIELDS[key].default for key in keys.values()}
+    return defaults | {keys.get(name, name): value for name, value in values.items()}
+
+
+def begun_before(stages: Any, rows: int) -> list[Any]:
+    """The stages that began before row `rows`."""
+    return [[row, counts] for row, counts in stages if row < rows]
