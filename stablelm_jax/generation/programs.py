@@ -13,6 +13,10 @@ tokens lie in the slots from the longest prompt's padded end on, and a mask leav
 between. Rotary has turned the keys by then, so a token's slot need not be its position. One slot
 for all rows is a slice; a slot for each row would be a scatter.
 
+A text that goes on turn by turn is read by another program. All rows hold this one text, so nothing
+lies between the prompt and the new tokens: a token lies in the slot of its position, and what a
+padded piece wrote behind its end is written over before anything looks there.
+
 B rows, T tokens of the longest prompt, N tokens of a chunk, D width, V vocabulary, S slots, N query
 heads, K key/value heads, G = N / K query heads for each key head, H head size.
 """
@@ -101,6 +105,28 @@ class Programs:
         step = partial(self._next_tokens, stages=stages)
         return self._jitted(step, (_WHOLE, _STATE, _WHOLE, _WHOLE), donate_argnums=1)
 
+    def read_on(self, stages: tuple[str, ...]) -> Callable:
+        """f(weights, cache, piece, settings) -> State, [B] next tokens (NOTHING: stopped).
+
+        The cache, whose buffers are reused, holds what stands before the piece of a text. The piece
+        is tokens_BT, the same in all rows and padded behind, the position of its first token, how
+        many tokens it has, and seen_BV of the whole text (None without a penalty).
+        """
+        step = partial(self._read_on, stages=stages)
+        piece = _ROWS, _WHOLE, _WHOLE, _ROWS
+        return self._jitted(step, (_WHOLE, _ROWS, piece, _WHOLE), donate_argnums=1)
+
+    def enlarged(self, cache: list[LayerCache] | None, rows: int, slots: int) -> list[LayerCache]:
+        """The cache with so many slots; None stands for an empty one, of so many rows."""
+        if cache is None:
+            shape = rows, self.model.num_kv_heads, 0, self.model.head_size
+            cache = [(jnp.zeros(shape, self.dtype),) * 2] * self.model.num_layers
+        more = (0, 0), (0, 0), (0, slots - cache[0][0].shape[2]), (0, 0)
+        places = sharding.named(self.mesh, _STATE_ON_MESH.cache)
+        return jax.jit(partial(jax.tree.map, lambda x: jnp.pad(x, more)), out_shardings=places)(
+            cache
+        )
+
     def _jitted(self, step: Callable, in_specs: tuple, **options: Any) -> Callable:
         inner = jax.shard_map(
             step,
@@ -140,6 +166,28 @@ class Programs:
         state = self._chosen(state, logits_BV, length_B, settings, stages)
         return state, jnp.where(state.active_B, state.token_B, NOTHING)
 
+    def _read_on(self, weights, cache, piece, settings, *, stages):
+        tokens_BT, begin, count, seen_BV = piece
+        rows, length = tokens_BT.shape
+        position_T = begin + jnp.arange(length, dtype=jnp.int32)
+        visible_TS = jnp.arange(cache[0][0].shape[2]) <= position_T[:, None]
+        visible_BTS = jnp.broadcast_to(visible_TS, (rows, *visible_TS.shape))
+        written: list[LayerCache] = []
+
+        def attend(q_BTNH, k_BTKH, v_BTKH):
+            k_BKSH, v_BKSH = cache[len(written)]
+            written.append((_put(k_BKSH, k_BTKH, begin), _put(v_BKSH, v_BTKH, begin)))
+            return _attend(q_BTNH, *written[-1], visible_BTS)
+
+        position_BT = jnp.broadcast_to(position_T, tokens_BT.shape)
+        x_BTD = self._blocks(weights, tokens_BT, position_BT, attend)
+        logits_BV = self._logits(weights, jax.lax.dynamic_slice_in_dim(x_BTD, count - 1, 1, axis=1))
+        end, none_B = begin + count, jnp.zeros(rows, jnp.int32)
+        end_B, active_B = jnp.full(rows, end), jnp.full(rows, True)
+        state = State(written, seen_BV, none_B, end_B, none_B, active_B, end, end)
+        state = self._chosen(state, logits_BV, end_B, settings, stages)
+        return state, jnp.where(state.active_B, state.token_B, NOTHING)
+
     def _next_tokens(self, weights, state, settings, limit, *, stages):
         is_counted = traced_device().platform in ("gpu", "cuda")
 
@@ -172,14 +220,11 @@ class Programs:
         more = max(0, GPU_ROWS - rows) if traced_device().platform in ("gpu", "cuda") else 0
         written: list[LayerCache] = []
 
-        def cached(cache_BKSH, x_B1KH):
-            x_BK1H = jnp.swapaxes(x_B1KH[:rows], 1, 2)
-            return jax.lax.dynamic_update_slice(cache_BKSH, x_BK1H, (0, 0, slot, 0))
-
         def attend(q_B1NH, k_B1KH, v_B1KH):
             k_BKSH, v_BKSH = state.cache[len(written)]
-            written.append((cached(k_BKSH, k_B1KH), cached(v_BKSH, v_B1KH)))
-            o_B1NH = _attend(q_B1NH[:rows], *written[-1], visible_BS)
+            kept = _put(k_BKSH, k_B1KH[:rows], slot), _put(v_BKSH, v_B1KH[:rows], slot)
+            written.append(kept)
+            o_B1NH = _attend(q_B1NH[:rows], *kept, visible_BS[:, None])
             if rows == 1:  # a copy of the row is read as it is needed, zeros would be written first
                 return jnp.broadcast_to(o_B1NH, (1 + more, *o_B1NH.shape[1:]))
             return jnp.pad(o_B1NH, ((0, more), (0, 0), (0, 0), (0, 0)))
@@ -217,17 +262,23 @@ class Programs:
         return dataclasses.replace(state, seen_BV=seen_BV, token_B=token_B, active_B=active_B)
 
 
+def _put(cache_BKSH: jax.Array, x_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cache with keys or values from this slot on."""
+    x_BKTH = jnp.swapaxes(x_BTKH, 1, 2)
+    return jax.lax.dynamic_update_slice(cache_BKSH, x_BKTH, (0, 0, slot, 0))
+
+
 @jax.named_scope("attention_kernel")
-def _attend(q_B1NH, k_BKSH, v_BKSH, visible_BS):
-    """softmax(q k / sqrt(H)) v over the visible slots, [B, 1, N, H]; scores and softmax float32."""
-    batch, _, num_heads, head_size = q_B1NH.shape
-    q_BKGH = q_B1NH.reshape(batch, k_BKSH.shape[1], -1, head_size)
-    scores_BKGS = jnp.einsum(
-        "bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
+def _attend(q_BTNH, k_BKSH, v_BKSH, visible_BTS):
+    """softmax(q k / sqrt(H)) v over the visible slots, [B, T, N, H]; scores and softmax float32."""
+    batch, length, _, head_size = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(batch, length, k_BKSH.shape[1], -1, head_size)
+    scores_BKGTS = jnp.einsum(
+        "btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
     ) / math.sqrt(head_size)
-    scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, -jnp.inf)
-    weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", weights_BKGS, v_BKSH).reshape(q_B1NH.shape)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights_BKGTS, v_BKSH).reshape(q_BTNH.shape)
 
 
 def decode_weights(
