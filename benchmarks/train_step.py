@@ -50,6 +50,7 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.compilation import make_deterministic
+from stablelm_jax.training.objectives import TokenObjective
 from stablelm_jax.training.state import abstract_state, init_state
 from stablelm_jax.training.step import make_train_step
 
@@ -330,7 +331,7 @@ def _ours(case: Case) -> tuple[Step, int | None]:
         schedule,
         mesh,
         abstract,
-        num_sources=1,
+        objective=TokenObjective(num_sources=1),
         zero1=True,
         accumulation=1,
         compute=case.compute,

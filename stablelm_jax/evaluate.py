@@ -163,7 +163,8 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
         found = config_lib.differing(vars(saved.model), vars(run.model))
         what = config_lib.show_changes({f"model.{name}": two for name, two in found.items()})
         raise ValueError(f"the checkpoint has another model: {what}")
-    line = evaluate_held_out(run.eval_step, saved.load(run.mesh), run.held_out(), run.mesh)
+    parameters, held_out = saved.load(run.mesh), run.held_out()
+    line = evaluate_held_out(run.eval_step, parameters, held_out, run.mesh, run.objective)
     show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
     return line
 

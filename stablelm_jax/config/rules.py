@@ -31,6 +31,7 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
     _schedule(config)
     _cooldown(config)
     _mesh(config)
+    _dpo(config)
     _saves_and_samples(config)
     if config.branch.state == "weights" and not config.branch.parent:
         remedy = "set config.branch.parent to a checkpoint, or leave this at 'all'"
@@ -158,6 +159,18 @@ def _mesh(config: ConfigDict) -> None:
         why = "every layer that was gathered would be kept for the backward pass"
         remedy = "use dots, attention or full, or config.parallel.fsdp=False"
         refuse(config, "training.remat", f"{why}; {remedy}")
+
+
+def _dpo(config: ConfigDict) -> None:
+    for name, value in config.dpo.items():
+        if value != FIELDS[f"dpo.{name}"].default and config.training.objective != "dpo":
+            remedy = "set that, or leave this at its default"
+            refuse(config, f"dpo.{name}", f"is for config.training.objective=dpo alone; {remedy}")
+    if config.dpo.loss == "ipo":
+        for name in ("label_smoothing", "length_normalised"):
+            if config.dpo[name]:
+                why = "is of the sigmoid loss; ipo is normalised by length, and never smoothed"
+                refuse(config, f"dpo.{name}", f"{why}: leave it at its default")
 
 
 def _saves_and_samples(config: ConfigDict) -> None:

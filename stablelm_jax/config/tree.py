@@ -109,6 +109,7 @@ TREE = {
         "cooldown_end": Field(0.0, least=0),  # learning rate at its end
     },
     "training": {
+        "objective": Field("pretrain", choices=("pretrain", "sft", "dpo")),  # what it minimises
         "num_steps": Field(int, least=1),  # the run ends here
         "accumulation": Field(1, least=1),  # microbatches a step
         "dtype": Field("bfloat16", choices=("bfloat16", "float32")),  # of the matrix products
@@ -123,6 +124,13 @@ TREE = {
         "stop_after_skipped": Field(10, least=1),  # so many updates left out in a row end the run
         "hang_seconds": Field(300.0, least=0),  # leave if no step ends for so long; 0: never
         "check_replicas_every": Field(0, least=0),  # steps between two comparisons; 0: never
+    },
+    "dpo": {  # training.objective=dpo: direct preference optimisation
+        "beta": Field(0.1, above=0),  # how dearly the model pays for leaving the reference
+        "loss": Field("sigmoid", choices=("sigmoid", "ipo")),
+        "label_smoothing": Field(0.0, least=0, below=0.5),  # share of preferences taken as wrong
+        "length_normalised": Field(False),  # log-probabilities a token; ipo has them so always
+        "sft_weight": Field(0.0, least=0),  # of the chosen answers' own loss, added
     },
     "parallel": {
         "data": Field(-1),  # devices along the mesh axis `data`; -1: all that the others leave

@@ -91,7 +91,8 @@ def _rewind(trainer: Trainer, stopped: Stopped) -> None:
     progress = trainer.progress
     steps = progress.step - stopped.step
     trainer.state = _rewound(trainer.state, steps)
-    trainer.losses = LossSums(list(trainer.run.sources), stopped.before)
+    run = trainer.run
+    trainer.losses = LossSums(run.objective, list(run.sources), stopped.before)
     progress.step = stopped.step
     progress.rows_consumed -= steps * trainer.run.spec.batch_size
 

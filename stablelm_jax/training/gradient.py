@@ -4,7 +4,7 @@
 replicas happens in the type of the matrix products (bfloat16) and once a microbatch. The axis
 `model` stays with the compiler, but for these collectives: it would gather what they work on.
 
-B rows of the batch, T sequence length, S sources.
+B rows of the batch, S sources.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import Batch, batch_loss, source_sums
+from stablelm_jax.model.loss import Batch
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
+from stablelm_jax.training.objectives import Objective
 
 
 def make_gradient_function(
@@ -31,7 +32,7 @@ def make_gradient_function(
     mesh: Mesh,
     gradient_specs: Any,
     *,
-    num_sources: int,
+    objective: Objective,
     accumulation: int,
     compute: Compute,
     fsdp: bool = False,
@@ -48,8 +49,8 @@ def make_gradient_function(
         microbatch.
       float32_reduce: replicas are summed in float32, as the recipe says; else in `compute.dtype`.
 
-    The gradients are float32, of the mean loss over the counted tokens of the whole batch.
-    `sums`: "nll" and "tokens", float32 [S], over the whole batch, by source.
+    The gradients are float32, of the objective's loss of the whole batch. `sums`: those of the
+    objective over the whole batch, by source, float32 [S].
     """
     specs = jax.tree.map(_Spec, gradient_specs, is_leaf=_is_spec)
     split_specs = jax.tree.map(lambda spec: spec.along("data"), specs)
@@ -57,12 +58,11 @@ def make_gradient_function(
     fetch = _make_fetch(specs, compute.dtype, reduce_dtype) if fsdp else None
 
     def local_gradient(params, batch):
-        tokens = sum_over(jnp.sum(batch["loss_mask"]))
+        totals = sum_over(objective.count(batch))
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
-            mean, nll_BT = batch_loss(model, params, rows, 1 / tokens, compute=compute, fetch=fetch)
-            return mean, source_sums(nll_BT, rows, num_sources)
+            return objective.loss(model, params, rows, totals, compute=compute, fetch=fetch)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
         return _reduce_all(gradients, specs, fsdp, reduce_dtype), sum_over(sums)

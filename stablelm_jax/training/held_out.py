@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte of each source and language.
+"""Held-out loss, perplexity and bits per byte of each source and language; held-out preferences.
 
 B rows of a batch, T sequence length, S sources, D documents.
 """
@@ -16,10 +16,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import batch_loss, source_sums
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.parallel.mesh import sum_over
+from stablelm_jax.training.objectives import Objective, means
 
 EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, Any]]
 Batch = Mapping[str, np.ndarray]
@@ -31,7 +31,8 @@ class HeldOut:
 
     Attributes:
       batches: this process's part of each batch; the rows of all batches follow one another.
-      tokens_per_byte: tokens (end-of-text counted) for each UTF-8 byte of the text.
+      tokens_per_byte: tokens (end-of-text counted) for each UTF-8 byte of the text; NaN where not
+        all of them are scored.
       language: ISO 639-1; None where the text is in several languages, or in none.
     """
 
@@ -41,27 +42,34 @@ class HeldOut:
 
 
 def make_eval_step(
-    model: ModelConfig, mesh: Mesh, *, num_sources: int, eod: int, compute: Compute
+    model: ModelConfig,
+    mesh: Mesh,
+    objective: Objective,
+    *,
+    eod: int,
+    compute: Compute,
+    packed: bool = False,
 ) -> EvalStep:
     """Jitted f(params, batch), whose results every device holds whole.
 
-    They are "nll" and "tokens", float32 [S] sums over the whole batch, and "by_token", arrays
-    [B, T]: "nll", "counted" (the loss mask), "ends" (whether the input is `eod`).
+    They are the objective's sums over the whole batch, float32 [S], and "parts", what its `measure`
+    gives of each token or pair; with "ends" [B, T]: whether the document before ends in this input
+    (its target is the first of the next one), which is `eod`, or where documents are `packed` whole
+    the first of a document.
     """
     places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
 
     def local_sums(params, batch):
-        _, nll_BT = batch_loss(model, params, batch, compute=compute.forward_only())
-        ends_BT = batch["tokens"] == eod
-        by_token = {"nll": nll_BT, "counted": batch["loss_mask"], "ends": ends_BT}
-        return sum_over(source_sums(nll_BT, batch, num_sources)), by_token
+        sums, parts = objective.measure(model, params, batch, compute=compute.forward_only())
+        ends_BT = batch["positions"] == 0 if packed else batch["tokens"] == eod
+        return sum_over(sums), parts | {"ends": ends_BT}
 
     out_specs = PartitionSpec(), sharding.mesh_axes(["batch"])
     local_sums = sharding.map_rows(local_sums, mesh, out_specs=out_specs)
 
     def eval_step(params, batch):
-        sums, by_token = local_sums(sharding.gathered(params, compute.dtype, places), batch)
-        return sums | {"by_token": by_token}
+        sums, parts = local_sums(sharding.gathered(params, compute.dtype, places), batch)
+        return sums | {"parts": parts}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
@@ -75,6 +83,7 @@ def evaluate_held_out(
     params: Any,
     sources: Mapping[str, HeldOut],
     mesh: Mesh,
+    objective: Objective,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | None] | None:
     """Means over held-out text, under the metrics keys `eval/...`.
@@ -86,12 +95,13 @@ def evaluate_held_out(
       stopped: asked before each batch, on every process alike; whether to leave it.
 
     Returns:
-      See `held_out_line`; None where it was left.
+      See `held_out_line`; of preferences the metrics of training, as "eval/..."; None where it was
+      left.
 
     Raises:
       HeldOutError: on every process, where one of them cannot read.
     """
-    nll, tokens = np.zeros((2, len(sources)))
+    totals: dict[str, np.ndarray] = {}
     documents = []
     for source in sources.values():
         documents_2D = np.zeros((2, 1))
@@ -99,11 +109,15 @@ def evaluate_held_out(
             if stopped():
                 return None
             sums = jax.device_get(eval_step(params, sharding.put_batch(batch, mesh)))
-            nll += sums["nll"]
-            tokens += sums["tokens"]
-            documents_2D = _with_documents(documents_2D, sums["by_token"])
+            parts = sums.pop("parts")
+            totals = {name: totals.get(name, 0) + np.float64(sums[name]) for name in sums}
+            if "nll" in parts:
+                documents_2D = _with_documents(documents_2D, parts)
         documents.append(documents_2D)
-    return held_out_line(sources, nll, tokens, documents)
+    if objective.name == "dpo":
+        found = means(objective, list(sources), totals)
+        return {f"eval/{key}": mean for key, mean in found.items()}
+    return held_out_line(sources, totals["nll"], totals["tokens"], documents)
 
 
 def _agreed_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -192,7 +206,7 @@ def _means(suffix: str, sums: Sequence[Any]) -> dict[str, float | None]:
     loss = float(nll / tokens)
     perplexity = math.exp(loss) if loss < 709 else None  # too large for a float
     line = {f"eval/loss{suffix}": loss, f"eval/perplexity{suffix}": perplexity}
-    if bytes_ is not None:
+    if bytes_ is not None and math.isfinite(bytes_):
         line[f"eval/bits_per_byte{suffix}"] = float(nll / math.log(2) / bytes_)
     line[f"eval/documents{suffix}"] = int(documents)
     if math.isfinite(variance):

@@ -86,7 +86,9 @@ class Intervals:
         run, began = self._run, time.monotonic()
         eval_step = self._programs.eval_step
         try:
-            line = evaluate_held_out(eval_step, params, run.held_out(), run.mesh, self._left)
+            line = evaluate_held_out(
+                eval_step, params, run.held_out(), run.mesh, run.objective, self._left
+            )
         except (HeldOutError, jax.errors.JaxRuntimeError) as error:  # the latter: too little memory
             self._failed(step, f"step {step}: {error}; the run goes on", began)
             return {}

@@ -40,7 +40,7 @@ class Trainer:
         path = services.folder.path / "shards.json"
         self._shards = FileFingerprints(path, sources, services.events.print)
         self._shards.check()
-        self.losses = LossSums(list(self.run.sources), self.progress.loss_sums)
+        self.losses = LossSums(self.run.objective, list(self.run.sources), self.progress.loss_sums)
         self.intervals = Intervals(self.run, services, self.progress.step)
         self._meter = Meter(self.run)
         self._faults = Faults(self.run, services.events)

@@ -12,6 +12,7 @@ import numpy as np
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.run.metrics import finite
+from stablelm_jax.training.objectives import Objective, means, sum_names
 from stablelm_jax.training.setup import Run
 
 _SCALARS = ("learning_rate", "grad_norm", "param_norm", "updates_skipped")
@@ -37,7 +38,7 @@ class Skipped:
 
 
 class LossSums:
-    """Loss and tokens by source since the last metrics line, of the updates that were applied.
+    """The objective's sums by source since the last metrics line, of the updates applied.
 
     Steps add device arrays, which are fetched only when a line is due; the sums are kept in
     float64, whose text in a checkpoint is exact, so that a resumed run prints the same mean.
@@ -47,21 +48,23 @@ class LossSums:
       before_row: `state()` before the first of these, or None.
     """
 
-    def __init__(self, sources: Sequence[str], saved: Mapping[str, Any] | None = None):
-        self._sources = list(sources)
+    def __init__(
+        self, objective: Objective, sources: Sequence[str], saved: Mapping[str, Any] | None = None
+    ):
+        self._objective, self._sources = objective, list(sources)
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         saved = saved or {}
-        self._nll, self._tokens = (
-            np.array([saved.get(key, {}).get(name, 0.0) for name in sources], np.float64)
-            for key in ("nll", "tokens")
-        )
+        self._sums = {
+            key: np.array([saved.get(key, {}).get(name, 0.0) for name in sources], np.float64)
+            for key in sum_names(objective)
+        }
         self.in_a_row: int = saved.get("in_a_row", 0)
         self.before_row: dict[str, Any] | None = saved.get("before_row")
         self._skipped: list[Skipped] = []
 
     def add(self, step: int, step_metrics: Mapping[str, jax.Array]) -> None:
-        """Adds one step's "nll" and "tokens", float32 [S]; does not wait for the device."""
-        kept = ("nll", "tokens", "skipped", "grad_norm")
+        """Adds one step's sums, float32 [S]; does not wait for the device."""
+        kept = (*self._sums, "skipped", "grad_norm")
         self._pending.append((step, {key: step_metrics[key] for key in kept}))
 
     def _fetch(self) -> None:
@@ -70,21 +73,20 @@ class LossSums:
                 self._skip(step, found)
                 continue
             self.in_a_row, self.before_row = 0, None
-            self._nll += found["nll"]
-            self._tokens += found["tokens"]
+            for key, sums in self._sums.items():
+                sums += found[key]
         self._pending.clear()
 
     def _skip(self, step: int, found: Mapping[str, Any]) -> None:
         if not self.in_a_row:
             self.before_row = self._state()
         self.in_a_row += 1
-        means = {
-            name: finite(float(nll) / float(tokens))
-            for name, nll, tokens in zip(self._sources, found["nll"], found["tokens"])
-            if tokens
-        }
+        found = {key: np.float64(value) for key, value in found.items()}
+        with np.errstate(invalid="ignore"):  # a loss that is not finite
+            loss_of = means(self._objective, self._sources, found)
+        losses = {s: finite(loss_of[f"loss/{s}"]) for s in self._sources if f"loss/{s}" in loss_of}
         norm = float(found["grad_norm"])
-        self._skipped.append(Skipped(step, int(found["skipped"]), means, norm, self.in_a_row))
+        self._skipped.append(Skipped(step, int(found["skipped"]), losses, norm, self.in_a_row))
 
     def take_skipped(self) -> list[Skipped]:
         """The updates left out since the last call; waits for the devices."""
@@ -99,22 +101,15 @@ class LossSums:
         return self._state() | row if self.in_a_row else self._state()
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "nll": dict(zip(self._sources, self._nll.tolist())),
-            "tokens": dict(zip(self._sources, self._tokens.tolist())),
-        }
+        return {key: dict(zip(self._sources, sums.tolist())) for key, sums in self._sums.items()}
 
     def take(self) -> dict[str, float | None]:
-        """{"loss": mean, "loss/<source>": mean of each source seen}; starts again from zero."""
+        """The objective's metrics, as `objectives.means` has them; starts again from zero."""
         self._fetch()
-        total = self._tokens.sum()
-        means = {"loss": float(self._nll.sum() / total) if total else None}
-        for name, nll, tokens in zip(self._sources, self._nll, self._tokens):
-            if tokens:
-                means[f"loss/{name}"] = float(nll / tokens)
-        self._nll[:] = 0.0
-        self._tokens[:] = 0.0
-        return means
+        found = means(self._objective, self._sources, self._sums)
+        for sums in self._sums.values():
+            sums[:] = 0.0
+        return found
 
 
 class Meter:

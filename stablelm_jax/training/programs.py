@@ -21,6 +21,7 @@ from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.training.held_out import EvalStep
+from stablelm_jax.training.objectives import make_objective
 from stablelm_jax.training.setup import Run, compute_of
 from stablelm_jax.training.state import abstract_state
 from stablelm_jax.training.step import StepFunction, make_train_step
@@ -55,7 +56,7 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
     eval_step = None
     if run.config.evaluation.every:
         console.print("compiling the evaluation")
-        batch = abstract_batch(run.config, run.mesh)
+        batch = abstract_batch(run.config, run.mesh, run.num_pairs)
         eval_step = run.eval_step.lower(run.abstract.params, batch).compile()
     samples = _prepare_samples(run) if run.config.samples.every else None
     return Programs(step, eval_step, samples)
@@ -63,11 +64,16 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
 
 def compile_step(run: Run) -> StepFunction:
     """The train step, compiled ahead for this run's shapes."""
-    return lower_step(run.config, run.mesh, len(run.sources)).compile()
+    return lower_step(run.config, run.mesh, len(run.sources), run.num_pairs).compile()
 
 
-def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.Lowered:
-    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled."""
+def lower_step(
+    config: ConfigDict, mesh: Mesh, num_sources: int, num_pairs: int | None = None
+) -> jax.stages.Lowered:
+    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled.
+
+    `num_pairs`: see `abstract_batch`.
+    """
     model, parallel, training = config_lib.model_config(config), config.parallel, config.training
     schedule = make_schedule(config.schedule)
     optimizer = make_optimizer(config.optimizer, schedule, model)
@@ -78,19 +84,25 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_sources: int) -> jax.stages.L
         schedule,
         mesh,
         abstract,
+        objective=make_objective(config, num_sources),
         compute=compute_of(config),
-        num_sources=num_sources,
         zero1=parallel.zero1,
         fsdp=parallel.fsdp,
         float32_reduce=parallel.float32_reduce,
         accumulation=training.accumulation,
         guard={**config.guard, "stop_after": training.stop_after_skipped},
     )
-    return step.lower(abstract, abstract_batch(config, mesh))
+    return step.lower(abstract, abstract_batch(config, mesh, num_pairs))
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a batch (data/batches.py) with their shardings."""
+def abstract_batch(
+    config: ConfigDict, mesh: Mesh, num_pairs: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch (data/batches.py) with their shardings; for DPO, `reference` too.
+
+    `num_pairs`: P, the most preference pairs of a row; None where no data is there to tell, for a
+    number that is usual.
+    """
     rows, length = config.data.batch_size, config.data.sequence_length
     place = sharding.batch_sharding(mesh)
     by_token = {"loss_mask": jnp.float32} | dict.fromkeys(
@@ -100,7 +112,12 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
         for name, dtype in by_token.items()
     }
-    return batch | {"source_ids": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)}
+    batch["source_ids"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+    if config.training.objective == "dpo":
+        pairs = (rows, num_pairs or max(1, length // 512))
+        batch["pair_ids"] = jax.ShapeDtypeStruct(pairs, jnp.int32, sharding=place)
+        batch["reference"] = jax.ShapeDtypeStruct((*pairs, 2), jnp.float32, sharding=place)
+    return batch
 
 
 def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:

@@ -31,6 +31,7 @@ from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
+from stablelm_jax.training.objectives import Objective, make_objective
 from stablelm_jax.training.state import TrainState, abstract_state
 
 
@@ -50,13 +51,23 @@ class Run:
     compute: Compute
     abstract: TrainState
 
+    @property
+    def objective(self) -> Objective:
+        """What the run minimises."""
+        return make_objective(self.config, len(self.sources))
+
+    @property
+    def num_pairs(self) -> int | None:
+        """The most preference pairs that a row of the run holds."""
+        return None
+
     @functools.cached_property
     def eval_step(self) -> EvalStep:
         """Sums over one batch of held-out text; compiled when first called."""
         return make_eval_step(
             self.model,
             self.mesh,
-            num_sources=len(self.sources),
+            self.objective,
             eod=self.tokenizer.eod,
             compute=self.compute,
         )

@@ -17,6 +17,7 @@ from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.training import update_guard
 from stablelm_jax.training.gradient import make_gradient_function
+from stablelm_jax.training.objectives import Objective, mean_loss
 from stablelm_jax.training.state import TrainState, shardings_of
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -29,6 +30,7 @@ def make_train_step(
     mesh: Mesh,
     abstract: TrainState,
     *,
+    objective: Objective,
     compute: Compute,
     zero1: bool,
     fsdp: bool = False,
@@ -40,15 +42,15 @@ def make_train_step(
     `guard` is that of `update_guard.decide`, `gradient_options` are those of
     `make_gradient_function`.
 
-    The metrics, which every device holds whole. By source, float32 [S]: "nll", "tokens". Float32
-    scalars: "grad_norm" before clipping, "param_norm", "learning_rate" of the update. Int32
+    The metrics, which every device holds whole. The objective's sums by source, float32 [S].
+    Float32 scalars: "grad_norm" before clipping, "param_norm", "learning_rate" of the update. Int32
     scalars: "skipped", APPLIED or why the update was left out; "updates_skipped", how many so far.
     """
     table = parameter_table(model)
     compute_shardings = sharding.named(mesh, sharding.parameter_specs(table))
     masters = sharding.master_specs(table, mesh, zero1)
     gradient = make_gradient_function(
-        model, mesh, masters, compute=compute, fsdp=fsdp, **gradient_options
+        model, mesh, masters, objective=objective, compute=compute, fsdp=fsdp, **gradient_options
     )
 
     def train_step(state: TrainState, batch: Batch):
@@ -57,7 +59,7 @@ def make_train_step(
             params = sharding.gathered(params, compute.dtype, compute_shardings)
         gradients, sums = gradient(params, batch)
         grad_norm = optax.tree.norm(gradients)
-        loss = jnp.sum(sums["nll"]) / jnp.sum(sums["tokens"])
+        loss = mean_loss(objective, sums)
         skipped, guard_after = update_guard.decide(state.guard, loss, grad_norm, guard)
         new = _update(optimizer, state, gradients, guard_after, skipped == update_guard.APPLIED)
         return new, {

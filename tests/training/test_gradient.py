@@ -17,6 +17,7 @@ from stablelm_jax.model.transformer import init_params
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.training.gradient import make_gradient_function
+from stablelm_jax.training.objectives import TokenObjective
 
 # As the 12B has it: 8 key heads shared by more query heads, norms of each head, parallel residual.
 MODEL = ModelConfig(
@@ -100,7 +101,7 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
         MODEL,
         mesh,
         specs,
-        num_sources=3,
+        objective=TokenObjective(3),
         accumulation=accumulation,
         fsdp=mode == "fsdp",
         compute=dataclasses.replace(EXACT, remat=remat, cross_entropy=cross_entropy),
@@ -146,7 +147,7 @@ def test_the_sum_over_replicas_is_one_float32_reduce_scatter_after_the_microbatc
         MODEL,
         mesh,
         specs,
-        num_sources=3,
+        objective=TokenObjective(3),
         accumulation=1,
         compute=Compute(dtype=jnp.bfloat16, attention="reference"),
     )

@@ -71,8 +71,8 @@ def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model
     mesh: Mesh = make_mesh(data, model, jax.devices()[: data * model])
     params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(3))
     compute = Compute(attention="reference")
-    step = make_eval_step(run.model, mesh, num_sources=2, eod=run.spec.eod, compute=compute)
-    line = evaluate_held_out(step, params, run.held_out(), mesh)
+    step = make_eval_step(run.model, mesh, run.objective, eod=run.spec.eod, compute=compute)
+    line = evaluate_held_out(step, params, run.held_out(), mesh, run.objective)
     for name in SOURCES:
         documents_2D = sums_by_hand(run, params, name)
         expected = documents_2D[0].sum() / documents_2D[1].sum()
@@ -140,4 +140,4 @@ def test_held_out_text_that_cannot_be_read_is_an_error_of_its_own(run):
 
     sources = {"a": HeldOut(unreadable(), 0.5)}
     with pytest.raises(HeldOutError, match="cannot be read: the disk is gone"):
-        evaluate_held_out(None, None, sources, run.mesh)
+        evaluate_held_out(None, None, sources, run.mesh, run.objective)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelm_jax.training.metrics import LossSums
+from stablelm_jax.training.objectives import TokenObjective
 
 
 def step_sums(nll, tokens, skipped=0, grad_norm=1.0):
@@ -16,7 +17,7 @@ def step_sums(nll, tokens, skipped=0, grad_norm=1.0):
 
 
 def test_losses_are_means_over_tokens_and_unseen_sources_are_absent():
-    sums = LossSums(["a", "b", "c"])
+    sums = LossSums(TokenObjective(3), ["a", "b", "c"])
     sums.add(1, step_sums([6.0, 2.0, 0.0], [2.0, 1.0, 0.0]))
     sums.add(2, step_sums([0.0, 4.0, 0.0], [1.0, 1.0, 0.0]))
     assert sums.take() == {"loss": 12 / 5, "loss/a": 2.0, "loss/b": 3.0}
@@ -25,13 +26,13 @@ def test_losses_are_means_over_tokens_and_unseen_sources_are_absent():
 
 def test_the_sums_survive_json_exactly():
     rng = np.random.default_rng(0)
-    first, rest = LossSums(["a", "b"]), []
+    first, rest = LossSums(TokenObjective(3), ["a", "b"]), []
     for _ in range(20):
         nll, tokens = rng.random((2, 2), np.float32) * 1000
         rest.append(step_sums(nll, tokens))
     for step in rest[:10]:
         first.add(1, step)
-    second = LossSums(["a", "b"], json.loads(json.dumps(first.state())))
+    second = LossSums(TokenObjective(3), ["a", "b"], json.loads(json.dumps(first.state())))
     for step in rest[10:]:
         first.add(1, step)
         second.add(1, step)
@@ -39,7 +40,7 @@ def test_the_sums_survive_json_exactly():
 
 
 def test_updates_that_were_left_out_are_told_and_not_in_the_mean():
-    sums = LossSums(["a", "b"])
+    sums = LossSums(TokenObjective(3), ["a", "b"])
     sums.add(1, step_sums([6.0, 0.0], [2.0, 0.0]))
     before = sums.state()
     sums.add(2, step_sums([float("nan"), 0.0], [2.0, 0.0], skipped=1, grad_norm=float("inf")))
