@@ -63,8 +63,8 @@ def _utf_8(argument: str) -> str:
 
 def _generate(arguments: argparse.Namespace) -> None:
     saved, params = _load(arguments)
-    from stablelm_jax.generation import chat
     from stablelm_jax.generation.generator import Generator
+    from stablelm_jax.tokenizer import chat
 
     prompts = [sys.stdin.read() if text == "-" else text for text in arguments.prompt or []]
     generator = Generator(
@@ -80,14 +80,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     settings = {name: getattr(arguments, name) for name in names}
     stops = [chat.special_id(saved.tokenizer, special) for special in arguments.stop_token]
-    if arguments.chat:
-        stops += chat.stop_ids(saved.tokenizer, arguments.chat)
+    template = arguments.chat and chat.chat_template(arguments.chat, saved.tokenizer)
+    if template:
+        stops += chat.stop_ids(saved.tokenizer, template)
     settings["stop_tokens"] = sorted({saved.tokenizer.eod, *saved.end_ids, *stops})
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if prompts:
-        _continue(generator, saved.tokenizer, arguments.chat, system, prompts, settings)
+        _continue(generator, saved.tokenizer, template, system, prompts, settings)
     else:
-        _converse(generator, saved.tokenizer, arguments.chat, system, settings)
+        _converse(generator, saved.tokenizer, template, system, settings)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -105,8 +106,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def _continue(generator, tokenizer, template, system, prompts, settings) -> None:
     """One text to the terminal as it comes, or several when all are done; then the speed."""
-    from stablelm_jax.generation.chat import encode_chat
     from stablelm_jax.generation.text import as_text
+    from stablelm_jax.tokenizer.chat import encode_chat
 
     opening, ids = prompts, [tokenizer.encode(text) for text in prompts]
     if template:

@@ -97,7 +97,7 @@ def test_a_conversation_ends_with_ctrl_d(run, capsys, monkeypatch):
     "flags, message",
     [
         (["--prompt", "w1", "--context", "5"], "are more than 5"),
-        (["--prompt", "w1", "--chat", "chatml"], "has no special token <|im_end|>"),
+        (["--prompt", "w1", "--chat", "chatml"], "has no special token in '<|im_end|>"),
         (["--prompt", "w1", "--stop-token", "<|im_end|>"], "has no special token <|im_end|>"),
         (["--prompt", "w1", "--top-p", "0"], "top_p is 0.0"),
         (["--prompt", "w1", "--temperature", "nan"], "temperature is nan"),

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stablelm_jax.generation import chat
 from stablelm_jax.generation.generator import Generator
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.tokenizer import chat
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -71,7 +71,7 @@ def as_text(tokenizer: Tokenizer, chunks: Iterable[Sequence[int]]) -> Iterator[s
 def answer(
     generator: Generator,
     tokenizer: Tokenizer,
-    template: str,
+    template: chat.ChatTemplate,
     messages: list[chat.Message],
     settings: Mapping[str, Any],
 ) -> Iterator[str]:
@@ -82,7 +82,6 @@ def answer(
     system's, and that is said.
 
     Args:
-      template: a key of `chat.CHAT_TEMPLATES`.
       settings: arguments of `Generator.stream`, max_new_tokens and the stop tokens of the template
         among them.
     """

@@ -21,6 +21,7 @@ from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
+from stablelm_jax.tokenizer.chat import folder_template
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
@@ -78,7 +79,7 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         max_positions=int(values.get("max_position_embeddings") or 4096),
         dropped=tuple(dropped),
         end_ids=_end_ids(values | _read_json(path / "generation_config.json"), model.vocab_size),
-        chat_template=_chat_template(path),
+        chat_template=folder_template(path),
     )
 
 
@@ -160,16 +161,6 @@ def _end_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
         if not (isinstance(number, int) and 0 <= number < vocab_size):
             raise ValueError(f"eos_token_id is {number!r}, no token of {vocab_size} rows")
     return ids
-
-
-def _chat_template(path: Path) -> str | None:
-    file = path / tokenizer_files.CHAT_TEMPLATE
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = _read_json(path / tokenizer_files.CONFIG).get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stablelm_jax.generation.text import answer, as_text
+from stablelm_jax.tokenizer.chat import chat_template
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 
@@ -35,6 +36,7 @@ class Parrot:
 def said(parrot, tokenizer, template, chat, text):
     """The answer to `text`, which becomes a part of the chat."""
     chat.append({"role": "user", "content": text})
+    template = chat_template(template, tokenizer)
     return answer(parrot, tokenizer, template, chat, {"max_new_tokens": 20})
 
 
