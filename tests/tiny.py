@@ -28,6 +28,13 @@ from stablelm_jax.training.setup import Run
 
 VOCAB = 120
 SOURCES = ("fibonacci", "squares")
+# Of `write_chats`: a source of conversations and one of preference pairs, and their template.
+TALKS, CHOICES = "talks", "choices"
+CHAT = {
+    "name": "tiny",
+    "jinja": "{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    "enders": ["<|endoftext|>"],
+}
 
 
 def write_tokenizer(path: Path) -> Path:
@@ -73,8 +80,61 @@ def _write_source(folder: Path, name: str, tokenizer, rng, step: int) -> None:
     )
 
 
-def tiny_config(root: Path, **overrides):
-    """A run of 12 steps on `root`; `overrides` by dotted key."""
+def write_chats(root: Path, seed: int = 0) -> Path:
+    """`root/talks` and `root/choices`, beside a tokenizer: prompts of words, answers that count on.
+
+    A good answer rises from the last word of its prompt, a rejected one falls. Documents are short:
+    rows of 32 tokens hold one to three pairs.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer.json"))
+    rng = np.random.default_rng(seed)
+
+    def side(prompt, step):
+        answer = (prompt[-1] + step * np.arange(1, rng.integers(3, 7))) % (VOCAB - 9)
+        return [*prompt, *answer, tokenizer.eod], [(len(prompt), len(prompt) + len(answer) + 1)]
+
+    def talk():
+        first, spans = side(rng.integers(0, VOCAB - 9, 3), 1)
+        if rng.random() < 0.5:  # another round
+            second, (span,) = side(rng.integers(0, VOCAB - 9, 2), 1)
+            first, spans = first + second, [*spans, tuple(len(first) + place for place in span)]
+        return [(first, spans)]
+
+    def choice():
+        prompt = rng.integers(0, VOCAB - 9, rng.integers(2, 4))
+        return [side(prompt, 1), side(prompt, -1)]
+
+    for name, kind, make in ((TALKS, "conversations", talk), (CHOICES, "pairs", choice)):
+        _write_chat_source(root / name, kind, tokenizer, make)
+    return root
+
+
+def _write_chat_source(folder: Path, kind: str, tokenizer, make) -> None:
+    """A source of two train shards and a held-out one; `make()` gives an item's documents."""
+    folder.mkdir()
+    infos = []
+    for shard, items in (("train-00000", 30), ("train-00001", 20), ("held_out-00000", 9)):
+        with ShardWriter(folder / shard) as writer:
+            for _ in range(items):
+                for ids, spans in make():
+                    marked = np.array([(0, *span) for span in spans], np.int32)
+                    writer.add_many(np.array(ids, np.int32), [len(ids)], marked)
+        infos.append(writer.close())
+    splits = {"train": infos[:2], "held_out": infos[2:]}
+    manifest = SourceManifest(
+        source=folder.name,
+        tokenizer=TokenizerInfo("tiny", tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod),
+        unigram_entropy=4.0,
+        kind=kind,
+        chat=CHAT,
+        **{name: Split.of(of, 4 * sum(i.tokens for i in of)) for name, of in splits.items()},
+    )
+    write_manifest(folder, manifest)
+
+
+def tiny_config(root: Path, sources=dict(zip(SOURCES, (0.75, 0.25))), **overrides):
+    """A run of 12 steps on `root`; `sources`: their weights; `overrides` by dotted key."""
     config = config_lib.default_config()
     values = {
         "name": "tiny",
@@ -104,7 +164,7 @@ def tiny_config(root: Path, **overrides):
     }
     for key, value in {**values, **overrides}.items():
         config_lib.set_value(config, key, value)
-    for name, weight in zip(SOURCES, (0.75, 0.25)):
+    for name, weight in sources.items():
         config.data.weights[name] = weight
     return config
 
