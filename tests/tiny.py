@@ -133,8 +133,8 @@ def _write_chat_source(folder: Path, kind: str, tokenizer, make) -> None:
     write_manifest(folder, manifest)
 
 
-def tiny_config(root: Path, sources=dict(zip(SOURCES, (0.75, 0.25))), **overrides):
-    """A run of 12 steps on `root`; `sources`: their weights; `overrides` by dotted key."""
+def tiny_config(root: Path, sources=(), **overrides):
+    """A run of 12 steps on `root`; `sources`: others, with weights; `overrides` by dotted key."""
     config = config_lib.default_config()
     values = {
         "name": "tiny",
@@ -164,7 +164,7 @@ def tiny_config(root: Path, sources=dict(zip(SOURCES, (0.75, 0.25))), **override
     }
     for key, value in {**values, **overrides}.items():
         config_lib.set_value(config, key, value)
-    for name, weight in sources.items():
+    for name, weight in dict(sources or zip(SOURCES, (0.75, 0.25))).items():
         config.data.weights[name] = weight
     return config
 
