@@ -105,6 +105,25 @@ def test_a_published_run_trains_the_named_size(name, size):
     assert config_lib.model_config(load(name)) == size
 
 
+def test_a_longer_context_follows_from_its_parents():
+    """NTK-aware: the slowest pair of the rotated dims turns as far over the whole row as before."""
+    longer, parent = load("stablelm_2_1_6b_32k"), load("stablelm_2_1_6b")
+    assert config_lib.tokens_per_step(longer) == config_lib.tokens_per_step(parent)
+    model, factor = config_lib.model_config(parent), 32_768 / parent.data.sequence_length
+    size = model.rotary_size
+    derived = model.rotary_theta * factor ** (size / (size - 2))
+    assert longer.model.rotary_theta == pytest.approx(derived, abs=0.5)
+    turns = [
+        length / theta ** ((size - 2) / size)
+        for length, theta in ((32_768, derived), (4_096, model.rotary_theta))
+    ]
+    assert turns[0] == pytest.approx(turns[1])
+    steps = longer.training.num_steps
+    assert steps == round(5e9 / config_lib.tokens_per_step(longer)) == longer.schedule.total_steps
+    changed = config_lib.differing(*(dict(config.model.items()) for config in (parent, longer)))
+    assert changed.keys() == {"rotary_theta"} and longer.branch.state == "weights"
+
+
 def test_the_weights_of_the_1_6b_are_28_and_add_up_as_reported():
     weights = config_lib.mixture_weights(load("stablelm_2_1_6b"))
     assert len(weights) == 28

@@ -17,6 +17,7 @@ from stablelm_jax.checkpoint.reading import read_arrays, read_leaves, read_run
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel.sharding import mesh_axes
+from stablelm_jax.tokenizer.chat import ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import ARCADE100K, Tokenizer, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"  # in an imported checkpoint, or in the folder of a run
@@ -60,9 +61,14 @@ class SavedModel:
         return self.run["imported"]["max_positions"]
 
     @property
+    def chat(self) -> ChatTemplate | None:
+        """What the model was tuned on, itself or before it was imported; None for a base."""
+        return saved_chat(self.run, self.tokenizer)
+
+    @property
     def chat_template(self) -> str | None:
         """In Jinja, where the model was trained for one."""
-        return self.run.get("imported", {}).get("chat_template")
+        return self.chat and self.chat.jinja
 
     @property
     def end_ids(self) -> list[int]:
@@ -86,6 +92,21 @@ class SavedModel:
         """Our parameters in float32, one at a time; errors: `read_leaves`."""
         shapes = {row.name: row.shape for row in parameter_table(self.model)}
         return read_leaves(self.path, shapes, self.run)
+
+
+def saved_chat(run: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template of the checkpoint with this item `run`, if it has one.
+
+    `tokenizer`: its own. Imports kept the Jinja alone once; their ids of ends are its enders.
+    """
+    if run.get("chat"):
+        return ChatTemplate.from_json(run["chat"])
+    imported = run.get("imported", {})
+    if not imported.get("chat_template"):
+        return None
+    ends = imported["end_ids"] or [tokenizer.eod]
+    enders = tuple(tokenizer.decode([number]) for number in ends)
+    return ChatTemplate("tokenizer", imported["chat_template"], enders)
 
 
 def load_own_tokenizer(

@@ -171,7 +171,7 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     if _weights_alone(config, saved):
         return _from_weights(config, services, position, saved)
     _check_length(config, parent, saved)
-    run = prepare_run(config, position)
+    run = prepare_run(config, position, saved)
     check_same_run(saved, run.identity())
     _show(services, run)
     state, progress = _restore(run, parent, saved)
@@ -185,7 +185,7 @@ def _from_weights(
     config: ConfigDict, services: Services, position: DataPosition, saved: Mapping[str, Any]
 ) -> Beginning:
     """The parent's weights as step 0 of a run of its own: all else begins anew."""
-    parent, run = position.parent, prepare_run(config, position)
+    parent, run = position.parent, prepare_run(config, position, saved)
     changed = check_same_weights(parent, saved, run.identity(), run.tokenizer)
     _show(services, run)
     params = read_arrays(parent, {"params": run.abstract.params}, saved)["params"]
@@ -279,7 +279,7 @@ def _resumed(
     if any(key.startswith(_COUNTS_ROWS_ANEW) for key in changes):
         if not _same_rows_so_far(config, was, saved):
             position = was.moved(saved)
-    run = prepare_run(config, position)
+    run = prepare_run(config, position, saved)
     check_same_run(saved, run.identity())
     _show(services, run)
     state, progress = _restore(run, path, saved)
@@ -335,16 +335,21 @@ def _without_row(state: TrainState, progress: Progress) -> tuple[TrainState, Pro
 
 def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) -> dict[str, Any]:
     """A checkpoint's item `run`: enough to go on, and to use the weights without the run."""
-    return run.identity() | {
-        "step": progress.step,
-        "rows_consumed": progress.rows_consumed,
-        "tokens": run.tokens_by_source(progress.rows_consumed),
-        "train_seconds": progress.train_seconds,
-        "loss_sums": loss_sums,
-        "guard": guard_to_json(state.guard),
-        "origin": dataclasses.asdict(run.data_position),
-        "config_changes": progress.config_changes,
-        "wandb_id": progress.wandb_id,
-        "config": config_lib.to_dict(run.config),
-        "git_commit": git_commit(),
-    }
+    chat = {"chat": run.chat.to_json()} if run.chat else {}
+    return (
+        run.identity()
+        | chat
+        | {
+            "step": progress.step,
+            "rows_consumed": progress.rows_consumed,
+            "tokens": run.tokens_by_source(progress.rows_consumed),
+            "train_seconds": progress.train_seconds,
+            "loss_sums": loss_sums,
+            "guard": guard_to_json(state.guard),
+            "origin": dataclasses.asdict(run.data_position),
+            "config_changes": progress.config_changes,
+            "wandb_id": progress.wandb_id,
+            "config": config_lib.to_dict(run.config),
+            "git_commit": git_commit(),
+        }
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint.saved_model import saved_chat
 from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
 from stablelm_jax.data.fingerprints import check_whole, shard_samples
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
@@ -29,6 +32,7 @@ from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.tokenizer.chat import ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.training.objectives import Objective, make_objective
@@ -50,6 +54,7 @@ class Run:
     optimizer: optax.GradientTransformation
     compute: Compute
     abstract: TrainState
+    chat: ChatTemplate | None = None  # of its conversations, or what its parent was tuned on
 
     @property
     def objective(self) -> Objective:
@@ -141,10 +146,16 @@ class Run:
         )
 
 
-def prepare_run(config: ConfigDict, data_position: DataPosition = DataPosition()) -> Run:
+def prepare_run(
+    config: ConfigDict,
+    data_position: DataPosition = DataPosition(),
+    saved: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
     """Checks the config against devices and data; touches no accelerator memory.
 
-    `data_position`: of a run that has begun, or of a branch.
+    Args:
+      data_position: of a run that has begun, or of a branch.
+      saved: the item `run` of the checkpoint that it goes on from.
 
     Raises:
       ValueError: with what is wrong, where, and what to do.
@@ -156,12 +167,13 @@ def prepare_run(config: ConfigDict, data_position: DataPosition = DataPosition()
     tokenizer = load_tokenizer(config.data.tokenizer)
     mixture = mixture_of(config, data_position)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
+    sources = open_data(config, tokenizer, mixture.sources)
     return Run(
         config=config,
         model=model,
         mesh=mesh,
         tokenizer=tokenizer,
-        sources=open_data(config, tokenizer, mixture.sources),
+        sources=sources,
         data_position=data_position,
         mixture=mixture,
         spec=BatchSpec(
@@ -174,7 +186,25 @@ def prepare_run(config: ConfigDict, data_position: DataPosition = DataPosition()
         optimizer=optimizer,
         compute=compute_of(config),
         abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
+        chat=_chat_of(sources) or saved_chat(saved, tokenizer),
     )
+
+
+def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:
+    """The template of all sources that hold conversations; ConfigError where they have several."""
+    templates, names = {}, {}
+    for name, source in sources.items():
+        if source.manifest.chat:
+            key = json.dumps(source.manifest.chat, sort_keys=True)
+            templates[key] = ChatTemplate.from_json(source.manifest.chat)
+            names.setdefault(key, []).append(name)
+    if len(templates) > 1:
+        found = "; ".join(f"{templates[key].name}: {', '.join(names[key])}" for key in templates)
+        raise config_lib.ConfigError(
+            f"config.data.weights: the sources hold conversations in several chat templates "
+            f"({found}), and a model is tuned on one; prepare them all with the same"
+        )
+    return next(iter(templates.values()), None)
 
 
 def mixture_of(config: ConfigDict, data_position: DataPosition) -> Mixture:

@@ -8,11 +8,25 @@ import numpy as np
 import pytest
 from seeds import new_rng
 from small_models import random_params, read_checkpoint, write_checkpoint
-from tiny import VOCAB, bare_config, events, losses, train, write_data
+from tiny import (
+    CHAT,
+    CHOICES,
+    TALKS,
+    VOCAB,
+    bare_config,
+    events,
+    losses,
+    tiny_config,
+    train,
+    write_chats,
+    write_data,
+)
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_arrays, read_run, state_hash
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.config import ConfigError
+from stablelm_jax.tokenizer.chat import ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training.begin import position_of
 from stablelm_jax.training.same_run import check_same_weights
@@ -34,7 +48,8 @@ def imported(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("imported") / "global_step0"
     model = config_lib.model_config(bare_config(data))
     params = random_params(model, int(new_rng().integers(2**32)))
-    return write_checkpoint(path, model, params, data / "tokenizer.json")
+    tuned = {"chat_template": "{{ messages }}", "end_ids": [VOCAB - 8]}
+    return write_checkpoint(path, model, params, data / "tokenizer.json", **tuned)
 
 
 def of_weights(data, parent, **overrides):
@@ -95,6 +110,30 @@ def test_an_imported_parent_gives_the_weights_that_are_all_it_has(data, imported
     for name, value in read_checkpoint(imported).items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
     assert "which holds nothing else" in events(tmp_path, "branch")[0]["text"]
+    # What it was tuned on stays with the weights: end_ids[0] is the end of a document here.
+    expected = ChatTemplate("tokenizer", "{{ messages }}", ("<|endoftext|>",))
+    assert SavedModel.open(tmp_path).chat == SavedModel.open(imported).chat == expected
+    on = {"training.num_steps": 4}
+    train(of_weights(data, imported, **taken_as_such | on), tmp_path)  # resumed
+    assert read_run(checkpoint(tmp_path, 4))["chat"] == expected.to_json()
+
+
+def test_the_template_of_a_runs_own_conversations_comes_before_its_parents(tmp_path, parent):
+    chats = write_chats(tmp_path)
+    inherited = {**read_run(parent), "chat": {**CHAT, "name": "the parent's"}}
+    both = tiny_config(chats, sources={TALKS: 1.0, CHOICES: 1.0})
+    assert prepare_run(both, saved=inherited).chat == ChatTemplate.from_json(CHAT)
+    manifest = chats / CHOICES / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    fields["chat"]["name"] = "another"
+    manifest.write_text(json.dumps(fields))
+    told = f"in several chat templates .{CHAT['name']}: talks; another: choices|another: choices"
+    with pytest.raises(ConfigError, match=told):
+        prepare_run(both)
+
+
+def test_what_was_tuned_on_no_conversation_has_no_template(parent):
+    assert "chat" not in read_run(parent) and SavedModel.open(parent).chat is None
 
 
 def test_the_weights_lie_on_the_mesh_of_the_branch(data, imported):
