@@ -28,6 +28,7 @@ ROUNDING = (
 # hash, the order of rows.
 _CHECKED_BY_RESULT = (
     *("model", "seed", "data.tokenizer", "data.sequence_length", "data.loss_on_first_token"),
+    *("data.packing", "data.loss_on"),
 )
 # What people type who know other software, by our field.
 _ELSEWHERE = {
@@ -42,6 +43,8 @@ _ELSEWHERE = {
     "training.remat": "gradient_checkpointing activation_checkpointing recompute",
     "data.batch_size": "batch batch_size bs train_batch_size global_batch_size",
     "data.sequence_length": "seq_len seq_length max_seq_len context_length block_size n_ctx",
+    "data.packing": "packing_strategy sample_packing pack packed",
+    "data.loss_on": "train_on_inputs assistant_only_loss completion_only_loss mask_inputs",
     "data.root": "data_dir data_path dataset dataset_dir",
     "checkpoint.every": "save_every save_steps save_interval",
     "evaluation.every": "eval_every eval_steps eval_interval",

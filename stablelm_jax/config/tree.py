@@ -86,6 +86,10 @@ TREE = {
         "sequence_length": Field(4096, least=1),  # tokens of a row
         "batch_size": Field(int, least=1),  # rows of the whole job in one step
         "loss_on_first_token": Field(True),  # of a document, given the end of the one before it
+        # 'concatenate' cuts documents at the end of a row; 'best_fit' puts whole ones together, as
+        # conversations and pairs need it, and cuts only what no row holds; 'one': each in a row.
+        "packing": Field("concatenate", choices=("concatenate", "best_fit", "one")),
+        "loss_on": Field("answers", choices=("answers", "all")),  # tokens of a conversation
         "prefetch_batches": Field(2, least=0),  # batches made ahead by a thread; 0: none
     },
     "optimizer": {  # AdamW

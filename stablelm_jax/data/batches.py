@@ -10,11 +10,18 @@ A batch is a dict of
     loss_mask    float32 [B, T]  1 where the target counts
     source_ids   int32   [B]     index of the row's source among the sorted names of the mixture
 `<|endoftext|>` belongs to the document that it ends; the next token opens a new one.
+
+In packed rows no id tells documents apart: each is a segment, whose first token is no target. What
+is left of a row is one more segment, of `<|endoftext|>` under a loss mask of 0. Pairs also have
+    pair_ids     int32   [B, P]  numbers of a row's pairs within their source and split, then -1
+where P is the most pairs that any row has, and pair k of a row, from 0, is its segments 2k + 1
+(chosen) and 2k + 2 (rejected).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
@@ -24,6 +31,7 @@ import numpy as np
 
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture, SelectionMap
+from stablelm_jax.data.packing import PackedRow, PackedSources
 from stablelm_jax.data.rows import Row, TokenStream, token_stream, train_rows
 
 Batch = dict[str, np.ndarray]
@@ -38,6 +46,8 @@ class BatchSpec:
     seed: int  # of the shuffles
     eod: int  # id of `<|endoftext|>`
     loss_on_first_token: bool = True  # the one after an `<|endoftext|>`; True as in NeoX
+    packing: str = "concatenate"  # or 'best_fit', or 'one' item a row
+    loss_on: str = "answers"  # of packed rows: their trained spans, or 'all'
 
     def rows_of_a_process(self, process_count: int) -> int:
         """B, or a ValueError where the processes cannot share the batch evenly."""
@@ -59,6 +69,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
+    packed: PackedSources | None = None,
 ) -> BatchIterator:
     """This process's part of the batches from global row `start_row` on, without end.
 
@@ -70,23 +81,30 @@ def train_batches(
     thread reads the B rows of its batch one by one: a step waits for slow storage where
     B * seconds a read / threads is more than its own time (`benchmarks/data.py --latency-ms`).
 
+    `packed`: the sources of the mixture; None: they are packed here, where `spec` says so.
+
     Raises:
       ValueError: a source that does not fill a row; a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
     rows = spec.rows_of_a_process(process_count)
-    datasets = [
-        train_rows(sources[name], spec.sequence_length, spec.seed, index)
-        for index, name in enumerate(mixture.sources)
-    ]
     first = start_row + process_index * rows
     selection = SelectionMap(mixture, first, take=rows, stride=spec.batch_size)
+    if spec.packing == "concatenate":
+        datasets = [
+            train_rows(sources[name], spec.sequence_length, spec.seed, index)
+            for index, name in enumerate(mixture.sources)
+        ]
+
+        def batch_of(rows: Sequence[Row]) -> Batch:
+            rows_BR = np.concatenate([row.tokens for row in rows]).reshape(len(rows), -1)
+            return collate(rows_BR, [row.source for row in rows], spec)
+
+    else:
+        packed = packed or PackedSources({name: sources[name] for name in mixture.sources}, spec)
+        datasets = [packed[name, "train"].shuffled() for name in mixture.sources]
+        batch_of = functools.partial(collate_packed, spec=spec, pairs=packed.most_pairs)
     mixed = grain.MapDataset.select_from_datasets(datasets, selection)
-
-    def batch_of(rows: Sequence[Row]) -> Batch:
-        rows_BR = np.concatenate([row.tokens for row in rows]).reshape(len(rows), -1)
-        return collate(rows_BR, [row.source for row in rows], spec)
-
     return BatchIterator(mixed.batch(rows, batch_fn=batch_of), prefetch)
 
 
@@ -145,6 +163,27 @@ def _held_out_rows(
             rows_BR[place, : len(part)] = part
             scored_BT[place, : len(part) - 1] = 1
     return rows_BR, scored_BT
+
+
+def packed_batches(
+    packed: PackedSources,
+    name: str,
+    split: str,
+    spec: BatchSpec,
+    *,
+    max_rows: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """The batches that hold each packed row of a split once, in order.
+
+    Only the first `max_rows` rows, where given. The last batch is filled with empty rows. `share`
+    is (p, P): of P equal parts of each batch, the p-th; all have the same number of batches.
+    """
+    (index, count), rows = share, packed[name, split]
+    size, total = spec.rows_of_a_process(count), min(len(rows), max_rows or len(rows))
+    for first in range(index * size, index * size + total, spec.batch_size):
+        chosen = [(rows, n if n < total else None) for n in range(first, first + size)]
+        yield collate_packed(chosen, spec, packed.most_pairs)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -208,6 +247,25 @@ def collate(rows_BR: np.ndarray, source_ids: Sequence[int], spec: BatchSpec) -> 
         "loss_mask": loss_mask_BT,
         "source_ids": np.array(source_ids, np.int32),
     }
+
+
+def collate_packed(rows: Sequence[PackedRow], spec: BatchSpec, pairs: int) -> Batch:
+    """The batch of some packed rows; `pairs` is P, and where it is 0 there are no `pair_ids`."""
+    shape = len(rows), spec.sequence_length
+    batch = {
+        "tokens": np.full(shape, spec.eod, np.int32),
+        "targets": np.full(shape, spec.eod, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+        "loss_mask": np.zeros(shape, np.float32),
+        "source_ids": np.array([packed.source_id for packed, _ in rows], np.int32),
+    }
+    if pairs:
+        batch["pair_ids"] = np.full((shape[0], pairs), -1, np.int32)
+    for place, (packed, number) in enumerate(rows):
+        if number is not None:
+            packed.fill(number, {name: array[place] for name, array in batch.items()})
+    return batch
 
 
 def mark_documents(tokens_BT: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:

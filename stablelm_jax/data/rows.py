@@ -40,6 +40,11 @@ class TokenStream:
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in shards)]
         self.num_tokens = self._starts[-1]
 
+    def document_offsets(self) -> np.ndarray:
+        """int64 [documents + 1]: document d is the tokens from offsets[d] to offsets[d + 1]."""
+        parts = [s.document_offsets[:-1] + start for s, start in zip(self._shards, self._starts)]
+        return np.concatenate([*parts, [self.num_tokens]])
+
     def locate(self, position: int) -> tuple[Shard | RemoteShard, int]:
         """The shard that holds the token at `position`, and its place there."""
         number = bisect.bisect_right(self._starts, position) - 1

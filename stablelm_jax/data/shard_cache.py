@@ -25,7 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm_jax.data.shards import ShardError, ShardInfo, TokenFile, file_sha256, shard_error
+from stablelm_jax.data.shards import (
+    ShardError,
+    ShardIndex,
+    ShardInfo,
+    TokenFile,
+    file_sha256,
+    shard_error,
+)
 from stablelm_jax.storage.files import replacing
 from stablelm_jax.storage.remote import RemotePath
 
@@ -104,6 +111,18 @@ class RemoteShard:
             raise shard_error(path, FileNotFoundError())
         if sizes[path.name] is not None:
             info.compare(path, bytes=sizes[path.name])
+
+    @property
+    def document_offsets(self) -> np.ndarray:
+        """As of a `Shard`; fetches the index, which is small."""
+        path = self.path.parent / f"{self.path.name.removesuffix('.bin')}.idx"
+        try:
+            index = ShardIndex(path, np.frombuffer(path.read_bytes(), np.uint8))
+        except OSError as error:
+            raise shard_error(path, error) from error
+        index.check()
+        self._info.compare(path, documents=index.num_documents, bytes=index.num_bytes)
+        return index.document_offsets
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as a fresh int32 array. The first read may fetch the whole shard.

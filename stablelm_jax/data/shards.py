@@ -282,60 +282,36 @@ class _File:
         os.close(self.descriptor)
 
 
-class Shard(TokenFile):
-    """A shard for reading. Opening it checks header and sizes; `check` checks the whole index."""
+class ShardIndex:
+    """The `.idx` of a shard: where its documents lie."""
 
-    def __init__(self, path: str | os.PathLike):
-        super().__init__(pathlib.Path(path).with_suffix(".bin"))
-        self._idx = self.path.with_suffix(".idx")
-        try:
-            with open(self._idx, "rb") as file:
-                header = file.read(_HEADER.size)
-            index_size, size = self._idx.stat().st_size, self.path.stat().st_size
-        except OSError as error:
-            raise shard_error(error.filename or self._idx, error) from error
-        self.dtype = self._read_header(header, index_size)
-        self.num_tokens = size // self.dtype.itemsize
-        self._map_index(size)
-
-    def _read_header(self, header: bytes, index_size: int) -> np.dtype:
+    def __init__(self, path: pathlib.Path | RemotePath, data: np.ndarray):
+        """`data`: the bytes of the file, uint8. ShardError: they are no index."""
+        self._idx, header = path, data[: _HEADER.size].tobytes()
         if len(header) < _HEADER.size or header[:9] != _MAGIC:
-            raise ShardError(f"{self._idx}: not an index of token shards (wrong first bytes)")
+            raise ShardError(f"{path}: not an index of token shards (wrong first bytes)")
         _, version, code, self.num_sequences, offsets = _HEADER.unpack(header)
         if version != _VERSION or code not in _DTYPES:
             raise ShardError(
-                f"{self._idx}: version {version}, token type {code}; only version {_VERSION} and"
+                f"{path}: version {version}, token type {code}; only version {_VERSION} and"
                 " integers are read: prepare the source again"
             )
-        self.num_documents = offsets - 1
+        self.dtype, self.num_documents = np.dtype(_DTYPES[code]), offsets - 1
         expected = _HEADER.size + 12 * self.num_sequences + 8 * offsets
         # Shards of several modalities end with one more byte a sequence, which means nothing here.
-        if offsets < 1 or index_size not in (expected, expected + self.num_sequences):
+        if offsets < 1 or len(data) not in (expected, expected + self.num_sequences):
             raise ShardError(
-                f"{self._idx}: {index_size} bytes where its header asks for {expected};"
+                f"{path}: {len(data)} bytes where its header asks for {expected};"
                 " the file is damaged, write it again"
             )
-        return np.dtype(_DTYPES[code])
-
-    def _map_index(self, size: int) -> None:
-        """Maps the index and compares the `size` of the `.bin` with its last entries."""
-        index = np.memmap(self._idx, np.uint8, "r", _HEADER.size).view(np.ndarray)
-        starts_at, documents_at = 4 * self.num_sequences, 12 * self.num_sequences
-        end = documents_at + 8 * (self.num_documents + 1)
-        self._sequence_lengths = index[:starts_at].view("<i4")
-        self._sequence_starts = index[starts_at:documents_at].view("<i8")
-        self._document_index = index[documents_at:end].view("<i8")
-        expected = 0
-        if self.num_sequences:
-            last = int(self._sequence_lengths[-1])
-            expected = int(self._sequence_starts[-1]) + last * self.dtype.itemsize
-        if size != expected:
-            raise ShardError(
-                f"{self.path}: {size} bytes where its index asks for {expected};"
-                " the file is damaged, write it again"
-            )
+        parts = [4 * self.num_sequences, 12 * self.num_sequences]
+        lengths, starts, documents = np.split(data[_HEADER.size : expected], parts)
+        self._sequence_lengths, self._sequence_starts = lengths.view("<i4"), starts.view("<i8")
+        self._document_index = documents.view("<i8")
         if self._document_index[-1] != self.num_sequences:
-            raise ShardError(f"{self._idx}: the documents do not cover all sequences")
+            raise ShardError(f"{path}: the documents do not cover all sequences")
+        last = starts.view("<i8")[-1:] + self.dtype.itemsize * lengths.view("<i4")[-1:]
+        self.num_bytes = int(last.sum())  # of the `.bin`; 0 where there is no sequence
 
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:
@@ -354,3 +330,23 @@ class Shard(TokenFile):
             raise ShardError(f"{self._idx}: sequences do not lie one after the other")
         if (np.diff(self._document_index) < 0).any() or (self._sequence_lengths < 0).any():
             raise ShardError(f"{self._idx}: a document or a sequence of negative length")
+
+
+class Shard(TokenFile, ShardIndex):
+    """A shard for reading. Opening it checks header and sizes; `check` checks the whole index."""
+
+    def __init__(self, path: str | os.PathLike):
+        TokenFile.__init__(self, pathlib.Path(path).with_suffix(".bin"))
+        index = self.path.with_suffix(".idx")
+        try:
+            data = np.memmap(index, np.uint8, "r") if index.stat().st_size else np.zeros(0, "u1")
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise shard_error(error.filename or index, error) from error
+        ShardIndex.__init__(self, index, data.view(np.ndarray))
+        self.num_tokens = size // self.dtype.itemsize
+        if size != self.num_bytes:
+            raise ShardError(
+                f"{self.path}: {size} bytes where its index asks for {self.num_bytes};"
+                " the file is damaged, write it again"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ def show_decisions(console: Console, run: Run) -> None:
         table.add_row(name, value)
     console.print(table)
     console.print(_source_table(run))
+    if run.packed is not None:
+        console.print(_packed_table(run))
 
 
 def _decisions(run: Run) -> dict[str, str]:
@@ -74,7 +77,7 @@ def _cached(run: Run) -> str:
 
 
 def _source_table(run: Run) -> Table:
-    given = run.tokens_by_source(run.last_row())
+    given, epochs = run.tokens_by_source(run.last_row()), run.epochs(run.last_row())
     spans = run.mixture.spans()
     periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
     later = [f"from row {row:,}" for row, _ in spans[1:]]
@@ -86,9 +89,33 @@ def _source_table(run: Run) -> Table:
             *(f"{counts.get(name, 0)}/{sum(counts.values())}" for _, counts in spans),
             f"{manifest.train.tokens:,}",
             f"{given[name]:,}",
-            f"{given[name] / manifest.train.tokens:.3g}",
+            f"{epochs[name]:.3g}",
             f"{manifest.unigram_entropy:.3f} nats",
         )
+    return table
+
+
+def _packed_table(run: Run) -> Table:
+    """What packing made of each source, and how many steps read it so often."""
+    steps = ("steps for 1 epoch", "for 2", "for 3")
+    columns = ("items", "rows an epoch", "places filled", "tokens trained", *steps)
+    share = run.mixture.stages[-1].counts / run.mixture.stages[-1].period
+    title = (
+        f"packed by {run.spec.packing}: whole items in rows of {run.spec.sequence_length} tokens"
+    )
+    table = _sources(title, columns)
+    for name, weight in zip(run.sources, share):
+        rows, a_step = run.packed[name, "train"], weight * run.spec.batch_size
+        table.add_row(
+            name,
+            f"{len(rows.lengths):,}",
+            f"{len(rows):,}",
+            f"{rows.lengths.sum(dtype='int64') / (len(rows) * rows.length):.2%}",
+            f"{rows.trained:,}",
+            *(f"{math.ceil(n * len(rows) / a_step):,}" if weight else "none" for n in (1, 2, 3)),
+        )
+    if len(run.sources) > 1:
+        table.caption = "weights in proportion to the rows an epoch read all sources equally often"
     return table
 
 
@@ -106,6 +133,8 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
     columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
     most = run.config.evaluation.max_rows
     held = max(manifest.held_out.tokens for manifest in run.manifests.values())
+    if run.packed is not None:
+        held = run.spec.sequence_length * max(len(run.packed[n, "held_out"]) for n in run.sources)
     part = "all of it" if most * run.spec.sequence_length >= held else f"{most:,} rows a source"
     table = _sources(f"held-out text after step {step:,}: {part}", columns)
     for name, manifest in run.manifests.items():
@@ -118,7 +147,7 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
             name,
             f"{line[f'eval/documents/{name}']:,}",
             f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}",
-            f"{line[f'eval/bits_per_byte/{name}']:.4f}",
+            f"{line[bits]:.4f}" if (bits := f"eval/bits_per_byte/{name}") in line else "",
             f"{entropy:.3f}",
             f"{entropy - loss:+.3f}",
         )

@@ -134,10 +134,7 @@ class Meter:
             **{key: scalars[key].item() for key in _SCALARS},
             "tokens_seen": sum(ledger.values()),
             **{f"tokens/{name}": tokens for name, tokens in ledger.items()},
-            **{
-                f"epochs/{name}": ledger[name] / manifest.train.tokens
-                for name, manifest in self._run.manifests.items()
-            },
+            **{f"epochs/{name}": epochs for name, epochs in self._run.epochs(rows).items()},
             **self._speed(),
         }
         self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0

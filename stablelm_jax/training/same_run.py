@@ -19,6 +19,8 @@ _FIELDS_OF = {
         "seed": "seed",
         "sequence_length": "data.sequence_length",
         "loss_on_first_token": "data.loss_on_first_token",
+        "packing": "data.packing",
+        "loss_on": "data.loss_on",
     },
 }
 # Fields of a model that none of its weights depends on.

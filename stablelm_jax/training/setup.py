@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,11 +21,13 @@ from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.saved_model import saved_chat
-from stablelm_jax.data.batches import BatchSpec, held_out_batches, train_batches
+from stablelm_jax.data.batches import BatchSpec, held_out_batches, packed_batches, train_batches
 from stablelm_jax.data.fingerprints import check_whole, shard_samples
 from stablelm_jax.data.manifest import Source, SourceManifest, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.position import DataPosition
+from stablelm_jax.data.rows import token_stream
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
@@ -51,6 +54,7 @@ class Run:
     data_position: DataPosition
     mixture: Mixture
     spec: BatchSpec
+    packed: PackedSources | None  # None where rows are concatenated
     optimizer: optax.GradientTransformation
     compute: Compute
     abstract: TrainState
@@ -74,6 +78,7 @@ class Run:
             self.mesh,
             self.objective,
             eod=self.tokenizer.eod,
+            packed=self.packed is not None,
             compute=self.compute,
         )
 
@@ -98,9 +103,27 @@ class Run:
                 "seed": self.spec.seed,
                 "sequence_length": self.spec.sequence_length,
                 "loss_on_first_token": self.spec.loss_on_first_token,
+                "packing": self.spec.packing,
+                "loss_on": self.spec.loss_on,
                 "stages": [list(span) for span in self.mixture.spans()],
             },
         }
+
+    @property
+    def rows_per_epoch(self) -> dict[str, int]:
+        """Rows of each source until it begins anew."""
+        if self.packed is not None:
+            return {name: len(self.packed[name, "train"]) for name in self.sources}
+        length = self.spec.sequence_length
+        return {name: (m.train.tokens - 1) // length for name, m in self.manifests.items()}
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often each source was read in the first `rows` rows of the mixture."""
+        given = self.tokens_by_source(rows)
+        if self.packed is None:
+            return {name: given[name] / m.train.tokens for name, m in self.manifests.items()}
+        length = self.spec.sequence_length
+        return {name: given[name] / (length * n) for name, n in self.rows_per_epoch.items()}
 
     def last_row(self) -> int:
         """The row after the last one that the run consumes."""
@@ -121,6 +144,7 @@ class Run:
             process_index=self.share[0],
             process_count=self.share[1],
             prefetch=self.config.data.prefetch_batches,
+            packed=self.packed,
         )
 
     def held_out(self) -> dict[str, HeldOut]:
@@ -130,17 +154,29 @@ class Run:
             languages, part = manifest.languages, manifest.held_out
             language = languages[0] if len(languages) == 1 else None
             batches = self._held_out_batches(name)
-            found[name] = HeldOut(batches, part.tokens / part.text_bytes, language)
+            ratio = part.tokens / part.text_bytes if manifest.kind == "text" else math.nan
+            found[name] = HeldOut(batches, ratio, language)
         return found
+
+    def packed_batches(
+        self, name: str, split: str, max_rows: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This process's share of the batches that hold each packed row of a split once."""
+        return packed_batches(
+            self.packed, name, split, self.spec, max_rows=max_rows, share=self.share
+        )
 
     def _held_out_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
-        index, count = self.share
+        (index, count), max_rows = self.share, self.config.evaluation.max_rows
+        if self.packed is not None:
+            yield from self.packed_batches(name, "held_out", max_rows)
+            return
         yield from held_out_batches(
             self.sources,
             name,
             self.spec,
-            max_rows=self.config.evaluation.max_rows,
+            max_rows=max_rows,
             process_index=index,
             process_count=count,
         )
@@ -168,6 +204,15 @@ def prepare_run(
     mixture = mixture_of(config, data_position)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     sources = open_data(config, tokenizer, mixture.sources)
+    spec = BatchSpec(
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        eod=tokenizer.eod,
+        loss_on_first_token=config.data.loss_on_first_token,
+        packing=config.data.packing,
+        loss_on=config.data.loss_on,
+    )
     return Run(
         config=config,
         model=model,
@@ -176,13 +221,8 @@ def prepare_run(
         sources=sources,
         data_position=data_position,
         mixture=mixture,
-        spec=BatchSpec(
-            sequence_length=config.data.sequence_length,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            eod=tokenizer.eod,
-            loss_on_first_token=config.data.loss_on_first_token,
-        ),
+        spec=spec,
+        packed=pack(sources, spec, held_out=config.evaluation.every > 0),
         optimizer=optimizer,
         compute=compute_of(config),
         abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
@@ -205,6 +245,38 @@ def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:
             f"({found}), and a model is tuned on one; prepare them all with the same"
         )
     return next(iter(templates.values()), None)
+
+
+def pack(sources: Mapping[str, Source], spec: BatchSpec, held_out: bool) -> PackedSources | None:
+    """The sources as packed rows; None where they are concatenated.
+
+    Raises:
+      ValueError: they cannot be trained on so, or not together, or have nothing to train on (or to
+        score, if `held_out`).
+    """
+    kinds = {name: source.manifest.kind for name, source in sources.items()}
+    if spec.packing == "concatenate":
+        for name, kind in kinds.items():
+            if kind != "text":
+                raise config_lib.ConfigError(
+                    f"config.data.packing=concatenate: source {name!r} holds {kind}, which would be"
+                    " cut, and see one another; use --config.data.packing=best_fit"
+                )
+        return None
+    if "pairs" in kinds.values() and len(set(kinds.values())) > 1:
+        held = ", ".join(f"{name} holds {kind}" for name, kind in kinds.items())
+        raise config_lib.ConfigError(
+            f"config.data.weights: pairs are for DPO, and for a run of their own, but {held}; leave"
+            " one kind out"
+        )
+    packed = PackedSources(sources, spec)
+    for (name, split), rows in packed.items():
+        if not rows.trained and (held_out or split == "train"):
+            raise ValueError(
+                f"{sources[name].directory}: no {split} token counts in {len(rows)} packed rows;"
+                " prepare the source again, with more in it, or leave it out of data.weights"
+            )
+    return packed
 
 
 def mixture_of(config: ConfigDict, data_position: DataPosition) -> Mixture:
@@ -255,6 +327,14 @@ def fingerprints(config: ConfigDict) -> dict[str, dict[str, str]]:
     }
 
 
+def _document_ends(sources: Mapping[str, Source]) -> dict[str, str]:
+    """{"<source>/<split>, ends of documents": their hash}: packed rows follow from them."""
+    splits = [(name, split) for name in sources for split in ("train", "held_out")]
+    ends = [token_stream(sources[name], split).document_offsets() for name, split in splits]
+    hashes = [hashlib.sha256(offsets.tobytes()).hexdigest()[:16] for offsets in ends]
+    return {f"{name}/{split}, ends of documents": h for (name, split), h in zip(splits, hashes)}
+
+
 def check_data(config: ConfigDict) -> None:
     """Compares the data of all processes: their manifests, and blocks of every shard.
 
@@ -266,6 +346,8 @@ def check_data(config: ConfigDict) -> None:
         names = mixture_of(config, DataPosition()).sources
         sources = open_sources(config.data.root, names, tokenizer=tokenizer)
         mine = {"tokenizer": tokenizer.sha256} | shard_samples(sources)
+        if config.data.packing != "concatenate":
+            mine |= _document_ends(sources)
     digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
     if len(set(distributed.gathered(digest))) == 1:
         return
