@@ -68,7 +68,7 @@ class Run:
     @property
     def num_pairs(self) -> int | None:
         """The most preference pairs that a row of the run holds."""
-        return None
+        return None if self.packed is None else self.packed.most_pairs
 
     @functools.cached_property
     def eval_step(self) -> EvalStep:
