@@ -16,6 +16,9 @@ from stablelm_jax.planning.program import Collective, collectives
 from stablelm_jax.planning.targets import Target
 from stablelm_jax.training.programs import attention_for, lower_step
 
+# Of preference pairs, without data to say so: what both sides of one take at least, on average.
+TOKENS_OF_A_PAIR = 64
+
 
 class DoesNotFit(ValueError):
     """The step needs more memory than a device of the target has."""
@@ -34,6 +37,7 @@ class CompiledStep:
     temporary_bytes: int  # room reserved for everything else, with the gaps between buffers
     peak_bytes: int  # in use at one moment; on TPUs less than what is reserved in all
     collectives: list[Collective]
+    pairs: int | None = None  # of a row, at most; None where there are none
     text: str = dataclasses.field(default="", repr=False)  # the compiled program
 
     @property
@@ -53,7 +57,8 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
     sizes = config_lib.validate_mesh(config, len(devices))
     mesh = make_mesh(**sizes, devices=devices)
     started = time.monotonic()
-    lowered = lower_step(config, mesh, len(config_lib.mixture_weights(config)))
+    pairs = pairs_of_a_row(config)
+    lowered = lower_step(config, mesh, len(config_lib.mixture_weights(config)), pairs)
     try:
         compiled = lowered.compile()
     except Exception as error:  # jaxlib's XlaRuntimeError, which is a plain RuntimeError
@@ -73,12 +78,20 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         collectives=collectives(text, sizes),
+        pairs=pairs,
         text=text,
     )
     # The compiler of GPUs lets a program pass that cannot run.
     if step.peak_bytes > step.available_bytes:
         raise DoesNotFit(_too_much(config, target, f"{step.peak_bytes / 2**30:.1f} GiB"))
     return step
+
+
+def pairs_of_a_row(config: ConfigDict) -> int | None:
+    """The most preference pairs that a row is planned for; None for objectives without pairs."""
+    if config.training.objective != "dpo":
+        return None
+    return max(1, config.data.sequence_length // TOKENS_OF_A_PAIR)
 
 
 def _too_much(config: ConfigDict, target: Target, needed: str) -> str:

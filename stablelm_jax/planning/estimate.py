@@ -40,7 +40,7 @@ _BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
 _NORMS, _ROTARY, _SWIGLU = (8, 10), (4, 4), (3, 6)
 
 # Bytes of a logit: float32 exponentials written and read, their gradient written and read twice.
-_LOGIT_BYTES = 4 + 4 + 3 * 2
+_LOGIT_BYTES, _LOGIT_BYTES_FORWARD = 4 + 4 + 3 * 2, 4 + 4
 # Bytes of a parameter. AdamW reads gradient, weight and two moments, writes three and the copy in
 # bfloat16 (30), clipping reads the gradient (4). A microbatch reads and writes the float32 sum and
 # reads its own gradient. A float32 weight and two moments are held.
@@ -64,6 +64,7 @@ class Layout:
     dtype_bytes: int  # of a value in the compute type
     reduce_bytes: int  # of a gradient's value on its way to another device
     replica: int = 1
+    head_passes: int = 1  # forward, of head and loss
 
     @property
     def tokens(self) -> int:
@@ -105,8 +106,14 @@ def layout_of(config: ConfigDict, num_devices: int) -> Layout:
         fsdp=parallel.fsdp,
         dtype_bytes=dtype_bytes,
         reduce_bytes=4 if parallel.float32_reduce else dtype_bytes,
+        head_passes=head_passes(config),
         **mesh,
     )
+
+
+def head_passes(config: ConfigDict) -> int:
+    """Forward passes of the head in a step: DPO needs all likelihoods before it weighs them."""
+    return 2 if config.training.objective == "dpo" else 1
 
 
 def divided(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
@@ -162,7 +169,7 @@ def matrix_flops(layout: Layout) -> float:
     """Operations of one device in one microbatch, what backward computes again included.
 
     Attention is counted causal and as a fused kernel. Remat 'full' runs the layers' forward pass
-    again, 'attention' all of it but that kernel, 'dots' no matrix product; the head runs once.
+    again, 'attention' all of it but that kernel, 'dots' no matrix product.
     """
     parts = flops_per_token(layout.sizes, layout.sequence_length)
     again = 1 if layout.remat in _PROJECTS_AGAIN else 0
@@ -170,7 +177,7 @@ def matrix_flops(layout: Layout) -> float:
     operations = (
         (parts["attention_projections"] + parts["mlp"]) * (1 + _BACKWARD + again)
         + parts["attention_scores"] / 2 * (1 + _ATTENTION_BACKWARD + scores_again)
-        + parts["head"] * (1 + _BACKWARD)
+        + parts["head"] * (layout.head_passes + _BACKWARD)
     )
     return operations * layout.tokens / layout.model
 
@@ -189,7 +196,8 @@ def elementwise_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
 
 def logit_bytes(layout: Layout) -> float:
     """Traffic of a microbatch's logits and their gradient."""
-    return _LOGIT_BYTES * layout.tokens * layout.sizes.vocab_size / layout.model
+    each = _LOGIT_BYTES + (layout.head_passes - 1) * _LOGIT_BYTES_FORWARD
+    return each * layout.tokens * layout.sizes.vocab_size / layout.model
 
 
 def update_bytes(layout: Layout) -> float:

@@ -19,7 +19,7 @@ from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
 from stablelm_jax.planning.compile import CompiledStep, compile_for
-from stablelm_jax.planning.estimate import mode_text
+from stablelm_jax.planning.estimate import head_passes, mode_text
 from stablelm_jax.planning.targets import GIB, Target, parse_target
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import as_path
@@ -123,6 +123,8 @@ def _flops(config: ConfigDict) -> Table:
     model, length = config_lib.model_config(config), config.data.sequence_length
     full, causal = (train_flops_per_token(model, length, causal=c) for c in (False, True))
     parts = {name: 3 * forward for name, forward in flops_per_token(model, length).items()}
+    if again := _head_again(config):
+        parts["head once more, for the pairs' weights; mfu leaves it out"] = again
     parts |= {"mfu counts (full attention)": full, "mfu_causal counts": causal}
     rows = [(name, f"{flops / 1e9:,.3f}", f"{flops / full:.1%}") for name, flops in parts.items()]
     rows.insert(-2, ())
@@ -130,17 +132,29 @@ def _flops(config: ConfigDict) -> Table:
     return table(title, ("part", "forward and backward, G", "share"), rows)
 
 
+def _head_again(config: ConfigDict) -> int:
+    """FLOPs a token of the head's forward passes after the first."""
+    parts = flops_per_token(config_lib.model_config(config), config.data.sequence_length)
+    return (head_passes(config) - 1) * parts["head"]
+
+
 def _tokens(config: ConfigDict) -> Table:
     tokens = config.training.num_steps * config_lib.tokens_per_step(config)
     weights, rows = config_lib.mixture_weights(config), []
     for name, weight in weights.items():
         share, epochs = weight / sum(weights.values()), "not prepared here"
-        with contextlib.suppress(ManifestMissing):
-            prepared = read_manifest(as_path(config.data.root) / name).train.tokens
+        if prepared := _prepared_tokens(config, name):
             epochs = f"{share * tokens / prepared:.3g}"
         rows.append((name, f"{share:.4f}", f"{share * tokens:,.0f}", epochs))
     title = f"{tokens:,} tokens in {config.training.num_steps:,} steps"
     return table(title, ("source", "weight", "tokens", "epochs"), rows)
+
+
+def _prepared_tokens(config: ConfigDict, name: str) -> int:
+    """Train tokens of a source that lies here; else 0."""
+    with contextlib.suppress(ManifestMissing):
+        return read_manifest(as_path(config.data.root) / name).train.tokens
+    return 0
 
 
 def _checkpoints(config: ConfigDict, target: Target | None) -> Table:
@@ -168,9 +182,11 @@ def run_cost(
     """
     model, length = config_lib.model_config(config), config.data.sequence_length
     tokens = config.training.num_steps * config_lib.tokens_per_step(config)
-    flops = train_flops_per_token(model, length, causal=False)
-    speed = target.num_devices * target.peak_flops * mfu / flops  # tokens a second
-    hours = tokens / speed / 3600
+    flops = train_flops_per_token(model, length, causal=False) + _head_again(config)
+    rate = target.num_devices * target.peak_flops * mfu
+    speed = rate / flops  # tokens a second
+    reference = _reference_hours(config, rate)
+    hours = tokens / speed / 3600 + sum(reference.values())
     device_hours = hours * target.num_devices
     rows = [
         ("tokens a second", f"{speed:,.0f}"),
@@ -178,6 +194,7 @@ def run_cost(
         ("days", f"{hours / 24:,.1f}") if hours >= 72 else ("hours", f"{hours:,.1f}"),
         ("device-hours", f"{device_hours:,.0f}"),
     ]
+    rows[3:3] = [(name, f"{part:,.2f}") for name, part in reference.items()]
     if price is not None:
         rows.append((f"dollars, at {price:g} a device-hour", f"{device_hours * price:,.0f}"))
     power = target.facts.get("watts") if watts is None else watts
@@ -194,6 +211,21 @@ def run_cost(
     return table(title, ("what", ""), rows)
 
 
+def _reference_hours(config: ConfigDict, rate: float) -> dict[str, float]:
+    """{what: hours} of DPO's forward pass over all pairs before its first step, at `rate` FLOP/s.
+
+    Without prepared data, the run is taken as one epoch of them.
+    """
+    if config.training.objective != "dpo":
+        return {}
+    sources = config_lib.mixture_weights(config)
+    prepared = sum(_prepared_tokens(config, name) for name in sources)
+    tokens = prepared or config.training.num_steps * config_lib.tokens_per_step(config)
+    parts = flops_per_token(config_lib.model_config(config), config.data.sequence_length)
+    name = f"of these, the reference's pass over {'all pairs' if prepared else 'one epoch of pairs'}"
+    return {name: tokens * sum(parts.values()) / rate / 3600}
+
+
 def _amount(value: float, unit: str, thousand: str) -> str:
     return f"{value:,.1f} {unit}" if value < 1000 else f"{value / 1000:,.1f} {thousand}"
 
@@ -204,6 +236,8 @@ def _memory(config: ConfigDict, step: CompiledStep) -> Table:
         f"{step.rows} rows of {config.data.sequence_length} in each of {training.accumulation} "
         f"microbatches, remat {training.remat}, attention {step.attention}"
     )
+    if step.pairs:
+        what += f", {step.pairs} pairs in a row at most"
     rows = [
         (what, ""),
         ("weights, moments, batch", f"{step.argument_bytes / GIB:.2f}"),
