@@ -23,13 +23,17 @@ TEXT = {
     "stablelm_3b_4e1t": "web=0.75,code=0.25",
 }
 OVERRIDES = {"stablelm_3b_4e1t": {"data.tokenizer": "tokenizer.json"}}
-NAMES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
+STAGES = {name: ("sft", "dpo", "self_knowledge") for name in ("zephyr_1_6b", "demo_chat")}
+FILES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
+# Of a file with stages, each of them.
+NAMES = [f"{f}:{stage}" if stage else f for f in FILES for stage in STAGES.get(f, ("",))]
 LAUNCHES = [name for name in NAMES if name.startswith("launch/")]
 
 
 def load(name):
-    text = f":{TEXT[name]}" if name in TEXT else ""
-    return config_lib.load(f"{CONFIGS / name}.py{text}", OVERRIDES.get(name))
+    file, colon, text = name.partition(":")
+    text = TEXT.get(name, text)
+    return config_lib.load(f"{CONFIGS / file}.py{text and ':' + text}", OVERRIDES.get(name))
 
 
 def test_the_configs_of_the_project_are_there():
@@ -45,7 +49,7 @@ def test_the_resolved_config_is_the_golden_one(name):
         (key, "not set" if v is None else repr(v)) for key, v in config_lib.flatten(load(name))
     )
     text = "".join(f"{key} = {value}\n" for key, value in fields)
-    golden = GOLDEN / f"config_{name.replace('/', '_')}.txt"
+    golden = GOLDEN / f"config_{re.sub('[/:]', '_', name)}.txt"
     if os.environ.get("STABLELM_UPDATE_GOLDEN"):
         golden.write_text(text)
     assert text == golden.read_text()
@@ -55,10 +59,10 @@ def test_the_resolved_config_is_the_golden_one(name):
 def test_a_shipped_config_is_valid_and_named_after_its_file(name):
     config = load(name)
     config_lib.validate(config)
-    assert config.name == name.rpartition("/")[2]
+    assert config.name == name.rpartition("/")[2].replace(":", "_")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_the_command_in_a_config_file_trains_that_config(name):
     docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
     given = re.search(rf"\bconfigs/{name}\.py(:[\w=.,]+)?", docstring)
@@ -66,7 +70,7 @@ def test_the_command_in_a_config_file_trains_that_config(name):
     for key, value in re.findall(r"^ .*--config\.([\w.]+)=(\S+)$", docstring, re.MULTILINE):
         config_lib.set_value(config, key, value)
     config_lib.validate(config)
-    assert config.name == Path(name).name
+    assert config.name == Path(name).name + (given[1] or "").replace(":", "_") * (name in STAGES)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,36 @@ def test_a_launch_config_names_its_machine_and_divides_its_batch_over_it(name):
 )
 def test_a_published_run_trains_the_named_size(name, size):
     assert config_lib.model_config(load(name)) == size
+
+
+@pytest.mark.parametrize(
+    ("stage", "reported"), [("sft", 826_938), ("dpo", 63_169 + 12_859), ("self_knowledge", 20_000)]
+)
+def test_the_sets_of_zephyr_have_their_reported_samples(stage, reported):
+    config = load(f"zephyr_1_6b:{stage}")
+    assert sum(config_lib.mixture_weights(config).values()) == reported
+    samples_a_step = config.data.batch_size * {"sft": 8, "dpo": 4, "self_knowledge": 1}[stage]
+    epochs = {"sft": 3, "dpo": 1, "self_knowledge": 6}[stage]
+    assert config.training.num_steps == round(epochs * reported / samples_a_step)
+    assert config_lib.model_config(config) == named_sizes.STABLELM_2_1_6B
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_takes_the_weights_of_the_one_before_it(name):
+    stages = [load(f"{name}:{stage}") for stage in STAGES[name]]
+    folders = re.findall(r"--workdir (\S+)", (CONFIGS / f"{name}.py").read_text())
+    for folder, later in zip(folders, stages[1:]):
+        assert later.branch.parent == folder
+    assert all(config.branch.state == "weights" for config in stages)
+    assert [config.training.objective for config in stages] == ["sft", "dpo", "sft"]
+
+
+def test_what_was_not_read_in_the_original_is_marked():
+    text = (CONFIGS / "zephyr_1_6b.py").read_text()
+    for value in ("4096", "512", "5e-5", "606", "61", "0.01", "4e-6"):
+        lines = [line for line in text.splitlines() if re.search(rf"= {re.escape(value)}\b", line)]
+        before = text[: text.index(lines[0])].splitlines()[-4:]
+        assert "NOT RE-VERIFIED" in " ".join([*before, lines[0]]), value
 
 
 def test_a_longer_context_follows_from_its_parents():

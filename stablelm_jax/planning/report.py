@@ -222,7 +222,9 @@ def _reference_hours(config: ConfigDict, rate: float) -> dict[str, float]:
     prepared = sum(_prepared_tokens(config, name) for name in sources)
     tokens = prepared or config.training.num_steps * config_lib.tokens_per_step(config)
     parts = flops_per_token(config_lib.model_config(config), config.data.sequence_length)
-    name = f"of these, the reference's pass over {'all pairs' if prepared else 'one epoch of pairs'}"
+    name = (
+        f"of these, the reference's pass over {'all pairs' if prepared else 'one epoch of pairs'}"
+    )
     return {name: tokens * sum(parts.values()) / rate / 3600}
 
 
