@@ -4,6 +4,7 @@
     python benchmarks/generate.py --batch 1 --peer none
     python benchmarks/generate.py --model 150m --batch 1 8 --context 128 --new 64  # for a CPU
     python benchmarks/generate.py --checkpoint runs/demo/checkpoints/global_step1200 --context 256
+    python benchmarks/generate.py --model 150m --turns 5 --context 128 --new 32   # a conversation
 
 Random prompts of --context tokens are continued by --new tokens, the likeliest each time. The bound
 is the time in which memory gives what a step reads at least: all weights but the embedding table,
@@ -13,6 +14,9 @@ array plus one, bytes read and written.
 
 Ours and transformers have the same weights and type; the best of --repeats is printed. On a GPU
 transformers has its static cache and what it compiles for that, on a CPU its dynamic cache.
+
+With --turns a conversation is timed instead: each turn adds --context random tokens and is answered
+with --new ones, once with the cache kept from turn to turn, once with the whole history read anew.
 """
 
 from __future__ import annotations
@@ -75,10 +79,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as generate's")
     parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, help="time so many turns of a conversation")
     arguments = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     arguments.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
     model, params = _model(arguments)
+    if arguments.turns:
+        return Console(width=150).print(_conversation(arguments, model, params))
     reference = None
     if arguments.peer != "none" and importlib.util.find_spec("transformers"):
         reference = _transformers(model, jax.device_get(params), arguments.dtype)
@@ -119,6 +126,36 @@ def _table(arguments, model, params, reference, batch: int, bandwidths: dict) ->
         elif who == "transformers":
             table.caption = f"{_equal(ours, tokens)} of the new tokens are the same until they part"
     return table
+
+
+def _conversation(arguments, model: ModelConfig, params: Any) -> Table:
+    length = arguments.context + arguments.new
+    sizes = {"batch_size": 1, "max_length": arguments.turns * length, "chunk": arguments.new}
+    generator = Generator(model, params, dtype=arguments.dtype, **sizes)
+    size = f"{count_parameters(model) / 1e6:,.0f} M parameters, {arguments.dtype}"
+    lengths = f"{arguments.context} + {arguments.new} tokens a turn"
+    table = Table(title=f"{size}, {lengths}, {jax.devices()[0].device_kind}; seconds of a turn")
+    for column in ("turn", "history", "first token", "whole turn", "anew: first", "anew: whole"):
+        table.add_column(column, justify="right")
+    for _ in range(2):  # the first time compiles
+        generator.load(params)  # nothing is kept
+        kept, anew = (list(_turns(generator, arguments, go_on=go_on)) for go_on in (True, False))
+    for turn, times in enumerate(zip(kept, anew), 1):
+        seconds = (f"{x:.3f}" for both in times for x in both)
+        table.add_row(str(turn), f"{turn * length - arguments.new:,}", *seconds)
+    return table
+
+
+def _turns(generator: Generator, arguments, *, go_on: bool) -> Iterator[tuple[float, float]]:
+    """Seconds to the first token and to the last one of each turn."""
+    rng, history = np.random.default_rng(0), []
+    for _ in range(arguments.turns):
+        history += rng.integers(0, 1000, arguments.context).tolist()
+        stamps = [time.perf_counter()]
+        for tokens in generator.stream(history, go_on=go_on, max_new_tokens=arguments.new):
+            history = history + tokens
+            stamps.append(time.perf_counter())
+        yield stamps[1] - stamps[0], stamps[-1] - stamps[0]
 
 
 def _contestants(arguments, model, params, reference, batch) -> Iterator[tuple[str, Write]]:
