@@ -17,9 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if not arguments.prompt and not arguments.chat:
+    if not arguments.prompt and arguments.chat is None:
         parser.error("give a --prompt, or --chat for a conversation")
-    if arguments.system and not arguments.chat:
+    if arguments.system and arguments.chat is None:
         parser.error("--system belongs to a chat: give --chat too")
     try:
         _generate(arguments)
@@ -34,9 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="global_step<N> or its run, then the newest; or a URL")
     add("--prompt", action="append", type=_utf_8, help="may be repeated; - reads it from stdin")
-    add("--chat", choices=["zephyr", "chatml"], help="a template; no --prompt: a conversation")
+    what = "in the template that the model came with, or in zephyr, chatml or a FILE of Jinja; "
+    what += "without a --prompt: a conversation"
+    add("--chat", nargs="?", const="", metavar="TEMPLATE", help=what)
     add("--system", default="", type=_utf_8, help="the system's message of a chat")
-    add("--max-new-tokens", type=int, default=64, help="%(default)s by default")
+    add("--max-new-tokens", type=int, help="64 by default, in a chat 512, or half the context")
     add("--temperature", type=float, default=0.7, help="%(default)s; 0: the likeliest token")
     add("--top-p", type=float, default=0.95, help="%(default)s")
     add("--top-k", type=int, default=0, help="%(default)s: of all tokens")
@@ -62,37 +64,38 @@ def _utf_8(argument: str) -> str:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    saved, params = _load(arguments)
+    saved, mesh = _open(arguments)
     from stablelm_jax.generation.generator import Generator
-    from stablelm_jax.tokenizer import chat
+    from stablelm_jax.tokenizer.chat import encode_chat
 
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    template = None
+    if arguments.chat is not None:
+        template = saved.chat_or_own(arguments.chat or None)
+        # What the template refuses is said before the weights are read.
+        encode_chat(saved.tokenizer, [*system, {"role": "user", "content": "?"}], template)
+    length = arguments.context or saved.max_positions
+    settings = _settings(arguments, saved, template, length)
     prompts = [sys.stdin.read() if text == "-" else text for text in arguments.prompt or []]
+    params = saved.load(mesh)
     generator = Generator(
         saved.model,
         params,
         dtype=arguments.dtype,
         batch_size=max(1, len(prompts)),
-        max_length=arguments.context or saved.max_positions,
+        max_length=length,
         chunk=8 if len(prompts) < 2 else 32,  # one text is shown as it comes
         num_valid_ids=saved.num_valid_ids,
     )
     del params  # the generator has its own copy
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
-    stops = [chat.special_id(saved.tokenizer, special) for special in arguments.stop_token]
-    template = arguments.chat and chat.chat_template(arguments.chat, saved.tokenizer)
-    if template:
-        stops += chat.stop_ids(saved.tokenizer, template)
-    settings["stop_tokens"] = sorted({saved.tokenizer.eod, *saved.end_ids, *stops})
-    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if prompts:
         _continue(generator, saved.tokenizer, template, system, prompts, settings)
     else:
         _converse(generator, saved.tokenizer, template, system, settings)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The `SavedModel` and its parameters."""
+def _open(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The `SavedModel`, and the mesh for its parameters."""
     import jax
 
     from stablelm_jax.checkpoint.saved_model import SavedModel
@@ -101,7 +104,24 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
     check_split(saved.model.num_kv_heads, arguments.model)
-    return saved, saved.load(make_mesh(1, arguments.model, jax.devices()[: arguments.model]))
+    return saved, make_mesh(1, arguments.model, jax.devices()[: arguments.model])
+
+
+def _settings(arguments: argparse.Namespace, saved: Any, template: Any, length: int) -> dict:
+    """What `Generator.stream` takes; a ValueError where the model could not sample so."""
+    from stablelm_jax.generation.sampling import Sampling
+    from stablelm_jax.tokenizer.chat import special_id, stop_ids
+
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    Sampling(**settings)
+    count = arguments.max_new_tokens
+    if count is None:
+        count = min(512, max(1, length // 2)) if template else 64
+    stops = [special_id(saved.tokenizer, special) for special in arguments.stop_token]
+    stops += stop_ids(saved.tokenizer, template) if template else []
+    stops = sorted({saved.tokenizer.eod, *saved.end_ids, *stops})
+    return settings | {"max_new_tokens": count, "stop_tokens": stops}
 
 
 def _continue(generator, tokenizer, template, system, prompts, settings) -> None:
@@ -144,11 +164,12 @@ def _converse(generator, tokenizer, template, messages, settings) -> None:
     from stablelm_jax.generation.text import answer
 
     answer_interrupts()
+    at_terminal = sys.stdin.isatty()
     while True:
         try:
-            text = input("> ")
+            text = input("> " if at_terminal else "")
         except EOFError:
-            return print()
+            return print() if at_terminal else None
         except KeyboardInterrupt:
             text = ""
         if text.strip():
@@ -160,7 +181,7 @@ def _converse(generator, tokenizer, template, messages, settings) -> None:
                         print(piece, end="", flush=True)
                 except KeyboardInterrupt:  # the answer ends, the conversation goes on
                     pass
-                except ValueError as error:  # a message longer than the context
+                except ValueError as error:  # a message that cannot be read
                     print(f"generate: {error}", file=sys.stderr)
         print()
 

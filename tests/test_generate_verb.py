@@ -5,7 +5,6 @@ tests/test_readme.py and launch/smoke.sh run it on checkpoints.
 
 import io
 import re
-import types
 from pathlib import Path
 
 import jax
@@ -33,14 +32,9 @@ MODEL = ModelConfig(
 def run(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    saved = types.SimpleNamespace(
-        model=MODEL,
-        tokenizer=tokenizer,
-        max_positions=64,
-        end_ids=[tokenizer.eod],
-        num_valid_ids=None,
-    )
-    monkeypatch.setattr(generate, "_load", lambda arguments: (saved, params))
+    saved = SavedModel(Path("global_step4"), {"imported": {"max_positions": 64}}, MODEL, tokenizer)
+    monkeypatch.setattr(SavedModel, "load", lambda self, mesh: params)
+    monkeypatch.setattr(generate, "_open", lambda arguments: (saved, None))
     flags = ["--checkpoint", "global_step4", "--max-new-tokens", "5"]
     return lambda *more: generate.main([*flags, *more])
 
@@ -90,7 +84,7 @@ def test_a_conversation_ends_with_ctrl_d(run, capsys, monkeypatch):
 
     monkeypatch.setattr("builtins.input", read)
     assert run("--chat", "zephyr", "--context", "32", "--temperature", "0") == 0
-    assert capsys.readouterr().out.count("\n") == 3
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -131,8 +125,7 @@ def test_flags_that_mean_nothing_are_exit_code_2(run, capsys, flags, message):
 def test_the_example_of_the_page_runs(run, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    saved, params = generate._load(None)
-    saved.load = lambda mesh: params
+    saved, _ = generate._open(None)
     monkeypatch.setattr(SavedModel, "open", lambda path: saved)
     exec(example, {})
     assert len(capsys.readouterr().out.split()) > 3 * 20

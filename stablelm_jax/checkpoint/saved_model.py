@@ -17,7 +17,7 @@ from stablelm_jax.checkpoint.reading import read_arrays, read_leaves, read_run
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel.sharding import mesh_axes
-from stablelm_jax.tokenizer.chat import ChatTemplate
+from stablelm_jax.tokenizer.chat import ChatTemplate, chat_template, plain_jinja, stop_ids
 from stablelm_jax.tokenizer.tokenizer import ARCADE100K, Tokenizer, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"  # in an imported checkpoint, or in the folder of a run
@@ -65,15 +65,31 @@ class SavedModel:
         """What the model was tuned on, itself or before it was imported; None for a base."""
         return saved_chat(self.run, self.tokenizer)
 
+    def chat_or_own(self, named: str | None = None) -> ChatTemplate:
+        """The template of a name or file, as `chat.chat_template` finds it; by default its own.
+
+        Raises:
+          ValueError: there is none, or it does not go with the tokenizer.
+        """
+        if named is None and self.chat is None:
+            raise ValueError(
+                f"{self.path} came with no chat template: name one, --chat zephyr, --chat chatml "
+                "or --chat FILE of Jinja; a base model has learnt none of them"
+            )
+        return self.chat if named is None else chat_template(named, self.tokenizer)
+
     @property
     def chat_template(self) -> str | None:
-        """In Jinja, where the model was trained for one."""
-        return self.chat and self.chat.jinja
+        """Its Jinja for other software: as it came, where the model was imported with it."""
+        came = self.run.get("imported", {}).get("chat_template")
+        return came or (plain_jinja(self.chat.jinja) if self.chat else None)
 
     @property
     def end_ids(self) -> list[int]:
-        """Tokens that end a text, or a turn of a chat."""
-        return list(self.run.get("imported", {}).get("end_ids", ())) or [self.tokenizer.eod]
+        """Tokens that end a text, or a turn of a chat: first the one that its template writes."""
+        written = stop_ids(self.tokenizer, self.chat) if self.run.get("chat") else []
+        found = dict.fromkeys([*written, *self.run.get("imported", {}).get("end_ids", ())])
+        return list(found) or [self.tokenizer.eod]
 
     @property
     def num_valid_ids(self) -> int | None:

@@ -75,29 +75,55 @@ def answer(
     messages: list[chat.Message],
     settings: Mapping[str, Any],
 ) -> Iterator[str]:
-    """The answer to the messages of a chat as it comes; then it is their last, as far as it was
-    read.
+    """The answer to the messages of a chat as it comes; it is their last, as far as it was read.
 
-    Where they outgrow the generator's max_length, the oldest are taken from the list, but for the
-    system's, and that is said.
+    The generator goes on from the turn before. Where the messages outgrow its max_length, the
+    oldest are taken from the list, but for the system's, and that is said.
 
     Args:
       settings: arguments of `Generator.stream`, max_new_tokens and the stop tokens of the template
         among them.
+
+    Raises:
+      ValueError: the template refuses the last message, or it alone is too long: it is taken away.
     """
-    most = generator.max_length - settings["max_new_tokens"]
-    oldest = 1 if messages[0]["role"] == "system" else 0
-    left_out, said = 0, ""
-    ids = chat.encode_chat(tokenizer, messages, template)
-    while len(ids) > most and len(messages) > oldest + 1:
-        del messages[oldest : oldest + 2]
-        left_out += 2
-        ids = chat.encode_chat(tokenizer, messages, template)
-    if left_out:
-        print(f"(the first {left_out} messages no longer fit)", file=sys.stderr)
     try:
-        for piece in as_text(tokenizer, generator.stream(ids, **settings)):
-            said += piece
-            yield piece
-    finally:
-        messages.append({"role": "assistant", "content": said})
+        ids = _fitting_prompt(generator, tokenizer, template, messages, settings["max_new_tokens"])
+    except ValueError:
+        messages.pop()
+        raise
+    said: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}
+    messages.append(said)
+
+    def chunks() -> Iterator[list[int]]:
+        for chunk in generator.stream(ids, go_on=True, **settings):
+            said["ids"] += chunk
+            yield chunk
+
+    for piece in as_text(tokenizer, chunks()):
+        said["content"] += piece
+        yield piece
+
+
+def _fitting_prompt(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    template: chat.ChatTemplate,
+    messages: list[chat.Message],
+    max_new_tokens: int,
+) -> list[int]:
+    """Ids of the messages, without the oldest where there are too many; those leave the list."""
+    most, kept = generator.max_length - max_new_tokens, list(messages)
+    oldest = 1 if messages[0]["role"] == "system" else 0
+    while len(ids := chat.encode_chat(tokenizer, kept, template)) > most:
+        if len(kept) <= oldest + 1:
+            raise ValueError(
+                f"this message makes a prompt of {len(ids)} tokens; with {max_new_tokens} new ones "
+                f"they are more than {generator.max_length}, the context: shorten it, or ask for "
+                "fewer new tokens"
+            )
+        del kept[oldest : oldest + 2]
+    if left_out := len(messages) - len(kept):
+        print(f"(the first {left_out} messages no longer fit)", file=sys.stderr)
+        messages[:] = kept
+    return ids

@@ -29,6 +29,7 @@ from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.files import new_result
+from stablelm_jax.tokenizer.chat import ChatTemplate
 
 _console = make_console(stderr=True)
 _say = functools.partial(_console.print, soft_wrap=True)
@@ -49,12 +50,12 @@ def from_hf(
     size = _tell(source, directory.model)
     for switch in directory.dropped:
         _say(f"  {switch.replace('_', ' ')}es are zero throughout: left out")
-    mesh = _model_mesh(directory.model)
+    mesh, chat = _model_mesh(directory.model), _told_chat(directory)
     with new_result(out, force=force, source=source) as target:
         with _bar("reading", size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with _console.status("writing"):
-            reading.write_checkpoint(directory, params, target, checkpoint_step(out.name))
+            reading.write_checkpoint(directory, params, target, checkpoint_step(out.name), chat)
         del params
         if verify:
             ids = prompt_ids(directory.tokenizer)
@@ -63,6 +64,18 @@ def from_hf(
             theirs_TV = hf_reference.reference_logits(directory.path, ids)
             _say(f"checked by {check(hf_reference.reference_name(), ours_TV, theirs_TV)}")
     return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
+
+
+def _told_chat(directory: reading.Directory) -> ChatTemplate | None:
+    """The chat template of a directory, and says of it; none where it is of no use here."""
+    try:
+        chat = reading.chat_of(directory)
+    except ValueError as error:
+        _say(f"  its chat template goes along, but is of no use here: {error}", markup=False)
+        return None
+    if chat:
+        _say(f"  its chat template ends an answer with {' or '.join(chat.enders)}", markup=False)
+    return chat
 
 
 def to_hf(

@@ -21,7 +21,7 @@ from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
-from stablelm_jax.tokenizer.chat import folder_template
+from stablelm_jax.tokenizer.chat import ChatTemplate, folder_template, template_of
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
@@ -35,7 +35,8 @@ class Directory:
     max_positions: int  # tokens of context
     dropped: tuple[str, ...]  # fields of ModelConfig for norm biases that are zero throughout
     end_ids: tuple[int, ...]  # tokens that end a text for its generation
-    chat_template: str | None
+    chat_template: str | None  # as it stands there
+    tokenizer_config: Mapping[str, Any]  # empty where there is none
 
 
 def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
@@ -79,8 +80,24 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         max_positions=int(values.get("max_position_embeddings") or 4096),
         dropped=tuple(dropped),
         end_ids=_end_ids(values | _read_json(path / "generation_config.json"), model.vocab_size),
+        tokenizer_config=_read_json(path / tokenizer_files.CONFIG),
         chat_template=folder_template(path),
     )
+
+
+def chat_of(directory: Directory) -> ChatTemplate | None:
+    """The directory's template as we use it: what ends an answer there, or a text, ends one here.
+
+    Raises:
+      ValueError: it is no Jinja, or of a kind that nothing here can use.
+    """
+    if directory.chat_template is None:
+        return None
+    own, name = directory.tokenizer, directory.path.resolve().name
+    found = template_of(name, directory.chat_template, own, directory.tokenizer_config)
+    ends = [own.decode([i]) for i in directory.end_ids if i in own.special_ids]
+    enders = dict.fromkeys([found.enders[0], *ends, *found.enders])
+    return dataclasses.replace(found, enders=tuple(enders))
 
 
 def load_params(
@@ -103,7 +120,9 @@ def load_params(
     return nest(flat)
 
 
-def write_checkpoint(directory: Directory, params: Any, path: Path, step: int) -> None:
+def write_checkpoint(
+    directory: Directory, params: Any, path: Path, step: int, chat: ChatTemplate | None = None
+) -> None:
     """The checkpoint `path`, with its tokenizer if it is not the one that everybody has."""
     run = {
         "step": step,
@@ -115,6 +134,7 @@ def write_checkpoint(directory: Directory, params: Any, path: Path, step: int) -
             "end_ids": list(directory.end_ids),
             "chat_template": directory.chat_template,
         },
+        **({"chat": chat.to_json()} if chat else {}),
     }
     saving.write_checkpoint(path, saving.Checkpoint(params, None, run))
     if isinstance(directory.tokenizer, HuggingFaceTokenizer):

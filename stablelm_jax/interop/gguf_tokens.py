@@ -15,6 +15,7 @@ from gguf import GGUFWriter, TokenType
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop.tokenizer_files import tokenizer_json
+from stablelm_jax.tokenizer.chat import plain_jinja
 from stablelm_jax.tokenizer.tokenizer import END_OF_DOCUMENT, PATTERN
 
 # What every tokenizer.json must have here, or leave out, to mean the same in llama.cpp.
@@ -64,7 +65,8 @@ def add_tokenizer(writer: GGUFWriter, checkpoint: SavedModel) -> None:
     writer.add_eos_token_id(checkpoint.end_ids[0])
     writer.add_pad_token_id(tokenizer.eod)
     if checkpoint.chat_template:
-        writer.add_chat_template(checkpoint.chat_template)
+        writer.add_eot_token_id(checkpoint.end_ids[0])
+        writer.add_chat_template(plain_jinja(checkpoint.chat_template))
 
 
 def vocabulary(content: bytes, rows: int) -> Vocabulary:

@@ -56,6 +56,9 @@ def write_directory(
     ):
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
+    if checkpoint.chat_template:  # older versions read it in tokenizer_config.json alone
+        jinja = checkpoint.chat_template.encode()
+        (folder / tokenizer_files.CHAT_TEMPLATE).write_bytes(jinja)
     (folder / tokenizer_files.TOKENIZER).write_bytes(tokenizer_files.tokenizer_json(tokenizer))
     (folder / "README.md").write_text(_model_card(checkpoint, dtype, revision), encoding="utf-8")
 

@@ -39,7 +39,8 @@ CHAT_TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
 }
-Message = Mapping[str, Any]  # {"role": one of ROLES, "content": text}, perhaps "train": False
+# {"role": one of ROLES, "content": text}, perhaps "train": False, or "ids" that an answer came as.
+Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def folder_template(path: Path) -> str | None:
     """The Jinja of a file, or that a Hugging Face folder holds, if any."""
     for file in (path, path / "chat_template.jinja"):
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return file.read_bytes().decode()  # line ends as they are
     found = _config(path).get("chat_template")
     if isinstance(found, list):  # several, by name
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
@@ -148,13 +149,20 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a conversation; with `answer` it ends with the opening of the assistant's turn.
 
+    Of an answer that has "ids" these are taken, and not those of its text.
+
     Raises:
       ValueError: an unknown role, or the template cannot take these messages.
     """
     text, begins = _rendered(messages, template, answer=answer)
-    edges = [0, *(begin for _, begin in begins), len(text)]
-    pieces = (text[first:last] for first, last in zip(edges, edges[1:]))
-    return [i for piece in pieces for i in _encode(tokenizer, piece, messages)]
+    ids, done = [], 0
+    for number, begin in begins:
+        ids += _encode(tokenizer, text[done:begin], messages)
+        done = begin
+        if "ids" in messages[number]:
+            ids += messages[number]["ids"]
+            done = text.index(template.enders[0], begin)
+    return ids + _encode(tokenizer, text[done:], messages)
 
 
 def encode_conversation(
@@ -294,6 +302,11 @@ def _compiled(jinja: str):
     )
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
-    # transformers marks with it what is trained; it writes nothing.
+    return environment.from_string(plain_jinja(jinja))
+
+
+def plain_jinja(jinja: str) -> str:
+    """The template without `{% generation %}`, which only transformers knows: it marks what is
+    trained and writes nothing."""
     jinja = re.sub(r"({%-?)\s*generation\s*(-?%})", r"\1 if true \2", jinja)
-    return environment.from_string(re.sub(r"({%-?)\s*endgeneration\b", r"\1 endif", jinja))
+    return re.sub(r"({%-?)\s*endgeneration\b", r"\1 endif", jinja)

@@ -62,7 +62,7 @@ def test_an_answer_is_part_of_what_the_next_one_reads(tokenizer):
         "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert parrot.settings == {"max_new_tokens": 20}
+    assert parrot.settings == {"max_new_tokens": 20, "go_on": True}
 
 
 def test_an_answer_that_is_broken_off_stays_as_far_as_it_was_read(tokenizer):
@@ -83,3 +83,23 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(token
     last = tokenizer.decode(parrot.prompts[-1])
     assert len(parrot.prompts[-1]) <= 100 and "no longer fit" in capsys.readouterr().err
     assert last.startswith("<|system|>\nS") and "one" not in last and "three" in last
+
+
+def test_the_history_holds_the_very_ids_that_were_generated(tokenizer):
+    """Not those of their text: another split of it, and a special token that was written out."""
+    written = [*tokenizer.encode("a"), *tokenizer.encode("<|im_start|>", specials=True)]
+    parrot, chat = Parrot(written), []
+    for text in ("one", "two"):
+        list(said(parrot, tokenizer, "chatml", chat, text))
+    first, second = parrot.prompts
+    assert second[: len(first) + len(written)] == first + written
+    assert tokenizer.decode(second[len(first) + len(written) :]).startswith("<|im_end|>\n")
+
+
+def test_what_cannot_be_read_leaves_the_conversation_as_it_was(tokenizer):
+    parrot, chat = Parrot(tokenizer.encode("yes"), max_length=120), []
+    list(said(parrot, tokenizer, "zephyr", chat, "one"))
+    before = list(chat)
+    with pytest.raises(ValueError, match="more than 120, the context: shorten it"):
+        list(said(parrot, tokenizer, "zephyr", chat, "long " * 30))
+    assert chat == before and len(parrot.prompts) == 1
