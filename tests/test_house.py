@@ -23,7 +23,7 @@ CORE = {
     "checkpoint": 1025,
     "config": 1020,
     "data": 1830,
-    "tokenizer": 850,
+    "tokenizer": 865,
     "parallel": 770,
     "optimizer": 380,
     "model": 885,
@@ -33,7 +33,7 @@ CORE = {
 # The shell around it, a single floor.
 SHELL = {
     "preparation": 3665,
-    "generation": 905,
+    "generation": 890,
     "evaluation": 1450,
     "interop": 2020,
     "planning": 1345,
