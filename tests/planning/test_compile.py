@@ -5,7 +5,7 @@ from tiny import tiny_config
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.parameters import count_parameters
-from stablelm_jax.planning.compile import DoesNotFit, compile_for
+from stablelm_jax.planning.compile import DoesNotFit, compile_for, pairs_of_a_row
 from stablelm_jax.planning.targets import parse_target
 
 pytestmark = pytest.mark.aot
@@ -87,3 +87,17 @@ def test_a_gpu_program_beyond_the_memory_is_an_error_that_names_what_is_not_trie
         step_for(data, "a100-40gb:1x1", **{"training.accumulation": 2, "training.remat": "full"})
     said = str(refused.value)
     assert "--config.training.accumulation=4" in said and "remat" not in said
+
+
+def test_without_data_a_row_is_planned_for_as_many_pairs_as_it_may_have(data):
+    config = tiny_config(data, **{"data.sequence_length": 4096})
+    assert pairs_of_a_row(config) is None
+    config.training.objective = "dpo"
+    assert pairs_of_a_row(config) == 64
+
+
+@pytest.mark.by_hand
+def test_a_step_of_preferences_is_compiled_with_as_many_pairs_as_a_row_may_have(data):
+    objective = {"training.objective": "dpo", "data.packing": "best_fit"}
+    _, step = step_for(data, "h100:1x8", **objective, **{"data.sequence_length": 128})
+    assert step.pairs == 2 and 0 < step.argument_bytes < step.peak_bytes

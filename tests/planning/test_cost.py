@@ -9,10 +9,16 @@ from stablelm_jax.planning.report import run_cost
 from stablelm_jax.planning.targets import parse_target
 
 
-def printed(target, **assumed):
-    """{line: its number} of the table for the published 540,000 steps."""
+def published():
+    """The published 540,000 steps."""
     config = config_lib.load(configs_folder() / "stablelm_2_1_6b.py")
     config.training.num_steps = 540_000
+    return config
+
+
+def printed(target, config=None, **assumed):
+    """{line: its number} of the table for `config`, or the published run."""
+    config = config or published()
     console = Console(width=120)
     with console.capture() as capture:
         console.print(run_cost(config, parse_target(target), **assumed))
@@ -41,3 +47,20 @@ def test_the_published_run_comes_out_at_its_published_cost():
 def test_without_a_power_there_is_no_energy():
     cost = printed("v5e:16x16", mfu=0.4, watts=None, price=None)
     assert cost["energy"] == "give" and not any("emissions" in name for name in cost)
+
+
+def test_of_preferences_the_head_runs_once_more_and_the_reference_once_over_all_pairs():
+    config = config_lib.load(f"{configs_folder()}/zephyr_1_6b.py:dpo")
+    assumed = {"mfu": 0.4, "watts": None, "price": None}
+    with_pairs = printed("h100:1x8", config, **assumed)
+    config.training.objective = "sft"
+    without = printed("h100:1x8", config, **assumed)
+    head, layers = 205_520_896, 1_233_125_376 - 24 * 3 * 2048  # without the biases
+    scores = 2 * 24 * 2048 * 4096
+    forward = 2 * (head + layers + scores)
+    speeds = [number(cost["tokens a second"]) for cost in (without, with_pairs)]
+    assert speeds[0] / speeds[1] == pytest.approx(1 + 2 * head / (3 * forward), rel=1e-3)
+    tokens = 594 * 32 * 4096
+    hours = tokens * forward / (8 * 989.4e12 * 0.4) / 3600
+    name = "of these, the reference's pass over one epoch of pairs"
+    assert number(with_pairs[name]) == pytest.approx(hours, abs=0.005) and name not in without

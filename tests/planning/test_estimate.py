@@ -44,6 +44,13 @@ def test_full_remat_runs_the_layers_forward_once_more_but_never_the_head():
     assert matrix_flops(none) < kernel_kept < matrix_flops(full)
 
 
+def test_of_preferences_the_head_runs_twice_forward():
+    pairs, text = layout(**{"training.objective": "dpo"}), layout()
+    again = 2 * 2048 * 100_352 * text.tokens
+    assert matrix_flops(pairs) - matrix_flops(text) == pytest.approx(again)
+    assert sum(step_time(pairs, H200)) > sum(step_time(text, H200))
+
+
 def test_each_way_to_compute_again_takes_longer_than_the_one_before():
     times = [step_time(layout(**{"training.remat": r}), H200) for r in ("none", "dots", "full")]
     assert times[0].memory < times[1].memory == times[2].memory

@@ -41,6 +41,21 @@ def test_a_launch_config_compiles_for_its_target_and_fits(name):
         _assert_gradients_are_summed_in_float32(config, step)
 
 
+@pytest.mark.by_hand  # minutes each
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        ("stablelm_2_1_6b_32k.py", "h100:1x8"),
+        ("stablelm_2_1_6b_32k.py", "v5p:4x4x4"),
+        ("zephyr_1_6b.py:sft", "a100-80gb:1x8"),
+        ("zephyr_1_6b.py:dpo", "h100:1x8"),
+    ],
+)
+def test_a_longer_context_and_the_stages_of_chat_fit_the_machines_they_name(config, target):
+    step = compile_for(config_lib.load(f"{configs_folder()}/{config}"), parse_target(target))
+    assert 0 < step.argument_bytes < step.peak_bytes <= step.available_bytes
+
+
 def _assert_gradients_are_summed_in_float32(config, step):
     """Once a step with ZeRO-1, once a microbatch with FSDP."""
     sums = [
