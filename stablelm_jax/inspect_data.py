@@ -64,7 +64,7 @@ def _rows(config: ConfigDict) -> Iterator:
     from stablelm_jax.reporting.inspection import places
     from stablelm_jax.tokenizer.tokenizer import load_tokenizer
     from stablelm_jax.training.begin import position_of
-    from stablelm_jax.training.setup import mixture_of, open_data
+    from stablelm_jax.training.setup import mixture_of, open_data, pack, spec_of
 
     given, data = flags.FLAGS, config.data
     position = position_of(config, given.workdir)
@@ -74,7 +74,8 @@ def _rows(config: ConfigDict) -> Iterator:
     sources = open_data(config, tokenizer, mixture.sources)
     first = position.first_row(given.step - 1, data.batch_size)
     rows = range(first, first + data.batch_size)
-    return places(sources, mixture, rows, data.sequence_length, config.seed, tokenizer)
+    spec = spec_of(config, tokenizer)
+    return places(sources, mixture, rows, spec, tokenizer, pack(sources, spec, held_out=False))
 
 
 def _show(row) -> None:
@@ -87,12 +88,20 @@ def _show(row) -> None:
         number = "" if document.number is None else f", document {document.number:,}"
         head = f"{document.file} token {document.offset:,}{number}: {document.tokens:,} tokens"
         middle = "" if document.opens else ", from its middle"
-        console.print(Text(head + middle, style="bold cyan"), soft_wrap=True)
-        text, half = document.text, flags.FLAGS.chars // 2
-        if half and len(text) > flags.FLAGS.chars:
-            left_out = len(text) - 2 * half
-            text = f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
-        console.print(Text(text), soft_wrap=True)
+        item = f"{document.item}: " if document.item else ""
+        console.print(Text(item + head + middle, style="bold cyan"), soft_wrap=True)
+        for text, trained in document.parts:
+            console.print(Text("trained: " if trained else "read: ", "bold"), end="")
+            console.print(Text(_shortened(text)), soft_wrap=True)
+        if not document.parts:
+            console.print(Text(_shortened(document.text)), soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    half = flags.FLAGS.chars // 2
+    if not half or len(text) <= flags.FLAGS.chars:
+        return text
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 if __name__ == "__main__":

@@ -8,11 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
+from stablelm_jax.data.batches import BatchSpec
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import SourceRows, shuffled, source_seed
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
+
+_SIDES = {"pairs": (", chosen", ", rejected")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Document:
       tokens: how many of its tokens are in this row, its `<|endoftext|>` included.
       opens: whether the document begins here; else the row opens in mid-document.
       text: these tokens as text.
+      item: in a packed row, which conversation, pair (and side of it) or document this is.
+      parts: there, the text in parts: each with whether it is trained, or only read.
     """
 
     file: str
@@ -34,6 +40,8 @@ class Document:
     tokens: int
     opens: bool
     text: str
+    item: str = ""
+    parts: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +68,11 @@ def places(
     sources: Mapping[str, Source],
     mixture: Mixture,
     rows: Sequence[int],
-    sequence_length: int,
-    seed: int,
+    spec: BatchSpec,
     tokenizer: Tokenizer,
+    packed: PackedSources | None = None,
 ) -> Iterator[RowPlace]:
-    """The places of some rows of the mixture.
+    """The places of some rows of the mixture; `packed` is that of the run.
 
     Raises:
       ShardError, ManifestError: a shard is missing or damaged.
@@ -74,36 +82,56 @@ def places(
         number, index = mixture.locate(row)
         name = mixture.sources[number]
         if name not in read:
-            read[name] = _SourceReader(sources[name], sequence_length, seed, tokenizer)
+            read[name] = _SourceReader(sources[name], spec, tokenizer, packed)
         yield read[name].place(row, index)
 
 
 class _SourceReader:
-    def __init__(self, source: Source, sequence_length: int, seed: int, tokenizer: Tokenizer):
-        self._source, self._length, self._tokenizer = source, sequence_length, tokenizer
-        rows = SourceRows(source, sequence_length)
+    def __init__(
+        self, source: Source, spec: BatchSpec, tokenizer: Tokenizer, packed: PackedSources | None
+    ):
+        self._name, self._kind = source.name, source.manifest.kind
+        self._length, self._tokenizer = spec.sequence_length, tokenizer
+        self._packed = packed and packed[source.name, "train"]
+        rows = self._packed or SourceRows(source, self._length)
         self._stream, self._rows = rows.stream, len(rows)
-        numbers = grain.MapDataset.range(self._rows)
-        self._numbers = shuffled(numbers, source_seed(seed, source.name))
+        self._numbers = shuffled(
+            grain.MapDataset.range(len(rows)), source_seed(spec.seed, self._name)
+        )
 
     def place(self, row: int, index: int) -> RowPlace:
         number = int(self._numbers[index])
-        start = number * self._length
-        documents = tuple(self._documents(start, start + self._length))
-        epoch = index // self._rows
-        return RowPlace(row, self._source.name, epoch, number, self._rows, documents)
+        found = self._items(number) if self._packed else self._documents(number * self._length)
+        return RowPlace(row, self._name, index // self._rows, number, self._rows, tuple(found))
 
-    def _documents(self, start: int, stop: int) -> Iterator[Document]:
-        tokens = self._stream.read(start, stop)
+    def _documents(self, start: int) -> Iterator[Document]:
+        tokens = self._stream.read(start, start + self._length)
         ends = np.flatnonzero(tokens == self._tokenizer.eod) + 1
         opens = start == 0 or self._stream.read(start - 1, start)[0] == self._tokenizer.eod
         first = 0
         for end in [*ends.tolist(), len(tokens)]:
             if end > first:
-                text = self._tokenizer.decode(tokens[first:end].tolist())
-                shard, offset = self._stream.locate(start + first)
-                number = None
-                if isinstance(shard, Shard):
-                    number = int(np.searchsorted(shard.document_offsets, offset, side="right")) - 1
-                yield Document(str(shard.path), number, offset, end - first, bool(opens), text)
+                yield self._document(start + first, tokens[first:end], bool(opens))
             first, opens = end, True
+
+    def _items(self, row: int) -> Iterator[Document]:
+        """The documents of a packed row."""
+        opening, sides = self._stream.document_offsets(), _SIDES.get(self._kind, ("",))
+        kind = self._kind.removesuffix("s")
+        names = [f"{kind} {i:,}{side}" for i in self._packed.items(row) for side in sides]
+        for name, (tokens, counts, first) in zip(names, self._packed.segments(row)):
+            trained = np.append(False, counts)
+            cuts = np.flatnonzero(np.diff(trained)) + 1
+            texts = [self._tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
+            parts = tuple(zip(texts, trained[[0, *cuts]].tolist()))
+            yield self._document(first, tokens, bool(np.isin(first, opening)), name, parts)
+
+    def _document(
+        self, position: int, tokens: np.ndarray, opens: bool, item: str = "", parts: tuple = ()
+    ) -> Document:
+        shard, offset = self._stream.locate(position)
+        number = None
+        if isinstance(shard, Shard):
+            number = int(np.searchsorted(shard.document_offsets, offset, side="right")) - 1
+        text, place = self._tokenizer.decode(tokens.tolist()), (str(shard.path), number, offset)
+        return Document(*place, len(tokens), opens, text, item, parts)

@@ -204,15 +204,7 @@ def prepare_run(
     mixture = mixture_of(config, data_position)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     sources = open_data(config, tokenizer, mixture.sources)
-    spec = BatchSpec(
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        eod=tokenizer.eod,
-        loss_on_first_token=config.data.loss_on_first_token,
-        packing=config.data.packing,
-        loss_on=config.data.loss_on,
-    )
+    spec = spec_of(config, tokenizer)
     return Run(
         config=config,
         model=model,
@@ -245,6 +237,13 @@ def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:
             f"({found}), and a model is tuned on one; prepare them all with the same"
         )
     return next(iter(templates.values()), None)
+
+
+def spec_of(config: ConfigDict, tokenizer: Tokenizer) -> BatchSpec:
+    """What the batches of a run of `config` look like."""
+    names = ("sequence_length", "batch_size", "loss_on_first_token", "packing", "loss_on")
+    fields = {name: config.data[name] for name in names}
+    return BatchSpec(seed=config.seed, eod=tokenizer.eod, **fields)
 
 
 def pack(sources: Mapping[str, Source], spec: BatchSpec, held_out: bool) -> PackedSources | None:

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import tiny_config, write_config
+from tiny import CHOICES, TALKS, tiny_config, write_chats, write_config, write_data
 
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.reporting.inspection import places
@@ -24,9 +24,7 @@ def test_the_documents_shown_are_those_that_the_batch_holds(data, step):
     run = prepare_run(tiny_config(data))
     tokenizer, batch = run.tokenizer, batch_rows(run, step)
     rows = range(8 * step, 8 * step + 8)
-    found = list(
-        places(run.sources, run.mixture, rows, sequence_length=32, seed=1234, tokenizer=tokenizer)
-    )
+    found = list(places(run.sources, run.mixture, rows, run.spec, tokenizer))
     for place, tokens, source, segments in zip(
         found, batch["tokens"], batch["source_ids"], batch["segment_ids"]
     ):
@@ -76,3 +74,32 @@ def test_a_person_sees_source_file_offset_and_text(shown):
 def test_a_source_that_is_not_in_the_mixture_is_refused(shown):
     code, _, err = shown("--step=1", "--source=cubes")
     assert code == 1 and "the mixture has fibonacci, squares" in err
+
+
+def test_packed_rows_show_their_items_and_what_of_them_is_trained(tmp_path):
+    root = write_chats(write_data(tmp_path / "data"))
+    for sources in ({TALKS: 0.5, "squares": 0.5}, {CHOICES: 1.0}):
+        run = prepare_run(tiny_config(root, sources=sources, **{"data.packing": "best_fit"}))
+        decode, batch = run.tokenizer.decode, batch_rows(run, 3)
+        found = places(run.sources, run.mixture, range(24, 32), run.spec, run.tokenizer, run.packed)
+        for place, row in enumerate(found):
+            segments, mask = batch["segment_ids"][place], batch["loss_mask"][place] == 1
+            assert row.source == run.mixture.sources[batch["source_ids"][place]]
+            for number, document in enumerate(row.documents, 1):
+                inside = segments == number
+                trained = " ".join(text for text, yes in document.parts if yes)
+                targets = batch["targets"][place][inside & mask]
+                assert trained.split() == decode(targets.tolist()).split()
+                texts = " ".join(text for text, _ in document.parts)
+                assert texts.split() == document.text.split()
+                assert document.tokens == inside.sum() + 1
+                shard = Shard(document.file)
+                span = shard.document_offsets[document.number : document.number + 2]
+                if row.source != "squares":
+                    assert [document.offset, document.offset + document.tokens] == span.tolist()
+                assert document.opens == (document.offset == span[0])
+            assert segments.max() - len(row.documents) in (0, 1)
+            if row.source == CHOICES:
+                ids = [i for i in batch["pair_ids"][place].tolist() if i >= 0]
+                sides = [f"pair {i}, {side}" for i in ids for side in ("chosen", "rejected")]
+                assert [document.item for document in row.documents] == sides

@@ -1,14 +1,17 @@
+import io
 import math
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny import SOURCES, tiny_config, write_data
+from rich.console import Console
+from tiny import SOURCES, TALKS, tiny_config, write_chats, write_data
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.transformer import init_params, logits
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.reporting.console import show_evaluation
 from stablelm_jax.training.held_out import (
     HeldOut,
     HeldOutError,
@@ -83,6 +86,32 @@ def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model
         assert line[f"eval/documents/{name}"] == part.documents
         error = stderr_by_hand(*documents_2D)
         assert line[f"eval/loss_stderr/{name}"] == pytest.approx(error, abs=2e-5)
+
+
+def test_held_out_loss_of_packed_rows_is_that_of_their_documents_one_by_one(tmp_path):
+    root = write_chats(write_data(tmp_path / "data"))
+    settings = {"data.packing": "best_fit", "evaluation.max_rows": 10_000}
+    run = prepare_run(tiny_config(root, {TALKS: 1.0, "squares": 1.0, "fibonacci": 1.0}, **settings))
+    params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(3))
+    line = evaluate_held_out(run.eval_step, params, run.held_out(), run.mesh, run.objective)
+    for name in run.sources:
+        rows = run.packed[name, "held_out"]
+        sums = []
+        for row in range(len(rows)):
+            for tokens, counts, _ in rows.segments(row):
+                scores = forward(run, params, tokens[:-1])
+                nll = np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(counts)), tokens[1:]]
+                sums.append((nll[counts].sum(), counts.sum()))
+        nll, tokens = np.array(sums, np.float64).T
+        assert tokens.sum() == rows.trained
+        assert line[f"eval/loss/{name}"] == pytest.approx(nll.sum() / tokens.sum(), abs=2e-5)
+        assert line[f"eval/documents/{name}"] == len(sums)
+        error = stderr_by_hand(nll, tokens)
+        assert line[f"eval/loss_stderr/{name}"] == pytest.approx(error, abs=2e-5)
+        assert (f"eval/bits_per_byte/{name}" in line) == (name != TALKS)
+    file = io.StringIO()
+    show_evaluation(Console(file=file, width=200), run, 0, line)
+    assert "all of it" in file.getvalue() and file.getvalue().count("±") == 3
 
 
 def line_of(documents, languages, tokens_per_byte):
