@@ -1,7 +1,7 @@
-"""`evaluate --checkpoint C [--tasks a,b]`: held-out text of each source, or lm-eval's tasks.
+"""`evaluate --checkpoint C`: held-out text of each source, or --tasks, or --mt-bench.
 
-JSON goes to stdout or --output, tables to stderr. With --tasks only tasks are run, unless --config
-or --data says where held-out text lies.
+JSON goes to stdout or --output, tables to stderr. With --tasks or --mt-bench only these are run,
+unless --config or --data says where held-out text lies. --chat asks as a conversation does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from stablelm_jax.storage.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from stablelm_jax.checkpoint.saved_model import SavedModel
+    from stablelm_jax.generation.generator import Generator
+    from stablelm_jax.tokenizer.chat import ChatTemplate
+    from stablelm_jax.training.setup import Run
+
+
+_CONVERSATIONS = 64  # held-out ones of each source that are answered
+_INTERRUPTED = "nothing was printed; answers and grades of --mt-bench are kept"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     what = "default: held-out text as in training; tasks bfloat16, float32 on a CPU"
     add("--dtype", choices=("bfloat16", "float32"), help=what)
     what = "of a batch on each device (%(default)s)"
+    what = "the model is asked in this template: zephyr, chatml or a FILE; default: its own"
+    add("--chat", nargs="?", const=True, metavar="TEMPLATE", help=what)
+    what = (
+        "of an answer at most; default: 1,024 of MT-Bench, each task's own, 256 of held-out chats"
+    )
+    add("--max-new-tokens", type=_count, help=what)
     add("--batch-tokens", type=_count, default=16_384, help=what)
     add("--tokenizer", help="default: the one the model was trained with")
 
@@ -88,7 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     what = "examples, where a task is not fixed to none; default: each task's own number"
     add("--num-fewshot", type=int, help=what)
     add("--max-length", type=_count, help="tokens; default: those of the training")
-    add("--compare", default="stablelm-2-1_6b", help="published model; default: %(default)s")
+    what = "published model; default: stablelm-2-1_6b, with --chat stablelm-2-zephyr-1_6b"
+    add("--compare", help=what)
+
+    add = parser.add_argument_group("MT-Bench").add_argument
+    add("--mt-bench", type=Path, metavar="OUT", help="folder for the answers, in FastChat's files")
+    what = "question.jsonl; default: of --task-data, else of OUT"
+    add("--questions", type=Path, help=what)
+    add("--model-id", help="name of the file of answers; default: that of the run and the step")
+    what = "grades the answers: address of an OpenAI-compatible server, its key in OPENAI_API_KEY"
+    add("--judge", metavar="URL", help=f"{what}; never the model itself")
+    add("--judge-model", help="its name on the server; default: the only one there")
+    add("--judge-timeout", type=_count, default=300, help="seconds of silence (%(default)s)")
     return parser
 
 
@@ -100,37 +124,83 @@ def _count(text: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from stablelm_jax.checkpoint.saved_model import SavedModel
-    from stablelm_jax.parallel.mesh import make_mesh
     from stablelm_jax.storage.remote import described
 
     saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
     found = {"checkpoint": str(saved.path), "step": saved.run["step"]}
-    if not arguments.tasks or arguments.config or arguments.data:
-        found |= _held_out(arguments, saved)
-    if arguments.tasks:
-        from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
-
+    template = None
+    if arguments.chat or arguments.mt_bench:
+        named = arguments.chat if isinstance(arguments.chat, str) else None
+        template = saved.chat_or_own(named)
+        found["chat_template"] = template.to_json()
+    asked = [name for name in ("tasks", "mt_bench") if getattr(arguments, name)]
+    if not asked or arguments.config or arguments.data:
+        found |= _held_out(arguments, saved, template)
+    failed: dict[str, str] = {}
+    for name in asked:
         try:
-            found |= evaluate_tasks(
-                saved,
-                make_mesh(model=arguments.model),
-                arguments.tasks,
-                data=arguments.task_data,
-                compared=arguments.compare,
-                limit=arguments.limit,
-                num_fewshot=arguments.num_fewshot,
-                dtype=arguments.dtype,
-                max_length=arguments.max_length,
-                batch_tokens=arguments.batch_tokens,
-            )
+            part = {"tasks": _tasks, "mt_bench": _mt_bench}[name](arguments, saved, template)
         except Exception as error:  # of any library: what was found before stays
-            if "eval/loss" not in found:
+            if not found.keys() & {"eval/loss", "tasks"}:
                 raise
-            found["failed"] = {"tasks": described(error)}
-    return found
+            part = {"failed": {name: described(error)}}
+        failed |= part.pop("failed", {})
+        found |= part
+    return found | ({"failed": failed} if failed else {})
 
 
-def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any]:
+def _tasks(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> dict[str, Any]:
+    from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
+    from stablelm_jax.parallel.mesh import make_mesh
+
+    names = ("limit", "num_fewshot", "max_new_tokens", "dtype", "max_length", "batch_tokens")
+    return evaluate_tasks(
+        saved,
+        make_mesh(model=arguments.model),
+        arguments.tasks,
+        data=arguments.task_data,
+        compared=arguments.compare or f"stablelm-2-{'zephyr-' if template else ''}1_6b",
+        chat=template,
+        **{name: getattr(arguments, name) for name in names},
+    )
+
+
+def _mt_bench(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> dict[str, Any]:
+    from stablelm_jax.evaluation.judge import Judge
+    from stablelm_jax.evaluation.mt_bench import evaluate_mt_bench
+
+    judge = arguments.judge, arguments.judge_model, arguments.judge_timeout
+    data = Path(arguments.task_data) / "mt_bench" if arguments.task_data else arguments.mt_bench
+    return evaluate_mt_bench(
+        saved,
+        template,
+        lambda: _generator(arguments, saved),
+        arguments.questions or data / "question.jsonl",
+        arguments.mt_bench,
+        model_id=arguments.model_id,
+        max_new_tokens=arguments.max_new_tokens,
+        judge=Judge(*judge) if arguments.judge else None,
+    )
+
+
+def _generator(arguments: argparse.Namespace, saved: SavedModel) -> Generator:
+    from stablelm_jax.generation.generator import Generator
+    from stablelm_jax.parallel.mesh import make_mesh
+    from stablelm_jax.parallel.sharding import batch_parts
+
+    mesh, length = make_mesh(model=arguments.model), arguments.max_length or saved.max_positions
+    return Generator(
+        saved.model,
+        saved.load(mesh),
+        mesh=mesh,
+        dtype=arguments.dtype,
+        batch_size=max(1, arguments.batch_tokens // length) * batch_parts(mesh),
+        max_length=length,
+        num_valid_ids=saved.num_valid_ids,
+    )
+
+
+def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> dict[str, Any]:
     import jax
 
     from stablelm_jax import config as config_lib
@@ -166,8 +236,30 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel) -> dict[str, Any
     parameters, held_out = saved.load(run.mesh), run.held_out()
     line = evaluate_held_out(run.eval_step, parameters, held_out, run.mesh, run.objective)
     show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
-    return line
+    return line | (_answers(arguments, saved, template, run) if template else {})
+
+
+def _answers(
+    arguments: argparse.Namespace, saved: SavedModel, template: ChatTemplate, run: Run
+) -> dict[str, Any]:
+    """What the model answers to held-out conversations of the run's data, where there are some."""
+    from stablelm_jax.data.prompts import held_out_prompts
+    from stablelm_jax.evaluation.answers import MAX_NEW_TOKENS, Question, measure_answers
+    from stablelm_jax.reporting.evaluations import table_of_answers
+
+    prompts = held_out_prompts(run.sources.values(), arguments.limit or _CONVERSATIONS)
+    decode = saved.tokenizer.decode
+    questions = [Question(prompt, decode(prompt), language) for prompt, language in prompts]
+    if not questions:
+        return {}
+    most = {"max_new_tokens": arguments.max_new_tokens or MAX_NEW_TOKENS}
+    generator = _generator(arguments, saved)
+    numbers, samples = measure_answers(generator, saved.tokenizer, template, questions, **most)
+    make_console(stderr=True).print(table_of_answers(numbers))
+    return {f"chat/{name}": value for name, value in numbers.items()} | {
+        "chat/samples": samples[:16]
+    }
 
 
 if __name__ == "__main__":
-    run_verb(main, "evaluate", prints_result=True)
+    run_verb(main, "evaluate", prints_result=True, interrupted=_INTERRUPTED)

@@ -22,7 +22,7 @@ CORE = {
     "run": 1460,
     "checkpoint": 1025,
     "config": 1020,
-    "data": 1830,
+    "data": 1865,
     "tokenizer": 865,
     "parallel": 770,
     "optimizer": 380,
@@ -37,7 +37,7 @@ SHELL = {
     "evaluation": 1450,
     "interop": 2020,
     "planning": 1345,
-    "reporting": 760,
+    "reporting": 725,
     "drilling": 440,
 }
 ROOMS = CORE | SHELL

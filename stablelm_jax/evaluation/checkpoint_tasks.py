@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 try:
     import lm_eval  # noqa: F401
@@ -19,14 +18,16 @@ except ImportError as error:
     raise ImportError(f"tasks need lm-eval ({error}): pip install -e '.[eval]'") from error
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.evaluation.lm_eval_model import CheckpointLM, Told
+from stablelm_jax.evaluation.lm_eval_model import CheckpointLM
 from stablelm_jax.evaluation.scores import published_scores, scores_to_json, table_of_scores
 from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
+from stablelm_jax.reporting.evaluations import Told, bar
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import described
+from stablelm_jax.tokenizer.chat import ChatTemplate
 from stablelm_jax.training.setup import Run
 
 
@@ -39,6 +40,7 @@ def evaluate_tasks(
     compared: str,
     limit: int | None,
     num_fewshot: int | None,
+    chat: ChatTemplate | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Prints a table to stderr and returns what goes into the JSON.
@@ -46,6 +48,7 @@ def evaluate_tasks(
     Args:
       names, data: those of `load_tasks`; limit, num_fewshot: of `run_tasks`.
       compared: the published model whose scores stand beside.
+      chat: the template of all prompts; None: they are plain text.
       options: those of `lm_of_checkpoint`.
 
     Returns:
@@ -54,22 +57,26 @@ def evaluate_tasks(
     Raises:
       ValueError: an unknown task or published model, data that is missing, a damaged checkpoint.
     """
-    models = dict.fromkeys(model for row in published_scores() for model in row["scores"])
+    rows = [row for row in published_scores() if row["task"] != "mt_bench"]
+    models = dict.fromkeys(model for row in rows for model in row["scores"])
     if compared not in models:
         known = ", ".join(models)
         raise ValueError(f"--compare {compared}: no published scores; choose one of {known}")
     console, failed = make_console(stderr=True), {}
     asked = load_tasks(names, data)
-    with _bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
-        model = lm_of_checkpoint(saved, mesh, told=told, **options)
+    with bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
+        model = lm_of_checkpoint(saved, mesh, told=told, chat=chat, **options)
         scores = run_tasks(
             model,
             asked,
             limit=limit,
             num_fewshot=num_fewshot,
+            chat=chat is not None,
             failed=lambda name, error: failed.update({name: described(error)}),
         )
     console.print(table_of_scores(scores, compared))
+    if chat:
+        console.print(f"prompts in the chat template {chat.name}; published ones were plain text")
     if model.cut:
         console.print(f"inputs cut at their beginning: {model.cut}; {model.max_length} tokens fit")
     found = scores_to_json(scores, compared) | {"inputs_cut": model.cut}
@@ -84,11 +91,12 @@ def lm_of_checkpoint(
     dtype: Any = None,
     max_length: int | None = None,
     told: Told = lambda what, done, count: None,
+    **options: Any,
 ) -> CheckpointLM:
     """A checkpoint as lm-eval's model; reads the weights onto the mesh.
 
     Args:
-      batch_tokens: that of `Scorer`; told: that of `CheckpointLM`.
+      batch_tokens: that of `Scorer`; told, options: those of `CheckpointLM`.
       dtype: type of matrix products; by default bfloat16, float32 on a CPU.
       max_length: tokens of the longest input; by default the model's context.
 
@@ -104,23 +112,9 @@ def lm_of_checkpoint(
         compute=Compute(dtype=dtype, num_valid_ids=saved.num_valid_ids),
         batch_tokens=batch_tokens,
     )
-    model = CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids)
+    model = CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids, **options)
     model.load(saved.load(mesh))
     return model
-
-
-@contextlib.contextmanager
-def _bar(console: Console) -> Iterator[Told]:
-    """A line on the console for each task and kind of request; gives what moves it."""
-    name = TextColumn("{task.description}", markup=False)
-    with Progress(name, BarColumn(), TimeRemainingColumn(), console=console) as progress:
-
-        def told(what: str, done: int, count: int) -> None:
-            if done == 0:
-                progress.add_task(what, total=count)
-            progress.update(progress.task_ids[-1], completed=done)
-
-        yield told
 
 
 class TrainingTasks:

@@ -2,12 +2,13 @@
 
 Text becomes tokens as lm-eval's own Hugging Face class makes them with the exported tokenizer:
 no token is put in front, the spelling of a special token is that token, a continuation's tokens
-are what the whole text has more than its context, and an empty context is `<|endoftext|>`.
+are what the whole text has more than its context, and an empty context is `<|endoftext|>`. A chat
+is text too, rendered by the model's template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -23,11 +24,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from stablelm_jax.evaluation.scoring import Answer, Scorer
 from stablelm_jax.generation.generator import Generator
 from stablelm_jax.parallel import sharding
+from stablelm_jax.reporting.evaluations import Told
+from stablelm_jax.tokenizer.chat import ChatTemplate, render_chat, stop_ids
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 _AT_A_TIME = 64  # prompts that are continued before somebody may ask to leave
-# f(what is done, requests answered so far, requests in all); it may raise to end the evaluation.
-Told = Callable[[str, int, int], None]
 
 
 class CheckpointLM(TemplateLM):
@@ -42,17 +43,28 @@ class CheckpointLM(TemplateLM):
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: Tokenizer, *, told: Told, end_ids: Sequence[int] = ()
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        *,
+        told: Told,
+        end_ids: Sequence[int] = (),
+        chat: ChatTemplate | None = None,
+        max_new_tokens: int | None = None,
     ):
         """Load weights before use.
 
         Args:
           told: called before the first request of a kind and after every batch, on all processes.
-          end_ids: tokens that end a text, as of a chat; by default `<|endoftext|>` alone.
+          end_ids: tokens that end a text; by default `<|endoftext|>` alone.
+          chat: the template of `apply_chat_template`; its enders end a text too.
+          max_new_tokens: of a text, where a task asks for more.
         """
         super().__init__()
         self._scorer, self._text, self._told = scorer, tokenizer, told
-        self._end_ids = tuple(end_ids) or (tokenizer.eod,)
+        self._chat, self._max_new_tokens = chat, max_new_tokens
+        enders = stop_ids(tokenizer, chat) if chat else ()
+        self._end_ids = tuple(dict.fromkeys((*enders, *end_ids))) or (tokenizer.eod,)
         self._params: Any = None
         self._generator: Generator | None = None  # made when a task asks for text: most never do
         self.max_length, self.cut = scorer.max_length, 0
@@ -86,6 +98,30 @@ class CheckpointLM(TemplateLM):
     def _decoded(self, tokens: Iterable[int]) -> str:
         """Without special tokens."""
         return self._text.decode([token for token in tokens if token not in self._text.special_ids])
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the names of lm-eval's own caches: other tokens, another name."""
+        return f"{self._text.sha256[:12]}-{self._chat.name if self._chat else ''}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The Jinja that `apply_chat_template` fills in; "" without a chat."""
+        return self._chat.jinja if chat_template and self._chat else ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as text; without the prompt, its last message is to be gone on with.
+
+        As in lm-eval's own class, system messages are left out where a template refuses them.
+        """
+        if not add_generation_prompt:
+            return self.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
+        try:
+            return render_chat(chat_history, self._chat)
+        except ValueError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            return render_chat(others, self._chat)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
         """For each continuation after its context; and whether greedy choice would say it."""
@@ -145,12 +181,12 @@ class CheckpointLM(TemplateLM):
         """The continuation of each text, with the settings of a task."""
         end = self._text.decode([self.eot_token_id])
         until = handle_stop_sequences(list(settings["until"]), eos=end)
-        count = settings["max_gen_toks"]
+        count = min(settings["max_gen_toks"], self._max_new_tokens or settings["max_gen_toks"])
         room = self.max_length - count
         if room < 1:
             raise ValueError(
                 f"the task asks for {count} new tokens, but the model reads {self.max_length}: "
-                "lower max_gen_toks in its generation_kwargs"
+                "give fewer by --max-new-tokens, or a larger --max-length"
             )
 
         def has_ended(_: int, tokens: list[int]) -> bool:

@@ -15,6 +15,9 @@ from rich.table import Table
 
 _LIBRARIES = ("stablelm_jax", "lm_eval", "jax", "datasets")
 _NOT_SHARES = ("perplexity", "byte", "bits")  # metrics that are no share of the items
+# What lm-eval's class `dummy` gets, which says "lol" to every prompt: {(task, metric): percent}.
+FLOORS = {("ifeval", f"prompt_level_{kind}_acc"): 11.46 for kind in ("strict", "loose")}
+FLOORS |= {("ifeval", f"inst_level_{kind}_acc"): 22.90 for kind in ("strict", "loose")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,12 @@ def published_score(score: TaskScore, model: str) -> tuple[float, str] | None:
     return None
 
 
+def published_mt_bench() -> dict[str, float]:
+    """The mean grades of MT-Bench that were published, by model; GPT-4 was the judge."""
+    (row,) = (row for row in published_scores() if row["task"] == "mt_bench")
+    return row["scores"]
+
+
 def published_metric(task: str) -> str | None:
     """The metric that the published suites give first for a task; None for other tasks."""
     return next((row["metric"] for row in published_scores() if row["task"] == task), None)
@@ -91,14 +100,17 @@ def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks
     Shares are in percent. Of a task with a published metric that one is shown, else all.
     """
     notes = {score.task: score.note for score in scores if score.note}
+    floors = [FLOORS.get((score.task, score.metric)) for score in scores]
+    if any(floors):
+        notes["floor"] = 'what a model gets that says "lol" to every prompt'
     caption = "\n".join(f"* {task}: {note}" for task, note in notes.items()) or None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("task", "metric"):
         table.add_column(column, no_wrap=True)
-    for column in ("shots", "items", "ours"):
+    for column in ("shots", "items", "ours", *(["floor"] if any(floors) else [])):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column(model, justify="right", overflow="fold")
-    for score in scores:
+    for score, floor in zip(scores, floors):
         if score.is_detail or published_metric(score.task) not in (None, score.metric):
             continue
         found = published_score(score, model)
@@ -110,6 +122,7 @@ def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks
             "" if score.shots is None else str(score.shots),
             "" if score.items is None else f"{score.items:,}",
             f"{scale * score.value:.2f}{error}",
+            *([f"{floor:.2f}" if floor else ""] if any(floors) else []),
             "" if found is None else f"{found[0]:.2f}",
         )
     return table
@@ -120,6 +133,8 @@ def scores_to_json(scores: Sequence[TaskScore], model: str) -> dict[str, Any]:
     rows = []
     for score in scores:
         row = dataclasses.asdict(score)
+        if floor := FLOORS.get((score.task, score.metric)):
+            row["floor"] = floor
         if found := published_score(score, model):
             row["published"] = {"model": model, "score": found[0], "source": found[1]}
         rows.append(row)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import nltk
 import numpy as np
 from datasets.exceptions import DatasetsError
 from lm_eval import tasks as stock
@@ -33,7 +34,7 @@ GROUPS = Path(__file__).parent / "tasks"
 SEED = 1234  # of the examples that are drawn for few-shot prompts, as in lm-eval
 BOOTSTRAPS = 1000  # samples where a standard error has no formula, as that of a perplexity
 _FOLDERS = (
-    *("arc", "gsm8k", "hellaswag", "lambada", "lambada_multilingual"),
+    *("arc", "gsm8k", "hellaswag", "ifeval", "lambada", "lambada_multilingual"),
     *("lambada_multilingual_stablelm", "mmlu/default", "okapi", "piqa", "sciq", "truthfulqa"),
     "winogrande",
 )
@@ -68,6 +69,8 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Ask
       ValueError: an unknown name, with the nearest known; a folder that is none; no data.
     """
     index = _read_index(Path(data)) if data else {}
+    if data and (splitter := Path(data) / "nltk_data").is_dir():
+        nltk.data.path.insert(0, str(splitter))  # IFEval downloads it where it is not found
     notes = {name: entry["note"] for name, entry in index.items() if entry["note"]}
     asked = []
     with tempfile.TemporaryDirectory() as folder, _undisturbed():
@@ -77,7 +80,10 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Ask
         for name in names:
             try:
                 asked.append(Asked(name, manager.load([name]), notes))
-            except (OSError, ValueError, ImportError, DatasetsError) as error:
+            except ImportError as error:
+                what = f"task {name!r} needs a package that is not here: {described(error)}"
+                raise ValueError(f"{what}; pip install -e '.[eval]'") from error
+            except (OSError, ValueError, DatasetsError) as error:
                 raise ValueError(
                     f"task {name!r} cannot be loaded: {described(error)}. Its data comes from the "
                     "Hugging Face Hub; where that is out of reach, --task-data DIR holds the data "
@@ -142,6 +148,7 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     bootstraps: int = BOOTSTRAPS,
+    chat: bool = False,
     failed: Callable[[str, Exception], None],
 ) -> list[TaskScore]:
     """Every number of every task.
@@ -150,6 +157,7 @@ def run_tasks(
       limit: items of each task, its first ones; None: all.
       num_fewshot: examples in each prompt instead of a task's own number; tasks that are fixed to
         none stay so.
+      chat: prompts are conversations in the model's template, each example a turn of its own.
       bootstraps: samples for standard errors without a formula, which lm-eval says on stdout; 0:
         no standard errors at all.
       failed: told of a task that ends with an error, whose scores are then missing.
@@ -171,6 +179,8 @@ def run_tasks(
                     task_dict=one.loaded,
                     limit=limit,
                     bootstrap_iters=bootstraps,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
                     log_samples=False,
                 )
             scores += _scores(one, found)

@@ -1,6 +1,7 @@
 """`evaluate`: held-out text on whatever devices are there, tasks, JSON, errors that help."""
 
 import json
+from unittest import mock
 
 import pytest
 from task_files import write_task
@@ -58,6 +59,19 @@ def test_tasks_are_run_alone_and_written_with_versions(trained, tmp_path, capsys
     assert (score["task"], score["metric"], score["items"]) == ("one_of_three", "acc", 3)
     assert score["shots"] == 1 and "lm_eval" in found["versions"]
     assert "eval/loss" not in found and found["step"] == 4
+
+
+def test_tasks_of_a_chat_are_asked_in_its_template_which_the_scores_name(trained, tmp_path, capsys):
+    suite = pytest.importorskip("stablelm_jax.evaluation.suite")
+    flags = ["--checkpoint", str(trained[0]), "--tasks", str(write_task(tmp_path, "a_chat", 3))]
+    assert evaluate.main([*flags, "--chat"]) == 1
+    assert "came with no chat template" in capsys.readouterr().err.splitlines()[-1]
+    seen, run = [], suite.evaluate
+    with mock.patch.object(suite, "evaluate", lambda **how: seen.append(how) or run(**how)):
+        found = evaluated(capsys, *flags, "--chat", "zephyr", "--limit", 2)
+    assert found["chat_template"]["name"] == "zephyr" and found["tasks"][0]["items"] == 2
+    assert found["chat_template"]["enders"] == ["<|endoftext|>"]
+    assert seen[0]["apply_chat_template"] is seen[0]["fewshot_as_multiturn"] is True
 
 
 def test_a_task_that_fails_costs_no_other_its_scores(trained, tmp_path, capsys):

@@ -4,16 +4,20 @@ The model is random, its tokens are words: what is compared is how text becomes 
 these are answered. benchmarks/lm_eval_agreement.py does it with a trained one and real tasks.
 """
 
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from small_models import random_params, write_checkpoint
-from task_files import write_task
+from task_files import WRITES, write_task
 
 from stablelm_jax import convert
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.parallel.mesh import make_mesh
+from stablelm_jax.tokenizer.chat import chat_template
 from stablelm_jax.tokenizer.train_tokenizer import train as train_tokenizer
 
 for library in ("torch", "transformers", "accelerate", "lm_eval"):
@@ -119,6 +123,65 @@ def test_a_task_file_gives_the_same_scores_through_both(ours, theirs, tmp_path):
     assert [(s.key, s.items, s.shots) for s in found][0] == ("pick_a_word/acc", 6, 2)
     assert [s.value for s in found] == [s.value for s in expected]
     assert 0 <= found[0].value <= 1 and found[0].stderr is not None
+
+
+@pytest.fixture(scope="module")
+def template(checkpoint):
+    return chat_template("zephyr", SavedModel.open(checkpoint).tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ours_in_chat(checkpoint, template):
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    options = dict(dtype="float32", batch_tokens=512, max_length=256, chat=template)
+    return of_checkpoint(SavedModel.open(checkpoint), mesh, **options)
+
+
+@pytest.fixture(scope="module")
+def theirs_in_chat(theirs, template):
+    theirs.tokenizer.chat_template = template.jinja
+    theirs._max_length = 256
+    return theirs
+
+
+@pytest.mark.parametrize("instead", ["", WRITES], ids=["multiple_choice", "generate_until"])
+def test_a_chat_is_asked_and_answered_as_by_lm_evals_own_class(
+    ours_in_chat, theirs_in_chat, template, tmp_path, instead
+):
+    from lm_eval.evaluator import evaluate
+
+    path = write_task(tmp_path, f"chat_{bool(instead)}", items=4, instead=instead)
+
+    def samples(model):
+        loaded = suite.load_tasks([str(path)])[0].loaded
+        (task,) = loaded["tasks"].values()
+        task.set_fewshot_seed(seed=suite.SEED)
+        chat = dict(apply_chat_template=True, fewshot_as_multiturn=True)
+        (found,) = evaluate(lm=model, task_dict=loaded, **chat)["samples"].values()
+        return found
+
+    found, expected = samples(ours_in_chat), samples(theirs_in_chat)
+    for sample, other in zip(found, expected, strict=True):
+        assert sample["arguments"] == other["arguments"]
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("<|user|>\n") == prompt.count("<|assistant|>\n") == 3
+        assert prompt.endswith("<|assistant|>\nIt is" if instead else "<|assistant|>\n")
+        if instead:
+            assert sample["resps"] == other["resps"] and prompt.startswith("<|system|>\nAnswer b")
+        else:
+            logprobs, greedy = np.array(sample["filtered_resps"], float).T
+            their_logprobs, their_greedy = np.array(other["filtered_resps"], float).T
+            np.testing.assert_allclose(logprobs, their_logprobs, atol=1e-4)
+            assert (greedy == their_greedy).all()
+    assert ours_in_chat.chat_template(True) == theirs_in_chat.chat_template(True) == template.jinja
+
+
+def test_a_template_that_refuses_a_system_message_goes_without(ours_in_chat, template):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    model = copy.copy(ours_in_chat)
+    model._chat = dataclasses.replace(template, jinja=refusing + template.jinja)
+    history = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert model.apply_chat_template(history) == ours_in_chat.apply_chat_template(history[1:])
 
 
 def test_an_evaluation_is_left_when_somebody_asks(ours, tmp_path, monkeypatch):

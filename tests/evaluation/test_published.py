@@ -1,17 +1,22 @@
 """The published scores, held against sums that were published too."""
 
+import io
 import statistics
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import stablelm_jax.evaluation
 from stablelm_jax.evaluation.scores import (
     TaskScore,
     published_metric,
+    published_mt_bench,
     published_score,
     published_scores,
+    scores_to_json,
+    table_of_scores,
 )
 
 GROUPS = Path(stablelm_jax.evaluation.__file__).parent / "tasks"
@@ -79,3 +84,25 @@ def test_a_task_of_two_suites_is_looked_up_in_the_one_it_was_asked_by():
         assert published_score(score(group, *asked), "stablelm-2-1_6b")[0] == expected
     other = score("arc_challenge", "arc_challenge", "acc_norm", 3)
     assert published_score(other, "stablelm-2-1_6b") is None
+
+
+def test_ifeval_stands_beside_what_a_model_gets_that_says_lol():
+    levels = (("prompt_level", 11.46), ("inst_level", 22.90))
+    scores = [score("ifeval", "ifeval", f"{level}_strict_acc", 0) for level, _ in levels]
+    lines = table_lines([*scores, score("piqa", "piqa", "acc", 0)])
+    assert any("floor" in line and "ours" in line for line in lines)
+    for (level, floor), row in zip(levels, scores_to_json(scores, "stablelm-2-1_6b")["tasks"]):
+        (line,) = [line for line in lines if f"{level}_strict_acc" in line]
+        assert "50.00" in line and f"{floor:.2f}" in line and row["floor"] == floor
+    assert not any("floor" in line for line in table_lines([score("piqa", "piqa", "acc", 0)]))
+
+
+def table_lines(scores):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table_of_scores(scores, "stablelm-2-1_6b"))
+    return console.file.getvalue().splitlines()
+
+
+def test_the_cards_grades_of_mt_bench():
+    grades = published_mt_bench()
+    assert grades["stablelm-2-zephyr-1_6b"] == 5.42 and grades["stablelm-2-1_6b-chat"] == 5.83

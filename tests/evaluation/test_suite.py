@@ -1,6 +1,7 @@
 """Tasks by name, with data that lies here."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from task_files import write_task
@@ -64,3 +65,58 @@ def test_a_path_is_a_task_file(tmp_path):
     path = write_task(tmp_path, "my_own", items=3)
     (asked,) = suite.load_tasks([str(path)])
     assert list(asked.loaded["tasks"]) == ["my_own"]
+
+
+IFEVAL = {
+    "key": 1,
+    "prompt": "Say it in two sentences without commas.",
+    "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_sentences"],
+    "kwargs": [{}, {"relation": "at least", "num_sentences": 2}],
+}
+
+
+class Says:
+    """A model that says the same to every prompt; what it was asked is in `asked`."""
+
+    rank, world_size, tokenizer_name = 0, 1, "none"
+
+    def __init__(self, text):
+        self.text, self.asked = text, []
+
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+    def generate_until(self, requests, **_):
+        self.asked += [request.args[0] for request in requests]
+        return [self.text] * len(requests)
+
+
+@pytest.mark.skipif(find_spec("langdetect") is None, reason="lm-eval[ifeval] is not installed")
+def test_ifeval_runs_on_data_that_lies_here_in_a_chat(tmp_path, monkeypatch):
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda *_: pytest.fail("it asks the network"))
+    # A splitter without abbreviations: its files may be empty.
+    punkt = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
+    punkt.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (punkt / name).touch()
+    write_index(tmp_path, "ifeval", [IFEVAL], files={"train": "rows.parquet"})
+    asked = suite.load_tasks(["ifeval"], tmp_path)
+    failed = []
+    for text, expected in (("Yes. It is so.", 1.0), ("Yes, it is.", 0.0)):
+        model, options = Says(text), {"bootstraps": 0, "chat": True}
+        scores = suite.run_tasks(model, asked, failed=lambda *why: failed.append(why), **options)
+        assert not failed
+        found = {score.key: score.value for score in scores}
+        assert found["ifeval/prompt_level_strict_acc"] == expected
+        assert model.asked == [f"<user>{IFEVAL['prompt']}"]
+
+
+def test_a_package_that_a_task_needs_is_named(tmp_path, monkeypatch):
+    def load(*_):
+        raise ImportError("No module named 'langdetect'")
+
+    monkeypatch.setattr(suite.TaskManager, "load", load)
+    with pytest.raises(ValueError, match="'langdetect'; pip install -e '.\\[eval\\]'"):
+        suite.load_tasks(["ifeval"])
