@@ -35,6 +35,7 @@ from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
+from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
@@ -88,6 +89,8 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     console.print(_table(made))
     console.print(f"held out: {preparation.plan.held_out.reason}")
     console.print(_rejected(preparation, made))
+    if chats := made.provenance.get("conversations"):
+        console.print(f"last rounds dropped, too long: {chats['rounds_dropped']:,}")
     console.print(_lost(**made.provenance["characters_lost"]))
     console.print(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
     seconds = time.monotonic() - started
@@ -99,9 +102,16 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
 
 
 def _counts(made: SourceManifest) -> str:
-    documents = made.train.documents + made.held_out.documents
+    what, *counts = _items(made)
     tokens = made.train.tokens + made.held_out.tokens
-    return f"{documents:,} documents, {tokens:,} tokens"
+    return f"{sum(counts):,} {what}, {tokens:,} tokens"
+
+
+def _items(made: SourceManifest) -> tuple[str, int, int]:
+    """What the source holds, and how many of it are trained on and held out."""
+    sides = 2 if made.kind == "pairs" else 1
+    what = "documents" if made.kind == "text" else made.kind
+    return what, made.train.documents // sides, made.held_out.documents // sides
 
 
 def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
@@ -196,8 +206,13 @@ def _found(preparation: Preparation) -> Table:
 def _table(made: SourceManifest) -> Table:
     columns = [Column(name, justify="right") for name in ("train", "held out")]
     table, train, held = Table("", *columns, box=box.SIMPLE), made.train, made.held_out
-    table.add_row("documents", f"{train.documents:,}", f"{held.documents:,}")
+    what, *counts = _items(made)
+    table.add_row(what, *(f"{count:,}" for count in counts))
     table.add_row("tokens", f"{train.tokens:,}", f"{held.tokens:,}")
+    if chats := made.provenance.get("conversations"):
+        trained = chats["trained_tokens"]
+        shares = [(trained["train"], train.tokens), (trained["held_out"], held.tokens)]
+        table.add_row("trained tokens", *(f"{n:,} ({n / of:.0%})" for n, of in shares))
     table.add_row("bytes of text", f"{train.text_bytes:,}", f"{held.text_bytes:,}")
     table.add_row("shards", f"{len(train.shards):,}", f"{len(held.shards):,}")
     return table
@@ -253,6 +268,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
     add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
+    add('--template', metavar='NAME_OR_FILE',
+        help='records are conversations or preference pairs, written by this chat template: zephyr,'
+        ' chatml, tokenizer (the one beside its tokenizer.json), or a file of Jinja')  # fmt: skip
+    add('--max-turns', type=int, default=MAX_TURNS, metavar='N',
+        help='answers of a conversation at most, one with more is rejected (default'
+        f' {MAX_TURNS})')  # fmt: skip
+    add('--max-tokens', type=int, metavar='N',
+        help='tokens of a conversation, or of both sides of a pair, at most: last rounds are'
+        ' dropped where that helps, what is longer still is rejected')  # fmt: skip
+    add('--held-out-by', metavar='KEY',
+        help='records of the same value under this key are held out together, or not at'
+        ' all')  # fmt: skip
     add('--allow-unread', action='store_true',
         help='go on where more than a tenth of the bytes found is not read as text')  # fmt: skip
     add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
@@ -281,6 +308,15 @@ def _job(flags: argparse.Namespace) -> Job:
     for is_wrong, problem in [
         (bool(flags.inputs) == bool(flags.adopt), "give --input, or --adopt in its place"),
         (flags.append_eod and not flags.adopt, "--append-eod: only with --adopt"),
+        (flags.adopt and flags.template, "--adopt: tokens have no conversations, no --template"),
+        (
+            flags.template
+            and Reading.of({**vars(flags), "format": "auto", "held_out_by": None}) != Reading(),
+            "--template: conversations have keys of their own, no --text-key, --split-on",
+        ),
+        (flags.max_tokens is not None and not flags.template, "--max-tokens: with --template"),
+        (flags.max_turns != MAX_TURNS and not flags.template, "--max-turns: with --template"),
+        (min(flags.max_turns, flags.max_tokens or 1) < 1, "--max-turns, --max-tokens: from 1 up"),
         (flags.adopt and reads_texts, "--adopt: no --format, --text-key, --split-on for tokens"),
         (not has_name, "--source: use lower case letters, digits and _, a letter first"),
         ("://" in flags.output, "--output: shards are memory-mapped, give a local folder"),

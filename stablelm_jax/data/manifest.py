@@ -152,17 +152,12 @@ def read_manifest(directory: str | os.PathLike | RemotePath) -> SourceManifest:
     for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
         if split != Split.of(split.shards, split.text_bytes):
             raise ManifestError(f"{path}: {name}: its totals are not the sums of its shards")
-    if manifest.kind not in KINDS:
+    has_spans = {bool(info.spans_sha256) for info in manifest.shards}
+    if manifest.kind not in KINDS or has_spans - {manifest.kind != "text"}:
         raise ManifestError(
-            f"{path}: kind {manifest.kind!r} is unknown (known: {', '.join(KINDS)});"
-            " use the release that wrote it"
+            f"{path}: kind {manifest.kind!r} is unknown, or its shards have spans where text has"
+            " none; prepare the source again or use the release that wrote it"
         )
-    for info in manifest.shards:
-        if bool(info.spans_sha256) == (manifest.kind == "text"):
-            raise ManifestError(
-                f"{path}: {info.file}: spans_sha256 {info.spans_sha256!r} in a source of"
-                f" {manifest.kind}; prepare the source again"
-            )
     return manifest
 
 

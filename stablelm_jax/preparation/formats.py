@@ -35,6 +35,13 @@ class Reading(NamedTuple):
     text_key: str = "text"
     format: str = "auto"
     split_on: str | None = None
+    chat: Mapping | None = None  # the template, where records are conversations or pairs
+    held_out_by: str | None = None
+
+    @property
+    def wants_records(self) -> bool:
+        """Whether a text alone is not enough."""
+        return bool(self.chat or self.held_out_by)
 
     @classmethod
     def of(cls, settings: Mapping) -> Reading:

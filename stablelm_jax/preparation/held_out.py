@@ -1,8 +1,9 @@
 """Which documents are held out from training: those whose content hash lies below a threshold.
 
-So copies of a document are all on the same side, and adding documents to a source moves few others.
-The threshold is fixed by a first look at the beginning of the source, before anything is tokenised;
-then each chunk of the input can be split by itself, in one pass.
+So copies of a document are all on the same side (with `--held-out-by`: the documents of a topic),
+and adding documents to a source moves few others. The threshold is fixed by a first look at the
+beginning of the source, before anything is tokenised; then each chunk of the input can be split by
+itself, in one pass.
 
 At least 50 documents are held out, 256 kB of text, and the fraction of the text that `--held-out`
 asks for; but at most 5 % of the documents (or that fraction of them, if it is larger), and at least
@@ -34,6 +35,11 @@ _LOOK_DOCUMENTS_MOST = 100_000
 def content_hash(data: bytes) -> int:
     """64 bits of BLAKE2b of a document's UTF-8 text."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def hash_of(document: str) -> int:
+    """The hash that decides about a document: of its text, or of its topic where it has one."""
+    return content_hash(getattr(document, "topic", document).encode())
 
 
 class HeldOutRule(NamedTuple):
@@ -71,11 +77,11 @@ def look(
         for record in read_chunk(chunk, reading, ids=ids):
             if not isinstance(record.content, str) or not usable(record.content):
                 continue
-            data = record.content.encode()
-            text_bytes += len(data)
-            copies = found.setdefault(content_hash(data), [0, 0])
+            size = len(record.content.encode())
+            text_bytes += size
+            copies = found.setdefault(hash_of(record.content), [0, 0])
             copies[0] += 1
-            copies[1] += len(data)
+            copies[1] += size
             is_long = text_bytes >= _LOOK_BYTES and len(found) >= _LOOK_DOCUMENTS
             if is_long or len(found) >= _LOOK_DOCUMENTS_MOST:
                 consumed = earlier_bytes + record.consumed

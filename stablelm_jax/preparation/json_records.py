@@ -16,10 +16,10 @@ from typing import Any
 
 import orjson
 
-from stablelm_jax.preparation import streams
+from stablelm_jax.preparation import conversations, streams
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.streams import Blocks, Rejected, cut_at, peek, too_long
-from stablelm_jax.preparation.texts import decode, not_empty
+from stablelm_jax.preparation.texts import Topical, decode, not_empty
 
 _NAMES = {
     dict: 'object', list: 'array', str: 'string', int: 'number', float: 'number',
@@ -32,7 +32,7 @@ _LOOKS = (1 << 16, 1 << 20, 1 << 24)
 
 
 def read_json(blocks: Blocks, reading: Reading, *, lines: bool = False) -> Iterator[str | Rejected]:
-    """One document a record, its text under `reading.text_key`.
+    """One document a record: its text under `reading.text_key`, or its conversation.
 
     `lines`: what is not JSON at its beginning is taken for damaged lines; otherwise for no JSON.
     """
@@ -51,28 +51,49 @@ def read_lines(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
 
 def _parsed(records: Iterator[bytes | Rejected], reading: Reading) -> Iterator[str | Rejected]:
     for record in records:
-        yield record if isinstance(record, Rejected) else parse(record, reading.text_key)
+        yield record if isinstance(record, Rejected) else parse(record, reading)
 
 
-def parse(data: bytes, text_key: str) -> str | Rejected:
-    """The text of one record."""
+def parse(data: bytes, reading: Reading) -> str | Rejected:
+    """The document of one record."""
     record = _loads(data)
     if isinstance(record, Rejected):
         return record
     if not isinstance(record, dict):
         return Rejected(f"a JSON {_NAMES[type(record)]}, not an object")
-    try:
-        text = _reach(record, text_key)
-    except KeyError:
-        keys = ", ".join(list(record)[:8])[:120] or "none"
-        return Rejected(f"no key {text_key!r} (keys: {keys})")
-    if not isinstance(text, str):
-        return Rejected(f"{text_key!r} is a JSON {_NAMES[type(text)]}, not a string")
+    return document(record, reading)
+
+
+def document(record: dict, reading: Reading) -> str | Rejected:
+    """The text of a record, or its conversation; with its topic, where one is asked for."""
+    text = conversations.canonical(record) if reading.chat else _text(record, reading.text_key)
+    if isinstance(text, Rejected):
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
         return Rejected("not Unicode: an unpaired surrogate (\\ud800 to \\udfff)")
-    return not_empty(text)
+    if not reading.held_out_by or text.isspace():
+        return not_empty(text)
+    found = Topical(text)
+    try:
+        topic = _reach(record, reading.held_out_by)
+    except KeyError:
+        return Rejected(f"no key to hold out by: {reading.held_out_by!r}")
+    found.topic = json.dumps(topic, sort_keys=True, default=str)
+    return found
+
+
+def _text(record: dict, text_key: str) -> str | Rejected:
+    try:
+        text = _reach(record, text_key)
+    except KeyError:
+        keys = ", ".join(list(record)[:8])[:120] or "none"
+        return conversations.no_text(record) or Rejected(f"no key {text_key!r} (keys: {keys})")
+    if isinstance(text, str):
+        return text
+    what = _NAMES.get(type(text), type(text).__name__)
+    return Rejected(f"{text_key!r} is a JSON {what}, not a string")
 
 
 def _reach(record: dict, key: str) -> Any:
@@ -142,13 +163,13 @@ def _in_lines(head: bytes, is_whole: bool) -> bool | None:
     return None
 
 
-def are_records(head: bytes, text_key: str) -> bool:
+def are_records(head: bytes, reading: Reading) -> bool:
     """Whether a text begins as records do: with an object of this key, or with two objects."""
     values_seen = itertools.islice(values(iter([head])), 2)
     whole = [value for value in values_seen if isinstance(value, bytes)]
     if not whole or not all(isinstance(_loads(value), dict) for value in whole):
         return False
-    return len(whole) == 2 or isinstance(parse(whole[0], text_key), str)
+    return len(whole) == 2 or isinstance(parse(whole[0], reading), str)
 
 
 # cutting a stream into records

@@ -1,7 +1,7 @@
 """One source from its inputs to its manifest, in steps that can each be interrupted and resumed.
 
 DATA/NAME/.work/           while it is being made: the plan, outputs of chunks, logs
-DATA/NAME/*.bin, .idx      shards
+DATA/NAME/*.bin, .idx      shards, of conversations with .spans.npy
 DATA/NAME/rejected.jsonl
 DATA/NAME/manifest.json    written last
 """
@@ -25,15 +25,23 @@ from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, inputs, streams, tokenize_chunk
 from stablelm_jax.preparation.account import Account, list_left_out
+from stablelm_jax.preparation.conversations import MAX_TURNS, ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
-from stablelm_jax.preparation.tokenize_chunk import SPLITS, Output, Plan, TokenizeChunk
+from stablelm_jax.preparation.tokenize_chunk import (
+    SPLITS,
+    Output,
+    Plan,
+    TokenizeChunk,
+    documents_of,
+)
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.storage.remote import described, is_url
-from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from stablelm_jax.tokenizer.chat import chat_template
+from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # Changes when the same inputs and settings would give other bytes.
 RECIPE = 3
@@ -68,6 +76,10 @@ class Job:
     allow_unread: bool = False
     adopt: bool = False  # the inputs are prefixes of tokenised files
     append_eod: bool = False
+    template: str | None = None
+    max_turns: int = MAX_TURNS
+    max_tokens: int | None = None
+    held_out_by: str | None = None
 
 
 class Preparation:
@@ -118,8 +130,13 @@ class Preparation:
         }
         for name in ("source", "inputs", "output", "tokenizer", "ranks", "allow_unread", "adopt"):
             del self._settings[name]
-        if not job.append_eod:  # as those of earlier releases
-            del self._settings["append_eod"]
+        for name in ("append_eod", "held_out_by"):  # as those of earlier releases
+            if not self._settings[name]:
+                del self._settings[name]
+        if self._settings.pop("template"):
+            self._settings["chat"] = chat_template(job.template, self.tokenizer).to_json()
+        else:
+            del self._settings["max_turns"], self._settings["max_tokens"]
 
     def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
         if self.job.adopt:
@@ -150,6 +167,7 @@ class Preparation:
             differs = {
                 "inputs_sha256": "input files (names, sizes or dates)",
                 "tokenizer_sha256": "tokenizer",
+                "chat": "chat template",
             }.get(key, f"{key} ({theirs.get(key)!r}, not {ours!r})")
             raise PreparationError(
                 f"{what} with other {differs}: ask for the same, choose another --source, or remove"
@@ -193,9 +211,10 @@ class Preparation:
                 for path in self.directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].*"):
                     path.unlink()
             self._work.mkdir()
-            cut, seen = self._first_look()
+            cut, seen, kind = self._first_look()
             rule = held_out.choose(seen, self.job.held_out)
-            self.plan = Plan(self._settings, rule, cut)
+            settings = self._settings | ({"kind": kind} if "chat" in self._settings else {})
+            self.plan = Plan(settings, rule, cut)
             write_json(self._plan_path, self.plan)
         self.outputs.mkdir(exist_ok=True)
         return resumed
@@ -223,26 +242,33 @@ class Preparation:
             sum(output.tokens.values()) for output in outputs
         )
 
-    def _first_look(self) -> tuple[list[chunks.Chunk], held_out.Look]:
-        reading = Reading.of(self._settings)
+    def _first_look(self) -> tuple[list[chunks.Chunk], held_out.Look, str]:
+        """How the input is cut, what was seen of it, and what most of its conversations are."""
+        reading, kinds = Reading.of(self._settings), collections.Counter()
+
+        def count(text: str) -> bool:
+            kinds[kind_of_form(text)] += 1
+            return True
+
         try:
             cut = chunks.cut(self.files)
-            seen = held_out.look(cut, reading, ids=self._ids)
+            seen = held_out.look(cut, reading, count, self._ids)
+            kind = max(sorted(kinds), key=kinds.get, default="")
             if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
-                # The one or two that are held out must not be such that the tokenizer refuses.
-                seen = held_out.look(cut, reading, self._is_encoded, self._ids)
+                # The one or two that are held out must not be such that are refused.
+                chats = ChatEncoder.of({**self._settings, "kind": kind}, self.tokenizer)
+
+                def usable(text: str) -> bool:
+                    made = documents_of(text, self.tokenizer, chats)
+                    return isinstance(made, Documents)
+
+                seen = held_out.look(cut, reading, usable, self._ids)
         except Exception as error:  # of a driver: each raises its own
             if isinstance(error, ValueError | OSError):
                 raise
             text = f"reading the input failed, {described(error)}; {remedy(error)}"
             raise PreparationError(text) from error
-        return cut, seen
-
-    def _is_encoded(self, text: str) -> bool:
-        try:
-            return len(self.tokenizer.encode_document(text)) > 0
-        except TokenizerError:
-            return False
+        return cut, seen, kind
 
     def tokenize(self, executor: Executor) -> list[Output]:
         """The outputs of every chunk, in order, made where they are not there yet.
@@ -340,10 +366,12 @@ class Preparation:
             return
         if filled:
             side = "train on" if "held_out" in filled else "hold out"
-            problem = (
-                f"no document to {side}: a source needs two different ones, one of them held out;"
-                " add documents, or cut long texts into several: --split-on blank-lines, or 64kB"
-            )
+            problem = f"no document to {side}: a source needs two different ones"
+            if self.job.held_out_by:
+                problem += f", and two values of {self.job.held_out_by!r}"
+            problem += ", one of them held out; add documents"
+            if not self.job.template:
+                problem += ", or cut long texts into several: --split-on blank-lines, or 64kB"
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"
         else:
@@ -353,6 +381,8 @@ class Preparation:
             )
             if reason.startswith(("no key", "no column")):
                 problem += "; --text-key names the key"
+            if reason.startswith("a conversation"):
+                problem += "; --template zephyr, chatml, tokenizer or a Jinja file takes them"
         if self.reasons:
             problem += f" (what was rejected is listed in {self.directory / 'rejected.jsonl'})"
         raise PreparationError(problem)
@@ -384,8 +414,11 @@ class Preparation:
                 "settings": self._settings,
                 "held_out": self.plan.held_out._asdict(),
                 "characters_lost": self.characters_lost(outputs),
+                **self._conversations(outputs),
             },
             rejected=self.reasons.total(),
+            kind=self.plan.settings.get("kind", "text"),
+            chat=self._settings.get("chat", {}),
         )
         manifest.verify(self.directory, made)
         manifest.write_manifest(self.directory, made)
@@ -399,6 +432,14 @@ class Preparation:
         sampled = sum(output.sampled for output in outputs)
         return {"sampled": sampled, "lost": lost.total(), "most_often": most}
 
+    def _conversations(self, outputs: list[Output]) -> dict[str, Any]:
+        """What is trained of conversations, and how many of their last rounds were dropped."""
+        if "chat" not in self._settings:
+            return {}
+        trained = {split: sum(output.trained[split] for output in outputs) for split in SPLITS}
+        dropped = sum(output.rounds_dropped for output in outputs)
+        return {"conversations": {"trained_tokens": trained, "rounds_dropped": dropped}}
+
     def _split(self, split: str, outputs: list[Output]) -> Split:
         """Moves the shards of a split to the folder of the source, numbered in order."""
         infos: list[ShardInfo] = []
@@ -407,7 +448,7 @@ class Preparation:
                 continue
             name = f"{split}-{len(infos):05d}"
             infos.append(ShardInfo(**{**output.shards[split], "file": f"{name}.bin"}))
-            for suffix in (".idx", ".bin"):
+            for suffix in (".spans.npy", ".idx", ".bin"):
                 # What is not there was moved by an earlier call, which was stopped.
                 with contextlib.suppress(FileNotFoundError):
                     source = self.outputs / output.name / (split + suffix)

@@ -122,10 +122,12 @@ def _why_not(kind: str, head: bytes, reading: Reading) -> Rejected | None:
     """Why a kind cannot be read: it is known to be another, or a package is missing."""
     if kind == "text" and reading.format == "auto" and not reading.split_on:
         what = "html" if formats.is_page(head) else ""
-        what = "json" if json_records.are_records(head, reading.text_key) else what
+        what = "json" if json_records.are_records(head, reading) else what
         if what:
             text = f"a text that holds {what.upper()}"
             return Rejected(f"{text}: --format {what} reads it, --format text takes it as it is")
+    if reading.wants_records and kind in ("text", "html", "warc"):
+        return Rejected("a text, where records are asked for")
     name, missing = what_is(head), missing_package(kind)
     if name and not name.startswith(kind):
         return Rejected(f"{name}, not {kind}")

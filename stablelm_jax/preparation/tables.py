@@ -1,4 +1,4 @@
-"""Documents out of tables: parquet, Arrow, csv and tsv. One document a row, in one column."""
+"""Documents out of tables: parquet, Arrow, csv and tsv. One document a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stablelm_jax.preparation import streams
+from stablelm_jax.preparation.conversations import KEYS, holds_conversation, no_text
 from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.json_records import document
 from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, cut_at, too_long
 from stablelm_jax.preparation.texts import decode
 from stablelm_jax.storage.remote import described
@@ -39,20 +41,21 @@ def read_parquet(
         raise Damaged("parquet file without its ending, the rest of the file is lost")
     table = pq.ParquetFile(file)
     for group in range(start, table.num_row_groups if end is None else end):
-        yield from _row_group(table, group, reading.text_key, meter)
+        yield from _row_group(table, group, reading, meter)
 
 
 def _row_group(
-    table: pq.ParquetFile, group: int, text_key: str, meter: Meter
+    table: pq.ParquetFile, group: int, reading: Reading, meter: Meter
 ) -> Iterator[str | Rejected]:
     """Every row of a row group, each either a text or the reason why it is none."""
     info = table.metadata.row_group(group)
     before, done = meter.consumed, 0
     try:
-        rest = steps = _steps(table.schema_arrow, text_key)
-        options = {"row_groups": [group], "columns": [text_key]}
+        rest = steps = _columns(table.schema_arrow, reading)
+        columns = steps if reading.wants_records else [reading.text_key]
+        options = {"row_groups": [group], "columns": columns}
         for batch in table.iter_batches(_ROWS, **options) if type(steps) is list else ():
-            yield from _texts(batch, steps, text_key)
+            yield from _rows(batch, steps, reading)
             done += len(batch)
             meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
     except PARQUET_ERRORS as error:
@@ -70,13 +73,26 @@ def read_arrow(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     head, blocks = streams.peek(blocks, 8)
     with streams.as_file(streams.without_first(blocks, 8 if head == b"ARROW1\0\0" else 0)) as file:
         table = pa.ipc.open_stream(file)
-        steps = _steps(table.schema, reading.text_key)
+        steps = _columns(table.schema, reading)
         for batch in table:
             batch.validate()
             if isinstance(steps, Rejected):
                 yield from itertools.repeat(steps, len(batch))
             for start in range(0, len(batch) if isinstance(steps, list) else 0, _ROWS):
-                yield from _texts(batch.slice(start, _ROWS), steps, reading.text_key)
+                yield from _rows(batch.slice(start, _ROWS), steps, reading)
+
+
+def _rows(batch: pa.RecordBatch, steps: list[str], reading: Reading) -> Iterator[str | Rejected]:
+    """One document a row: a text, or what whole records hold."""
+    if not reading.wants_records:
+        yield from _texts(batch, steps, reading.text_key)
+        return
+    rows = batch.select(steps)
+    rows.validate(full=True)
+    for row in rows.to_pylist():
+        text = document(row, reading)
+        is_long = isinstance(text, str) and len(text) > streams.MAX_DOCUMENT_BYTES
+        yield too_long() if is_long else text
 
 
 def _texts(batch: pa.RecordBatch, steps: list[str], text_key: str) -> Iterator[str | Rejected]:
@@ -98,6 +114,19 @@ def _texts(batch: pa.RecordBatch, steps: list[str], text_key: str) -> Iterator[s
             yield decode(cell) if len(cell) <= streams.MAX_DOCUMENT_BYTES else too_long()
 
 
+def _columns(schema: pa.Schema, reading: Reading) -> list[str] | Rejected:
+    """`_steps` to the text, or the columns that whole records are made of; or why not."""
+    names = dict.fromkeys(schema.names)
+    if reading.chat and not holds_conversation(names):
+        return Rejected(f"no conversation (columns: {', '.join(names)[:120] or 'none'})")
+    steps = [] if reading.chat else _steps(schema, reading.text_key)
+    if isinstance(steps, Rejected) or not reading.wants_records:
+        return steps
+    topic = reading.held_out_by or ""
+    wanted = {*(KEYS if reading.chat else steps[:1]), topic, topic.split(".")[0]}
+    return [name for name in names if name in wanted]
+
+
 def _steps(schema: pa.Schema, text_key: str) -> list[str] | Rejected:
     """The column that holds the texts, or the column and the fields within; or why there is none.
 
@@ -112,7 +141,8 @@ def _steps(schema: pa.Schema, text_key: str) -> list[str] | Rejected:
         step = next((head for head in heads if head in names), None)
         if step is None:
             listed = ", ".join(schema.names)[:120] or "none"
-            return Rejected(f"no column {text_key!r} (columns: {listed})")
+            missing = Rejected(f"no column {text_key!r} (columns: {listed})")
+            return no_text(schema.names) or missing
         if names.count(step) > 1:
             return Rejected(f"{names.count(step)} columns are named {step!r}")
         kind, rest = kind.field(step).type, rest[len(step) + 1 :]
@@ -148,7 +178,7 @@ def read_csv(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
         if row is None:
             break
         if row:  # a blank line is no row
-            yield _cell(row, header, reading.text_key)
+            yield _cell(row, header, reading)
     yield from lost
 
 
@@ -161,12 +191,16 @@ def _lines(blocks: Blocks, lost: list[Rejected]) -> Iterator[str]:
             yield line.decode(errors="surrogateescape") + "\n"
 
 
-def _cell(row: list[str], header: list[str], text_key: str) -> str | Rejected:
-    if header.count(text_key) != 1:
+def _cell(row: list[str], header: list[str], reading: Reading) -> str | Rejected:
+    text_key = reading.text_key
+    if header.count(text_key) != 1 and not reading.chat:
         listed = ", ".join(header)[:120]
         count = header.count(text_key)
         problem = f"{count} columns are named" if count else "no column"
-        return Rejected(f"{problem} {text_key!r} (columns: {listed})")
+        missing = Rejected(f"{problem} {text_key!r} (columns: {listed})")
+        return missing if count else no_text(header) or missing
     if len(row) != len(header):
         return Rejected(f"a row with another number of columns than the header: {len(row)}")
+    if reading.wants_records:
+        return document({key: cell for key, cell in zip(header, row) if cell}, reading)
     return decode(codecs.encode(row[header.index(text_key)], errors="surrogateescape"))

@@ -29,6 +29,12 @@ def not_empty(text: str) -> str | Rejected:
     return Rejected("empty document") if not text or text.isspace() else text
 
 
+class Topical(str):
+    """A document whose `topic` decides whether it is held out: all of a topic are on one side."""
+
+    topic: str
+
+
 def read_text(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     """A whole text as one document, or as those that `reading.split_on` cuts it into."""
     head, blocks = peek(blocks, HEAD)

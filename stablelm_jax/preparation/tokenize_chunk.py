@@ -5,6 +5,7 @@ a name means a finished output, whoever was killed and when, and even where two 
 same one. It holds
 
     train.bin, train.idx, held_out.bin, held_out.idx   where the split has documents
+    train.spans.npy, held_out.spans.npy                of conversations and pairs
     counts.npy       how often each token stands in the train shard, int64 [vocab_size]
     rejected.jsonl   file, line and reason of each record that gave no document
     record.json      the fields of `Output`
@@ -34,8 +35,9 @@ from datatrove.pipeline.base import PipelineStep
 from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
+from stablelm_jax.preparation.conversations import ChatEncoder, Documents
 from stablelm_jax.preparation.formats import Reading
-from stablelm_jax.preparation.held_out import HeldOutRule, content_hash
+from stablelm_jax.preparation.held_out import HeldOutRule, hash_of
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.preparation.tokenised import TokenisedReader, TokenisedText
 from stablelm_jax.storage.files import flush_to_disk, write_json
@@ -75,6 +77,8 @@ class Output:
       place: where in the input the work is.
       sampled, lost: characters of the texts that were looked at, and how many of each of them the
         tokenizer loses.
+      trained, rounds_dropped: tokens that are trained of conversations, and last rounds of them
+        that were left out because they were too long.
     """
 
     chunk: int
@@ -90,6 +94,8 @@ class Output:
     place: str = ""
     sampled: int = 0
     lost: dict[str, int] = dataclasses.field(default_factory=dict)
+    trained: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    rounds_dropped: int = 0
 
     def add_sample(self, text: str, lost: Mapping[str, int]) -> None:
         """Counts the characters of a text, and those of them that the tokenizer loses."""
@@ -125,32 +131,34 @@ class OutputWriter:
         prefix = f"{SCRATCH}{output.name}-{os.getpid()}-"
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
-        self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._waiting: dict[str, list[Documents]] = {split: [] for split in SPLITS}
         self._writers: dict[str, ShardWriter] = {}
         self._counts = np.zeros(vocab_size, np.int64)
         self._record_due = 0.0
 
-    def add(self, record: Record, tokens: np.ndarray | Rejected) -> bool:
+    def add(self, record: Record, made: Documents | Rejected) -> bool:
         """Takes a record; False, and nothing is taken, where it would make a shard too long.
 
         Args:
-          tokens: int32, the one that ends the document included; or why there are none.
+          made: its documents, which lie in one shard; or why there are none.
         """
         output = self.output
-        if isinstance(tokens, Rejected):
-            row = {"file": record.file.name, "line": record.line, "reason": tokens.reason}
+        if isinstance(made, Rejected):
+            row = {"file": record.file.name, "line": record.line, "reason": made.reason}
             self._rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
             output.rejected += 1
         else:
-            data = record.content.encode()
-            split = "held_out" if self._plan.held_out.holds_out(content_hash(data)) else "train"
-            total = output.tokens[split] + len(tokens)
+            is_held_out = self._plan.held_out.holds_out(hash_of(record.content))
+            split = "held_out" if is_held_out else "train"
+            total = output.tokens[split] + sum(map(len, made.ids))
             if output.tokens[split] and total > self._plan.settings["shard_tokens"]:
                 return False
             output.tokens[split] = total
-            output.text_bytes[split] += len(data)
-            self._waiting[split].append(tokens)
-        reason = tokens.reason if isinstance(tokens, Rejected) else None
+            output.text_bytes[split] += len(made.text.encode())
+            output.trained[split] += sum(last - first for s in made.spans for first, last in s)
+            output.rounds_dropped += made.rounds_dropped
+            self._waiting[split].append(made)
+        reason = made.reason if isinstance(made, Rejected) else None
         output.files.setdefault(record.file.path, Tally()).add(reason, record.left)
         output.records += 1
         output.consumed = record.consumed
@@ -158,16 +166,19 @@ class OutputWriter:
 
     def flush(self) -> None:
         """Writes the documents that wait and, about once a second, the record for the progress."""
-        for split, documents in self._waiting.items():
-            if not documents:
+        for split, waiting in self._waiting.items():
+            if not waiting:
                 continue
             if split not in self._writers:
                 self._writers[split] = ShardWriter(self._scratch / split)
-            flat = np.concatenate(documents)
-            self._writers[split].add_many(flat, [len(tokens) for tokens in documents])
+            documents = [ids for made in waiting for ids in made.ids]
+            of_each = [spans for made in waiting for spans in made.spans]
+            rows = [(number, *span) for number, spans in enumerate(of_each) for span in spans]
+            flat, lengths = np.concatenate(documents), list(map(len, documents))
+            self._writers[split].add_many(flat, lengths, np.array(rows) if rows else None)
             if split == "train":
                 self._counts += np.bincount(flat, minlength=len(self._counts))
-            documents.clear()
+            waiting.clear()
         if time.monotonic() > self._record_due:
             self._write_record()
 
@@ -220,6 +231,7 @@ class TokenizeChunk(PipelineStep):
         if done and done[-1].last:
             return
         plan, tokenizer = _loaded(self.plan, self.tokenizer, self.ranks)
+        chats = ChatEncoder.of(plan.settings, tokenizer)
 
         def writer_after(earlier: Output) -> OutputWriter:
             number, records, consumed = earlier.number + 1, earlier.records, earlier.consumed
@@ -234,14 +246,16 @@ class TokenizeChunk(PipelineStep):
             if batch:
                 is_large = sum(map(_characters, batch)) > 2 * _BATCH_CHARACTERS
                 writer.note_place(_place(plan.chunks[rank], batch[-1]), at_once=is_large)
-            for record, tokens in [(record, _encoded(record, tokenizer)) for record in batch]:
+            contents = [documents_of(record.content, tokenizer, chats) for record in batch]
+            for record, made in zip(batch, contents):
                 number = writer.output.records
-                if not writer.add(record, tokens):
+                if not writer.add(record, made):
                     writer.close(last=False)
                     writer = writer_after(writer.output)
-                    writer.add(record, tokens)
-                if number % _SAMPLED_EVERY < _SAMPLED and type(record.content) is str:
-                    text = record.content[:_SAMPLED_CHARACTERS]
+                    writer.add(record, made)
+                is_read = isinstance(made, Documents) and not isinstance(made.text, TokenisedText)
+                if number % _SAMPLED_EVERY < _SAMPLED and is_read:
+                    text = made.text[:_SAMPLED_CHARACTERS]
                     writer.output.add_sample(text, tokenizer.lost_characters(text))
             writer.flush()
         writer.close(last=True)
@@ -279,15 +293,21 @@ def _place(chunk: Chunk, record: Record) -> str:
     return f"{record.file.name}, line {record.line:,}{start}"
 
 
-def _encoded(record: Record, tokenizer: Tokenizer) -> np.ndarray | Rejected:
-    if isinstance(record.content, Rejected):
-        return record.content
-    if isinstance(record.content, TokenisedText):
-        return record.content.ids
+def documents_of(
+    text: str | Rejected, tokenizer: Tokenizer, chats: ChatEncoder | None
+) -> Documents | Rejected:
+    """The documents of a record, a text where there are no `chats`; or why there are none."""
+    if isinstance(text, Rejected):
+        return text
+    if chats:
+        return chats.documents(text)
+    if isinstance(text, TokenisedText):
+        return Documents([text.ids], [], text)
+    text = str(text)  # without its topic
     try:
-        tokens = tokenizer.encode_document(record.content)
+        tokens = tokenizer.encode_document(text)
     except TokenizerError as error:
         return Rejected(str(error)[:200])
     if not len(tokens):
         return Rejected("the tokenizer makes no token of it")
-    return np.append(tokens, np.int32(tokenizer.eod))
+    return Documents([np.append(tokens, np.int32(tokenizer.eod))], [], text)

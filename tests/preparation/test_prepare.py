@@ -547,7 +547,8 @@ def test_an_output_made_twice_is_kept_once(tmp_path):
         for _ in range(2)
     ]
     for writer, record in zip(writers, chunks.read_chunk(plan.chunks[0], Reading()), strict=True):
-        writer.add(record, np.array([1, 7], np.int32))
+        ids = [np.array([1, 7], np.int32)]
+        writer.add(record, tokenize_chunk.Documents(ids, [], record.content))
         writer.close(last=True)
     (output,) = tokenize_chunk.outputs_of_chunk(outputs, 3)
     assert output.text_bytes["train"] == len("first")
