@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 from unittest import mock
@@ -187,20 +188,20 @@ _OF_THE_LOOP = (
     *("training.num_steps", "training.log_every", "training.hang_seconds"),
 )
 _compiled: dict[tuple, object] = {}
-_compile = programs.compile_step
+_compile = {name: getattr(programs, name) for name in ("compile_step", "compile_eval_step")}
 
 
-def compiled_once(run: Run):
-    """`programs.compile_step`, but equal runs of this process share one program.
+def compiled_once(name: str, run: Run):
+    """As the function of this name in `programs`, but equal runs of this process share one program.
 
     A test that alters what is compiled calls `run_training` itself; `update_guard.is_spike` may
     be replaced.
     """
     fields = config_lib.flatten(run.config)
     kept = repr([(key, value) for key, value in fields if not key.startswith(_OF_THE_LOOP)])
-    key = (kept, run.mesh, len(run.sources), update_guard.is_spike)
+    key = (name, kept, run.mesh, len(run.sources), run.num_pairs, update_guard.is_spike)
     if key not in _compiled:
-        _compiled[key] = _compile(run)
+        _compiled[key] = _compile[name](run)
     return _compiled[key]
 
 
@@ -210,7 +211,9 @@ def train(config, workdir: Path, picture: bool = False):
     `picture`: also draws loss.png, which takes as long as the rest of so small a run.
     """
     with contextlib.ExitStack() as patched:
-        patched.enter_context(mock.patch.object(programs, "compile_step", compiled_once))
+        for name in _compile:
+            once = functools.partial(compiled_once, name)
+            patched.enter_context(mock.patch.object(programs, name, once))
         if not picture:
             patched.enter_context(mock.patch.object(pictures, "draw_losses"))
         code = run_training(config, config_lib.set_by(config, {}), str(workdir))

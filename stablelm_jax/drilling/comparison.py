@@ -14,7 +14,7 @@ from stablelm_jax.run.metrics import MetricsFile
 
 # What is compared of a line of metrics; the rest of it is time, and what follows from time.
 _KEYS = ("step", "loss", "learning_rate", "grad_norm", "param_norm", "updates_skipped")
-_PREFIXES = ("loss/", "tokens_seen", "tokens/", "eval/")
+_PREFIXES = ("loss/", "tokens_seen", "tokens/", "rewards/", "logps/", "answer_tokens/", "eval/")
 _LEDGER = ("rows_consumed", "tokens", "loss_sums", "guard")
 
 

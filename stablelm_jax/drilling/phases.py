@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 LEAVING = ("starting", "restoring", "compiling")
 PHASES = (
     *LEAVING,
+    "reference",  # of DPO alone
     *("stepping", "evaluating", "sampling", "saving", "writing", "finalising", "deleting"),
     "finishing",
 )
@@ -21,8 +22,9 @@ def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
     """One of `PHASES`, for a training in `workdir` launched at `launched` (ns since 1970).
 
     A start locks its folder, restores (or saves `global_step0`), cuts the metrics back, adds itself
-    to environment.json, compiles, and from then on appends to metrics.jsonl. An evaluation, a
-    sample or a save is due where the step of the last line is one for it.
+    to environment.json, compiles, for DPO computes the reference, and from then on appends to
+    metrics.jsonl. An evaluation, a sample or a save is due where the step of the last line is one
+    for it.
     """
     from stablelm_jax.checkpoint.names import checkpoint_name, entries  # jax, which takes seconds
 
@@ -31,7 +33,8 @@ def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
     if (recorded := _changed(workdir / "environment.json")) < launched:
         return "restoring"
     if (written := _changed(workdir / "metrics.jsonl")) <= recorded:
-        return "compiling"
+        in_reference = _in_reference(workdir / "reference/key.json", recorded)
+        return "reference" if in_reference else "compiling"
     with (workdir / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
         whole = file.read().rpartition(b"\n")[0]  # a line that is being written has no end yet
@@ -57,6 +60,14 @@ def phase_of(workdir: Path, config: ConfigDict, launched: int) -> str:
             return "finalising" if (path / "params").exists() else "writing"
     saved = name in [path.name for path in found]
     return "saving" if due(config.checkpoint.every) and not saved else "stepping"
+
+
+def _in_reference(key: Path, recorded: int) -> bool:
+    """Whether this start, of environment.json written at `recorded`, has pairs left to compute."""
+    if _changed(key) <= recorded:
+        return False
+    found = json.loads(key.read_text(encoding="utf-8"))
+    return found["done"] < found["pairs"]
 
 
 def _changed(path: Path) -> int:

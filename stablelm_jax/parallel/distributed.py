@@ -149,6 +149,12 @@ def agreed(value: bool) -> bool:
         return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+def from_first(arrays: Any) -> Any:
+    """Process 0's arrays (a tree of them, of shapes that all have), on every process."""
+    with _together():
+        return jax.tree.map(np.array, multihost_utils.broadcast_one_to_all(arrays))
+
+
 def anywhere(value: bool) -> bool:
     """Whether the value is true on any process."""
     with _together():

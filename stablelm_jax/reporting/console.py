@@ -130,6 +130,8 @@ def _sources(title: str, columns: Iterable[str]) -> Table:
 
 def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
     """Held-out loss of each source, with its standard error, beside its unigram entropy."""
+    if run.objective.name == "dpo":
+        return _show_preferences(console, run, step, line)
     columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
     most = run.config.evaluation.max_rows
     held = max(manifest.held_out.tokens for manifest in run.manifests.values())
@@ -151,6 +153,18 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
             f"{entropy:.3f}",
             f"{entropy - loss:+.3f}",
         )
+    console.print(table)
+
+
+def _show_preferences(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
+    """Of held-out pairs."""
+    columns = ("loss", "chosen preferred", "margin", "reward of chosen", "of rejected")
+    keys = ("loss", *(f"rewards/{part}" for part in ("accuracy", "margin", "chosen", "rejected")))
+    table = _sources(f"held-out pairs after step {step:,}", columns)
+    for name in run.sources:
+        values = [line.get(f"eval/{key}/{name}") for key in keys]
+        shown = ["none" if value is None else f"{value:.4f}" for value in values]
+        table.add_row(name, *shown)
     console.print(table)
 
 

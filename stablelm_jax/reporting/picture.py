@@ -12,16 +12,19 @@ _SMOOTHING_STEPS = 20
 
 
 def draw_losses(
-    lines: Sequence[Mapping[str, Any]], unigram_entropy: Mapping[str, float], path: Path
+    lines: Sequence[Mapping[str, Any]], unigram_entropy: Mapping[str, float | None], path: Path
 ) -> None:
-    """Draws metrics lines into the PNG `path`.
+    """Draws metrics lines into the PNG `path`: losses, and bits a byte or held-out preferences.
 
     Bars around a held-out loss are its standard error over documents, where its line has that.
-    `unigram_entropy`: nats of each source, the loss of knowing token frequencies alone.
+    `unigram_entropy`: nats of each source, the loss of knowing token frequencies alone; None where
+    that is no measure.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    preferences = any("eval/rewards/accuracy" in line for line in lines)
+    worth = "rewards/accuracy" if preferences else "bits_per_byte"
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (source, entropy) in enumerate(unigram_entropy.items()):
@@ -35,10 +38,14 @@ def draw_losses(
         known = [line for line in lines if None not in (line.get(loss), line.get(error))]
         bars = _series(known, error)[1]
         left.errorbar(*_series(known, loss), yerr=bars, fmt="none", ecolor=colour, capsize=3)
-        left.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
-        right.plot(*_series(lines, f"eval/bits_per_byte/{source}"), label=source, **dots)
-    left.set(xlabel="step", ylabel="nats a token", title="Loss of each source")
+        if entropy is not None:
+            left.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
+        right.plot(*_series(lines, f"eval/{worth}/{source}"), label=source, **dots)
+    unit = "nats a pair" if preferences else "nats a token"
+    left.set(xlabel="step", ylabel=unit, title="Loss of each source")
     right.set(xlabel="step", ylabel="bits a byte of text", title="Held-out text")
+    if preferences:
+        right.set(ylabel="share of pairs", ylim=(0, 1), title="Held-out pairs: chosen preferred")
     dot = {"marker": "o", "markeredgecolor": "black", "lw": 0}
     meaning = (
         Line2D([], [], color="black", label="training"),

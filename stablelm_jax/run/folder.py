@@ -10,6 +10,7 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   orbax-process<i>.log   with a save that fails: all that the checkpoint library says of it
   shards.json        sizes and times of the shards, to notice one that changes
   loss.png           the curves of metrics.jsonl
+  reference/         of DPO: what it compares with (training/reference.py)
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
   restarts.json      a launch script's: what it has started again, and from where
@@ -48,7 +49,7 @@ from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 # What lies in a run folder beside the checkpoints only informs: no start fails because of it.
 _FILES = ("config.json", "tokenizer.json", "environment.json", "metrics.jsonl", "events.jsonl")
 _FILES += ("shards.json", "loss.png", LOCK)
-_FOLDERS = ("samples", "hang", "profile", "tensorboard", "wandb")
+_FOLDERS = ("samples", "reference", "hang", "profile", "tensorboard", "wandb")
 _JSON = {"environment.json": list, "shards.json": dict}  # those that a start reads
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 _SEEN_SECONDS = 5.0  # in which a file of another host has to be seen

@@ -47,8 +47,8 @@ class RunLog:
         path = self._folder.path / "samples" / f"{name}.txt"
         self._try("samples", lambda: write_text(path, text))
 
-    def draw(self, entropies: Mapping[str, float]) -> None:
-        """Draws `loss.png`; `entropies`: the unigram entropy of each source in nats."""
+    def draw(self, entropies: Mapping[str, float | None]) -> None:
+        """Draws `loss.png`; `entropies`: the unigram entropy of each source in nats, or None."""
         from stablelm_jax.reporting import picture  # the core never needs the shell
 
         path = self._folder.path / "loss.png"

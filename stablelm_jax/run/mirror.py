@@ -39,6 +39,10 @@ class RemoteMirror:
                 if path.is_file() and path.name != LOCK:
                     path.unlink()
         files = {name: [name] for name in ("metrics.jsonl", "environment.json") if name in stored}
+        if "reference" in stored:
+            (self.folder / "reference").mkdir(exist_ok=True)
+            names = [f"reference/{name}" for name in self._listed(f"{self._root}/reference")]
+            files |= {name: [name] for name in names}
         if "metrics" in stored:  # older versions wrote the lines in parts: metrics/part-*.jsonl
             parts = [f"metrics/{name}" for name in self._listed(f"{self._root}/metrics")]
             files.setdefault("metrics.jsonl", parts)

@@ -156,6 +156,11 @@ def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions
 
 
 def _fresh(config: ConfigDict, services: Services) -> Beginning:
+    if config.training.objective == "dpo":
+        raise config_lib.ConfigError(
+            "config.branch.parent='': DPO starts from a model, which is what it compares with; set "
+            "it to a checkpoint, as of an SFT run, with --config.branch.state=weights"
+        )
     run = prepare_run(config)
     _show(services, run)
     services.events.print("starting from fresh weights")

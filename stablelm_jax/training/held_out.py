@@ -75,7 +75,7 @@ def make_eval_step(
 
 
 class HeldOutError(ValueError):
-    """Held-out text cannot be read, here or on another host."""
+    """Batches outside the loop cannot be read, here or on another host."""
 
 
 def evaluate_held_out(
@@ -105,7 +105,7 @@ def evaluate_held_out(
     documents = []
     for source in sources.values():
         documents_2D = np.zeros((2, 1))
-        for batch in _agreed_batches(source.batches):
+        for batch in agreed_batches(source.batches, "held-out text"):
             if stopped():
                 return None
             sums = jax.device_get(eval_step(params, sharding.put_batch(batch, mesh)))
@@ -120,8 +120,11 @@ def evaluate_held_out(
     return held_out_line(sources, totals["nll"], totals["tokens"], documents)
 
 
-def _agreed_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Each batch once every process has its part of it, so that none waits for one that failed."""
+def agreed_batches(batches: Iterable[Batch], what: str) -> Iterator[Batch]:
+    """Each batch once every process has its part of it, so that none waits for one that failed.
+
+    Raises HeldOutError, which says `what` cannot be read, on every process.
+    """
     iterator = iter(batches)
     while True:
         batch, error = None, None
@@ -131,7 +134,7 @@ def _agreed_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
             error = caught
         if distributed.anywhere(error is not None):
             text = str(error) if error else "on another host; see its output"
-            raise HeldOutError(f"held-out text cannot be read: {text}") from error
+            raise HeldOutError(f"{what} cannot be read: {text}") from error
         if batch is None:
             return
         yield batch

@@ -47,7 +47,7 @@ class Intervals:
         try:
             from stablelm_jax.evaluation.checkpoint_tasks import TrainingTasks
 
-            tasks = TrainingTasks(self._run, self._left)
+            tasks = TrainingTasks(self._run, self.left)
         except Exception as caught:  # of any library: the run can do without
             error = caught
         if distributed.anywhere(error is not None):
@@ -87,7 +87,7 @@ class Intervals:
         eval_step = self._programs.eval_step
         try:
             line = evaluate_held_out(
-                eval_step, params, run.held_out(), run.mesh, run.objective, self._left
+                eval_step, params, run.held_out(), run.mesh, run.objective, self.left
             )
         except (HeldOutError, jax.errors.JaxRuntimeError) as error:  # the latter: too little memory
             self._failed(step, f"step {step}: {error}; the run goes on", began)
@@ -111,8 +111,8 @@ class Intervals:
         found = self._tasks.evaluate(params, step, self._services.console, failed)
         return found and {f"{TASKS}{key}": value for key, value in found.items()}
 
-    def _left(self) -> bool:
-        """Between two batches of an evaluation: whether to leave it for a signal."""
+    def left(self) -> bool:
+        """Between two batches outside the loop: whether to leave them for a signal."""
         self._services.watchdog.moved()
         return distributed.anywhere(self._services.stop.name is not None)
 
@@ -124,7 +124,9 @@ class Intervals:
 
     def draw(self) -> None:
         """Draws the losses so far."""
-        self._services.log.draw({n: m.unigram_entropy for n, m in self._run.manifests.items()})
+        is_text = self._run.objective.name == "pretrain"  # of answers it says nothing
+        manifests = self._run.manifests.items()
+        self._services.log.draw({n: m.unigram_entropy if is_text else None for n, m in manifests})
 
     def sample(self, params: Any, progress: Progress) -> None:
         """Continues the prompts of the config."""

@@ -25,6 +25,7 @@ from stablelm_jax.training.faults import Faults
 from stablelm_jax.training.intervals import Intervals
 from stablelm_jax.training.metrics import LossSums, Meter
 from stablelm_jax.training.programs import compile_programs
+from stablelm_jax.training.reference import check_start, prepare_reference
 from stablelm_jax.training.state import to_checkpoint
 
 
@@ -35,7 +36,7 @@ class Trainer:
         """Raises ShardError where a shard has changed since the run began."""
         self.run, self.services = beginning.run, services
         self.state, self.progress = beginning.state, beginning.progress
-        self.last_step = self.run.config.training.num_steps
+        self._resumed, self.last_step = beginning.resumed, self.run.config.training.num_steps
         sources = self.run.sources if self.run.config.data.check_shards else {}
         path = services.folder.path / "shards.json"
         self._shards = FileFingerprints(path, sources, services.events.print)
@@ -62,6 +63,10 @@ class Trainer:
     def train(self) -> int:
         """Runs to the last step; returns the exit code."""
         services = self.services
+        services.watchdog.start(self.progress.step)
+        if self.run.reference is not None and not self._prepare_reference():
+            services.watchdog.stop()
+            return end(self, False)
         batches = self.run.batches(self.progress.rows_consumed)
         line = ProgressLine(services.console, self.last_step)
         with (
@@ -70,7 +75,6 @@ class Trainer:
             line.bar,
             jax.transfer_guard("disallow"),
         ):
-            services.watchdog.start(self.progress.step)
             finished, stopped = False, None
             try:
                 finished = self._loop(batches, line)
@@ -80,6 +84,19 @@ class Trainer:
                 services.watchdog.stop()  # the last save has its own bound
             services.profiler.close()
             return end(self, finished) if stopped is None else stop_at(self, stopped)
+
+    def _prepare_reference(self) -> bool:
+        """What DPO compares with; False where a signal was heard before it was there."""
+        run, services, eval_step = self.run, self.services, self._programs.eval_step
+        own = None if self._resumed else self.state.params
+        with services.stop.phase("reference"):
+            if not prepare_reference(run, services, eval_step, own, self.intervals.left):
+                return False
+            if not self.progress.train_seconds:  # no update yet
+                with contextlib.closing(run.batches(self.progress.rows_consumed)) as batches:
+                    first = next(batches)
+                services.events.print(check_start(run, eval_step, self.state.params, first))
+        return True
 
     def _loop(self, batches, progress_line: ProgressLine) -> bool:
         """To the end; False where a signal was heard on some host before all of it was done."""

@@ -35,6 +35,12 @@ from stablelm_jax.model.transformer import Fetch
 # A metric is a sum of ratios of the objective's sums: ((numerator, denominator), ...).
 Metrics = Mapping[str, tuple[tuple[str, str], ...]]
 Sums = dict[str, jax.Array]
+# What kinds of source each can be trained on.
+KINDS = {
+    "pretrain": ("text",),
+    "sft": ("conversations", "text"),
+    "dpo": ("pairs",),
+}
 SIDES = ("chosen", "rejected")
 
 
@@ -152,12 +158,13 @@ class PairObjective:
     def measure(
         self, model: ModelConfig, params: Any, batch: Batch, *, compute: Compute
     ) -> tuple[Sums, dict[str, jax.Array]]:
-        """The sums alone, and "logps" of the answers, [B, P, 2], with the batch's "pair_ids"."""
+        """The sums alone, and "logps" of the answers, [B, P, 2], with what tells whose they are."""
         inputs = head_inputs(model, params, batch, compute)
         nll_BT = head_loss(*inputs, batch, batch["loss_mask"], compute)[1]
         sums = self._loss_of(nll_BT, batch, self.count(batch))[1]
         logps_BP2 = -_by_answer(nll_BT * batch["loss_mask"], batch)
-        return sums, {"logps": logps_BP2, "pair_ids": batch["pair_ids"]}
+        whose = ("pair_ids", "source_ids", "reference")
+        return sums, {"logps": logps_BP2} | {name: batch[name] for name in whose}
 
     def divisor(self, count: jax.Array) -> jax.Array:
         """See `TokenObjective.divisor`."""

@@ -33,7 +33,7 @@ class Programs:
 
     Attributes:
       step: one update.
-      eval_step: sums over one batch of held-out text; None where the run does not evaluate.
+      eval_step: sums over one batch of held-out data; None where nothing asks for them.
       samples: f(params) -> {prompt: continuation}; None where the run takes none.
     """
 
@@ -54,10 +54,9 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
         step = compile_step(run)
     console.print(f"the train step was ready after {time.monotonic() - began:.1f} s; {cache}")
     eval_step = None
-    if run.config.evaluation.every:
+    if run.config.evaluation.every or run.reference is not None:
         console.print("compiling the evaluation")
-        batch = abstract_batch(run.config, run.mesh, run.num_pairs)
-        eval_step = run.eval_step.lower(run.abstract.params, batch).compile()
+        eval_step = compile_eval_step(run)
     samples = _prepare_samples(run) if run.config.samples.every else None
     return Programs(step, eval_step, samples)
 
@@ -65,6 +64,12 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
 def compile_step(run: Run) -> StepFunction:
     """The train step, compiled ahead for this run's shapes."""
     return lower_step(run.config, run.mesh, len(run.sources), run.num_pairs).compile()
+
+
+def compile_eval_step(run: Run) -> EvalStep:
+    """The evaluation, compiled ahead for this run's shapes."""
+    batch = abstract_batch(run.config, run.mesh, run.num_pairs)
+    return run.eval_step.lower(run.abstract.params, batch).compile()
 
 
 def lower_step(

@@ -38,7 +38,8 @@ from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.tokenizer.chat import ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
-from stablelm_jax.training.objectives import Objective, make_objective
+from stablelm_jax.training.objectives import KINDS, Objective, make_objective
+from stablelm_jax.training.reference import Reference
 from stablelm_jax.training.state import TrainState, abstract_state
 
 
@@ -69,6 +70,24 @@ class Run:
     def num_pairs(self) -> int | None:
         """The most preference pairs that a row of the run holds."""
         return None if self.packed is None else self.packed.most_pairs
+
+    @functools.cached_property
+    def reference(self) -> Reference | None:
+        """What DPO compares with: empty until `prepare_reference` has filled it."""
+        if self.objective.name != "dpo":
+            return None
+        identity, order = self.identity(), self.identity()["row_order"]
+        key = {
+            "parent": self.data_position.parent_hash,
+            "data": identity["source_hashes"],
+            "templates": {name: dict(m.chat) for name, m in self.manifests.items()},
+            **{name: order[name] for name in ("sequence_length", "packing", "loss_on")},
+            "dtype": self.config.training.dtype,
+            "num_valid_ids": self.config.training.num_valid_ids,
+            "model": identity["model_config"],
+        }
+        pairs = {name: len(rows.lengths) for name, rows in self.packed.items() if rows.trained}
+        return Reference(pairs, key)
 
     @functools.cached_property
     def eval_step(self) -> EvalStep:
@@ -135,8 +154,8 @@ class Run:
         return {name: int(n) * self.spec.sequence_length for name, n in zip(self.sources, seen)}
 
     def batches(self, start_row: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's share of each batch from row `start_row` on."""
-        return train_batches(
+        """This process's share of each batch from row `start_row` on, for DPO with "reference"."""
+        batches = train_batches(
             self.sources,
             self.mixture,
             self.spec,
@@ -146,6 +165,7 @@ class Run:
             prefetch=self.config.data.prefetch_batches,
             packed=self.packed,
         )
+        return batches if self.reference is None else self.reference.joined(batches, "train")
 
     def held_out(self) -> dict[str, HeldOut]:
         """The held-out text of each source."""
@@ -170,7 +190,10 @@ class Run:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
         (index, count), max_rows = self.share, self.config.evaluation.max_rows
         if self.packed is not None:
-            yield from self.packed_batches(name, "held_out", max_rows)
+            batches = self.packed_batches(name, "held_out", max_rows)
+            if self.reference is not None:
+                batches = self.reference.joined(batches, "held_out")
+            yield from batches
             return
         yield from held_out_batches(
             self.sources,
@@ -204,6 +227,7 @@ def prepare_run(
     mixture = mixture_of(config, data_position)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
     sources = open_data(config, tokenizer, mixture.sources)
+    _check_kinds(config, sources)
     spec = spec_of(config, tokenizer)
     return Run(
         config=config,
@@ -220,6 +244,19 @@ def prepare_run(
         abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
         chat=_chat_of(sources) or saved_chat(saved, tokenizer),
     )
+
+
+def _check_kinds(config: ConfigDict, sources: Mapping[str, Source]) -> None:
+    """Each objective has kinds of source that it can be trained on."""
+    objective = config.training.objective
+    for name, source in sources.items():
+        kind = source.manifest.kind
+        if kind not in KINDS[objective]:
+            fits = next(other for other, kinds in KINDS.items() if kind in kinds)
+            raise config_lib.ConfigError(
+                f"config.training.objective={objective}: source {name!r} holds {kind}, which are "
+                f"for --config.training.objective={fits}; use that, or other sources"
+            )
 
 
 def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:
@@ -262,12 +299,6 @@ def pack(sources: Mapping[str, Source], spec: BatchSpec, held_out: bool) -> Pack
                     " cut, and see one another; use --config.data.packing=best_fit"
                 )
         return None
-    if "pairs" in kinds.values() and len(set(kinds.values())) > 1:
-        held = ", ".join(f"{name} holds {kind}" for name, kind in kinds.items())
-        raise config_lib.ConfigError(
-            f"config.data.weights: pairs are for DPO, and for a run of their own, but {held}; leave"
-            " one kind out"
-        )
     packed = PackedSources(sources, spec)
     for (name, split), rows in packed.items():
         if not rows.trained and (held_out or split == "train"):

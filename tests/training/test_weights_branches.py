@@ -10,7 +10,6 @@ from seeds import new_rng
 from small_models import random_params, read_checkpoint, write_checkpoint
 from tiny import (
     CHAT,
-    CHOICES,
     TALKS,
     VOCAB,
     bare_config,
@@ -121,13 +120,15 @@ def test_an_imported_parent_gives_the_weights_that_are_all_it_has(data, imported
 def test_the_template_of_a_runs_own_conversations_comes_before_its_parents(tmp_path, parent):
     chats = write_chats(tmp_path)
     inherited = {**read_run(parent), "chat": {**CHAT, "name": "the parent's"}}
-    both = tiny_config(chats, sources={TALKS: 1.0, CHOICES: 1.0})
-    assert prepare_run(both, saved=inherited).chat == ChatTemplate.from_json(CHAT)
-    manifest = chats / CHOICES / "manifest.json"
+    manifest = shutil.copytree(chats / TALKS, chats / "more") / "manifest.json"
     fields = json.loads(manifest.read_text())
-    fields["chat"]["name"] = "another"
-    manifest.write_text(json.dumps(fields))
-    told = f"in several chat templates .{CHAT['name']}: talks; another: choices|another: choices"
+    manifest.write_text(json.dumps(fields | {"source": "more"}))
+    tuning = {"training.objective": "sft", "data.packing": "best_fit"}
+    both = tiny_config(chats, sources={TALKS: 1.0, "more": 1.0}, **tuning)
+    assert prepare_run(both, saved=inherited).chat == ChatTemplate.from_json(CHAT)
+    other = {"source": "more", "chat": fields["chat"] | {"name": "another"}}
+    manifest.write_text(json.dumps(fields | other))
+    told = f"in several chat templates .another: more; {CHAT['name']}: talks"
     with pytest.raises(ConfigError, match=told):
         prepare_run(both)
 

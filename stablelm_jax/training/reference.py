@@ -1,0 +1,241 @@
+"""The reference of DPO: the log-probability of every answer under the weights the run began with.
+
+It is computed once, before the first step, by the program that evaluates held-out pairs, from the
+very rows that the run trains on, and kept in WORKDIR/reference/tables.npz: what it was computed
+from, and for each source and split float32 [pairs, 2] (chosen, rejected), NaN where a pair has not
+had its turn. A batch finds its values there by the numbers of its pairs, so neither shuffling nor
+epochs matter. `key.json` beside it tells a person the same, and how far it is.
+
+B rows, P pairs of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from stablelm_jax.checkpoint.names import checkpoint_step, find_checkpoint
+from stablelm_jax.checkpoint.reading import read_arrays, read_run, state_hash
+from stablelm_jax.parallel import distributed, sharding
+from stablelm_jax.run.services import Services
+from stablelm_jax.storage.files import replacing, write_json
+from stablelm_jax.training.held_out import EvalStep, agreed_batches
+from stablelm_jax.training.objectives import means
+
+if TYPE_CHECKING:
+    from stablelm_jax.training.setup import Run
+
+SAVE_SECONDS = 10.0  # of work that a kill may cost
+# How far a log-probability may be from the reference's before the first update, as a share of it:
+# one program computes both, but from rows that lie otherwise on the devices, or on other devices.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+_ODD = (
+    "WORKDIR/reference was altered (move it away, and it is computed again), or the weights are "
+    "not those of config.branch.parent, or these devices do not compute the same twice"
+)
+
+
+class ReferenceError(ValueError):
+    """The reference cannot be computed, or is not that of this run."""
+
+
+class Reference:
+    """The tables of a run by (source, split), NaN at first; `key` says what they follow from."""
+
+    def __init__(self, pairs: Mapping[tuple[str, str], int], key: Mapping[str, Any]):
+        """`pairs`: how many each split of a source has; sources in the order of their ids."""
+        self.key, self.sources = dict(key), list(dict.fromkeys(name for name, _ in pairs))
+        self.tables = {
+            name: np.full((count, 2), np.nan, np.float32) for name, count in pairs.items()
+        }
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.tables.values()))
+
+    @property
+    def missing(self) -> int:
+        """Pairs that have no values as yet."""
+        return sum(int(np.isnan(table).any(axis=1).sum()) for table in self.tables.values())
+
+    def joined(self, batches: Any, split: str) -> Iterator[dict[str, np.ndarray]]:
+        """The batches with "reference", float32 [B, P, 2]; 0 where there is no pair."""
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield batch | {"reference": self.of(batch, split)}
+
+    def of(self, batch: Mapping[str, np.ndarray], split: str) -> np.ndarray:
+        """The values of a batch's pairs."""
+        ids_BP = batch["pair_ids"]
+        values_BP2 = np.zeros((*ids_BP.shape, 2), np.float32)
+        for number, name in enumerate(self.sources):
+            own_BP = (ids_BP >= 0) & (batch["source_ids"] == number)[:, None]
+            values_BP2[own_BP] = self.tables[name, split][ids_BP[own_BP]]
+        return values_BP2
+
+    def load(self, folder: Path) -> str:
+        """Takes what is there; returns why it cannot be used, or ''."""
+        try:
+            with np.load(folder / "tables.npz", allow_pickle=False) as found:
+                key = json.loads(str(found["key"]))
+                if key != self.key:
+                    changed = [part for part in self.key if key.get(part) != self.key[part]]
+                    return f"it was computed with another {', '.join(changed)}"
+                for name, table in self.tables.items():
+                    if "/".join(name) in found:  # else one that is newer than the file
+                        table[:] = found["/".join(name)]
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            for table in self.tables.values():
+                table[:] = np.nan
+            return f"tables.npz cannot be read ({error})"
+        return ""
+
+    def save(self, folder: Path) -> None:
+        """Writes what there is so far, whole or not at all."""
+        folder.mkdir(exist_ok=True)
+        arrays = {"/".join(name): table for name, table in self.tables.items()}
+        with replacing(folder / "tables.npz") as aside, aside.open("wb") as file:
+            np.savez(file, key=json.dumps(self.key), **arrays)
+        done = self.total - self.missing
+        write_json(folder / "key.json", {"pairs": self.total, "done": done, **self.key})
+
+
+def prepare_reference(
+    run: Run, services: Services, eval_step: EvalStep, own: Any, left: Callable[[], bool]
+) -> bool:
+    """Fills `run.reference`, from its file or anew; False where a signal was heard before the end.
+
+    Args:
+      own: the run's weights where they are still its parent's, else None.
+      left: asked before each batch, on every process alike; whether to leave it.
+
+    Raises:
+      ReferenceError: the parent is gone or another one, or a pair gets no finite value.
+    """
+    reference, folder = run.reference, services.folder.path / "reference"
+    problem = reference.load(folder) if distributed.is_first() else ""
+    if problem:
+        services.events.tell("reference", f"{folder}: {problem}; the reference is computed again")
+    reference.tables = distributed.from_first(reference.tables)
+    if not reference.missing:
+        services.events.print(f"the reference of {reference.total:,} pairs is that of {folder}")
+        return True
+
+    def save() -> None:
+        if distributed.is_first():
+            reference.save(folder)
+            services.folder.upload()
+        done = reference.total - reference.missing
+        services.events.print(f"reference: {done:,} of {reference.total:,} pairs")
+
+    save()
+    if own is None:
+        with services.watchdog.patient(float(run.config.checkpoint.timeout_seconds)):
+            own = _parents_weights(run)
+    finished = _compute(run, eval_step, own, left, save)
+    save()
+    if finished and reference.missing:
+        raise ReferenceError(f"{reference.missing} pairs lie in no row; prepare the data again")
+    return finished
+
+
+def _compute(
+    run: Run,
+    eval_step: EvalStep,
+    params: Any,
+    left: Callable[[], bool],
+    save: Callable[[], None],
+) -> bool:
+    """Fills in what is missing and saves every so often; False where it was left."""
+    saved_at = time.monotonic()
+    for name in run.reference.tables:
+        for batch in agreed_batches(run.packed_batches(*name), f"pairs of {'/'.join(name)}"):
+            if left():
+                return False
+            batch = batch | {"reference": run.reference.of(batch, name[1])}
+            if not distributed.anywhere(bool(np.isnan(batch["reference"]).any())):
+                continue
+            _score(run, eval_step, params, name, batch)
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save()
+                saved_at = time.monotonic()
+    return True
+
+
+def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], batch: Any) -> None:
+    """Fills in the pairs of one batch; each process gets those of all."""
+    found = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh))["parts"])
+    there_BP = found["pair_ids"] >= 0
+    numbers_N, values_N2 = found["pair_ids"][there_BP], found["logps"][there_BP]
+    if not np.isfinite(values_N2).all():
+        odd = numbers_N[~np.isfinite(values_N2).all(axis=1)][0]
+        raise ReferenceError(
+            f"pair {odd} of {'/'.join(name)} has no finite log-probability under "
+            f"{run.data_position.parent}: look at that checkpoint, and at training.num_valid_ids"
+        )
+    run.reference.tables[name][numbers_N] = values_N2
+
+
+def _parents_weights(run: Run) -> Any:
+    """Never those of a checkpoint of the run itself: they have moved."""
+    was, named = run.data_position, run.config.branch.parent
+    path, what = named or was.parent, "the reference is computed from the checkpoint"
+    try:
+        path = str(find_checkpoint(path))
+        if checkpoint_step(named.rstrip("/").rsplit("/", 1)[-1]) is None:
+            path = was.parent  # of a folder's checkpoints, the one that this run began with
+        saved = read_run(path)
+        if state_hash(saved["checksums"]) != was.parent_hash:
+            raise ValueError("it is not the one that this run began with")
+        return read_arrays(path, {"params": run.abstract.params}, saved)["params"]
+    except ValueError as error:
+        raise ReferenceError(
+            f"{what} {path}: {error}. Give it back, or name its new place with "
+            "--config.branch.parent=PATH/global_stepN, or give back WORKDIR/reference"
+        ) from error
+
+
+def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
+    """Before the first update nothing is preferred yet: every reward is 0, the loss as it follows.
+
+    Args:
+      params: the run's weights.
+      batch: its first one, with the reference.
+
+    Returns:
+      A sentence with the loss, which is ln 2 but for ipo, whose is 1 / (4 beta^2), and an SFT term.
+
+    Raises:
+      ReferenceError: a log-probability is further from its reference than `TOLERANCE` allows.
+    """
+    sums = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))
+    parts = sums.pop("parts")
+    loss = means(run.objective, list(run.sources), sums)["loss"]
+    logps, expected = parts["logps"], parts["reference"]
+    off = np.abs(logps - expected) / np.maximum(1, np.abs(expected))
+    tolerance = TOLERANCE[run.config.training.dtype]
+    if not off.max() <= tolerance:  # NaN too
+        row, pair, side = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)
+        source = list(run.sources)[parts["source_ids"][row]]
+        raise ReferenceError(
+            f"before the first update the loss is {loss:.6f}, though nothing was learnt yet: pair "
+            f"{parts['pair_ids'][row, pair]} of {source} has the log-probability "
+            f"{logps[row, pair, side]:.4f}, its reference {expected[row, pair, side]:.4f}, further "
+            f"apart than {tolerance:g} of it. Either {_ODD}"
+        )
+    return (
+        f"before the first update: loss {loss:.6f}, every log-probability is its reference to "
+        f"{off.max():.1g}"
+    )
