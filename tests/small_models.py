@@ -39,9 +39,17 @@ def random_params(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_checkpoint(
-    path: Path, model: ModelConfig, params: dict[str, np.ndarray], tokenizer: Path, **imported
+    path: Path,
+    model: ModelConfig,
+    params: dict[str, np.ndarray],
+    tokenizer: Path,
+    chat: dict | None = None,
+    **imported,
 ) -> Path:
-    """Weights alone, at `path` (named global_step<N>), with this tokenizer.json."""
+    """Weights alone, at `path` (named global_step<N>), with this tokenizer.json.
+
+    `chat`: of the item `run`, `ChatTemplate.to_json()`.
+    """
     content = tokenizer.read_bytes()
     run = {
         "step": int(path.name.removeprefix("global_step")),
@@ -49,6 +57,7 @@ def write_checkpoint(
         "tokenizer_sha256": load_tokenizer(tokenizer).sha256,
         "imported": {"from": "a test", "max_positions": 64, "end_ids": [], "chat_template": None}
         | imported,
+        **({"chat": chat} if chat else {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = nest({name: jnp.asarray(x) for name, x in params.items()})
