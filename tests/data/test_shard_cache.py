@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from prepared import EOD, TOKENIZER, random_documents, write_source
 
-from stablelm_jax.data.batches import BatchSpec, train_batches
+from stablelm_jax.data.batches import BatchSpec, packed_batches, train_batches
 from stablelm_jax.data.manifest import ManifestError, data_hash, open_sources
 from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import SourceRows, token_stream
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.data.shards import ShardError
@@ -97,6 +98,39 @@ def test_rows_are_those_of_local_files_by_range_and_whole(
     assert len(cached(tmp_path)) == (8 if max_bytes else 0)
     manifests = [{n: s.manifest for n, s in some.items()} for some in (sources, here)]
     assert data_hash(manifests[0]) == data_hash(manifests[1])
+
+
+@pytest.mark.parametrize("max_bytes", [0, PLENTY])
+def test_packed_rows_behind_a_url_are_those_of_local_files(tmp_path, max_bytes):
+    rng, names = np.random.default_rng(1), ("arxiv", "chats")
+    shards = [random_documents(rng, 20, 15) for _ in range(2)]
+    write_source(tmp_path / "data", "arxiv", shards, shards[0])
+    answers = {
+        "kind": "conversations",
+        "spans": lambda document: [(len(document) // 2, len(document))],
+    }
+    write_source(tmp_path / "data", "chats", shards, shards[0], **answers)
+    url, spec = (
+        upload(tmp_path / "data", "memory://packed"),
+        BatchSpec(16, 4, 0, EOD, True, "best_fit"),
+    )
+    here = PackedSources(open_sources(tmp_path / "data", names), spec)
+    there = open_sources(url, names, cache=ShardCache(tmp_path / "cache", max_bytes))
+    packed = PackedSources(there, spec)
+    for name in names:
+        pairs = zip(*(packed_batches(p, name, "train", spec) for p in (packed, here)), strict=True)
+        for one, other in pairs:
+            for key in one:
+                np.testing.assert_array_equal(one[key], other[key])
+    fs = fsspec.filesystem("memory")
+    index = fs.cat_file("/packed/chats/train-00001.idx")
+    for data, message in ((index[:-8], "bytes where its header asks"), (None, "missing; restore")):
+        fs.rm("/packed/chats/train-00001.idx")
+        if data is not None:
+            fs.pipe_file("/packed/chats/train-00001.idx", data)
+        with pytest.raises(ShardError, match=f"memory://packed/chats/train-00001.idx: .*{message}"):
+            PackedSources(there, spec)
+    fs.rm("/packed", recursive=True)
 
 
 def test_batches_made_by_several_threads_are_those_of_local_files(local, stored, tmp_path):
@@ -264,6 +298,7 @@ def test_the_least_recently_used_shards_of_ended_runs_give_way(local, memory, tm
 READER = """
 import sys
 from stablelm_jax.data.manifest import open_sources
+from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import token_stream
 from stablelm_jax.data.shard_cache import ShardCache
 root, folder, bound = sys.argv[1:]

@@ -4,12 +4,13 @@ import io
 import math
 
 import pytest
+from prepared import write_source
 from rich.console import Console
 from tiny import CHOICES, TALKS, tiny_config, write_chats, write_data
 
 from stablelm_jax.reporting.console import show_decisions
 from stablelm_jax.training.same_run import ResumeError, check_same_run
-from stablelm_jax.training.setup import prepare_run
+from stablelm_jax.training.setup import _document_ends, prepare_run
 
 MIXED = {TALKS: 0.5, "squares": 0.25, "fibonacci": 0.25}
 
@@ -78,3 +79,13 @@ def test_epochs_and_steps_are_counted_in_packed_rows_and_said(root):
     text = prepare_run(tiny_config(root))
     tokens = text.tokens_by_source(48)["squares"]
     assert text.epochs(48)["squares"] == tokens / text.manifests["squares"].train.tokens
+
+
+def test_hosts_whose_documents_end_elsewhere_under_the_same_tokens_are_told_apart(tmp_path):
+    ends = []
+    for number, documents in enumerate(([[8, 9, 10, 11]], [[8, 9], [10, 11]])):
+        source = write_source(tmp_path / str(number), "web", [documents])
+        ends.append(_document_ends({"web": source}))
+    assert [key for key in ends[0] if ends[0][key] != ends[1][key]] == [
+        "web/train, ends of documents"
+    ]
