@@ -8,6 +8,11 @@ files are read once before the clock starts: what is measured is the loader, not
 threads share one core. Contestants take turns; the best of their turns counts. `per CPU second`
 is what wall time would give with nothing else running; the two part where the machine is busy.
 
+    python benchmarks/data.py --packing DATA [--lengths 1024 4096]
+
+With --packing, only this: of the prepared sources of text in DATA, how many documents rows of each
+length cut, how many places are filled, and how fast packing and batches are.
+
 With --latency-ms, only this: how much of a slow storage a training step sees. Every read of a row
 takes that long, and a consumer that does nothing takes --step-ms a step.
 """
@@ -47,6 +52,8 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.mixture import Mixture
+from stablelm_jax.data.packing import PackedSources
+from stablelm_jax.data.rows import token_stream
 from stablelm_jax.data.shards import ShardInfo, ShardWriter, TokenFile
 
 # The reported weights of Stable LM 2's 28 sources, in the order of its table.
@@ -310,12 +317,55 @@ def show_waits(sources: dict[str, Source], args: argparse.Namespace) -> Table:
     return table
 
 
+# --------------------------------------------------------------------------------------------------
+# Packing
+
+
+def show_packing(root: pathlib.Path, lengths: list[int], count: int) -> Table:
+    """Both ways of filling rows, by source; all are read at once for the speed of batches."""
+    sources = open_sources(root, sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}")))
+    table = Table(title=f"packing of {root}")
+    columns = ("source", "row", "packing", "rows", "places filled", "documents cut",
+               "tokens without beginning", "million items/s", "million tokens/CPU s")  # fmt: skip
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for length, (name, source), packing in itertools.product(
+        lengths, sources.items(), ("concatenate", "best_fit")
+    ):
+        spec = BatchSpec(length, BATCH_SIZE, 1234, source.manifest.tokenizer.eod, packing=packing)
+        rows, items = (source.manifest.train.tokens - 1) // length, ""
+        cut, lost = documents_cut(source, length, packing)
+        filled, packed, mixture = 1.0, None, Mixture({name: 1.0})
+        if packing == "best_fit":
+            began = time.process_time()
+            packed = PackedSources({name: source}, spec)
+            took, train = time.process_time() - began, packed[name, "train"]
+            rows, items = len(train), f"{len(train.lengths) / took / 1e6:.2f}"
+            filled = train.lengths.sum(dtype=np.int64) / (rows * length)
+        with train_batches({name: source}, mixture, spec, packed=packed) as batches:
+            speed(batches, 20)
+            rate = max(speed(batches, count)[1] for _ in range(3)) * length / SEQUENCE_LENGTH
+        table.add_row(name, f"{length:,}", packing, f"{rows:,}", f"{filled:.2%}", f"{cut:.2%}",
+                      f"{lost:.2%}", items, f"{rate / 1e6:.1f}")  # fmt: skip
+    return table
+
+
+def documents_cut(source: Source, length: int, packing: str) -> tuple[float, float]:
+    """The share of documents that lie in several rows, and of tokens whose document's beginning
+    lies in another row than they do."""
+    offsets = token_stream(source, "train").document_offsets()
+    first, places = offsets[:-1], np.diff(offsets) - 1  # an input for each token but the first
+    before = length - first % length if packing == "concatenate" else np.full(len(first), length)
+    lost = np.maximum(places - before, 0)
+    return (lost > 0).mean(), lost.sum() / places.sum()
+
+
 BOUND = "nothing is waited for while rows x read / threads <= step; threads = (prefetch + 1) // 2"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--workdir", type=pathlib.Path)
     parser.add_argument("--tokens", type=int, default=50_000_000, help="train tokens a source")
     parser.add_argument("--batches", type=int, default=10_000, help="batches of the memory test")
     parser.add_argument("--count", type=int, default=500, help="batches of one turn")
@@ -327,8 +377,17 @@ def main() -> None:
     slow.add_argument("--prefetch", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     slow.add_argument("--rows", type=int, nargs="+", default=[BATCH_SIZE], help="of a batch")
     slow.add_argument("--steps", type=int, default=40, help="of one measurement")
+    packing = parser.add_argument_group("packing")
+    packing.add_argument("--packing", type=pathlib.Path, metavar="DATA", help="prepared sources")
+    packing.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="of a row")
     args = parser.parse_args()
     console = Console()
+    if args.packing:
+        os.sched_setaffinity(0, {args.core})
+        console.print(show_packing(args.packing, args.lengths, args.count))
+        return
+    if not args.workdir:
+        parser.error("--workdir or --packing: one of them is needed")
     sources = make_sources(args.workdir, args.tokens, console)
     os.sched_setaffinity(0, {args.core})
     fill_page_cache(sources)
