@@ -77,7 +77,7 @@ def _cached(run: Run) -> str:
 
 
 def _source_table(run: Run) -> Table:
-    given, epochs = run.tokens_by_source(run.last_row()), run.epochs(run.last_row())
+    given, whole = run.tokens_by_source(run.last_row()), run.tokens_per_epoch
     spans = run.mixture.spans()
     periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
     later = [f"from row {row:,}" for row, _ in spans[1:]]
@@ -89,7 +89,7 @@ def _source_table(run: Run) -> Table:
             *(f"{counts.get(name, 0)}/{sum(counts.values())}" for _, counts in spans),
             f"{manifest.train.tokens:,}",
             f"{given[name]:,}",
-            f"{epochs[name]:.3g}",
+            f"{given[name] / whole[name]:.3g}",
             f"{manifest.unigram_entropy:.3f} nats",
         )
     return table
@@ -99,22 +99,24 @@ def _packed_table(run: Run) -> Table:
     """What packing made of each source, and how many steps read it so often."""
     steps = ("steps for 1 epoch", "for 2", "for 3")
     columns = ("items", "rows an epoch", "places filled", "tokens trained", *steps)
-    share = run.mixture.stages[-1].counts / run.mixture.stages[-1].period
-    title = (
-        f"packed by {run.spec.packing}: whole items in rows of {run.spec.sequence_length} tokens"
-    )
-    table = _sources(title, columns)
-    for name, weight in zip(run.sources, share):
-        rows, a_step = run.packed[name, "train"], weight * run.spec.batch_size
+    stage = run.mixture.stages[-1]
+    share = stage.counts / stage.period
+    length = run.spec.sequence_length
+    table = _sources(f"{run.spec.packing}: whole items in rows of {length} tokens", columns)
+    every = [run.packed[name, "train"] for name in run.sources]
+    groups = [(name, [rows], part) for name, rows, part in zip(run.sources, every, share)]
+    for name, group, part in groups if len(groups) == 1 else [*groups, ("all", every, 1.0)]:
+        rows, a_step = sum(map(len, group)), part * run.spec.batch_size
+        places = sum(int(packed.lengths.sum(dtype="int64")) for packed in group)
         table.add_row(
             name,
-            f"{len(rows.lengths):,}",
-            f"{len(rows):,}",
-            f"{rows.lengths.sum(dtype='int64') / (len(rows) * rows.length):.2%}",
-            f"{rows.trained:,}",
-            *(f"{math.ceil(n * len(rows) / a_step):,}" if weight else "none" for n in (1, 2, 3)),
+            f"{sum(len(packed.lengths) for packed in group):,}",
+            f"{rows:,}",
+            f"{places / (rows * length):.2%}",
+            f"{sum(packed.trained for packed in group):,}",
+            *(f"{math.ceil(n * rows / a_step):,}" if part else "none" for n in (1, 2, 3)),
         )
-    if len(run.sources) > 1:
+    if len(groups) > 1:
         table.caption = "weights in proportion to the rows an epoch read all sources equally often"
     return table
 

@@ -16,8 +16,6 @@ from stablelm_jax.data.rows import SourceRows, shuffled, source_seed
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
-_SIDES = {"pairs": (", chosen", ", rejected")}
-
 
 @dataclasses.dataclass(frozen=True)
 class Document:
@@ -116,7 +114,8 @@ class _SourceReader:
 
     def _items(self, row: int) -> Iterator[Document]:
         """The documents of a packed row."""
-        opening, sides = self._stream.document_offsets(), _SIDES.get(self._kind, ("",))
+        opening = self._stream.document_offsets()
+        sides = (", chosen", ", rejected") if self._kind == "pairs" else ("",)
         kind = self._kind.removesuffix("s")
         names = [f"{kind} {i:,}{side}" for i in self._packed.items(row) for side in sides]
         for name, (tokens, counts, first) in zip(names, self._packed.segments(row)):

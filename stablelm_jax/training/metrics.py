@@ -134,7 +134,10 @@ class Meter:
             **{key: scalars[key].item() for key in _SCALARS},
             "tokens_seen": sum(ledger.values()),
             **{f"tokens/{name}": tokens for name, tokens in ledger.items()},
-            **{f"epochs/{name}": epochs for name, epochs in self._run.epochs(rows).items()},
+            **{
+                f"epochs/{name}": ledger[name] / tokens
+                for name, tokens in self._run.tokens_per_epoch.items()
+            },
             **self._speed(),
         }
         self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0

@@ -129,20 +129,12 @@ class Run:
         }
 
     @property
-    def rows_per_epoch(self) -> dict[str, int]:
-        """Rows of each source until it begins anew."""
-        if self.packed is not None:
-            return {name: len(self.packed[name, "train"]) for name in self.sources}
-        length = self.spec.sequence_length
-        return {name: (m.train.tokens - 1) // length for name, m in self.manifests.items()}
-
-    def epochs(self, rows: int) -> dict[str, float]:
-        """How often each source was read in the first `rows` rows of the mixture."""
-        given = self.tokens_by_source(rows)
+    def tokens_per_epoch(self) -> dict[str, int]:
+        """Tokens that each source gives before it begins anew; of packed rows, all their places."""
         if self.packed is None:
-            return {name: given[name] / m.train.tokens for name, m in self.manifests.items()}
+            return {name: manifest.train.tokens for name, manifest in self.manifests.items()}
         length = self.spec.sequence_length
-        return {name: given[name] / (length * n) for name, n in self.rows_per_epoch.items()}
+        return {name: length * len(self.packed[name, "train"]) for name in self.sources}
 
     def last_row(self) -> int:
         """The row after the last one that the run consumes."""

@@ -62,9 +62,8 @@ def test_another_packing_or_loss_is_another_run(root):
 
 def test_epochs_and_steps_are_counted_in_packed_rows_and_said(root):
     run = prepared(root, {TALKS: 1.0, "squares": 1.0}, **{"training.num_steps": 20})
-    rows = run.rows_per_epoch
-    epochs = run.epochs(20 * 8)
-    assert epochs == {name: 80 / rows[name] for name in (TALKS, "squares")}
+    rows = {name: len(run.packed[name, "train"]) for name in (TALKS, "squares")}
+    assert run.tokens_per_epoch == {name: 32 * count for name, count in rows.items()}
     file = io.StringIO()
     show_decisions(Console(file=file, width=200), run)
     said = file.getvalue()
@@ -77,8 +76,7 @@ def test_epochs_and_steps_are_counted_in_packed_rows_and_said(root):
     assert "read all sources equally often" in said
     # Concatenated text counts as it did.
     text = prepare_run(tiny_config(root))
-    tokens = text.tokens_by_source(48)["squares"]
-    assert text.epochs(48)["squares"] == tokens / text.manifests["squares"].train.tokens
+    assert text.tokens_per_epoch == {n: m.train.tokens for n, m in text.manifests.items()}
 
 
 def test_hosts_whose_documents_end_elsewhere_under_the_same_tokens_are_told_apart(tmp_path):
