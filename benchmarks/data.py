@@ -323,7 +323,7 @@ def show_waits(sources: dict[str, Source], args: argparse.Namespace) -> Table:
 
 def show_packing(root: pathlib.Path, lengths: list[int], count: int) -> Table:
     """Both ways of filling rows, by source; all are read at once for the speed of batches."""
-    sources = open_sources(root, sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}")))
+    sources = open_sources(root, [path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}")])
     table = Table(title=f"packing of {root}")
     columns = ("source", "row", "packing", "rows", "places filled", "documents cut",
                "tokens without beginning", "million items/s", "million tokens/CPU s")  # fmt: skip
