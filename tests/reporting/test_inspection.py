@@ -78,8 +78,9 @@ def test_a_source_that_is_not_in_the_mixture_is_refused(shown):
 
 def test_packed_rows_show_their_items_and_what_of_them_is_trained(tmp_path):
     root = write_chats(write_data(tmp_path / "data"))
-    for sources in ({TALKS: 0.5, "squares": 0.5}, {CHOICES: 1.0}):
-        run = prepare_run(tiny_config(root, sources=sources, **{"data.packing": "best_fit"}))
+    for sources, objective in (({TALKS: 0.5, "squares": 0.5}, "sft"), ({CHOICES: 1.0}, "dpo")):
+        settings = {"data.packing": "best_fit", "training.objective": objective}
+        run = prepare_run(tiny_config(root, sources=sources, **settings))
         decode, batch = run.tokenizer.decode, batch_rows(run, 3)
         found = places(run.sources, run.mixture, range(24, 32), run.spec, run.tokenizer, run.packed)
         for place, row in enumerate(found):

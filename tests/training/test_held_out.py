@@ -91,6 +91,7 @@ def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model
 def test_held_out_loss_of_packed_rows_is_that_of_their_documents_one_by_one(tmp_path):
     root = write_chats(write_data(tmp_path / "data"))
     settings = {"data.packing": "best_fit", "evaluation.max_rows": 10_000}
+    settings["training.objective"] = "sft"
     run = prepare_run(tiny_config(root, {TALKS: 1.0, "squares": 1.0, "fibonacci": 1.0}, **settings))
     params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(3))
     line = evaluate_held_out(run.eval_step, params, run.held_out(), run.mesh, run.objective)

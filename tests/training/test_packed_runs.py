@@ -22,7 +22,8 @@ def root(tmp_path_factory):
 
 
 def prepared(root, sources=MIXED, packing="best_fit", **overrides):
-    overrides = {"data.packing": packing, **overrides}
+    objective = "dpo" if CHOICES in sources else "sft"
+    overrides = {"data.packing": packing, "training.objective": objective, **overrides}
     return prepare_run(tiny_config(root, sources=sources, **overrides))
 
 
@@ -33,8 +34,9 @@ def test_what_may_not_be_cut_is_not_concatenated(root, source, kind):
 
 
 def test_pairs_are_trained_on_alone(root):
-    with pytest.raises(ValueError, match="choices holds pairs, talks holds conversations; leave"):
-        prepared(root, {CHOICES: 1.0, TALKS: 1.0})
+    for objective, refused in (("dpo", TALKS), ("sft", CHOICES)):
+        with pytest.raises(ValueError, match=f"objective={objective}: source {refused!r} holds"):
+            prepared(root, {CHOICES: 1.0, TALKS: 1.0}, **{"training.objective": objective})
     assert prepared(root, {CHOICES: 1.0}).num_pairs > 1
 
 
