@@ -221,7 +221,6 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     config.data.root = arguments.data or config.data.root
     config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
     config.training.dtype = arguments.dtype or config.training.dtype
-    config.branch.parent = ""
     # Rows and devices are those of this machine, not of the training.
     config.parallel.update(data=-1, model=arguments.model, replica=1, fsdp=False)
     config.training.accumulation = 1

@@ -22,6 +22,7 @@ from tiny import (
 )
 
 from stablelm_jax import config as config_lib
+from stablelm_jax import evaluate
 from stablelm_jax.checkpoint.reading import read_arrays, read_run, state_hash
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.config import ConfigError
@@ -102,6 +103,12 @@ def test_it_goes_on_bit_for_bit_without_its_parent(data, parent, whole, tmp_path
     assert ours["checksums"] == parted["checksums"]
 
 
+@pytest.mark.by_hand
+def test_its_held_out_text_is_evaluated_like_that_of_any_run(whole, capsys):
+    assert evaluate.main(["--checkpoint", str(whole[0]), "--max-rows", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+
+
 def test_an_imported_parent_gives_the_weights_that_are_all_it_has(data, imported, tmp_path):
     taken_as_such = {"branch.state": "all", "training.num_steps": 3}
     train(of_weights(data, imported, **taken_as_such), tmp_path)
@@ -146,26 +153,34 @@ def test_the_weights_lie_on_the_mesh_of_the_branch(data, imported):
     assert all(jax.tree.leaves(placed))
 
 
-def test_length_seed_theta_data_and_valid_ids_may_differ(data, parent, tmp_path):
+CHANGED = {
+    "seed": 7,
+    "data.sequence_length": 64,
+    "data.batch_size": 16,
+    "model.rotary_theta": 40_000.0,
+    "model.init_std": 0.5,
+    "training.num_valid_ids": VOCAB,
+    "training.num_steps": 3,
+    "schedule.kind": "cosine",
+    "optimizer.b2": 0.99,
+}
+
+
+def test_length_seed_theta_data_and_valid_ids_may_differ(parent, tmp_path):
+    config = of_weights(write_data(tmp_path / "data", seed=1), parent, **CHANGED)
+    saved, run = read_run(parent), prepare_run(config, position_of(config))
+    assert run.identity()["data_hash"] != saved["data_hash"]
+    changes = check_same_weights(parent, saved, run.identity(), run.tokenizer)
+    assert changes == {"model.rotary_theta": [1e4, 4e4], "model.init_std": [0.02, 0.5]}
+
+
+@pytest.mark.by_hand
+def test_a_branch_in_which_all_of_these_differ_trains_and_says_so(parent, tmp_path):
     other = write_data(tmp_path / "data", seed=1)
-    changed = {
-        "seed": 7,
-        "data.sequence_length": 64,
-        "data.batch_size": 16,
-        "model.rotary_theta": 40_000.0,
-        "model.init_std": 0.5,
-        "training.num_valid_ids": VOCAB,
-        "training.num_steps": 3,
-        "schedule.kind": "cosine",
-        "optimizer.b2": 0.99,
-    }
-    code, lines = train(of_weights(other, parent, **changed), tmp_path / "run")
+    code, lines = train(of_weights(other, parent, **CHANGED), tmp_path / "run")
     assert code == 0 and lines[-1]["tokens_seen"] == 3 * 16 * 64
     text = events(tmp_path / "run", "branch")[0]["text"]
     assert "config.model.rotary_theta was 10000.0, now 40000.0" in text
-    now, was = read_run(checkpoint(tmp_path / "run", 3)), read_run(parent)
-    assert now["source_hashes"].keys() == was["source_hashes"].keys()
-    assert now["data_hash"] != was["data_hash"]
 
 
 @pytest.mark.parametrize(
