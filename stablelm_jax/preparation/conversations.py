@@ -22,14 +22,13 @@ from stablelm_jax.tokenizer.tokenizer import Tokenizer
 MAX_TURNS = 8  # as reported of Stable LM 2's SFT; not verified
 
 # Keys of lists of messages, of questions, of what a question is about, and of answers.
-_LISTS = ("messages", "conversations", "conversation")
+_LISTS = ("messages", "conversations", "conversation", "items")
 _QUESTIONS = ("prompt", "instruction", "question", "query")
 _ABOUT = ("input", "context")
 _ANSWERS = ("completion", "output", "response", "answer")
 _SYSTEM = ("system", "system_prompt")
 KEYS = (*_LISTS, *_QUESTIONS, *_ABOUT, *_ANSWERS, *_SYSTEM, "chosen", "rejected", "label")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-_HH_RLHF = {"Human": "user", "Assistant": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's words
 
 Messages = list[dict[str, Any]]
 
@@ -92,9 +91,8 @@ def _question(record: Mapping[str, Any]) -> Messages:
 
 def _with_system(record: Mapping[str, Any], messages: Messages) -> Messages:
     system = _first(record, _SYSTEM)
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return _messages(system, "system") + messages
+    has_one = not system or messages[0]["role"] == "system"
+    return messages if has_one else _messages(system, "system") + messages
 
 
 def _messages(value: Any, role: str) -> Messages:
@@ -103,11 +101,14 @@ def _messages(value: Any, role: str) -> Messages:
         return [{"role": role, "content": value}]
     if not (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
         raise ValueError(f"no list of messages: {str(value)[:80]!r}")
+    if all({"input", "output"} <= item.keys() for item in value):  # Capybara's rounds
+        sides = (("user", "input"), ("assistant", "output"))
+        value = [{"role": role, "content": item[key]} for item in value for role, key in sides]
     found = []
     for number, item in enumerate(value, 1):
         item = {key: part for key, part in item.items() if part is not None}  # as tables have them
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+        role = _ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"unknown role: {role!r} in message {number}")
         if not isinstance(content, str):
@@ -156,7 +157,7 @@ def _side(record: Mapping[str, Any], value: Any, prompt: Messages) -> Messages:
         turns = re.split(r"\n\n(Human|Assistant): ?", value)[1:]
         if not turns:
             raise ValueError("a pair without a prompt")
-        value = [{"role": _HH_RLHF[a], "content": b} for a, b in zip(turns[::2], turns[1::2])]
+        value = [{"role": a.lower(), "content": b} for a, b in zip(turns[::2], turns[1::2])]
     messages = _messages(value, "assistant")
     before = prompt if messages[0]["role"] == "assistant" else []
     return _with_system(record, before + messages)

@@ -92,8 +92,7 @@ def _text(record: dict, text_key: str) -> str | Rejected:
         return conversations.no_text(record) or Rejected(f"no key {text_key!r} (keys: {keys})")
     if isinstance(text, str):
         return text
-    what = _NAMES.get(type(text), type(text).__name__)
-    return Rejected(f"{text_key!r} is a JSON {what}, not a string")
+    return Rejected(f"{text_key!r} is a JSON {_NAMES.get(type(text), 'value')}, not a string")
 
 
 def _reach(record: dict, key: str) -> Any:

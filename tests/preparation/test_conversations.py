@@ -57,7 +57,8 @@ def read(record):
                            {"from": "chatgpt", "value": "b", "weight": 1.0}]},
         {"messages": [{"role": "user", "content": "a", "value": None, "train": None},
                       {"role": "assistant", "content": "b", "name": "x", "train": True}]},
-        {"conversation": [user("a"), assistant("b")]},
+        {"conversation": [{"input": "a", "output": "b"}], "source": "Capybara"},
+        {"items": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"prompt": "a", "completion": "b"},
         {"prompt": [user("a")], "completion": [assistant("b")]},
         {"instruction": "a", "input": "", "output": "b"},
@@ -231,6 +232,21 @@ def test_of_a_pair_only_what_differs_is_trained_and_both_sides_share_the_limit(a
     assert encoder(arcade, "chatml", max_tokens=size).documents(canonical(record)).ids
     refused = encoder(arcade, "chatml", max_tokens=size - 1).documents(canonical(record))
     assert refused.reason == f"too long: {size} tokens, more than {size - 1}"
+
+
+def test_the_documented_form_of_function_calls_is_plain_chatml(arcade):
+    """Stable LM 2 12B Chat's card: functions in the system's text, calls as JSON in the answer."""
+    function = {"name": "now", "description": "The time", "parameters": {"type": "object"}}
+    system = (
+        "You are a helpful assistant with access to the following functions. You must use them if"
+        f" required -\n{json.dumps([{'type': 'function', 'function': function}])}"
+    )
+    calls = json.dumps([{"name": "now", "arguments": {}}])
+    chat = [{"role": "system", "content": system}, user("What time is it?"), assistant(calls)]
+    (ids,), (spans,), *_ = encoder(arcade, "chatml").documents(canonical({"messages": chat}))
+    assert arcade.decode(ids.tolist()).startswith(f"<|im_start|>system\n{system}<|im_end|>\n")
+    (trained,) = [arcade.decode(ids[first:last].tolist()) for first, last in spans]
+    assert json.loads(trained.removesuffix("<|im_end|>")) == [{"name": "now", "arguments": {}}]
 
 
 # prepared
