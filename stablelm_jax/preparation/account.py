@@ -22,8 +22,10 @@ from stablelm_jax.storage.files import replacing
 # that a single odd file of a small source would do.
 _MOST_UNREAD, _LITTLE = 0.1, 4096
 _HOLDS_NOTHING = re.compile(r"empty .*|.* is (a JSON )?null\b.*")
-# What is no loss beside the texts of an archive: hidden files, links, the metadata of a webdataset.
-_BESIDE_TEXTS = re.compile(r"(hidden|a link or device) in an archive.*|no key .*\.json\)")
+# What is no loss: an archive's hidden files, links and metadata, and what a limit was to drop.
+_NO_LOSS = re.compile(
+    r"(hidden|a link or device) in an archive.*|no key .*\.json\)|too (many|long).*"
+)
 _LOSES_THE_REST = "the rest of the file is lost"
 _WORST_SHOWN = 3
 
@@ -47,7 +49,7 @@ class Tally:
         if rejected is not None and _HOLDS_NOTHING.fullmatch(rejected):
             return
         self.reason = self.reason or rejected or ""
-        if rejected is not None and _BESIDE_TEXTS.fullmatch(rejected):
+        if rejected is not None and _NO_LOSS.fullmatch(rejected):
             return
         self.records += 1
         if rejected is not None:

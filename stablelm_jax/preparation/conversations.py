@@ -30,8 +30,6 @@ _SYSTEM = ("system", "system_prompt")
 KEYS = (*_LISTS, *_QUESTIONS, *_ABOUT, *_ANSWERS, *_SYSTEM, "chosen", "rejected", "label")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's words
 
-Messages = list[dict[str, Any]]
-
 
 # out of records
 
@@ -72,7 +70,7 @@ def _first(record: Mapping[str, Any], keys: Iterable[str]) -> Any:
     return next((record[key] for key in keys if key in record), None)
 
 
-def _conversation(record: Mapping[str, Any]) -> Messages:
+def _conversation(record: Mapping[str, Any]) -> list[dict]:
     if (messages := _first(record, _LISTS)) is not None:
         return _with_system(record, _messages(messages, "user"))
     question, answer = _question(record), _first(record, _ANSWERS)
@@ -81,7 +79,7 @@ def _conversation(record: Mapping[str, Any]) -> Messages:
     return _with_system(record, question + _messages(answer, "assistant"))
 
 
-def _question(record: Mapping[str, Any]) -> Messages:
+def _question(record: Mapping[str, Any]) -> list[dict]:
     """What comes before the answer; nothing where there is no key for it."""
     question, about = _first(record, _QUESTIONS), _first(record, _ABOUT)
     if isinstance(question, str) and isinstance(about, str) and about:
@@ -89,13 +87,13 @@ def _question(record: Mapping[str, Any]) -> Messages:
     return [] if question is None else _messages(question, "user")
 
 
-def _with_system(record: Mapping[str, Any], messages: Messages) -> Messages:
+def _with_system(record: Mapping[str, Any], messages: list[dict]) -> list[dict]:
     system = _first(record, _SYSTEM)
     has_one = not system or messages[0]["role"] == "system"
     return messages if has_one else _messages(system, "system") + messages
 
 
-def _messages(value: Any, role: str) -> Messages:
+def _messages(value: Any, role: str) -> list[dict]:
     """The messages of a list of them, in OpenAI's or ShareGPT's words; of a text, one of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -121,7 +119,7 @@ def _messages(value: Any, role: str) -> Messages:
     return found
 
 
-def _checked(messages: Messages) -> Messages:
+def _checked(messages: list[dict]) -> list[dict]:
     """The messages of a whole conversation."""
     for number, message in enumerate(messages, 1):
         if message["role"] == "system" and number > 1:
@@ -151,7 +149,7 @@ def _pair(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": opening, "chosen": chosen, "rejected": rejected}
 
 
-def _side(record: Mapping[str, Any], value: Any, prompt: Messages) -> Messages:
+def _side(record: Mapping[str, Any], value: Any, prompt: list[dict]) -> list[dict]:
     """A side of a pair as a whole: it gives an answer, what follows the prompt, or everything."""
     if isinstance(value, str) and not prompt:  # Anthropic/hh-rlhf has such texts
         turns = re.split(r"\n\n(Human|Assistant): ?", value)[1:]
@@ -238,7 +236,7 @@ class ChatEncoder(NamedTuple):
         return Documents(ids, [spans for _, spans, _ in sides], text)
 
     def _encoded(
-        self, messages: Messages, negative: bool = False
+        self, messages: list[dict], negative: bool = False
     ) -> tuple[list[int], list[tuple[int, int]], list[int]]:
         """The ids of a conversation, what of them is trained, and where each answer ends."""
         answers = [message for message in messages if message["role"] == "assistant"]

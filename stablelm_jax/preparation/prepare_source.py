@@ -259,8 +259,7 @@ class Preparation:
                 chats = ChatEncoder.of({**self._settings, "kind": kind}, self.tokenizer)
 
                 def usable(text: str) -> bool:
-                    made = documents_of(text, self.tokenizer, chats)
-                    return isinstance(made, Documents)
+                    return isinstance(documents_of(text, self.tokenizer, chats), Documents)
 
                 seen = held_out.look(cut, reading, usable, self._ids)
         except Exception as error:  # of a driver: each raises its own
@@ -437,8 +436,8 @@ class Preparation:
         if "chat" not in self._settings:
             return {}
         trained = {split: sum(output.trained[split] for output in outputs) for split in SPLITS}
-        dropped = sum(output.rounds_dropped for output in outputs)
-        return {"conversations": {"trained_tokens": trained, "rounds_dropped": dropped}}
+        counts = {"rounds_dropped": sum(output.rounds_dropped for output in outputs)}
+        return {"conversations": {"trained_tokens": trained, **counts}}
 
     def _split(self, split: str, outputs: list[Output]) -> Split:
         """Moves the shards of a split to the folder of the source, numbered in order."""

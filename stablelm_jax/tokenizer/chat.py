@@ -89,7 +89,7 @@ def chat_template(name_or_file: str, tokenizer: Tokenizer) -> ChatTemplate:
             what = f"tokenizer {tokenizer.name} came with no chat template"
         known = ", ".join((*CHAT_TEMPLATES, "tokenizer"))
         raise ValueError(f"{what}: choose one of {known}, or a file of Jinja")
-    return template_of(name_or_file, jinja, tokenizer, _config(own))
+    return template_of(Path(name_or_file).name, jinja, tokenizer, _config(own))
 
 
 def folder_template(path: Path) -> str | None:

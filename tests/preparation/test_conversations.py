@@ -453,6 +453,17 @@ def test_flags_that_cannot_be_are_refused_at_once(tmp_path, tokenizer_file, flag
     assert code == 2 and said in err and err.count("\n") == 1
 
 
+def test_what_a_limit_drops_is_rejected_but_no_loss_that_stops_the_source(tmp_path, tokenizer_file):
+    rounds = [user("a" * 500), assistant("b" * 500)]
+    records = [{"messages": [user(f"{n}"), assistant("b")]} for n in range(4)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": rounds * 3}] * 20 + records)
+    common = ("--input", path, "--output", tmp_path, "--tokenizer", tokenizer_file, "--workers", 1)
+    for source, *limit in (("turns", "--max-turns", 2), ("tokens", "--max-tokens", 900)):
+        code, out, err = call("--source", source, *common, "--template", "zephyr", *limit)
+        assert code == 0, err
+        assert "rejected: 20 (too " in out and "4 conversations" in out
+
+
 def test_another_template_of_the_same_name_is_another_preparation(tmp_path, tokenizer_file):
     """A Jinja file that was edited: the jinja counts, not the path."""
     path = write_jsonl(
