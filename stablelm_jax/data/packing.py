@@ -95,8 +95,7 @@ class PackedRows:
         self._edges = np.array([0, self.stream.num_tokens])
         if kind != "text" and spec.loss_on == "answers":
             self._edges = _trained_edges(source, split, offsets)
-            firsts, lasts = self._edges[::2], self._edges[1::2]
-            # The first token of a document is no target.
+            firsts, lasts = self._edges[::2], self._edges[1::2]  # what opens a document: no target
             self.trained = int((lasts - firsts).sum() - np.isin(firsts, offsets).sum())
         self._seed, count = source_seed(spec.seed, source.name), len(self.lengths)
         self._items, self._starts = np.arange(count), np.arange(count + 1)

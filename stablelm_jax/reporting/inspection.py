@@ -116,7 +116,7 @@ class _SourceReader:
         """The documents of a packed row."""
         opening = self._stream.document_offsets()
         sides = (", chosen", ", rejected") if self._kind == "pairs" else ("",)
-        kind = self._kind.removesuffix("s")
+        kind = "piece" if self._kind == "text" else self._kind.removesuffix("s")
         names = [f"{kind} {i:,}{side}" for i in self._packed.items(row) for side in sides]
         for name, (tokens, counts, first) in zip(names, self._packed.segments(row)):
             trained = np.append(False, counts)

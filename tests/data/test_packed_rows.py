@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import EOD, random_documents, slow_mixture, write_source
 
+from stablelm_jax.data import rows as rows_module
 from stablelm_jax.data.batches import BatchSpec, packed_batches, train_batches
 from stablelm_jax.data.manifest import data_hash
 from stablelm_jax.data.mixture import Mixture
@@ -129,6 +130,16 @@ def test_batches_equal_the_rules_spelt_out_on_any_hosts_from_any_row(
         check_row(batch, in_step % rows_each, [items[i] for i in split.items(row)])
         assert batch["source_ids"][in_step % rows_each] == sorted(KINDS).index(name)
         assert "pair_ids" not in batch
+
+
+@pytest.mark.parametrize("largest_table", [0, 10**6], ids=["grain", "table"])
+def test_each_epoch_holds_each_row_once_in_another_order(packed, monkeypatch, largest_table):
+    monkeypatch.setattr(rows_module, "MAX_TABLE", largest_table)
+    rows = packed["poems", "train"]
+    shuffled, count = rows.shuffled(), len(rows)
+    epochs = [[int(shuffled[n][1]) for n in range(e * count, (e + 1) * count)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "one"])
