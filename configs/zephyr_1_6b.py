@@ -17,8 +17,10 @@ Time and memory: see `plan --config configs/zephyr_1_6b.py:sft --target a100-80g
 
 Sources of the numbers: "card" is the model card of stabilityai/stablelm-2-zephyr-1_6b, "report" the
 technical report (arXiv 2402.17834), whose text on fine-tuning could not be read: every number of it
-is marked NOT RE-VERIFIED. "handbook" is huggingface/alignment-handbook at commit f0ffa0d
-(2024-01-10), recipes/zephyr-7b-beta/dpo/config_full.yaml, "SmolLM2" the same repository's
+is marked NOT RE-VERIFIED. ("Memory3", Yang et al., arXiv 2407.01178, section 6, took over this SFT
+and prints the same seven counts, 5e-5 with 10 % warmup, batch 512, 3 epochs and decay 0.1, and for
+its DPO a cosine from 4e-6 and beta 0.01.) "handbook" is huggingface/alignment-handbook at commit
+f0ffa0d (2024-01-10), recipes/zephyr-7b-beta/dpo/config_full.yaml, "SmolLM2" the same repository's
 recipes/smollm2, the public recipe nearest to this size, for comparison.
 """
 
@@ -26,12 +28,12 @@ from pathlib import Path
 
 from stablelm_jax.config import load
 
-# Conversations of at most eight turns in each set; they add up to the reported 826,938. NOT
-# RE-VERIFIED (report); the sets themselves are the card's.
+# Conversations of at most eight turns (Memory3: rounds) in each set; they add up to the reported
+# 826,938. NOT RE-VERIFIED (report); the sets themselves are the card's.
 SFT = {
     "ultrachat_200k": 194_409,  # HuggingFaceH4/ultrachat_200k, its files data/train_sft-*.parquet
     "wizardlm_evol_instruct": 80_662,  # WizardLM/WizardLM_evol_instruct_V2_196k
-    "slimorca_dedup": 143_789,  # Open-Orca/SlimOrca-Dedup (report); the card names SlimOrca itself
+    "slimorca_dedup": 143_789,  # Open-Orca/SlimOrca-Dedup (Memory3); the card has SlimOrca
     "sharegpt": 3_509,  # openchat/openchat_sharegpt4_dataset, `items` renamed to `conversations`
     "capybara": 7_291,  # LDJnr/Capybara, each `input` and `output` made a message
     "deita": 2_860,  # hkust-nlp/deita-10k-v0
@@ -39,7 +41,8 @@ SFT = {
 }
 # Pairs after leaving out ties, double texts and chosen answers rated below 8 of 10. NOT RE-VERIFIED
 # (report). Two sources disagree on the first: allenai/ultrafeedback_binarized_cleaned (card) or
-# argilla/ultrafeedback-binarized-preferences (report). The card's is taken.
+# argilla/ultrafeedback-binarized-preferences (report). The card's is taken. Prepared with
+# --max-tokens 2048 a side has about the handbook's 1,024.
 DPO = {
     "ultrafeedback": 63_169,  # data/train_prefs-*.parquet
     "orca_dpo_pairs": 12_859,  # Intel/orca_dpo_pairs
