@@ -94,7 +94,7 @@ def measure_answers(
             sample |= {how: answer.text, f"{how}_ended": answer.ended}
             for name, value in _measured(question, answer, language_of).items():
                 values[f"{how}/{name}"].append(value)
-        found |= {name: fmean(all_of_one) for name, all_of_one in values.items()}
+        found |= {name: fmean(of_all) for name, of_all in values.items()}
     return found, samples
 
 

@@ -34,6 +34,7 @@ TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0
 MAX_NEW_TOKENS = 1024  # FastChat's
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 _IN_A_ROW = 3  # failures of the judge that end the work
+_UNFIT = re.compile(r"[^\w.-]+")  # for the name of a file
 Line = dict[str, Any]
 
 
@@ -59,7 +60,7 @@ def evaluate_mt_bench(
     """
     parent, most = saved.path.parent, max_new_tokens or MAX_NEW_TOKENS
     run = parent.parent.name if parent.name == "checkpoints" else parent.name
-    path = folder / f"model_answer/{_file_name(model_id or f'{run}-{saved.name}')}.jsonl"
+    path = folder / "model_answer" / _UNFIT.sub("_", f"{model_id or f'{run}-{saved.name}'}.jsonl")
     made_with = {"checkpoint": str(saved.path), "template": template.name, "max_new_tokens": most}
     console, asked = make_console(stderr=True), read_lines(questions)
     found: dict[str, Any] = {"answers": str(path), "questions": len(asked)}
@@ -78,10 +79,6 @@ def evaluate_mt_bench(
         console.print(table_of_grades(found, published_mt_bench()))
     failed = found.pop("failed", {})
     return {"mt_bench": found} | ({"failed": failed} if failed else {})
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -174,7 +171,7 @@ def judge_answers(
       "judge", "graded" (how many there are), "mean", "turn_1", "turn_2", a mean for each category,
       and "failed": {turn without a grade: reason}.
     """
-    path = folder / f"model_judgment/{_file_name(judge.model)}_single.jsonl"
+    path = folder / "model_judgment" / _UNFIT.sub("_", f"{judge.model}_single.jsonl")
     wanted = _grades_wanted(questions, answers)
     texts = {one["user_prompt"] for one in wanted}
     lines = [

@@ -95,25 +95,27 @@ def published_metric(task: str) -> str | None:
 
 
 def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks") -> Table:
-    """Task, metric, examples, ours with its standard error, and the published score of `model`.
+    """Task, metric, examples, ours with its standard error, floor, and the score of `model`.
 
     Shares are in percent. Of a task with a published metric that one is shown, else all.
     """
-    notes = {score.task: score.note for score in scores if score.note}
-    floors = [FLOORS.get((score.task, score.metric)) for score in scores]
-    if any(floors):
+    known = {score.task: published_metric(score.task) for score in scores}
+    shown = [s for s in scores if not s.is_detail and known[s.task] in (None, s.metric)]
+    beside = {"floor": [FLOORS.get((score.task, score.metric)) for score in shown]}
+    beside[model] = [(published_score(score, model) or (None,))[0] for score in shown]
+    beside = {name: values for name, values in beside.items() if any(values)}
+    notes = {score.task: score.note for score in shown if score.note}
+    if "floor" in beside:
         notes["floor"] = 'what a model gets that says "lol" to every prompt'
     caption = "\n".join(f"* {task}: {note}" for task, note in notes.items()) or None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("task", "metric"):
         table.add_column(column, no_wrap=True)
-    for column in ("shots", "items", "ours", *(["floor"] if any(floors) else [])):
+    for column in ("shots", "items", "ours"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column(model, justify="right", overflow="fold")
-    for score, floor in zip(scores, floors):
-        if score.is_detail or published_metric(score.task) not in (None, score.metric):
-            continue
-        found = published_score(score, model)
+    for column in beside:
+        table.add_column(column, justify="right", overflow="fold")
+    for i, score in enumerate(shown):
         scale = 1.0 if any(part in score.metric for part in _NOT_SHARES) else 100.0
         error = "" if score.stderr is None else f" ± {scale * score.stderr:.2f}"
         table.add_row(
@@ -122,8 +124,7 @@ def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks
             "" if score.shots is None else str(score.shots),
             "" if score.items is None else f"{score.items:,}",
             f"{scale * score.value:.2f}{error}",
-            *([f"{floor:.2f}" if floor else ""] if any(floors) else []),
-            "" if found is None else f"{found[0]:.2f}",
+            *("" if values[i] is None else f"{values[i]:.2f}" for values in beside.values()),
         )
     return table
 

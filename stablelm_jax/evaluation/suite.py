@@ -221,6 +221,8 @@ def _undisturbed() -> Iterator[None]:
     # For its standard errors lm-eval would fork, which a process with jax's threads must not.
     os.environ["DISABLE_MULTIPROC"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that is ours
+    # It would tell of each answer that is in no language.
+    logging.getLogger("lm_eval.tasks.ifeval").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()  # one for every file
     states = random.getstate(), np.random.get_state()
     random.seed(0)
