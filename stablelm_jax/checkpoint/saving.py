@@ -38,7 +38,7 @@ class SaveFailed(ValueError):
 class Checkpoint:
     """What is saved: `params` and `optimizer` arrays, `run` plain JSON values.
 
-    Without an optimizer (None) it holds weights alone: enough to evaluate, generate or convert.
+    Without an optimizer (None) it holds weights alone: enough for all but to go on.
     """
 
     params: Any

@@ -143,17 +143,23 @@ def _tokens(config: ConfigDict) -> Table:
     weights, rows = config_lib.mixture_weights(config), []
     for name, weight in weights.items():
         share, epochs = weight / sum(weights.values()), "not prepared here"
-        if prepared := _prepared_tokens(config, name):
+        if prepared := _places(config, name):
             epochs = f"{share * tokens / prepared:.3g}"
         rows.append((name, f"{share:.4f}", f"{share * tokens:,.0f}", epochs))
     title = f"{tokens:,} tokens in {config.training.num_steps:,} steps"
     return table(title, ("source", "weight", "tokens", "epochs"), rows)
 
 
-def _prepared_tokens(config: ConfigDict, name: str) -> int:
-    """Train tokens of a source that lies here; else 0."""
+def _places(config: ConfigDict, name: str) -> int:
+    """Tokens of an epoch of a source that lies here, filled places counted too; else 0.
+
+    Of best fit, which leaves next to none of them empty, its tokens.
+    """
     with contextlib.suppress(ManifestMissing):
-        return read_manifest(as_path(config.data.root) / name).train.tokens
+        manifest = read_manifest(as_path(config.data.root) / name)
+        items = manifest.train.documents // (2 if manifest.kind == "pairs" else 1)
+        is_one = config.data.packing == "one"
+        return items * config.data.sequence_length if is_one else manifest.train.tokens
     return 0
 
 
@@ -219,7 +225,7 @@ def _reference_hours(config: ConfigDict, rate: float) -> dict[str, float]:
     if config.training.objective != "dpo":
         return {}
     sources = config_lib.mixture_weights(config)
-    prepared = sum(_prepared_tokens(config, name) for name in sources)
+    prepared = sum(_places(config, name) for name in sources)
     tokens = prepared or config.training.num_steps * config_lib.tokens_per_step(config)
     parts = flops_per_token(config_lib.model_config(config), config.data.sequence_length)
     name = (

@@ -2,10 +2,12 @@
 
 import pytest
 from rich.console import Console
+from tiny import CHOICES, TALKS, tiny_config, write_chats
 
 from stablelm_jax import config as config_lib
 from stablelm_jax import configs_folder
-from stablelm_jax.planning.report import run_cost
+from stablelm_jax.data.manifest import read_manifest
+from stablelm_jax.planning.report import _places, run_cost
 from stablelm_jax.planning.targets import parse_target
 
 
@@ -64,3 +66,13 @@ def test_of_preferences_the_head_runs_once_more_and_the_reference_once_over_all_
     hours = tokens * forward / (8 * 989.4e12 * 0.4) / 3600
     name = "of these, the reference's pass over one epoch of pairs"
     assert number(with_pairs[name]) == pytest.approx(hours, abs=0.005) and name not in without
+
+
+def test_of_items_each_in_a_row_of_its_own_an_epoch_is_as_many_rows(tmp_path):
+    root = write_chats(tmp_path)
+    for name in (TALKS, CHOICES):  # 50 items of each are trained on; a pair is two documents
+        config = tiny_config(root, {name: 1.0}, **{"data.packing": "one"})
+        assert _places(config, name) == 50 * config.data.sequence_length
+        config.data.packing = "best_fit"
+        assert _places(config, name) == read_manifest(root / name).train.tokens
+    assert _places(config, "absent") == 0
