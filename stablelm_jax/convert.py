@@ -1,4 +1,4 @@
-"""`convert from-hf | to-hf | to-gguf`: checkpoints for other software, and from it."""
+"""`convert from-hf | to-hf | to-gguf | from-peft | to-peft`: for other software, and from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     to_gguf.add_argument(
         "--type", choices=GGUF_TYPES, default="f16", dest="file_type", help="%(default)s"
     )
-    for direction in (from_hf, to_hf, to_gguf):
+    from_peft = directions.add_parser("from-peft", help="a directory of PEFT's as a checkpoint")
+    from_peft.add_argument("source", type=Path, metavar="DIR", help="holds adapter_config.json")
+    from_peft.add_argument("out", type=Path, metavar="OUT", help="as of from-hf")
+    from_peft.add_argument(
+        "--parent", required=True, metavar="CKPT", help="the weights that the adapters are for"
+    )
+    from_peft.add_argument("--step", type=_step, help="N, where OUT does not say it; default 0")
+    to_peft = directions.add_parser("to-peft", help="the adapters of a LoRA run for PEFT")
+    _takes_checkpoint(to_peft, "OUT")
+    to_peft.add_argument(
+        "--base", default="", help="what PEFT is told to load under them; default: the parent"
+    )
+    for direction in (from_hf, to_hf, to_gguf, from_peft, to_peft):
         direction.add_argument(
             "--tokenizer", help="a name or a tokenizer.json; default: the model's own"
         )

@@ -63,6 +63,11 @@ def _plan(argv: Sequence[str]) -> int:
     try:
         if not given.sweep:
             report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
+        elif config.lora.rank:
+            raise config_lib.ConfigError(
+                f"config.lora.rank={config.lora.rank}: --sweep estimates full tuning alone; plan "
+                "the adapters without it, one division at a time"
+            )
         elif target is None:
             raise config_lib.ConfigError(
                 "--sweep: needs the machine to compile for; write --target, as in --target "

@@ -56,6 +56,7 @@ EXTRA_OF = {
     "libtpu": "aot",
     "jax_cuda13_plugin": "aot",
     "accelerate": "parity",
+    "peft": "parity",
     "lm_eval": "eval",
     "resiliparse": "demo",
     "gcsfs": "gcs",

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
+from stablelm_jax.checkpoint.merged import read_weights, weight_leaves
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, find_checkpoint
-from stablelm_jax.checkpoint.reading import read_arrays, read_leaves, read_run
+from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel.sharding import mesh_axes
@@ -102,12 +103,11 @@ class SavedModel:
         for row in parameter_table(self.model):
             place = NamedSharding(mesh, mesh_axes(row.axes))
             leaves[row.name] = jax.ShapeDtypeStruct(row.shape, "float32", sharding=place)
-        return read_arrays(self.path, {"params": nest(leaves)}, self.run)["params"]
+        return read_weights(self.path, self.run, nest(leaves))
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Our parameters in float32, one at a time; errors: `read_leaves`."""
-        shapes = {row.name: row.shape for row in parameter_table(self.model)}
-        return read_leaves(self.path, shapes, self.run)
+        """Our parameters in float32, one at a time; errors: `weight_leaves`."""
+        return weight_leaves(self.path, self.run)
 
 
 def saved_chat(run: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:

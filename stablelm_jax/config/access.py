@@ -53,6 +53,9 @@ _ELSEWHERE = {
     "model.num_heads": "n_head n_heads num_attention_heads",
     "model.feed_forward_width": "intermediate_size ffn_hidden_size ffn_dim mlp_dim d_ff",
     "model.rotary_fraction": "rotary_pct partial_rotary_factor",
+    "lora.rank": "lora_r lora_rank r",
+    "lora.alpha": "lora_alpha",
+    "lora.targets": "target_modules lora_target_modules",
     "parallel.model": "tp tensor_parallel tensor_parallel_size tensor_model_parallel_size",
 }
 

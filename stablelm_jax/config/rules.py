@@ -32,6 +32,7 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
     _cooldown(config)
     _mesh(config)
     _dpo(config)
+    _lora(config)
     _saves_and_samples(config)
     if config.branch.state == "weights" and not config.branch.parent:
         remedy = "set config.branch.parent to a checkpoint, or leave this at 'all'"
@@ -171,6 +172,28 @@ def _dpo(config: ConfigDict) -> None:
             if config.dpo[name]:
                 why = "is of the sigmoid loss; ipo is normalised by length, and never smoothed"
                 refuse(config, f"dpo.{name}", f"{why}: leave it at its default")
+
+
+def _lora(config: ConfigDict) -> None:
+    lora = config.lora
+    if not lora.rank:
+        for name in ("alpha", "targets"):
+            if lora[name] != FIELDS[f"lora.{name}"].default:
+                why = "is of adapters, and config.lora.rank=0 asks for none"
+                refuse(config, f"lora.{name}", f"{why}; set that too, as to 16")
+        return
+    from stablelm_jax.model.lora import target_names  # loads jax
+
+    model = model_config(config)
+    names = target_names(model)
+    unknown = [name for name in lora.targets if name not in names]
+    if unknown or not lora.targets:
+        why = f"{unknown[0]!r} is no matrix of a layer" if unknown else "names no matrix"
+        refuse(config, "lora.targets", f"{why}; use some of: {', '.join(names)}")
+    narrowest = min(model.width, model.feed_forward_width, model.num_kv_heads * model.head_size)
+    if lora.rank > narrowest:
+        why = f"is more than the {narrowest} columns of the narrowest matrix"
+        refuse(config, "lora.rank", f"{why}; use 8 to 64, or 0 to train all weights")
 
 
 def _saves_and_samples(config: ConfigDict) -> None:

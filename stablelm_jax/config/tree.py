@@ -136,6 +136,12 @@ TREE = {
         "length_normalised": Field(False),  # log-probabilities a token; ipo has them so always
         "sft_weight": Field(0.0, least=0),  # of the chosen answers' own loss, added
     },
+    # Adapters of low rank on a model of branch.parent, whose weights stay as they are.
+    "lora": {
+        "rank": Field(0, least=0),  # 0: none, all weights are trained
+        "alpha": Field(16.0, above=0),  # what the adapters add is multiplied by alpha / rank
+        "targets": Field(("query", "key", "value", "out", "gate", "up", "down")),  # matrices
+    },
     "parallel": {
         "data": Field(-1),  # devices along the mesh axis `data`; -1: all that the others leave
         "model": Field(1, least=1),  # devices along the mesh axis `model`

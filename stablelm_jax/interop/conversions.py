@@ -1,4 +1,4 @@
-"""The three conversions from beginning to end: told, written aside, checked, in place.
+"""The conversions from beginning to end: told, written aside, checked, in place.
 
 Each returns what to tell last. Where the source cannot be read, or what was written computes
 something else, each raises a ValueError and leaves nothing.
@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from rich.progress import Progress
 
+from stablelm_jax.checkpoint.merged import adapter_leaves, parent_of
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import from_hf as reading
-from stablelm_jax.interop import gguf_export, gguf_reference, hf_reference
+from stablelm_jax.interop import gguf_export, gguf_reference, hf_reference, peft_files
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.safetensors_files import DTYPES
 from stablelm_jax.interop.verify import check, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import count_parameters
+from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.parameters import count_parameters, nest
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.files import new_result
@@ -39,13 +43,7 @@ def from_hf(
     source: Path, out: Path, *, step: int | None, tokenizer: str | None, verify: bool, force: bool
 ) -> str:
     """Writes the checkpoint `out`, or `out/global_step<step>`."""
-    named = checkpoint_step(out.name)
-    if named is None and (out / "checkpoints").is_dir():
-        raise ValueError(f"{out} is the folder of a run with its own checkpoints; choose another")
-    if named is not None and step not in (None, named):
-        raise ValueError(f"{out} names step {named}, --step says {step}; leave one out")
-    if named is None:
-        out /= checkpoint_name(step or 0)
+    out = _named(out, step)
     directory = reading.open_directory(source, tokenizer)
     size = _tell(source, directory.model)
     for switch in directory.dropped:
@@ -101,6 +99,79 @@ def to_hf(
                 writing.check_bits(own, target, dtype)
             _say(f"checked by {_checked_directory(own, target, dtype)}")
     return f"{out} is whole: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it"
+
+
+def to_peft(
+    checkpoint: str, out: Path, *, base: str, tokenizer: str | None, verify: bool, force: bool
+) -> str:
+    """Writes the adapters of a LoRA run as the directory `out`; `base`: what it calls the model."""
+    own = SavedModel.open(checkpoint, tokenizer)
+    if "lora" not in own.run:
+        raise ValueError(f"{own.path} holds whole weights, no adapters; use convert to-hf")
+    lora, flat = Lora.from_json(own.run["lora"]), dict(adapter_leaves(own.path, own.run))
+    _say(f"{own.path}: adapters of rank {lora.rank} on {', '.join(lora.targets)}")
+    with new_result(out, force=force, source=Path(own.path)) as target:
+        peft_files.write_adapters(target, own.model, lora, flat, base or own.run["lora"]["parent"])
+        if verify:
+            again, values = peft_files.read_adapters(target, own.model)
+            same = all(np.array_equal(values[name], value) for name, value in flat.items())
+            if not same or again.scale != lora.scale or set(again.targets) != set(lora.targets):
+                raise ValueError(f"{out} was not written as it should be; try again")
+            _say("checked: every value reads back as it was")
+    return f"{out} is whole: PeftModel.from_pretrained(model, {str(out)!r}) adds it"
+
+
+def from_peft(
+    source: Path,
+    out: Path,
+    *,
+    parent: str,
+    step: int | None,
+    tokenizer: str | None,
+    verify: bool,
+    force: bool,
+) -> str:
+    """Writes the checkpoint `out`, or `out/global_step<step>`: adapters of `parent`'s weights."""
+    under = SavedModel.open(parent, tokenizer)
+    lora, flat = peft_files.read_adapters(source, under.model)
+    _say(f"{source}: adapters of rank {lora.rank} on {', '.join(lora.targets)}, of {under.path}")
+    out = _named(out, step)
+    with new_result(out, force=force, source=source) as target:
+        adapters, item = nest(flat), lora.to_json() | parent_of(under.path, under.run)
+        reading.write_checkpoint(
+            reading.Directory(
+                path=source,
+                model=under.model,
+                tokenizer=under.tokenizer,
+                max_positions=under.max_positions,
+                dropped=(),
+                end_ids=tuple(under.end_ids),
+                chat_template=under.chat_template,
+                tokenizer_config={},
+            ),
+            jax.tree.map(jnp.asarray, adapters),
+            target,
+            checkpoint_step(out.name),
+            under.chat,
+            lora=item,
+        )
+        if verify:
+            ids, mesh = prompt_ids(under.tokenizer), _model_mesh(under.model)
+            ours_TV = our_logits(under.model, SavedModel.open(target, tokenizer).load(mesh), ids)
+            added = jax.jit(lora.merge)(under.load(mesh), adapters)
+            theirs_TV = our_logits(under.model, added, ids)
+            _say(f"checked by {check('its parent with A B added', ours_TV, theirs_TV)}")
+    return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
+
+
+def _named(out: Path, step: int | None) -> Path:
+    """The checkpoint that `out` and --step name together."""
+    named = checkpoint_step(out.name)
+    if named is None and (out / "checkpoints").is_dir():
+        raise ValueError(f"{out} is the folder of a run with its own checkpoints; choose another")
+    if named is not None and step not in (None, named):
+        raise ValueError(f"{out} names step {named}, --step says {step}; leave one out")
+    return out if named is not None else out / checkpoint_name(step or 0)
 
 
 def _checked_directory(own: SavedModel, target: Path, dtype: str) -> str:

@@ -121,9 +121,17 @@ def load_params(
 
 
 def write_checkpoint(
-    directory: Directory, params: Any, path: Path, step: int, chat: ChatTemplate | None = None
+    directory: Directory,
+    params: Any,
+    path: Path,
+    step: int,
+    chat: ChatTemplate | None = None,
+    **more: Any,
 ) -> None:
-    """The checkpoint `path`, with its tokenizer if it is not the one that everybody has."""
+    """The checkpoint `path`, with its tokenizer if it is not the one that everybody has.
+
+    `more`: of its item `run`.
+    """
     run = {
         "step": step,
         "model_config": dataclasses.asdict(directory.model),
@@ -135,6 +143,7 @@ def write_checkpoint(
             "chat_template": directory.chat_template,
         },
         **({"chat": chat.to_json()} if chat else {}),
+        **more,
     }
     saving.write_checkpoint(path, saving.Checkpoint(params, None, run))
     if isinstance(directory.tokenizer, HuggingFaceTokenizer):

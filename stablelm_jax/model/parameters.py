@@ -21,6 +21,7 @@ from stablelm_jax.model.config import ModelConfig
 # Logical axis names, translated to mesh axes by parallel/.
 VOCAB, WIDTH, HEADS, KV_HEADS = "vocab", "width", "heads", "kv_heads"
 HEAD_SIZE, FEED_FORWARD, LAYERS = "head_size", "feed_forward", "layers"
+RANK = "rank"  # of adapters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import ParameterSpec, nest, parameter_table
+from stablelm_jax.model.parameters import ParameterSpec, nest
 
 
 def make_optimizer(
-    settings: Mapping[str, float], schedule: optax.Schedule, model: ModelConfig
+    settings: Mapping[str, float], schedule: optax.Schedule, table: Iterable[ParameterSpec]
 ) -> optax.GradientTransformation:
-    """AdamW for the parameters of `model`, with the fields of a config's group `optimizer`."""
-    return adamw(schedule, decay_mask(parameter_table(model)), **settings)
+    """AdamW for the parameters of `table`, with the fields of a config's group `optimizer`."""
+    return adamw(schedule, decay_mask(table), **settings)
 
 
 def adamw(

@@ -28,6 +28,7 @@ LOGICAL_TO_MESH = {
     "head_size": None,
     "sequence": None,
     "layers": None,
+    "rank": None,
 }
 
 

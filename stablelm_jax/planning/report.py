@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.table import Table
 
@@ -18,11 +19,12 @@ from stablelm_jax.model.flops import flops_per_token, train_flops_per_token
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import mesh_text
-from stablelm_jax.planning.compile import CompiledStep, compile_for
-from stablelm_jax.planning.estimate import head_passes, mode_text
+from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
+from stablelm_jax.planning.estimate import divided, head_passes, mode_text
 from stablelm_jax.planning.targets import GIB, Target, parse_target
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import as_path
+from stablelm_jax.training.setup import trained_table
 
 # The report's own assumptions for Stable LM 2 1.6B (arXiv 2402.17834, section on emissions).
 POWER_USAGE_EFFECTIVENESS = 1.1
@@ -51,6 +53,9 @@ def plan(config: ConfigDict, target: Target | None, **assumed: float | None) -> 
     with console.status(f"compiling the train step for {target}"):
         step = compile_for(config, target)
     console.print(_memory(config, step))
+    if config.lora.rank:
+        with console.status(f"compiling full tuning for {target}, to compare"):
+            console.print(_full_tuning(config, target), soft_wrap=True)
     if step.collectives:
         console.print(_communication(step))
 
@@ -105,7 +110,7 @@ def _parameters(config: ConfigDict, sizes: Mapping[str, int]) -> Table:
         parts = [f"{axis} ({dim})" for axis, dim in zip(spec, axes) if axis and sizes[axis] > 1]
         return ", ".join(parts) or "-"
 
-    for row in parameter_table(config_lib.model_config(config)):
+    for row in trained_table(config):
         copy = sharding.mesh_axes(row.axes)
         master = sharding.master_spec(row, sizes, parallel.zero1)
         places = split(master, row.axes), split(master if parallel.fsdp else copy, row.axes)
@@ -114,9 +119,22 @@ def _parameters(config: ConfigDict, sizes: Mapping[str, int]) -> Table:
         total, held = total + row.count, held + size
         shape = "x".join(map(str, row.shape))
         rows.append((row.name, shape, f"{row.count:,}", *places, f"{size:,.2f}"))
+    if config.lora.rank:
+        rows.append(_frozen_row(config, sizes))
     rows += [(), ("all", "", f"{total:,}", mode_text(parallel), "", f"{held:,.2f}")]
     columns = ("name", "shape", "count", "master split by", "copy split by", "MiB a device")
     return table(f"parameters on a mesh of {mesh_text(sizes)}", columns, rows)
+
+
+def _frozen_row(config: ConfigDict, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The weights under adapters, which are counted apart: in the compute type."""
+    table, size = parameter_table(config_lib.model_config(config)), 0.0
+    for row in table:
+        spec = sharding.master_spec(row, sizes, config.parallel.fsdp)
+        size += row.count / math.prod(sizes[axis] for axis in spec if axis)
+    size *= jnp.dtype(config.training.dtype).itemsize / 2**20
+    count = f"{sum(row.count for row in table):,}"
+    return (f"frozen, {config.training.dtype}", "", count, "-", "-", f"{size:,.2f}")
 
 
 def _flops(config: ConfigDict) -> Table:
@@ -163,12 +181,22 @@ def _places(config: ConfigDict, name: str) -> int:
     return 0
 
 
+def _full_tuning(config: ConfigDict, target: Target) -> str:
+    """What the same step needs where all weights are trained."""
+    try:
+        step = compile_for(divided(config, {"lora.rank": 0}), target)
+    except DoesNotFit as error:
+        return f"full tuning of the same step does not fit: {error}"
+    peak, held = (f"{size / GIB:.2f} GiB" for size in (step.peak_bytes, step.argument_bytes))
+    return f"full tuning of the same step: peak {peak}, of which weights, moments, batch {held}"
+
+
 def _checkpoints(config: ConfigDict, target: Target | None) -> Table:
-    parameters = parameter_table(config_lib.model_config(config))
-    saved = 3 * _FLOAT32_BYTES * sum(row.count for row in parameters)
+    saved = 3 * _FLOAT32_BYTES * sum(row.count for row in trained_table(config))
+    what, digits = ("adapters", 3) if config.lora.rank else ("weights", 1)
     rows = [
-        ("a checkpoint: weights and two moments, float32", f"{saved / 1e9:,.1f}"),
-        ("its weights alone", f"{saved / 3 / 1e9:,.1f}"),
+        (f"a checkpoint: {what} and two moments, float32", f"{saved / 1e9:,.{digits}f}"),
+        (f"its {what} alone", f"{saved / 3 / 1e9:,.{digits}f}"),
     ]
     if target:
         name = f"host memory to save, each of {target.num_hosts} host(s)"

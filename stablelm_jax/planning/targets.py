@@ -150,7 +150,7 @@ def _gpu_description(facts: dict[str, Any]) -> str:
         "memory_bandwidth": int(facts["bandwidth_gb_s"] * 1e9),
         "l2_cache_size": facts["l2_mib"] << 20,
         "clock_rate_ghz": facts["clock_ghz"],
-        "device_memory_size": facts["memory_gib"] * GIB,
+        "device_memory_size": int(facts["memory_gib"] * GIB),
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
     }

@@ -49,6 +49,7 @@ def _decisions(run: Run) -> dict[str, str]:
         f"{spec.batch_size // parts // config.training.accumulation} a device in a microbatch "
         f"x {config.training.accumulation} microbatches x {parts}",
         "weights and moments": f"float32, {placement}",
+        **_adapters(run),
         "compute": f"{config.training.dtype}, remat {config.training.remat}, "
         f"attention {config.training.attention}",
         "parameters": f"{sum(row.count for row in parameter_table(run.model)):,}",
@@ -61,6 +62,16 @@ def _decisions(run: Run) -> dict[str, str]:
         "tokenizer": f"{run.tokenizer.name}, sha256 {run.tokenizer.sha256[:12]}",
         "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}{_cached(run)}",
     }
+
+
+def _adapters(run: Run) -> dict[str, str]:
+    """What a LoRA run trains in the place of the weights."""
+    if run.lora is None:
+        return {}
+    count = sum(row.count for row in run.lora.table(run.model))
+    where = f"rank {run.lora.rank}, alpha {run.lora.alpha:g}, on {', '.join(run.lora.targets)}"
+    frozen = f"of the weights of {run.config.branch.parent}, frozen in {run.config.training.dtype}"
+    return {"trained": f"{count:,} parameters of adapters ({where}) {frozen}"}
 
 
 def _cached(run: Run) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint.merged import find_parent, parent_of, read_weights
 from stablelm_jax.checkpoint.names import (
     checkpoint_name,
     checkpoint_path,
@@ -76,6 +77,7 @@ class Progress:
       loss_sums: `LossSums.state()` at the last save, or None.
       config_changes: what was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
       wandb_id: the run at Weights & Biases, or None.
+      lora_parent: {"parent", "parent_hash"}: the checkpoint with the weights under the adapters.
     """
 
     step: int = 0
@@ -84,6 +86,7 @@ class Progress:
     loss_sums: dict[str, Any] | None = None
     config_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     wandb_id: str | None = None
+    lora_parent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +159,11 @@ def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions
 
 
 def _fresh(config: ConfigDict, services: Services) -> Beginning:
-    if config.training.objective == "dpo":
+    if config.training.objective == "dpo" or config.lora.rank:
         raise config_lib.ConfigError(
-            "config.branch.parent='': DPO starts from a model, which is what it compares with; set "
-            "it to a checkpoint, as of an SFT run, with --config.branch.state=weights"
+            "config.branch.parent='': DPO starts from a model, which is what it compares with, as "
+            "LoRA does, which adds to it; set it to a checkpoint, as of an SFT run, with "
+            "--config.branch.state=weights"
         )
     run = prepare_run(config)
     _show(services, run)
@@ -175,6 +179,12 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     position = _branch_position(config, parent, saved)
     if _weights_alone(config, saved):
         return _from_weights(config, services, position, saved)
+    if bool(config.lora.rank) != ("lora" in saved):
+        trained = "adapters" if "lora" in saved else "all weights"
+        raise config_lib.ConfigError(
+            f"config.branch.state='all': the run of {parent} trained {trained}, this one does not; "
+            "take its weights alone, with --config.branch.state=weights"
+        )
     _check_length(config, parent, saved)
     run = prepare_run(config, position, saved)
     check_same_run(saved, run.identity())
@@ -193,7 +203,7 @@ def _from_weights(
     parent, run = position.parent, prepare_run(config, position, saved)
     changed = check_same_weights(parent, saved, run.identity(), run.tokenizer)
     _show(services, run)
-    params = read_arrays(parent, {"params": run.abstract.params}, saved)["params"]
+    weights = read_weights(parent, saved, run.abstract.base)
     why = "which holds nothing else, " if "imported" in saved else ""
     also = f"; {config_lib.show_changes(changed)}" if changed else ""
     _tell_branch(
@@ -202,7 +212,10 @@ def _from_weights(
         f"a branch of the weights of {parent}, {why}step {saved['step']} there: fresh moments, "
         f"from step 0 and the beginning of the data{also}",
     )
-    return Beginning(run, state_of_weights(run.optimizer, run.abstract, params), Progress())
+    if run.lora is None:
+        return Beginning(run, state_of_weights(run.optimizer, run.abstract, weights), Progress())
+    made = run.model, run.optimizer, run.abstract, config.seed, run.lora, weights
+    return Beginning(run, init_state(*made), Progress(lora_parent=parent_of(parent, saved)))
 
 
 def _tell_branch(services: Services, run: Run, text: str) -> None:
@@ -323,7 +336,20 @@ def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState,
     progress = Progress(**{key: saved[key] for key in keys})
     progress.config_changes = list(saved.get("config_changes", []))
     progress.wandb_id = saved.get("wandb_id")
-    return from_arrays(run.abstract, arrays, step, guard), progress
+    state = from_arrays(run.abstract, arrays, step, guard)
+    if run.lora:
+        state = dataclasses.replace(state, frozen=_under_adapters(run, path, saved, progress))
+    return state, progress
+
+
+def _under_adapters(run: Run, path: Any, saved: Mapping[str, Any], progress: Progress) -> Any:
+    """The frozen weights of a checkpoint of adapters; `progress` learns where they are now."""
+    parent, weights = find_parent(path, saved, run.config.branch.parent)
+    progress.lora_parent = parent_of(parent, weights)
+    try:
+        return read_weights(parent, weights, run.abstract.frozen)
+    except DamagedCheckpoint as error:  # not this checkpoint, which an older one cannot replace
+        raise CheckpointError(str(error)) from error
 
 
 def _without_row(state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
@@ -341,9 +367,11 @@ def _without_row(state: TrainState, progress: Progress) -> tuple[TrainState, Pro
 def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) -> dict[str, Any]:
     """A checkpoint's item `run`: enough to go on, and to use the weights without the run."""
     chat = {"chat": run.chat.to_json()} if run.chat else {}
+    lora = {"lora": run.lora.to_json() | progress.lora_parent} if run.lora else {}
     return (
         run.identity()
         | chat
+        | lora
         | {
             "step": progress.step,
             "rows_consumed": progress.rows_consumed,

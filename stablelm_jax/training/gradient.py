@@ -20,7 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.loss import Batch
+from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import BATCH_AXES, sum_over
@@ -37,8 +38,9 @@ def make_gradient_function(
     compute: Compute,
     fsdp: bool = False,
     float32_reduce: bool = True,
-) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
-    """Returns f(params, batch) -> (gradients, sums).
+    lora: Lora | None = None,
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """Returns f(params, batch) -> (gradients, sums); with `lora` f(params, batch, frozen).
 
     Args:
       gradient_specs: spec of each gradient; a leaf split over `data` is reduce-scattered.
@@ -48,6 +50,9 @@ def make_gradient_function(
         Without it `params` are whole in that type, and gradients are reduced once, after the last
         microbatch.
       float32_reduce: replicas are summed in float32, as the recipe says; else in `compute.dtype`.
+      lora: `params` are its adapters, whole in float32, and `gradient_specs` theirs; `frozen` are
+        all weights, in `compute.dtype`, which `fsdp` splits. Adapters are added where a layer is
+        used, so that no device ever holds more than one merged layer.
 
     The gradients are float32, of the objective's loss of the whole batch. `sums`: those of the
     objective over the whole batch, by source, float32 [S].
@@ -55,26 +60,37 @@ def make_gradient_function(
     specs = jax.tree.map(_Spec, gradient_specs, is_leaf=_is_spec)
     split_specs = jax.tree.map(lambda spec: spec.along("data"), specs)
     reduce_dtype = jnp.float32 if float32_reduce else compute.dtype
-    fetch = _make_fetch(specs, compute.dtype, reduce_dtype) if fsdp else None
+    held = specs  # of the weights that FSDP gathers
+    if lora:
+        rows = sharding.master_specs(parameter_table(model), mesh, fsdp)
+        held = jax.tree.map(_Spec, rows, is_leaf=_is_spec)
+    held_specs = jax.tree.map(lambda spec: spec.along("data"), held)
+    fetch = _make_fetch(held, compute.dtype, reduce_dtype) if fsdp else None
+    if lora:
+        fetch, fsdp = _fetch_merged(lora, fetch), False
 
-    def local_gradient(params, batch):
+    def local_gradient(params, batch, frozen):
         totals = sum_over(objective.count(batch))
         micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
 
         def loss(params, rows):
+            if lora:
+                params = {name: (part, params.get(name)) for name, part in frozen.items()}
             return objective.loss(model, params, rows, totals, compute=compute, fetch=fetch)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
         return _reduce_all(gradients, specs, fsdp, reduce_dtype), sum_over(sums)
 
-    return jax.shard_map(
+    whole, rows = PartitionSpec(), sharding.mesh_axes(["batch"])
+    mapped = jax.shard_map(
         local_gradient,
         mesh=mesh,
-        in_specs=(split_specs if fsdp else PartitionSpec(), sharding.mesh_axes(["batch"])),
-        out_specs=(split_specs, PartitionSpec()),
+        in_specs=(split_specs if fsdp else whole, rows, held_specs if lora else whole),
+        out_specs=(split_specs, whole),
         axis_names=set(BATCH_AXES),
         check_vma=False,
     )
+    return lambda params, batch, frozen=None: mapped(params, batch, frozen or {})
 
 
 def _split(x: jax.Array, accumulation: int) -> jax.Array:
@@ -154,6 +170,17 @@ def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:
         return sum_over(part, axes).astype(jnp.float32)
 
     return spec.on_parts(reduce)(gradient)
+
+
+def _fetch_merged(lora: Lora, fetch: Fetch | None) -> Fetch:
+    """Of a pair (frozen parameters of a group, their adapters or None): the merged parameters."""
+
+    def fetch_merged(group, pair):
+        params, adapters = pair
+        params = params if fetch is None else fetch(group, params)
+        return params if adapters is None else lora.merge_layer(params, adapters)
+
+    return fetch_merged
 
 
 def _make_fetch(specs: Any, dtype: Any, reduce_dtype: Any) -> Fetch:

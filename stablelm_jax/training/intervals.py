@@ -19,6 +19,7 @@ from stablelm_jax.training.begin import Progress
 from stablelm_jax.training.held_out import HeldOutError, evaluate_held_out
 from stablelm_jax.training.programs import Programs
 from stablelm_jax.training.setup import Run
+from stablelm_jax.training.state import TrainState
 
 # While tasks run, this long without an answer is no hang: their data may come over the network.
 PATIENCE = 1800.0
@@ -60,7 +61,7 @@ class Intervals:
         """Whether something that is done every so many steps, and after the last, is due."""
         return every > 0 and (step % every == 0 or step == self._run.config.training.num_steps)
 
-    def evaluate(self, params: Any, progress: Progress) -> bool:
+    def evaluate(self, state: TrainState, progress: Progress) -> bool:
         """Held-out text and tasks; False where a signal was heard meanwhile and they were left."""
         settings, services, step = self._run.config.evaluation, self._services, progress.step
         for kind, every, patience, evaluated in (
@@ -72,7 +73,7 @@ class Intervals:
             if not self._done[kind]:  # later ones come as no surprise
                 services.events.print(f"step {step}: evaluating ({kind.replace('_', '-')})")
             with services.stop.phase("evaluating"), services.watchdog.patient(patience):
-                found = evaluated(params, step)
+                found = evaluated(self._programs.weights(state), step)
             if found:
                 services.log.write({"step": step, "time": time.time(), **found})
                 self.draw()
@@ -128,13 +129,13 @@ class Intervals:
         manifests = self._run.manifests.items()
         self._services.log.draw({n: m.unigram_entropy if is_text else None for n, m in manifests})
 
-    def sample(self, params: Any, progress: Progress) -> None:
+    def sample(self, state: TrainState, progress: Progress) -> None:
         """Continues the prompts of the config."""
         step, services = progress.step, self._services
         if not self.due(self._run.config.samples.every, step) or step == 0:
             return
         with services.stop.phase("sampling"):
-            texts = self._programs.samples(params)
+            texts = self._programs.samples(self._programs.weights(state))
         services.watchdog.moved()
         from stablelm_jax.reporting.console import reading_note, show_sample
 

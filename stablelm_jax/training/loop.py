@@ -88,14 +88,15 @@ class Trainer:
     def _prepare_reference(self) -> bool:
         """What DPO compares with; False where a signal was heard before it was there."""
         run, services, eval_step = self.run, self.services, self._programs.eval_step
-        own = None if self._resumed else self.state.params
+        own = None if self._resumed else self._programs.weights(self.state)
         with services.stop.phase("reference"):
             if not prepare_reference(run, services, eval_step, own, self.intervals.left):
                 return False
             if not self.progress.train_seconds:  # no update yet
                 with contextlib.closing(run.batches(self.progress.rows_consumed)) as batches:
                     first = next(batches)
-                services.events.print(check_start(run, eval_step, self.state.params, first))
+                weights = self._programs.weights(self.state)
+                services.events.print(check_start(run, eval_step, weights, first))
         return True
 
     def _loop(self, batches, progress_line: ProgressLine) -> bool:
@@ -106,9 +107,9 @@ class Trainer:
             stopped, due = self._agreement.anywhere(
                 services.stop.name is not None, services.saver.due_by_time()
             )
-            stopped = stopped or not self.intervals.evaluate(self.state.params, self.progress)
+            stopped = stopped or not self.intervals.evaluate(self.state, self.progress)
             if not stopped:
-                self.intervals.sample(self.state.params, self.progress)
+                self.intervals.sample(self.state, self.progress)
                 self._save(due)
             if stopped or self.progress.step >= self.last_step:
                 return not stopped

@@ -16,14 +16,13 @@ from rich.console import Console
 from stablelm_jax import config as config_lib
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import WrongKernel, check_attention
-from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.training.held_out import EvalStep
 from stablelm_jax.training.objectives import make_objective
-from stablelm_jax.training.setup import Run, compute_of
-from stablelm_jax.training.state import abstract_state
+from stablelm_jax.training.setup import Run, compute_of, lora_of, optimizer_and_state
+from stablelm_jax.training.state import TrainState, shardings_of
 from stablelm_jax.training.step import StepFunction, make_train_step
 
 
@@ -33,11 +32,13 @@ class Programs:
 
     Attributes:
       step: one update.
+      weights: f(state) -> all weights, placed as those of `TrainState.base`: adapters are added.
       eval_step: sums over one batch of held-out data; None where nothing asks for them.
       samples: f(params) -> {prompt: continuation}; None where the run takes none.
     """
 
     step: StepFunction
+    weights: Callable[[TrainState], Any]
     eval_step: EvalStep | None
     samples: Callable[[Any], dict[str, str]] | None
 
@@ -58,7 +59,17 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
         console.print("compiling the evaluation")
         eval_step = compile_eval_step(run)
     samples = _prepare_samples(run) if run.config.samples.every else None
-    return Programs(step, eval_step, samples)
+    return Programs(step, compile_weights(run), eval_step, samples)
+
+
+def compile_weights(run: Run) -> Callable[[TrainState], Any]:
+    """`Programs.weights`."""
+    if run.lora is None:
+        return lambda state: state.params
+    frozen, adapters = run.abstract.frozen, run.abstract.params
+    merge = jax.jit(run.lora.merge, out_shardings=shardings_of(frozen))
+    merge = merge.lower(frozen, adapters).compile()
+    return lambda state: merge(state.frozen, state.params)
 
 
 def compile_step(run: Run) -> StepFunction:
@@ -69,7 +80,7 @@ def compile_step(run: Run) -> StepFunction:
 def compile_eval_step(run: Run) -> EvalStep:
     """The evaluation, compiled ahead for this run's shapes."""
     batch = abstract_batch(run.config, run.mesh, run.num_pairs)
-    return run.eval_step.lower(run.abstract.params, batch).compile()
+    return run.eval_step.lower(run.abstract.base, batch).compile()
 
 
 def lower_step(
@@ -80,19 +91,18 @@ def lower_step(
     `num_pairs`: see `abstract_batch`.
     """
     model, parallel, training = config_lib.model_config(config), config.parallel, config.training
-    schedule = make_schedule(config.schedule)
-    optimizer = make_optimizer(config.optimizer, schedule, model)
-    abstract = abstract_state(model, optimizer, mesh, parallel.zero1)
+    optimizer, abstract = optimizer_and_state(config, mesh)
     step = make_train_step(
         model,
         optimizer,
-        schedule,
+        make_schedule(config.schedule),
         mesh,
         abstract,
         objective=make_objective(config, num_sources),
         compute=compute_of(config),
         zero1=parallel.zero1,
         fsdp=parallel.fsdp,
+        lora=lora_of(config),
         float32_reduce=parallel.float32_reduce,
         accumulation=training.accumulation,
         guard={**config.guard, "stop_after": training.stop_after_skipped},
@@ -170,7 +180,7 @@ def _prepare_samples(run: Run) -> Callable[[Any], dict[str, str]]:
     settings = run.config.samples
     return prepare_texts(
         run.model,
-        run.abstract.params,
+        run.abstract.base,
         run.tokenizer,
         settings.prompts,
         max_new_tokens=settings.max_new_tokens,

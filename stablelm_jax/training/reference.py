@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from stablelm_jax.checkpoint.merged import read_weights
 from stablelm_jax.checkpoint.names import checkpoint_step, find_checkpoint
-from stablelm_jax.checkpoint.reading import read_arrays, read_run, state_hash
+from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.services import Services
 from stablelm_jax.storage.files import replacing, write_json
@@ -199,7 +200,7 @@ def _parents_weights(run: Run) -> Any:
         saved = read_run(path)
         if state_hash(saved["checksums"]) != was.parent_hash:
             raise ValueError("it is not the one that this run began with")
-        return read_arrays(path, {"params": run.abstract.params}, saved)["params"]
+        return read_weights(path, saved, run.abstract.base)
     except ValueError as error:
         raise ReferenceError(
             f"{what} {path}: {error}. Give it back, or name its new place with "

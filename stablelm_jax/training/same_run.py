@@ -22,6 +22,7 @@ _FIELDS_OF = {
         "packing": "data.packing",
         "loss_on": "data.loss_on",
     },
+    "lora": {name: f"lora.{name}" for name in ("rank", "alpha", "targets")},
 }
 # Fields of a model that none of its weights depends on.
 _NOT_OF_THE_WEIGHTS = ("model.rotary_theta", "model.init_std")
@@ -118,7 +119,9 @@ def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
 
 def _as_fields(part: str, item: Mapping[str, Any]) -> dict[str, Any]:
     """A part of an item `run` by field of the config; one that it lacks is newer: the default."""
-    keys, values = _FIELDS_OF[part], {k: v for k, v in item[part].items() if k != "stages"}
+    left_out = ("stages", "parent", "parent_hash")
+    keys = _FIELDS_OF[part]
+    values = {k: v for k, v in item.get(part, {}).items() if k not in left_out}
     defaults = {key: FIELDS[key].default for key in keys.values()}
     return defaults | {keys.get(name, name): value for name, value in values.items()}
 

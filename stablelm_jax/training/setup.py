@@ -31,6 +31,8 @@ from stablelm_jax.data.rows import token_stream
 from stablelm_jax.data.shard_cache import ShardCache
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.parameters import ParameterSpec, parameter_table
 from stablelm_jax.optimizer.adamw import make_optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
@@ -40,7 +42,7 @@ from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.training.objectives import KINDS, Objective, make_objective
 from stablelm_jax.training.reference import Reference
-from stablelm_jax.training.state import TrainState, abstract_state
+from stablelm_jax.training.state import TrainState, abstract_frozen, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Run:
     optimizer: optax.GradientTransformation
     compute: Compute
     abstract: TrainState
+    lora: Lora | None = None
     chat: ChatTemplate | None = None  # of its conversations, or what its parent was tuned on
 
     @property
@@ -113,7 +116,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run to be continued by it."""
-        return {
+        lora = {"lora": self.lora.to_json()} if self.lora else {}
+        return lora | {
             "model_config": dataclasses.asdict(self.model),
             "tokenizer_sha256": self.tokenizer.sha256,
             "data_hash": data_hash(self.manifests),
@@ -217,7 +221,7 @@ def prepare_run(
     mesh = make_mesh(**sizes)
     tokenizer = load_tokenizer(config.data.tokenizer)
     mixture = mixture_of(config, data_position)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule), model)
+    optimizer, abstract = optimizer_and_state(config, mesh)
     sources = open_data(config, tokenizer, mixture.sources)
     _check_kinds(config, sources)
     spec = spec_of(config, tokenizer)
@@ -233,7 +237,8 @@ def prepare_run(
         packed=pack(sources, spec, held_out=config.evaluation.every > 0),
         optimizer=optimizer,
         compute=compute_of(config),
-        abstract=abstract_state(model, optimizer, mesh, config.parallel.zero1),
+        abstract=abstract,
+        lora=lora_of(config),
         chat=_chat_of(sources) or saved_chat(saved, tokenizer),
     )
 
@@ -249,6 +254,28 @@ def _check_kinds(config: ConfigDict, sources: Mapping[str, Source]) -> None:
                 f"config.training.objective={objective}: source {name!r} holds {kind}, which are "
                 f"for --config.training.objective={fits}; use that, or other sources"
             )
+
+
+def lora_of(config: ConfigDict) -> Lora | None:
+    """The adapters that a run of `config` trains; None where it trains all weights."""
+    return Lora.from_json(config.lora) if config.lora.rank else None
+
+
+def trained_table(config: ConfigDict) -> tuple[ParameterSpec, ...]:
+    """What a run of `config` trains: adapters, or all parameters."""
+    model, lora = config_lib.model_config(config), lora_of(config)
+    return lora.table(model) if lora else parameter_table(model)
+
+
+def optimizer_and_state(
+    config: ConfigDict, mesh: Mesh
+) -> tuple[optax.GradientTransformation, TrainState]:
+    """The optimizer of a run of `config`, and its state as `abstract_state` gives it."""
+    model, parallel, lora = config_lib.model_config(config), config.parallel, lora_of(config)
+    schedule = make_schedule(config.schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, trained_table(config))
+    frozen = lora and abstract_frozen(model, mesh, compute_of(config).dtype, parallel.fsdp)
+    return optimizer, abstract_state(model, optimizer, mesh, parallel.zero1, lora, frozen)
 
 
 def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from stablelm_jax.checkpoint.saving import Checkpoint
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.parallel import sharding
 from stablelm_jax.training.update_guard import new_guard
@@ -26,9 +27,11 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates attempted so far; also the index of the next batch.
       updates_skipped: int32 scalar, updates that the update guard left out.
-      params: float32 master weights under the names of the parameter table.
+      params: what is trained, float32: all weights under the names of the parameter table, or
+        adapters (model/lora.py).
       opt_state: optax state; its moments have the shapes and shardings of `params`.
       guard: state of the update guard, as `new_guard` makes it.
+      frozen: under adapters the weights that they are added to, in the compute type; else empty.
     """
 
     step: jax.Array
@@ -36,14 +39,30 @@ class TrainState:
     params: Any
     opt_state: Any
     guard: Any
+    frozen: Any = dataclasses.field(default_factory=dict)
+
+    @property
+    def base(self) -> Any:
+        """All weights that a forward pass begins with: adapters are yet to be added."""
+        return self.frozen or self.params
 
 
 def abstract_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, zero1: bool
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    zero1: bool,
+    lora: Lora | None = None,
+    frozen: Any = None,
 ) -> TrainState:
-    """The state as `ShapeDtypeStruct`s with their shardings; nothing is allocated."""
-    masters = sharding.named(mesh, sharding.master_specs(parameter_table(model), mesh, zero1))
-    shapes = jax.eval_shape(lambda: _new_state(optimizer, init_params(model, jax.random.key(0))))
+    """The state as `ShapeDtypeStruct`s with their shardings; nothing is allocated.
+
+    `frozen`: of `lora`, as `abstract_frozen` gives it.
+    """
+    table = lora.table(model) if lora else parameter_table(model)
+    masters = sharding.named(mesh, sharding.master_specs(table, mesh, zero1))
+    init = lora.init if lora else init_params
+    shapes = jax.eval_shape(lambda: _new_state(optimizer, init(model, jax.random.key(0))))
     everywhere = sharding.replicated(mesh)
     placed = TrainState(
         step=everywhere,
@@ -58,9 +77,20 @@ def abstract_state(
         ),
         guard=jax.tree.map(lambda _: everywhere, shapes.guard),
     )
-    return jax.tree.map(
+    abstract = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, placed
     )
+    return dataclasses.replace(abstract, frozen=frozen or {})
+
+
+def abstract_frozen(model: ModelConfig, mesh: Mesh, dtype: Any, fsdp: bool) -> Any:
+    """The weights under adapters: whole but for the axis `model`, or with `fsdp` split further."""
+
+    def place(row):
+        spec = sharding.master_spec(row, mesh.shape, fsdp)
+        return jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharding.named(mesh, spec))
+
+    return nest({row.name: place(row) for row in parameter_table(model)})
 
 
 def shardings_of(abstract: Any) -> Any:
@@ -69,14 +99,23 @@ def shardings_of(abstract: Any) -> Any:
 
 
 def init_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+    lora: Lora | None = None,
+    frozen: Any = None,
 ) -> TrainState:
-    """A fresh state, made in place on its devices: no host ever holds the whole of it."""
+    """A fresh state, made in place on its devices: no host ever holds the whole of it.
+
+    `lora`: its adapters, on the weights `frozen`.
+    """
+    init = lora.init if lora else init_params
     make = jax.jit(
-        lambda key: _new_state(optimizer, init_params(model, key)),
-        out_shardings=shardings_of(abstract),
+        lambda key: _new_state(optimizer, init(model, key)),
+        out_shardings=shardings_of(dataclasses.replace(abstract, frozen={})),
     )
-    return make(jax.random.key(seed))
+    return dataclasses.replace(make(jax.random.key(seed)), frozen=frozen or {})
 
 
 def state_of_weights(
@@ -123,7 +162,7 @@ def stored_arrays(state: TrainState) -> dict[str, Any]:
 def from_arrays(
     abstract: TrainState, arrays: dict[str, Any], step: jax.Array, guard: dict[str, jax.Array]
 ) -> TrainState:
-    """The state whose `stored_arrays` these are."""
+    """The state whose `stored_arrays` these are; what is frozen is not among them."""
     saved = arrays["optimizer"]
     opt_state = optax.tree_utils.tree_set(
         abstract.opt_state, mu=saved["m"], nu=saved["v"], count=saved["count"]

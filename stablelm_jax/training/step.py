@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.loss import Batch
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
@@ -34,6 +35,7 @@ def make_train_step(
     compute: Compute,
     zero1: bool,
     fsdp: bool = False,
+    lora: Lora | None = None,
     guard: Mapping[str, Any] = update_guard.NO_GUARD,
     **gradient_options: Any,
 ) -> StepFunction:
@@ -46,18 +48,27 @@ def make_train_step(
     Float32 scalars: "grad_norm" before clipping, "param_norm", "learning_rate" of the update. Int32
     scalars: "skipped", APPLIED or why the update was left out; "updates_skipped", how many so far.
     """
-    table = parameter_table(model)
+    table = lora.table(model) if lora else parameter_table(model)
     compute_shardings = sharding.named(mesh, sharding.parameter_specs(table))
     masters = sharding.master_specs(table, mesh, zero1)
     gradient = make_gradient_function(
-        model, mesh, masters, objective=objective, compute=compute, fsdp=fsdp, **gradient_options
+        model,
+        mesh,
+        masters,
+        objective=objective,
+        compute=compute,
+        fsdp=fsdp,
+        lora=lora,
+        **gradient_options,
     )
 
     def train_step(state: TrainState, batch: Batch):
         params = state.params
-        if not fsdp:
+        if lora:  # small: they stay in float32 until they are added
+            params = sharding.gathered(params, jnp.float32, compute_shardings)
+        elif not fsdp:
             params = sharding.gathered(params, compute.dtype, compute_shardings)
-        gradients, sums = gradient(params, batch)
+        gradients, sums = gradient(params, batch, state.frozen)
         grad_norm = optax.tree.norm(gradients)
         loss = mean_loss(objective, sums)
         skipped, guard_after = update_guard.decide(state.guard, loss, grad_norm, guard)
@@ -95,4 +106,5 @@ def _update(
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         guard=dict(guard_after),
+        frozen=state.frozen,
     )

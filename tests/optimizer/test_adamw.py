@@ -142,7 +142,7 @@ def test_make_optimizer_takes_the_config_group_and_the_parameters_of_the_model()
     )  # fmt: skip
     settings = config_lib.default_config().optimizer
     settings.weight_decay = 0.25
-    optimizer = make_optimizer(settings, lambda count: 1.0, model)
+    optimizer = make_optimizer(settings, lambda count: 1.0, parameter_table(model))
     mask = decay_mask(parameter_table(model))
     params = jax.tree.map(lambda _: np.ones(2, np.float32), mask)
     zeros = jax.tree.map(np.zeros_like, params)
