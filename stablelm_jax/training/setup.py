@@ -306,13 +306,12 @@ def pack(sources: Mapping[str, Source], spec: BatchSpec, held_out: bool) -> Pack
     """The sources as packed rows; None where they are concatenated.
 
     Raises:
-      ValueError: they cannot be trained on so, or not together, or have nothing to train on (or to
-        score, if `held_out`).
+      ValueError: they cannot be trained on so, or have nothing to train on (or, if `held_out`, to
+        score).
     """
-    kinds = {name: source.manifest.kind for name, source in sources.items()}
     if spec.packing == "concatenate":
-        for name, kind in kinds.items():
-            if kind != "text":
+        for name, source in sources.items():
+            if (kind := source.manifest.kind) != "text":
                 raise config_lib.ConfigError(
                     f"config.data.packing=concatenate: source {name!r} holds {kind}, which would be"
                     " cut, and see one another; use --config.data.packing=best_fit"
