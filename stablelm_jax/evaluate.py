@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in vars(arguments).items():
         if value == "" or (isinstance(value, list) and "" in value):
             parser.error(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
+        if name in ("questions", "model_id", "judge", "judge_model") and value:
+            if not arguments.mt_bench:
+                parser.error(f"--{name.replace('_', '-')} is of --mt-bench: give that too")
     try:
         from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
 
@@ -216,7 +219,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     else:
         raise ValueError(
             f"{saved.path} was imported and names no held-out text: give --config (with "
-            "data.weights of the sources), or --tasks"
+            "data.weights of the sources), or --tasks or --mt-bench"
         )
     config.data.root = arguments.data or config.data.root
     config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
@@ -250,6 +253,7 @@ def _answers(
     decode = saved.tokenizer.decode
     questions = [Question(prompt, decode(prompt), language) for prompt, language in prompts]
     if not questions:
+        print("no held-out conversations in the run's data: none are answered", file=sys.stderr)
         return {}
     most = {"max_new_tokens": arguments.max_new_tokens or MAX_NEW_TOKENS}
     generator = _generator(arguments, saved)

@@ -328,6 +328,23 @@ def test_missing_files_are_named_with_what_fetches_them(saved, tmp_path, capsys)
     assert f"{tmp_path}/question.jsonl: is not there" in line and "task_data.py" in line
 
 
+def test_a_file_that_is_not_mt_benchs_is_named(saved, bench, answered, server, capsys):
+    write_lines(bench / "reference_answer/gpt-4.jsonl", [])
+    assert grade(saved, bench, server) == 1
+    assert "question.jsonl, or a file beside it, has no 101" in capsys.readouterr().err
+    (bench / "question.jsonl").write_text('{"question_id": 1}\n[1]\n')
+    assert run_verb(saved, bench) == 1
+    assert "question.jsonl, line 2: no JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--questions", "--model-id", "--judge", "--judge-model"])
+def test_a_flag_of_mt_bench_alone_is_a_bad_argument(flag, capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--checkpoint", "c", flag, "x"])
+    assert left.value.code == 2
+    assert f"{flag} is of --mt-bench" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_model_without_a_template_asks_for_one(saved, bench, capsys):
     flags = ["--checkpoint", str(saved.path), "--mt-bench", str(bench)]
     assert evaluate.main(flags) == 1
