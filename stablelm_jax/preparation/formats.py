@@ -40,7 +40,6 @@ class Reading(NamedTuple):
 
     @property
     def wants_records(self) -> bool:
-        """Whether a text alone is not enough."""
         return bool(self.chat or self.held_out_by)
 
     @classmethod

@@ -1,9 +1,8 @@
 """Which documents are held out from training: those whose content hash lies below a threshold.
 
-So copies of a document are all on the same side (with `--held-out-by`: the documents of a topic),
-and adding documents to a source moves few others. The threshold is fixed by a first look at the
-beginning of the source, before anything is tokenised; then each chunk of the input can be split by
-itself, in one pass.
+So copies of a document are all on the same side, and adding documents to a source moves few others.
+The threshold is fixed by a first look at the beginning of the source, before anything is tokenised;
+then each chunk of the input can be split by itself, in one pass.
 
 At least 50 documents are held out, 256 kB of text, and the fraction of the text that `--held-out`
 asks for; but at most 5 % of the documents (or that fraction of them, if it is larger), and at least
@@ -92,8 +91,15 @@ def look(
     return Look(found)
 
 
-def choose(seen: Look, fraction: float) -> HeldOutRule:
-    """The rule for a source, of which at least `fraction` of the text is to be held out."""
+def choose(seen: Look, fraction: float, by_topic: bool = False) -> HeldOutRule:
+    """The rule for a source, of which at least `fraction` of the text is to be held out.
+
+    `by_topic`: what is held out follows from the topics alone, so sources that share them agree.
+    """
+    if by_topic:
+        smallest = min(seen.found, default=0) if seen.whole else 0
+        reason = f"topics of hashes in the lowest {fraction:.3%}, one at least"
+        return HeldOutRule(max(int(fraction * 2**64), smallest + 1), [], reason)
     return _smallest_hashes(seen.found, fraction) if seen.whole else _by_share(seen, fraction)
 
 

@@ -75,13 +75,12 @@ def document(record: dict, reading: Reading) -> str | Rejected:
         return Rejected("not Unicode: an unpaired surrogate (\\ud800 to \\udfff)")
     if not reading.held_out_by or text.isspace():
         return not_empty(text)
-    found = Topical(text)
+    text = Topical(text)
     try:
-        topic = _reach(record, reading.held_out_by)
+        text.topic = json.dumps(_reach(record, reading.held_out_by), sort_keys=True, default=str)
     except KeyError:
         return Rejected(f"no key to hold out by: {reading.held_out_by!r}")
-    found.topic = json.dumps(topic, sort_keys=True, default=str)
-    return found
+    return text
 
 
 def _text(record: dict, text_key: str) -> str | Rejected:

@@ -212,7 +212,7 @@ class Preparation:
                     path.unlink()
             self._work.mkdir()
             cut, seen, kind = self._first_look()
-            rule = held_out.choose(seen, self.job.held_out)
+            rule = held_out.choose(seen, self.job.held_out, bool(self.job.held_out_by))
             settings = self._settings | ({"kind": kind} if "chat" in self._settings else {})
             self.plan = Plan(settings, rule, cut)
             write_json(self._plan_path, self.plan)
@@ -365,12 +365,9 @@ class Preparation:
             return
         if filled:
             side = "train on" if "held_out" in filled else "hold out"
-            problem = f"no document to {side}: a source needs two different ones"
-            if self.job.held_out_by:
-                problem += f", and two values of {self.job.held_out_by!r}"
-            problem += ", one of them held out; add documents"
+            problem = f"no document to {side}: it needs two different ones, one of them held out"
             if not self.job.template:
-                problem += ", or cut long texts into several: --split-on blank-lines, or 64kB"
+                problem += "; add some, or cut long texts: --split-on blank-lines, or 64kB"
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"
         else:

@@ -20,7 +20,7 @@ from seeds import new_rng
 from stablelm_jax import prepare
 from stablelm_jax.data.manifest import read_manifest
 from stablelm_jax.data.shards import Shard, read_spans
-from stablelm_jax.preparation import chunks
+from stablelm_jax.preparation import chunks, held_out
 from stablelm_jax.preparation.conversations import ChatEncoder, canonical
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.tokenizer.chat import chat_template, encode_chat, encode_conversation
@@ -406,7 +406,8 @@ def test_topics_are_held_out_whole(tmp_path, tokenizer_file):
     pq.write_table(pa.Table.from_pylist(texts), tmp_path / "tables.parquet")
     held = {}
     for source, (path, *more) in inputs.items():
-        flags = ("--tokenizer", tokenizer_file, "--workers", 1, "--held-out-by", "page.id", *more)
+        flags = ("--tokenizer", tokenizer_file, "--workers", 1, "--held-out-by", "page.id",
+                 "--held-out", 0.2, *more)  # fmt: skip
         code, _, err = call("--source", source, "--input", path, "--output", tmp_path, *flags)
         assert code == 0, err
         directory = tmp_path / source
@@ -418,7 +419,16 @@ def test_topics_are_held_out_whole(tmp_path, tokenizer_file):
         for number in held[source]:
             assert text.count(f"'id': {number}}}") == 4
         assert made.held_out.documents == 4 * len(held[source])
-    assert held["chats"] == held["texts"] == held["tables"] and 0 < len(held["chats"]) < 3
+    # By the hash of the topic alone: the same ones in every source, whatever else it holds.
+    hashes = {number: held_out.content_hash(str(number).encode()) for number in range(25)}
+    below = {number for number in hashes if hashes[number] < 0.2 * 2**64}
+    assert held["chats"] == held["texts"] == held["tables"] == below and len(below) > 1
+
+
+def test_where_the_fraction_holds_out_no_topic_one_is_held_out():
+    found = {held_out.content_hash(str(number).encode()): [2, 9] for number in range(25)}
+    rule = held_out.choose(held_out.Look(found), 0.001, by_topic=True)
+    assert [value for value in found if rule.holds_out(value)] == [min(found)]
 
 
 def test_conversations_without_a_template_are_refused_with_the_hint(tmp_path, tokenizer_file):
