@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import resolved
+from small_models import random_params, write_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stablelm_jax import config as config_lib
@@ -81,11 +82,11 @@ def _write_source(folder: Path, name: str, tokenizer, rng, step: int) -> None:
     )
 
 
-def write_chats(root: Path, seed: int = 0) -> Path:
+def write_chats(root: Path, seed: int = 0, items: int = 50) -> Path:
     """`root/talks` and `root/choices`, beside a tokenizer: prompts of words, answers that count on.
 
     A good answer rises from the last word of its prompt, a rejected one falls. Documents are short:
-    rows of 32 tokens hold one to three pairs.
+    rows of 32 tokens hold one to three pairs. `items`: conversations, and pairs, to train on.
     """
     root.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer.json"))
@@ -107,17 +108,25 @@ def write_chats(root: Path, seed: int = 0) -> Path:
         return [side(prompt, 1), side(prompt, -1)]
 
     for name, kind, make in ((TALKS, "conversations", talk), (CHOICES, "pairs", choice)):
-        _write_chat_source(root / name, kind, tokenizer, make)
+        _write_chat_source(root / name, kind, tokenizer, make, items)
     return root
 
 
-def _write_chat_source(folder: Path, kind: str, tokenizer, make) -> None:
+def write_parent(path: Path, root: Path) -> Path:
+    """A checkpoint of random weights, biases and norms too, for runs of `tiny_config(root)`."""
+    model = config_lib.model_config(tiny_config(root))
+    return write_checkpoint(path, model, random_params(model), root / "tokenizer.json")
+
+
+def _write_chat_source(folder: Path, kind: str, tokenizer, make, items: int) -> None:
     """A source of two train shards and a held-out one; `make()` gives an item's documents."""
     folder.mkdir()
     infos = []
-    for shard, items in (("train-00000", 30), ("train-00001", 20), ("held_out-00000", 9)):
+    first = items * 3 // 5
+    counts = {"train-00000": first, "train-00001": items - first, "held_out-00000": 9}
+    for shard, count in counts.items():
         with ShardWriter(folder / shard) as writer:
-            for _ in range(items):
+            for _ in range(count):
                 for ids, spans in make():
                     marked = np.array([(0, *span) for span in spans], np.int32)
                     writer.add_many(np.array(ids, np.int32), [len(ids)], marked)

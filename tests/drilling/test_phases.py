@@ -52,6 +52,17 @@ def test_a_start_begins_restores_compiles_and_steps(data, folder):
     assert phase(data, folder) == "starting"
 
 
+def test_the_reference_of_dpo_is_computed_before_the_first_line(data, folder):
+    _, write = folder
+    write("environment.json", LAUNCHED + 4)
+    write("reference/key.json", LAUNCHED + 3, '{"pairs": 9, "done": 3}')
+    assert phase(data, folder) == "compiling"  # as an earlier start left it
+    write("reference/key.json", LAUNCHED + 5, '{"pairs": 9, "done": 3}')
+    assert phase(data, folder) == "reference"
+    write("reference/key.json", LAUNCHED + 6, '{"pairs": 9, "done": 9}')
+    assert phase(data, folder) == "compiling"
+
+
 def test_an_evaluation_then_samples_then_a_save_are_seen_coming(data, folder):
     every = {"evaluation.every": 6, "samples.every": 6, "checkpoint.every": 6}
     path, write = folder

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_config, write_config
+from tiny import CHOICES, TALKS, tiny_config, write_chats, write_config, write_parent
 
 from stablelm_jax.drill import report
 from stablelm_jax.drilling import rounds
@@ -27,15 +27,17 @@ STEPS = {
 
 # One within the loop, one beside it; all of them by hand.
 SOME = ("evaluating", "writing")
+OF_PRETRAINING = tuple(phase for phase in PHASES if phase != "reference")
 
 
 @pytest.fixture
 def drill(data, tmp_path):
     """drill({signal: phases}, flags): a drill as a user holds it, which has to go well."""
 
-    def hold(wanted, *more: str):
+    def hold(wanted, *more: str, config=None):
+        config = config or tiny_config(data, **STEPS)
         command = [sys.executable, "-m", "stablelm_jax.drill", f"--workdir={tmp_path / 'drill'}"]
-        command += [f"--config={write_config(tiny_config(data, **STEPS), tmp_path)}"]
+        command += [f"--config={write_config(config, tmp_path)}"]
         command += ["--config.samples.prompts=('w1 w3', 'w2')", "--config.evaluation.every=8"]
         command += more
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -62,7 +64,23 @@ def test_killed_and_stopped_in_any_phase_a_run_ends_bit_for_bit_as_if_left_alone
 @pytest.mark.by_hand
 def test_killed_and_stopped_in_every_phase_a_run_ends_bit_for_bit_as_if_left_alone(drill):
     amounts = ("--kills=20", "--signals=20")
-    drill({"SIGKILL": PHASES, "SIGTERM": PHASES}, "--devices=2", *amounts)
+    drill({"SIGKILL": OF_PRETRAINING, "SIGTERM": OF_PRETRAINING}, "--devices=2", *amounts)
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize("objective, source", [("sft", TALKS), ("dpo", CHOICES)])
+def test_runs_of_sft_and_dpo_end_as_if_left_alone(drill, tmp_path, objective, source):
+    chats = write_chats(tmp_path / "chats", items=4000)  # the reference takes a while
+    tuning = {
+        "training.objective": objective,
+        "data.packing": "best_fit",
+        "branch.parent": str(write_parent(tmp_path / "parent/global_step0", chats)),
+        "branch.state": "weights",
+    }
+    config = tiny_config(chats, {source: 1.0}, **{**STEPS, **tuning})
+    phases = PHASES if objective == "dpo" else OF_PRETRAINING
+    amounts = ("--kills=12", "--signals=12")
+    drill({"SIGKILL": phases, "SIGTERM": phases}, "--devices=2", *amounts, config=config)
 
 
 @pytest.mark.by_hand
@@ -74,7 +92,7 @@ def test_two_processes_killed_twice_end_as_if_left_alone(drill):
 @pytest.mark.by_hand
 def test_two_processes_stopped_in_every_phase_exit_75_and_go_on(drill):
     amounts = ("--kills=0", "--signals=22")
-    drill({"SIGTERM": PHASES}, "--processes=2", "--devices=1", *amounts)
+    drill({"SIGTERM": OF_PRETRAINING}, "--processes=2", "--devices=1", *amounts)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from small_models import random_params, write_checkpoint
-from tiny import CHOICES, TALKS, events, losses, tiny_config, train, write_chats
+from small_models import random_params
+from tiny import CHOICES, TALKS, events, losses, tiny_config, train, write_chats, write_parent
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run
@@ -29,15 +29,13 @@ def chats(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(chats):
-    """Random ones, biases and norms too."""
+    """Those of `parent`."""
     return random_params(config_lib.model_config(tiny_config(chats)))
 
 
 @pytest.fixture(scope="module")
-def parent(chats, weights, tmp_path_factory):
-    model = config_lib.model_config(tiny_config(chats))
-    path = tmp_path_factory.mktemp("parent") / "global_step0"
-    return write_checkpoint(path, model, weights, chats / "tokenizer.json")
+def parent(chats, tmp_path_factory):
+    return write_parent(tmp_path_factory.mktemp("parent") / "global_step0", chats)
 
 
 def run_config(objective, chats, parent, **overrides):
