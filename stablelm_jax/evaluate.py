@@ -210,6 +210,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     from stablelm_jax.data.position import DataPosition
     from stablelm_jax.reporting.console import show_evaluation
     from stablelm_jax.training.held_out import evaluate_held_out
+    from stablelm_jax.training.reference import compute_held_out
     from stablelm_jax.training.setup import prepare_run
 
     if arguments.config:
@@ -235,6 +236,8 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
         found = config_lib.differing(vars(saved.model), vars(run.model))
         what = config_lib.show_changes({f"model.{name}": two for name, two in found.items()})
         raise ValueError(f"the checkpoint has another model: {what}")
+    if run.reference is not None:
+        compute_held_out(run)
     parameters, held_out = saved.load(run.mesh), run.held_out()
     line = evaluate_held_out(run.eval_step, parameters, held_out, run.mesh, run.objective)
     show_evaluation(make_console(stderr=True), run, saved.run["step"], line)

@@ -15,7 +15,7 @@ import contextlib
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,16 +152,22 @@ def prepare_reference(
     return finished
 
 
+def compute_held_out(run: Run) -> None:
+    """Fills in the held-out pairs of `run.reference`, for who only evaluates; raises as above."""
+    _compute(run, run.eval_step, _parents_weights(run), splits=("held_out",))
+
+
 def _compute(
     run: Run,
     eval_step: EvalStep,
     params: Any,
-    left: Callable[[], bool],
-    save: Callable[[], None],
+    left: Callable[[], bool] = lambda: False,
+    save: Callable[[], None] = lambda: None,
+    splits: Sequence[str] = ("train", "held_out"),
 ) -> bool:
     """Fills in what is missing and saves every so often; False where it was left."""
     saved_at = time.monotonic()
-    for name in run.reference.tables:
+    for name in (name for name in run.reference.tables if name[1] in splits):
         for batch in agreed_batches(run.packed_batches(*name), f"pairs of {'/'.join(name)}"):
             if left():
                 return False

@@ -14,6 +14,7 @@ from small_models import random_params
 from tiny import CHOICES, TALKS, events, losses, tiny_config, train, write_chats, write_parent
 
 from stablelm_jax import config as config_lib
+from stablelm_jax import evaluate
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.model.transformer import logits
@@ -285,3 +286,13 @@ def test_dpo_without_a_parent_is_refused(chats, tmp_path):
     config = run_config("dpo", chats, "", **{"branch.state": "all"})
     with pytest.raises(config_lib.ConfigError, match="DPO starts from a model"):
         train(config, tmp_path)
+
+
+def test_the_verb_evaluate_says_of_held_out_pairs_what_the_run_said(undisturbed, tmp_path):
+    workdir, lines = undisturbed("dpo")
+    found = tmp_path / "found.json"
+    assert evaluate.main(["--checkpoint", str(workdir), "--output", str(found)]) in (0, None)
+    last = [line for line in lines if "eval/loss" in line][-1]
+    said = json.loads(found.read_text())
+    for key in ("eval/loss", "eval/rewards/margin/choices", "eval/rewards/accuracy"):
+        assert said[key] == pytest.approx(last[key], rel=1e-3, abs=1e-4)
