@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from stablelm_jax.checkpoint.merged import read_weights
-from stablelm_jax.checkpoint.names import checkpoint_step, find_checkpoint
+from stablelm_jax.checkpoint.names import checkpoint_step
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.services import Services
@@ -197,20 +197,19 @@ def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], ba
 
 def _parents_weights(run: Run) -> Any:
     """Never those of a checkpoint of the run itself: they have moved."""
-    was, named = run.data_position, run.config.branch.parent
-    path, what = named or was.parent, "the reference is computed from the checkpoint"
+    began, named = run.data_position, run.config.branch.parent
+    # A folder's newest checkpoint may be another one by now.
+    path = named if checkpoint_step(Path(named).name) is not None else began.parent
     try:
-        path = str(find_checkpoint(path))
-        if checkpoint_step(named.rstrip("/").rsplit("/", 1)[-1]) is None:
-            path = was.parent  # of a folder's checkpoints, the one that this run began with
         saved = read_run(path)
-        if state_hash(saved["checksums"]) != was.parent_hash:
+        if state_hash(saved["checksums"]) != began.parent_hash:
             raise ValueError("it is not the one that this run began with")
         return read_weights(path, saved, run.abstract.base)
     except ValueError as error:
         raise ReferenceError(
-            f"{what} {path}: {error}. Give it back, or name its new place with "
-            "--config.branch.parent=PATH/global_stepN, or give back WORKDIR/reference"
+            f"the reference is computed from the checkpoint {path}: {error}. Give it back, or name "
+            "its new place with --config.branch.parent=PATH/global_stepN, or give back "
+            "WORKDIR/reference"
         ) from error
 
 
