@@ -42,7 +42,9 @@ def _decisions(run: Run) -> dict[str, str]:
     placement = "split over data (ZeRO-1)" if config.parallel.zero1 else "on every device"
     if config.parallel.fsdp:
         placement = "split over data, gathered a layer at a time (FSDP)"
+    dpo = ", ".join(f"{name} {value}" for name, value in config.dpo.items())
     return {
+        "objective": config.training.objective + (f": {dpo}" if run.reference else ""),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": mesh_text(run.mesh.shape),
         "rows": f"{spec.batch_size} of {length} tokens a step = "
