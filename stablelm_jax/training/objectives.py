@@ -46,15 +46,10 @@ SIDES = ("chosen", "rejected")
 
 @dataclasses.dataclass(frozen=True)
 class TokenObjective:
-    """The mean negative log-likelihood of the counted tokens.
+    """The mean negative log-likelihood of the counted tokens."""
 
-    Attributes:
-      num_sources: S.
-      name: 'pretrain' or 'sft': of the latter a batch may hold no trained token at all.
-    """
-
-    num_sources: int
-    name: str = "pretrain"
+    num_sources: int  # S
+    name: str = "pretrain"  # or 'sft', a batch of which may hold no trained token at all
     metrics: ClassVar[Metrics] = {"loss": (("nll", "tokens"),)}
 
     def count(self, batch: Batch) -> Sums:
