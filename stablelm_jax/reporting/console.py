@@ -177,9 +177,7 @@ def _show_preferences(console: Console, run: Run, step: int, line: Mapping[str, 
     keys = ("loss", *(f"rewards/{part}" for part in ("accuracy", "margin", "chosen", "rejected")))
     table = _sources(f"held-out pairs after step {step:,}", columns)
     for name in run.sources:
-        values = [line.get(f"eval/{key}/{name}") for key in keys]
-        shown = ["none" if value is None else f"{value:.4f}" for value in values]
-        table.add_row(name, *shown)
+        table.add_row(name, *(f"{line.get(f'eval/{key}/{name}', math.nan):.4f}" for key in keys))
     console.print(table)
 
 
