@@ -13,6 +13,7 @@ from tiny import VOCAB, write_tokenizer
 
 from stablelm_jax import generate
 from stablelm_jax.checkpoint.saved_model import SavedModel
+from stablelm_jax.generation.generator import Generator
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.transformer import init_params
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
@@ -87,9 +88,39 @@ def test_a_conversation_ends_with_ctrl_d(run, capsys, monkeypatch):
     assert capsys.readouterr().out.count("\n") == 2
 
 
+OWN = "{% for m in messages %}{{ m.role + ' ' + m.content }}<|endoftext|>{% endfor %}"
+
+
+def test_chat_alone_takes_the_template_that_came_with_the_model(run, capsys, monkeypatch):
+    own = {"name": "own", "jinja": OWN, "enders": ["<|endoftext|>"]}
+    saved, _ = generate._open(None)
+    saved.run["chat"] = own
+    read = []
+    stream = Generator.stream
+    noted = lambda self, ids, **more: read.append(ids) or stream(self, ids, **more)  # noqa: E731
+    monkeypatch.setattr(Generator, "stream", noted)
+    assert run("--chat", "--prompt", "w1 w2", "--temperature", "0") == 0
+    unknown = saved.tokenizer.unknown_id
+    assert read == [[unknown, 1, 2, saved.tokenizer.eod]]  # user w1 w2 <|endoftext|>
+
+
+def test_a_template_that_takes_no_system_turn_is_told_before_the_weights_are_read(
+    run, capsys, monkeypatch, tmp_path
+):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}"
+    (tmp_path / "file.jinja").write_text(refuses + "{% endif %}" + OWN)
+    monkeypatch.setattr(SavedModel, "load", lambda *_: pytest.fail("weights were read"))
+    chat = ["--chat", str(tmp_path / "file.jinja")]
+    assert run(*chat, "--system", "Be brief.", "--prompt", "w1") == 1
+    assert "refuses it: no system turns" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--chat"], "came with no chat template: name one, --chat zephyr, --chat chatml or"),
+        (["--prompt", "w1", "--chat", "alpaca"], "choose one of zephyr, chatml, tokenizer, or"),
+        (["--chat", "zephyr", "--top-p", "0"], "top_p is 0.0"),
         (["--prompt", "w1", "--context", "5"], "are more than 5"),
         (["--prompt", "w1", "--chat", "chatml"], "has no special token in '<|im_end|>"),
         (["--prompt", "w1", "--stop-token", "<|im_end|>"], "has no special token <|im_end|>"),
