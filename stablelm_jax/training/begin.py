@@ -206,12 +206,8 @@ def _from_weights(
     weights = read_weights(parent, saved, run.abstract.base)
     why = "which holds nothing else, " if "imported" in saved else ""
     also = f"; {config_lib.show_changes(changed)}" if changed else ""
-    _tell_branch(
-        services,
-        run,
-        f"a branch of the weights of {parent}, {why}step {saved['step']} there: fresh moments, "
-        f"from step 0 and the beginning of the data{also}",
-    )
+    text = f"a branch of the weights of {parent}, {why}step {saved['step']} there: fresh moments, "
+    _tell_branch(services, run, f"{text}from step 0 and the beginning of the data{also}")
     if run.lora is None:
         return Beginning(run, state_of_weights(run.optimizer, run.abstract, weights), Progress())
     made = run.model, run.optimizer, run.abstract, config.seed, run.lora, weights

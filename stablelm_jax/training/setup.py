@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -280,14 +279,10 @@ def optimizer_and_state(
 
 def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:
     """The template of all sources that hold conversations; ConfigError where they have several."""
-    templates, names = {}, {}
-    for name, source in sources.items():
-        if source.manifest.chat:
-            key = json.dumps(source.manifest.chat, sort_keys=True)
-            templates[key] = ChatTemplate.from_json(source.manifest.chat)
-            names.setdefault(key, []).append(name)
-    if len(templates) > 1:
-        found = "; ".join(f"{templates[key].name}: {', '.join(names[key])}" for key in templates)
+    chats = {name: source.manifest.chat for name, source in sources.items()}
+    templates = {name: ChatTemplate.from_json(chat) for name, chat in chats.items() if chat}
+    if len(set(templates.values())) > 1:
+        found = ", ".join(f"{name} in {template.name}" for name, template in templates.items())
         raise config_lib.ConfigError(
             f"config.data.weights: the sources hold conversations in several chat templates "
             f"({found}), and a model is tuned on one; prepare them all with the same"

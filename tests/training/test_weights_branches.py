@@ -135,7 +135,7 @@ def test_the_template_of_a_runs_own_conversations_comes_before_its_parents(tmp_p
     assert prepare_run(both, saved=inherited).chat == ChatTemplate.from_json(CHAT)
     other = {"source": "more", "chat": fields["chat"] | {"name": "another"}}
     manifest.write_text(json.dumps(fields | other))
-    told = f"in several chat templates .another: more; {CHAT['name']}: talks"
+    told = f"in several chat templates .more in another, talks in {CHAT['name']}."
     with pytest.raises(ConfigError, match=told):
         prepare_run(both)
 
