@@ -18,6 +18,7 @@ from stablelm_jax.planning.targets import parse_target
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = {
+    "own_chat": "dpo:mine=0.7,other=0.3",
     "own_text": "mine=0.7,other=0.3",
     "recipe_150m": "web=0.9,code=0.1",
     "stablelm_3b_4e1t": "web=0.75,code=0.25",
@@ -65,7 +66,7 @@ def test_a_shipped_config_is_valid_and_named_after_its_file(name):
 @pytest.mark.parametrize("name", FILES)
 def test_the_command_in_a_config_file_trains_that_config(name):
     docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
-    given = re.search(rf"\bconfigs/{name}\.py(:[\w=.,]+)?", docstring)
+    given = re.search(rf"\bconfigs/{name}\.py(:[\w=.,:]+)?", docstring)
     config = config_lib.load(CONFIGS.parent / given[0])
     for key, value in re.findall(r"^ .*--config\.([\w.]+)=(\S+)$", docstring, re.MULTILINE):
         config_lib.set_value(config, key, value)
