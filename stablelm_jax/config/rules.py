@@ -189,7 +189,8 @@ def _lora(config: ConfigDict) -> None:
     unknown = [name for name in lora.targets if name not in names]
     if unknown or not lora.targets:
         why = f"{unknown[0]!r} is no matrix of a layer" if unknown else "names no matrix"
-        refuse(config, "lora.targets", f"{why}; use some of: {', '.join(names)}")
+        example = "as in --config.lora.targets=\"('query','value')\""
+        refuse(config, "lora.targets", f"{why}; use some of {', '.join(names)}, {example}")
     narrowest = min(model.width, model.feed_forward_width, model.num_kv_heads * model.head_size)
     if lora.rank > narrowest:
         why = f"is more than the {narrowest} columns of the narrowest matrix"
