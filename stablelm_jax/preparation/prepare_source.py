@@ -367,7 +367,7 @@ class Preparation:
             side = "train on" if "held_out" in filled else "hold out"
             problem = f"no document to {side}: it needs two different ones, one of them held out"
             if not self.job.template:
-                problem += "; add some, or cut long texts: --split-on blank-lines, or 64kB"
+                problem += "; add documents, or cut long texts: --split-on blank-lines, or 64kB"
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"
         else:

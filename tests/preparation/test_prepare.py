@@ -475,7 +475,7 @@ def test_a_split_without_a_document_is_an_error_that_says_what_to_do(
 ):
     write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
     rule = held_out.HeldOutRule(threshold, [], "a bad guess")
-    monkeypatch.setattr(held_out, "choose", lambda look, fraction: rule)
+    monkeypatch.setattr(held_out, "choose", lambda look, fraction, by_topic: rule)
     code, _, err = call(
         capsys, '--source', 'a', '--input', tmp_path / 'a.jsonl', '--output', tmp_path / 'data',
         '--tokenizer', tokenizer_file, '--workers', 1,
