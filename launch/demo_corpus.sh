@@ -9,37 +9,14 @@
 set -euo pipefail
 caller=$PWD
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+source "$root/launch/debian.sh"
 
 (($# <= 1)) || die 'usage: bash launch/demo_corpus.sh [DIR]'
-for tool in apt-get dpkg; do
-    command -v "$tool" >/dev/null ||
-        die "no $tool here: this needs Debian or Ubuntu. Elsewhere, prepare text of your own (README)."
-done
+need_debian
 data=${1:-$root/data}
 [[ $data == /* ]] || data="$caller/$data"
 downloads="$data/downloads"
 tokenizer="$data/tokenizer.json"
-
-# Package lists and archives of our own: the system's need root.
-apt_get() {
-    mkdir -p "$downloads/apt/lists/partial" "$downloads/apt/archives/partial"
-    (cd "$downloads" && apt-get -qq -o APT::Sandbox::User=root -o Dir::State::lists="$downloads/apt/lists" \
-        -o Dir::Cache="$downloads/apt" "$@")
-}
-
-updated=
-fetch_help() { # LANGUAGE as in the package's name
-    local package="libreoffice-help-$1"
-    [[ ! -d $downloads/$package ]] || return 0
-    [[ -n $updated ]] || apt_get update || die 'apt-get update failed (see above); try again later'
-    updated=yes
-    rm -rf "$downloads/unpacked" "$downloads/$package"_*.deb
-    apt_get download "$package" ||
-        die "apt-get could not download $package (see above); try again later"
-    dpkg -x "$downloads/$package"_*.deb "$downloads/unpacked"
-    mv "$downloads/unpacked" "$downloads/$package"
-    rm "$downloads/$package"_*.deb
-}
 
 prepare() { # SOURCE INPUT LICENCE LANGUAGE...
     local source=$1 input=$2 licence=$3
@@ -57,7 +34,7 @@ for language in "${languages[@]}"; do
     say "LibreOffice's help: $language"
     code=$language
     [[ $language != en ]] || code=en-us
-    fetch_help "$code"
+    fetch_package "libreoffice-help-$code"
     text="$downloads/libreoffice_help_$language.jsonl"
     # Left out: the names of menus on a Mac (each page has both), lists of links, names of icons.
     [[ -f $text ]] || (cd "$root" && "$python" launch/corpora/html_text.py \

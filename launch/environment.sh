@@ -66,3 +66,19 @@ venv_is_usable() {
     "$python" -m pip --version >/dev/null 2>&1 || return 1
     [[ -z ${PYTHON:-} || $("$PYTHON" -c "$version") == $("$python" -c "$version") ]]
 }
+
+# Runs in the background, because bash waits deaf for what runs before it: SIGTERM is handed on, and
+# Ctrl-C reaches the whole group by itself (`trap -` undoes bash's deafening of background commands).
+run_and_hand_on_signals() {
+    local status child interrupted=yes
+    (trap - INT && exec "$@") &
+    child=$!
+    trap 'interrupted=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'interrupted=yes' INT
+    while [[ -n $interrupted ]]; do # a signal ends the wait before the child ends
+        interrupted='' status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT
+    return "$status"
+}

@@ -20,22 +20,6 @@ if (($# > 0)) && [[ $1 != -- ]]; then
 fi
 (($# == 0)) || shift
 
-# Runs in the background, because bash waits deaf for what runs before it: SIGTERM is handed on, and
-# Ctrl-C reaches the whole group by itself (`trap -` undoes bash's deafening of background commands).
-run_and_hand_on_signals() {
-    local status child interrupted=yes
-    (trap - INT && exec "$@") &
-    child=$!
-    trap 'interrupted=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-    trap 'interrupted=yes' INT
-    while [[ -n $interrupted ]]; do # a signal ends the wait before the child ends
-        interrupted='' status=0
-        wait "$child" || status=$?
-    done
-    trap - TERM INT
-    return "$status"
-}
-
 newest_checkpoint() {
     local path step newest=-1
     for path in "$workdir"/run/checkpoints/global_step*; do
