@@ -1,9 +1,11 @@
 """The multilingual demo's model tuned for chat: SFT, then DPO, then self-knowledge.
 
-    bash launch/demo_chat.sh  # fetches, prepares, trains all three, evaluates
+    bash launch/demo_chat.sh  # fetches, prepares, trains all stages, evaluates
     python -m stablelm_jax.train --config configs/demo_chat.py:sft --workdir runs/demo_chat/sft
 
-Each stage takes the weights of the one before it, :sft those of configs/demo_multilingual.py.
+:sft and :random take the weights of configs/demo_multilingual.py. :random is an SFT, too, on
+answers in languages drawn at random, so that DPO has something to teach; :dpo goes on from it, and
+:self_knowledge from there.
 SmolLM2's public recipe for 135 and 360 M parameters (huggingface/alignment-handbook,
 recipes/smollm2) is what the numbers are compared with: SFT 1e-3, cosine, warmup 0.1, 2 epochs; DPO
 1e-6, beta 0.5, 2 epochs.
@@ -17,7 +19,7 @@ LANGUAGES = ("en", "de", "es", "fr", "it", "nl", "pt")  # Stable LM 2's seven (m
 
 
 def get_config(stage="sft"):
-    stages = {"sft": _sft, "dpo": _dpo, "self_knowledge": _self_knowledge}
+    stages = {"sft": _sft, "random": _random, "dpo": _dpo, "self_knowledge": _self_knowledge}
     if stage not in stages:
         raise ValueError(f"{stage!r}: write one of {', '.join(stages)} after the colon")
     config = load(Path(__file__).with_name("demo_multilingual.py"))
@@ -36,17 +38,20 @@ def get_config(stage="sft"):
     return config
 
 
-def _sft(config):
+def _sft(config, kind="howto", steps=300):
     config.branch.parent = "runs/demo"  # as configs/demo_multilingual.py names it
     config.training.objective = "sft"
-    # Ours: requests answered in a language drawn at random, so that DPO has something to teach.
-    config.data.weights = {f"random_{language}": 1.0 for language in LANGUAGES}
+    config.data.weights = {f"{kind}_{language}": 1.0 for language in LANGUAGES}
     config.schedule.peak = 1e-3  # SmolLM2
-    config.training.num_steps = 300  # ours: about 2 epochs
+    config.training.num_steps = steps  # ours: about 2 epochs of `howto`
+
+
+def _random(config):
+    _sft(config, kind="random", steps=150)  # ours: enough to answer, in any language
 
 
 def _dpo(config):
-    config.branch.parent = "runs/demo_chat/sft"
+    config.branch.parent = "runs/demo_chat/random"
     config.training.objective = "dpo"
     config.data.weights = {f"pairs_{language}": 1.0 for language in LANGUAGES}
     config.dpo.beta = 0.5  # SmolLM2

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced after environment.sh by the scripts that take texts out of Debian's packages, which are
-# unpacked, not installed to the folder $downloads.
+# Sourced after environment.sh by the scripts that take texts out of Debian's packages: these are
+# unpacked to the folder $downloads, not installed.
 
 : "${downloads:=}" # the script that sources this sets it
 

@@ -229,8 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--input", type=Path, required=True, metavar="DIR", help="what was fetched")
     add("--tokenizer", required=True, metavar="FILE", help="tokenizer.json, to count lengths by")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--max-tokens", type=int, default=384, help="of a conversation (%(default)s)")
-    add("--pair-tokens", type=int, default=192, help="of a side of a pair (%(default)s)")
+    add("--max-tokens", type=int, default=256, help="of a conversation (%(default)s)")
+    add("--pair-tokens", type=int, default=160, help="of a side of a pair (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
         tokenizer = load_tokenizer(arguments.tokenizer)

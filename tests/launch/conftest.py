@@ -77,3 +77,9 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path):
     return Checkout(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkout_of_module(tmp_path_factory):
+    """One for the tests of a file that look at what a single run did."""
+    return Checkout(tmp_path_factory.mktemp("checkout"))
