@@ -69,7 +69,8 @@ train() { # STAGE PARENT: a run of configs/demo_chat.py, a branch of another run
 evaluate() { # STAGE: answers to the held-out questions, and the loss of the held-out answers
     local output="$runs/$1.json"
     [[ -f $output ]] || run "$python" -m stablelm_jax.evaluate --checkpoint "$runs/$1" --chat \
-        --config configs/demo_chat.py:sft --data "$data" --output "$output"
+        --config configs/demo_chat.py:sft --limit 24 --data "$data" --tokenizer "$tokenizer" \
+        --output "$output"
 }
 
 names() { # STAGE: what it answers to the twelve identity questions that nothing was trained on
