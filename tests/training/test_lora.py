@@ -200,6 +200,7 @@ def chat_config(objective, chats, parent, **overrides):
     return lora_config(chats, parent, sources={source: 1.0}, **{**values, **overrides})
 
 
+@pytest.mark.by_hand
 def test_dpo_compares_with_the_model_under_the_adapters(parent, tmp_path):
     chats, workdir = write_chats(tmp_path / "chats"), tmp_path / "run"
     _, lines = train(chat_config("dpo", chats, parent), workdir)
