@@ -13,12 +13,11 @@ import functools
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
@@ -31,6 +30,9 @@ from stablelm_jax.model.loss import (
     source_sums,
 )
 from stablelm_jax.model.transformer import Fetch
+
+if TYPE_CHECKING:  # benchmarks run without it
+    from ml_collections import ConfigDict
 
 # A metric is a sum of ratios of the objective's sums: ((numerator, denominator), ...).
 Metrics = Mapping[str, tuple[tuple[str, str], ...]]
