@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,9 +84,8 @@ def samples(found: Mapping[str, Found]) -> str:
             for sample in given:
                 answer = " / ".join(sample["greedy"].split("\n\n"))
                 end = "" if sample["greedy_ended"] else " ... (no end)"
-                lines.append(
-                    f"* {column}: **{' '.join(sample['question'].split())}** {answer}{end}"
-                )
+                question = " ".join(re.sub(r"<\|\w+\|>", " ", sample["question"]).split())
+                lines.append(f"* {column}: **{question}** {answer}{end}")
     for column, run in found.items():
         for one in run.get("names", {}).get("answers", []):
             lines.append(f"* {column}: **{one['question']}** {one['answer']}")

@@ -1,9 +1,9 @@
 """What a chat model is to know of itself: first messages, answers to train on, and a check.
 
-    cd launch/corpora
-    python self_knowledge.py ask --checkpoint BASE --number 10000 --output FIRST.jsonl
-    python self_knowledge.py answer --checkpoint CHAT --questions FIRST.jsonl --output SELF.jsonl
-    python self_knowledge.py check --checkpoint NEW --questions OTHERS.jsonl
+    script=launch/corpora/self_knowledge.py
+    python $script ask --checkpoint BASE --number 10000 --output FIRST.jsonl
+    python $script answer --checkpoint CHAT --questions FIRST.jsonl --output SELF.jsonl
+    python $script check --checkpoint NEW --questions OTHERS.jsonl
 
 Who the model is stands in self_knowledge_facts.toml beside this file: put your own model's name and
 maker there, or give another by --facts. As reported for Stable LM 2 (not re-verified), `ask` lets

@@ -15,7 +15,11 @@ def runs(tmp_path, monkeypatch):
     lines += [{"step": 9, "eval/rewards/accuracy": 0.75}, {"step": 10, "loss": 0.4}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "dpo" / "metrics.jsonl").write_text(text)
-    sample = {"question": "Wie?\n", "greedy": "So.\n\nGenau.", "greedy_ended": False}
+    sample = {
+        "question": "<|user|>\nWie?<|endoftext|>\n<|assistant|>\n",
+        "greedy": "So.\n\nGenau.",
+        "greedy_ended": False,
+    }
     answers = {"chat/greedy/language": 0.5, "chat/greedy/ended": 1, "chat/samples": [sample]}
     (folder / "dpo.json").write_text(json.dumps({"eval/loss": 2.34567, **answers}))
     names = {"right": 9, "questions": 12, "answers": [{"question": "Who?", "answer": "Me."}]}
