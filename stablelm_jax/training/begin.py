@@ -50,6 +50,7 @@ from stablelm_jax.training.state import (
 )
 from stablelm_jax.training.update_guard import IN_A_ROW, guard_to_json, new_guard
 
+_WEIGHTS_ALONE = "--config.branch.state=weights"
 _COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
 
 
@@ -163,7 +164,7 @@ def _fresh(config: ConfigDict, services: Services) -> Beginning:
         raise config_lib.ConfigError(
             "config.branch.parent='': DPO starts from a model, which is what it compares with, as "
             "LoRA does, which adds to it; set it to a checkpoint, as of an SFT run, with "
-            "--config.branch.state=weights"
+            f"{_WEIGHTS_ALONE}"
         )
     run = prepare_run(config)
     _show(services, run)
@@ -183,7 +184,13 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
         trained = "adapters" if "lora" in saved else "all weights"
         raise config_lib.ConfigError(
             f"config.branch.state='all': the run of {parent} trained {trained}, this one does not; "
-            "take its weights alone, with --config.branch.state=weights"
+            f"take its weights alone, with {_WEIGHTS_ALONE}"
+        )
+    if saved["config"]["training"].get("objective") == "dpo":
+        raise config_lib.ConfigError(
+            f"config.branch.state='all': the run of {parent} compares with the weights that it "
+            "began with, which are not these. Go on in that run's own --workdir, or compare with "
+            f"these: take the weights alone, with {_WEIGHTS_ALONE}"
         )
     _check_length(config, parent, saved)
     run = prepare_run(config, position, saved)

@@ -288,6 +288,14 @@ def test_dpo_without_a_parent_is_refused(chats, tmp_path):
         train(config, tmp_path)
 
 
+def test_a_branch_of_all_of_a_dpo_run_is_refused(undisturbed, chats, tmp_path):
+    half_trained = undisturbed("dpo")[0] / "checkpoints/global_step4"
+    config = run_config("dpo", chats, half_trained, **{"branch.state": "all"})
+    with pytest.raises(config_lib.ConfigError, match="compares with the weights that it began"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_verb_evaluate_says_of_held_out_pairs_what_the_run_said(undisturbed, tmp_path):
     workdir, lines = undisturbed("dpo")
     found = tmp_path / "found.json"
