@@ -34,7 +34,7 @@ CORE = {
 SHELL = {
     "preparation": 3665,
     "generation": 890,
-    "evaluation": 1450,
+    "evaluation": 1475,
     "interop": 2020,
     "planning": 1345,
     "reporting": 730,

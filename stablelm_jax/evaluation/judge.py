@@ -67,6 +67,7 @@ class Judge:
         try:
             reply = self._call("/chat/completions", body)
             text = reply["choices"][0]["message"]["content"] or ""
+            grade = grade_in(text)
         except Refusal as error:
             if refused := [name for name in self._options if name in str(error)]:
                 del self._options[refused[0]]
@@ -74,11 +75,12 @@ class Judge:
             raise
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{self._url}: no answer in the reply {str(reply)[:200]}") from None
-        return grade_in(text), text
+        return grade, text
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         url, headers = self._url + path, {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        headers["User-Agent"] = "stablelm_jax"  # some servers refuse that of urllib
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():  # a file's line end is no part
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from stablelm_jax.checkpoint.reading import state_hash
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.answers import answer_all
 from stablelm_jax.evaluation.judge import Judge
@@ -35,6 +36,10 @@ MAX_NEW_TOKENS = 1024  # FastChat's
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 _IN_A_ROW = 3  # failures of the judge that end the work
 _UNFIT = re.compile(r"[^\w.-]+")  # for the name of a file
+_FETCH = (
+    "python launch/corpora/task_data.py --output DIR --only mt_bench fetches MT-Bench's files, and "
+    "--task-data DIR takes them from there"
+)
 Line = dict[str, Any]
 
 
@@ -61,18 +66,22 @@ def evaluate_mt_bench(
     parent, most = saved.path.parent, max_new_tokens or MAX_NEW_TOKENS
     run = parent.parent.name if parent.name == "checkpoints" else parent.name
     path = folder / "model_answer" / _UNFIT.sub("_", f"{model_id or f'{run}-{saved.name}'}.jsonl")
-    made_with = {"checkpoint": str(saved.path), "template": template.name, "max_new_tokens": most}
+    made_with = {"checkpoint": str(saved.path), "weights": state_hash(saved.run["checksums"])}
+    made_with |= {"template": template.to_json(), "max_new_tokens": most}
     console, asked = make_console(stderr=True), read_lines(questions)
     found: dict[str, Any] = {"answers": str(path), "questions": len(asked)}
     try:
+        files = _read_judges_files(questions) if judge else None
+        if judge:  # what they lack shows here: the questions stand in for hours of answers
+            _grades_wanted(asked, *files, [{"choices": [question]} for question in asked])
         with bar(console) as told:
             how = saved.tokenizer, template, make_generator
             answers = answer_questions(*how, asked, path, made_with, told)
             if judge:
-                found |= judge_answers(judge, questions, answers, folder, path.stem, told)
+                wanted = _grades_wanted(asked, *files, answers)
+                found |= judge_answers(judge, wanted, folder, path.stem, told)
     except KeyError as error:
-        remedy = "fetch them again with launch/corpora/task_data.py --only mt_bench"
-        raise ValueError(f"{questions}, or a file beside it, has no {error}: {remedy}") from error
+        raise ValueError(f"{questions}, or a file beside it, has no {error}; {_FETCH}") from error
     found["empty"] = sum(not all(line["choices"][0]["turns"]) for line in answers)
     console.print(f"{path}: {len(asked)} answers, {found['empty']} with an empty turn")
     if judge:
@@ -84,8 +93,7 @@ def evaluate_mt_bench(
 def read_lines(path: Path) -> list[Line]:
     """The objects of a .jsonl; a ValueError names the line that is none."""
     if not path.exists():
-        remedy = "python launch/corpora/task_data.py --only mt_bench fetches MT-Bench's files"
-        raise ValueError(f"{path}: is not there; {remedy}")
+        raise ValueError(f"{path}: is not there; {_FETCH}")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
@@ -114,9 +122,10 @@ def answer_questions(
     A ValueError where it has answers that were made with something else than `made_with`.
     """
     answers = {line["question_id"]: line for line in read_lines(path)} if path.exists() else {}
-    if any(line.get("made_with") != made_with for line in answers.values()):
+    had = [line.get("made_with") or {} for line in answers.values()]
+    if other := [key for key in made_with if any(one.get(key) != made_with[key] for one in had)]:
         remedy = "give another --model-id, or remove the file"
-        raise ValueError(f"{path}: has answers not made with {made_with}; {remedy}")
+        raise ValueError(f"{path}: has answers made with another {', '.join(other)}; {remedy}")
     groups = collections.defaultdict(list)
     for question in questions:
         if question["question_id"] not in answers:
@@ -160,9 +169,9 @@ def _converse(
 
 
 def judge_answers(
-    judge: Judge, questions: Path, answers: Sequence[Line], folder: Path, model: str, told: Told
+    judge: Judge, wanted: Sequence[Line], folder: Path, model: str, told: Told
 ) -> dict[str, Any]:
-    """Has each turn of each answer graded by itself, and writes each grade at once.
+    """Has each turn of each answer (`_grades_wanted`) graded by itself, and writes each at once.
 
     Grades that `folder` has for the same texts by the same judge are kept, and other models' too.
     Errors are those of the judge, where it fails from the start or several times in a row.
@@ -172,7 +181,6 @@ def judge_answers(
       and "failed": {turn without a grade: reason}.
     """
     path = folder / "model_judgment" / _UNFIT.sub("_", f"{judge.model}_single.jsonl")
-    wanted = _grades_wanted(questions, answers)
     texts = {one["user_prompt"] for one in wanted}
     lines = [
         line
@@ -180,7 +188,8 @@ def judge_answers(
         if line["model"] != model or (line["score"] != -1 and line["user_prompt"] in texts)
     ]
     grades = {line["user_prompt"]: line["score"] for line in lines if line["model"] == model}
-    means, failed, in_a_row = collections.defaultdict(list), {}, _IN_A_ROW - 1
+    means, failed = collections.defaultdict(list), {}
+    in_a_row = 0 if grades else _IN_A_ROW - 1  # a judge that never graded fails from the start
     for number, one in enumerate(wanted):
         told("judging", number, len(wanted))
         text, where = one["user_prompt"], f"question {one['question_id']}, turn {one['turn']}"
@@ -207,16 +216,27 @@ def judge_answers(
     return found | {what: fmean(values) for what, values in means.items() if values}
 
 
-def _grades_wanted(questions: Path, answers: Sequence[Line]) -> list[Line]:
-    """What the judge is asked about each turn: "system" and "user_prompt", and of what they are."""
-    near, above = (folder / "judge_prompts.jsonl" for folder in questions.parents[:2])
+def _read_judges_files(questions: Path) -> tuple[dict[str, Line], dict[int, list[str]]]:
+    """The judge's prompts by name, and the turns of the reference answers by question."""
+    folder = questions.absolute().parent
+    near, above = (place / "judge_prompts.jsonl" for place in (folder, folder.parent))
     prompts = {line["name"]: line for line in read_lines(near if near.exists() else above)}
     references = {
         line["question_id"]: line["choices"][0]["turns"]
-        for line in read_lines(questions.parent / "reference_answer/gpt-4.jsonl")
+        for line in read_lines(folder / "reference_answer/gpt-4.jsonl")
     }
+    return prompts, references
+
+
+def _grades_wanted(
+    questions: Sequence[Line],
+    prompts: Mapping[str, Line],
+    references: Mapping[int, Sequence[str]],
+    answers: Sequence[Line],
+) -> list[Line]:
+    """What the judge is asked about each turn: "system" and "user_prompt", and of what they are."""
     wanted = []
-    for question, answer in zip(read_lines(questions), answers):
+    for question, answer in zip(questions, answers):
         number, category = question["question_id"], question["category"]
         turns = {"question": question["turns"], "answer": answer["choices"][0]["turns"]}
         kind = "single-v1"

@@ -1,5 +1,6 @@
 """MT-Bench: answers in FastChat's files, graded by a server that speaks OpenAI's protocol."""
 
+import dataclasses
 import http.server
 import json
 import re
@@ -10,6 +11,7 @@ import pytest
 from small_models import random_params, write_checkpoint
 
 from stablelm_jax import evaluate
+from stablelm_jax.checkpoint.reading import state_hash
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation import judge as judges
 from stablelm_jax.evaluation import mt_bench
@@ -17,7 +19,7 @@ from stablelm_jax.evaluation.answers import Answer
 from stablelm_jax.evaluation.scores import published_mt_bench
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.storage import remote
-from stablelm_jax.tokenizer.chat import chat_template
+from stablelm_jax.tokenizer.chat import ChatTemplate, chat_template
 from stablelm_jax.tokenizer.train_tokenizer import train as train_tokenizer
 
 MODEL = ModelConfig(
@@ -143,8 +145,26 @@ def test_answers_that_are_there_are_kept_and_others_must_be_made_alike(
     lines = lines_of(path)
     assert lines[0] == first[0] and [line["question_id"] for line in lines] == [81, 82, 101]
     assert run_verb(saved, bench, "--max-new-tokens", 7) == 1
-    assert "has answers not made with" in capsys.readouterr().err.splitlines()[-1]
+    assert "has answers made with another max_new_tokens;" in capsys.readouterr().err
     assert lines_of(path) == lines
+
+
+def test_answers_of_other_weights_or_another_template_at_the_same_place_are_refused(
+    saved, bench, seen, tmp_path
+):
+    def answer(saved, jinja):
+        template = ChatTemplate("t.jinja", jinja, ("<|endoftext|>",))
+        how = saved, template, lambda: types.SimpleNamespace(batch_size=9)
+        mt_bench.evaluate_mt_bench(*how, bench / "question.jsonl", tmp_path)
+
+    jinja = chat_template("zephyr", saved.tokenizer).jinja
+    answer(saved, jinja)
+    retrained = {**saved.run, "checksums": {**saved.run["checksums"], "params/head/kernel": 1}}
+    with pytest.raises(ValueError, match="made with another weights; give another --model-id"):
+        answer(dataclasses.replace(saved, run=retrained), jinja)
+    with pytest.raises(ValueError, match="made with another template;"):
+        answer(saved, jinja.replace("user", "person") + " ")
+    answer(saved, jinja)
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
@@ -155,6 +175,7 @@ class Stub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["User-Agent"] == "stablelm_jax"
         self.server.asked.append((self.path, self.headers.get("Authorization"), body))
         answer = self.server.answers(body["messages"][-1]["content"], body)
         if isinstance(answer, int):
@@ -176,7 +197,7 @@ class Stub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.setenv("OPENAI_API_KEY", "a key\r")
     monkeypatch.setenv("no_proxy", "*")
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     found.asked, found.models = [], ["org/judge 1"]
@@ -193,7 +214,9 @@ def server(monkeypatch):
 @pytest.fixture
 def answered(saved, bench):
     """The folder with answers to all questions, so that no model runs."""
-    made_with = {"checkpoint": str(saved.path), "template": "zephyr", "max_new_tokens": 1024}
+    made_with = {"checkpoint": str(saved.path), "weights": state_hash(saved.run["checksums"])}
+    template = chat_template("zephyr", saved.tokenizer).to_json()
+    made_with |= {"template": template, "max_new_tokens": 1024}
     lines = [
         {"question_id": q["question_id"], "answer_id": "a", "model_id": "m", "made_with": made_with}
         | {"choices": [{"index": 0, "turns": [f"{q['question_id']} one", "{two}"]}]}
@@ -285,6 +308,18 @@ def test_failures_between_grades_are_named_and_three_in_a_row_end_it(
     assert len(lines_of(answered / "model_judgment/org_judge_1_single.jsonl")) == 1
 
 
+def test_a_turn_that_is_refused_for_good_costs_the_other_grades_nothing(
+    saved, answered, server, capsys, monkeypatch
+):
+    server.answers = lambda prompt, body: 400 if "A 101 one" in prompt else "[[5]]"
+    monkeypatch.chdir(answered)  # and the questions are named as they lie there
+    for _ in range(2):
+        assert grade(saved, answered, server, "--questions", "question.jsonl") == 1
+        out, err = capsys.readouterr()
+        assert json.loads(out)["mt_bench"]["graded"] == 5 and "org/judge 1" in err
+        assert list(json.loads(out)["failed"]) == ["question 101, turn 1"]
+
+
 def test_a_judge_that_is_not_there_or_silent_is_told(saved, answered, server, capsys, monkeypatch):
     release = threading.Event()
     server.answers = lambda prompt, body: release.wait(20) and "[[5]]"
@@ -306,7 +341,11 @@ def test_a_judge_of_many_models_is_to_be_named_and_odd_options_are_left_out(serv
     judge = judges.Judge(f"{server.url}/v1/chat/completions/", "two")
     assert judge.grade("s", "p") == (3, "[[3]]")
     server.models, server.answers = [], lambda prompt, body: None
-    assert judges.Judge(f"{server.url}/v1").grade("s", "p") == (-1, "")
+    judge = judges.Judge(f"{server.url}/v1")
+    assert judge.grade("s", "p") == (-1, "")
+    server.answers = lambda prompt, body: [{"type": "text", "text": "[[3]]"}]
+    with pytest.raises(ValueError, match="no answer in the reply"):
+        judge.grade("s", "p")
     with pytest.raises(ValueError, match="begins with http"):
         judges.Judge("localhost:80")
 
@@ -332,6 +371,11 @@ def test_a_file_that_is_not_mt_benchs_is_named(saved, bench, answered, server, c
     write_lines(bench / "reference_answer/gpt-4.jsonl", [])
     assert grade(saved, bench, server) == 1
     assert "question.jsonl, or a file beside it, has no 101" in capsys.readouterr().err
+    (bench / "judge_prompts.jsonl").unlink()
+    (bench / "model_answer/m.jsonl").unlink()  # nothing is answered before the files are found
+    assert grade(saved, bench, server) == 1
+    err = capsys.readouterr().err
+    assert "judge_prompts.jsonl: is not there" in err and "task_data.py --output" in err
     (bench / "question.jsonl").write_text('{"question_id": 1}\n[1]\n')
     assert run_verb(saved, bench) == 1
     assert "question.jsonl, line 2: no JSON object" in capsys.readouterr().err
