@@ -78,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=_count, default=1, help="devices that share the model (%(default)s)")
     what = "default: held-out text as in training; tasks bfloat16, float32 on a CPU"
     add("--dtype", choices=("bfloat16", "float32"), help=what)
-    what = "of a batch on each device (%(default)s)"
     what = "the model is asked in this template: zephyr, chatml or a FILE; default: its own"
     add("--chat", nargs="?", const=True, metavar="TEMPLATE", help=what)
     what = (
         "of an answer at most; default: 1,024 of MT-Bench, each task's own, 256 of held-out chats"
     )
     add("--max-new-tokens", type=_count, help=what)
+    what = "tokens of a batch on each device (%(default)s)"
     add("--batch-tokens", type=_count, default=16_384, help=what)
     add("--tokenizer", help="default: the one the model was trained with")
 
