@@ -129,16 +129,19 @@ def template_of(
         spelling = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and re.search(rf"\b{key}\b", jinja) and spelling:
             jinja = f"{{% set {key} = {json.dumps(spelling)} %}}" + jinja
-    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
     text, begins = _rendered(probe, ChatTemplate(name, jinja, ()), answer=False)
-    special = _specials(tokenizer)[0].search(text, begins[0][1])
+    after = _behind(text, *begins[-1])
+    special = _specials(tokenizer)[0].search(text, after)
     if special is None:
         raise ValueError(
-            f"tokenizer {tokenizer.name} has no special token in {text[begins[0][1] + 3 :]!r}, with"
-            f" which chat template {name} ends an answer, and no model would learn to stop: choose"
-            " another template, or a tokenizer that has its tokens"
+            f"tokenizer {tokenizer.name} has no special token in {text[after:]!r}, with which chat"
+            f" template {name} ends an answer, and no model would learn to stop: choose another"
+            " template, or a tokenizer that has its tokens"
         )
-    return ChatTemplate(name, jinja, tuple(dict.fromkeys([special[0], end_of_document])))
+    made = ChatTemplate(name, jinja, tuple(dict.fromkeys([special[0], end_of_document])))
+    _ends(text, begins, made)
+    return made
 
 
 # from messages to tokens
@@ -156,12 +159,12 @@ def encode_chat(
     """
     text, begins = _rendered(messages, template, answer=answer)
     ids, done = [], 0
-    for number, begin in begins:
+    for (number, begin), end in zip(begins, _ends(text, begins, template)):
         ids += _encode(tokenizer, text[done:begin], messages)
         done = begin
         if "ids" in messages[number]:
             ids += messages[number]["ids"]
-            done = text.index(template.enders[0], begin)
+            done = end
     return ids + _encode(tokenizer, text[done:], messages)
 
 
@@ -177,8 +180,8 @@ def encode_conversation(
     """
     text, begins = _rendered(messages, template, answer=False, negative=negative)
     encoded, done = Encoded([], []), 0
-    for number, begin in begins:
-        end = text.index(template.enders[0], begin) + len(template.enders[0])
+    for (number, begin), end in zip(begins, _ends(text, begins, template)):
+        end += len(template.enders[0])
         encoded.ids.extend(_encode(tokenizer, text[done:begin], messages))
         first = len(encoded.ids)
         encoded.ids.extend(_encode(tokenizer, text[begin:end], messages))
@@ -245,6 +248,28 @@ def _place(number: int, message: Message) -> dict[str, Any]:
     core = message["content"].strip()
     before, _, after = message["content"].partition(core or message["content"] + "\x00")
     return {**message, "content": f"{before}\x00{number}\x00{after}"}
+
+
+def _behind(text: str, number: int, begin: int) -> int:
+    """Where the message `number` ends, which lies behind `begin`."""
+    place = f"\x00{number}\x00"
+    return text.index(place, begin) + len(place)
+
+
+def _ends(text: str, begins: Sequence[tuple[int, int]], template: ChatTemplate) -> list[int]:
+    """Where the special token lies that ends each answer: behind its text, before what follows."""
+    ends = []
+    for (number, begin), (_, later) in zip(begins, [*begins[1:], (-1, len(text))]):
+        after = _behind(text, number, begin)
+        following = _PLACE.search(text, after, later)
+        ends.append(text.find(template.enders[0], after, following.start() if following else later))
+        if ends[-1] < 0:
+            raise ValueError(
+                f"chat template {template.name} does not end every answer with"
+                f" {template.enders[0]}: message {number + 1}; end all of them alike, or choose"
+                " another template"
+            )
+    return ends
 
 
 def _rendered(

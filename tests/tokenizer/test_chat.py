@@ -340,9 +340,35 @@ def test_a_file_of_jinja_is_a_template(folder, tokenizer):
 TURNS = "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
 
 
+def test_a_special_token_before_an_answer_s_text_does_not_end_it(tokenizer, tmp_path):
+    """As in harmony, whose answers begin with the name of a channel."""
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+        "{% if m.role == 'assistant' %}{{ '<|endoftext|>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    template = chat_template(str(path), tokenizer)
+    assert template.enders == ("<|im_end|>", "<|endoftext|>")
+    assert trained(tokenizer, CHAT, template) == [
+        f"<|endoftext|>{text}<|im_end|>" for text in ("Stable LM", "...")
+    ]
+    as_text = encode_chat(tokenizer, CHAT, template)
+    ids = [special_id(tokenizer, "<|endoftext|>"), *tokenizer.encode("Stable LM")]
+    assert encode_chat(tokenizer, [*CHAT[:2], {**CHAT[2], "ids": ids}, *CHAT[3:]], template) == (
+        as_text
+    )
+
+
 @pytest.mark.parametrize(
     ("jinja", "message"),
     [
+        (
+            "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+            "{{ 'assistant' if add_generation_prompt else '<|im_end|>' }}",
+            "mine.jinja does not end every answer with <.im_end.>: message 2",
+        ),
         ("{% for m in messages %}", "refuses it: .*endfor"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "has no special token in ''"),
         (TURNS + "{% if add_generation_prompt %}bot: {% endif %}", "no beginning of the answered"),
