@@ -89,7 +89,7 @@ def answer(
     """
     try:
         ids = _fitting_prompt(generator, tokenizer, template, messages, settings["max_new_tokens"])
-    except ValueError:
+    except BaseException:  # Ctrl-C, too: many templates refuse two of the user's in a row
         messages.pop()
         raise
     said: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}

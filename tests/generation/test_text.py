@@ -2,6 +2,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stablelm_jax.generation.text import answer, as_text
+from stablelm_jax.tokenizer import chat as chat_lib
 from stablelm_jax.tokenizer.chat import chat_template
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -73,6 +74,17 @@ def test_an_answer_that_is_broken_off_stays_as_far_as_it_was_read(tokenizer):
     pieces.close()
     list(said(parrot, tokenizer, "zephyr", chat, "b"))
     assert "<|assistant|>\ny<|endoftext|>\n<|user|>\nb" in tokenizer.decode(parrot.prompts[1])
+
+
+def test_a_message_that_was_interrupted_before_it_was_read_is_taken_away(tokenizer, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_lib, "encode_chat", interrupted)
+    chat = []
+    with pytest.raises(KeyboardInterrupt):
+        list(said(Parrot([]), tokenizer, "zephyr", chat, "a"))
+    assert chat == []
 
 
 def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(tokenizer, capsys):
