@@ -248,19 +248,27 @@ def _answers(
     arguments: argparse.Namespace, saved: SavedModel, template: ChatTemplate, run: Run
 ) -> dict[str, Any]:
     """What the model answers to held-out conversations of the run's data, where there are some."""
-    from stablelm_jax.data.prompts import held_out_prompts
     from stablelm_jax.evaluation.answers import MAX_NEW_TOKENS, Question, measure_answers
+    from stablelm_jax.evaluation.prompts import held_out_prompts
     from stablelm_jax.reporting.evaluations import table_of_answers
 
-    prompts = held_out_prompts(run.sources.values(), arguments.limit or _CONVERSATIONS)
-    decode = saved.tokenizer.decode
-    questions = [Question(prompt, decode(prompt), language) for prompt, language in prompts]
+    chats = [source.manifest.chat for source in run.sources.values()]
+    if other := [chat["name"] for chat in chats if chat and chat["jinja"] != template.jinja]:
+        print(
+            f"held-out conversations are prepared in the template {other[0]}, not in "
+            f"{template.name}: none are answered; name theirs with --chat, or prepare them anew",
+            file=sys.stderr,
+        )
+        return {}
+    tokenizer, limit = saved.tokenizer, arguments.limit or _CONVERSATIONS
+    prompts = held_out_prompts(run.sources.values(), tokenizer, limit)
+    questions = [Question(prompt, tokenizer.decode(prompt), code) for prompt, code in prompts]
     if not questions:
         print("no held-out conversations in the run's data: none are answered", file=sys.stderr)
         return {}
     most = {"max_new_tokens": arguments.max_new_tokens or MAX_NEW_TOKENS}
     generator = _generator(arguments, saved)
-    numbers, samples = measure_answers(generator, saved.tokenizer, template, questions, **most)
+    numbers, samples = measure_answers(generator, tokenizer, template, questions, **most)
     make_console(stderr=True).print(table_of_answers(numbers))
     return {f"chat/{name}": value for name, value in numbers.items()} | {
         "chat/samples": samples[:16]

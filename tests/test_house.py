@@ -34,7 +34,7 @@ CORE = {
 SHELL = {
     "preparation": 3690,
     "generation": 890,
-    "evaluation": 1475,
+    "evaluation": 1535,
     "interop": 2020,
     "planning": 1345,
     "reporting": 730,

@@ -1,15 +1,16 @@
 """Answers of a chat model, and what is measured of them."""
 
 import argparse
+import dataclasses
 import types
 
 import numpy as np
 import pytest
-from tiny import CHOICES, TALKS, write_chats
+from prepared import EOD, write_source
+from tiny import CHAT, CHOICES, TALKS, write_chats
 
 from stablelm_jax import evaluate
 from stablelm_jax.data.manifest import open_shard, open_sources
-from stablelm_jax.data.prompts import held_out_prompts
 from stablelm_jax.data.shards import read_spans
 from stablelm_jax.evaluation.answers import (
     Question,
@@ -18,7 +19,8 @@ from stablelm_jax.evaluation.answers import (
     measure_answers,
     repeats,
 )
-from stablelm_jax.tokenizer.chat import ChatTemplate
+from stablelm_jax.evaluation.prompts import held_out_prompts
+from stablelm_jax.tokenizer.chat import CHAT_TEMPLATES, NEGATIVE, ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 
@@ -32,7 +34,7 @@ def tokenizer(chats):
     return load_tokenizer(chats / "tokenizer.json")
 
 
-TEMPLATE = ChatTemplate("tiny", "{{ messages[0].content }}", ("<|endoftext|>",))
+TEMPLATE = ChatTemplate("other", "{{ messages[0].content }}", ("<|endoftext|>",))
 
 
 class Fake:
@@ -124,13 +126,31 @@ def test_questions_are_what_stands_before_the_first_answer_of_held_out_items(cha
         (info,) = sources[name].manifest.held_out.shards
         path = chats / name / info.file
         shard, spans = open_shard(path, info), read_spans(path, info)
-        found = [prompt for prompt, _ in held_out_prompts([sources[name]], 99)]
+        found = [prompt for prompt, _ in held_out_prompts([sources[name]], tokenizer, 99)]
         assert len(found) == info.documents / step == 9
         for document, prompt in zip(range(0, info.documents, step), found):
             begin = shard.document_offsets[document]
             first = spans[np.searchsorted(spans[:, 0], document), 1]
             assert prompt == shard.read(begin, begin + first).tolist()
-    assert len(list(held_out_prompts(sources.values(), 4))) == 8
+    assert len(list(held_out_prompts(sources.values(), tokenizer, 4))) == 8
+
+
+def test_what_was_trained_as_a_bad_answer_is_not_asked_for(tmp_path):
+    letters = types.SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    template = ChatTemplate("zephyr", CHAT_TEMPLATES["zephyr"], ("<|endoftext|>",))
+    heads = ["<|user|>\nWho?<|endoftext|>\n<|assistant|>\n"]
+    heads.append(heads[0].replace("assistant", NEGATIVE))
+    documents = [[*map(ord, head), ord("I"), EOD] for head in heads]
+
+    def spans(document):
+        return [(len(document) - 2, len(document))]
+
+    how = {"kind": "conversations", "spans": spans}
+    source = write_source(tmp_path, "names", [documents], documents[::-1], **how)
+    manifest = dataclasses.replace(source.manifest, chat=template.to_json())
+    source = dataclasses.replace(source, manifest=manifest)
+    found = [letters.decode(prompt) for prompt, _ in held_out_prompts([source], letters, 1)]
+    assert found == heads[:1]
 
 
 def test_evaluate_answers_the_held_out_conversations_of_a_run(
@@ -141,9 +161,12 @@ def test_evaluate_answers_the_held_out_conversations_of_a_run(
     generator = Fake(lambda prompt: [prompt[-1] + 1, tokenizer.eod], max_length=32)
     monkeypatch.setattr(evaluate, "_generator", lambda *_: generator)
     arguments = argparse.Namespace(limit=5, max_new_tokens=8)
-    found = evaluate._answers(arguments, saved, TEMPLATE, run)
+    found = evaluate._answers(arguments, saved, ChatTemplate.from_json(CHAT), run)
     assert found["chat/conversations"] == 5 and found["chat/greedy/ended"] == 1
     assert len(found["chat/samples"]) == 5 and found["chat/sampled/tokens"] == 2
     err = capsys.readouterr().err
     assert "answers to 5 held-out" in err and "repeats_user" in err
     assert evaluate._answers(arguments, saved, TEMPLATE, types.SimpleNamespace(sources={})) == {}
+    # What is held out is written in its own template, which --chat does not change.
+    assert evaluate._answers(arguments, saved, TEMPLATE, run) == {}
+    assert "in the template tiny, not in" in capsys.readouterr().err
