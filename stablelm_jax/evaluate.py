@@ -144,7 +144,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             part = {"tasks": _tasks, "mt_bench": _mt_bench}[name](arguments, saved, template)
         except Exception as error:  # of any library: what was found before stays
-            if not found.keys() & {"eval/loss", "tasks"}:
+            if not found.keys() & {"eval/loss", "eval/logps/chosen", "tasks"}:
                 raise
             part = {"failed": {name: described(error)}}
         failed |= part.pop("failed", {})
@@ -209,8 +209,6 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     from stablelm_jax import config as config_lib
     from stablelm_jax.data.position import DataPosition
     from stablelm_jax.reporting.console import show_evaluation
-    from stablelm_jax.training.held_out import evaluate_held_out
-    from stablelm_jax.training.reference import compute_held_out
     from stablelm_jax.training.setup import prepare_run
 
     if arguments.config:
@@ -236,12 +234,26 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
         found = config_lib.differing(vars(saved.model), vars(run.model))
         what = config_lib.show_changes({f"model.{name}": two for name, two in found.items()})
         raise ValueError(f"the checkpoint has another model: {what}")
-    if run.reference is not None:
-        compute_held_out(run)
-    parameters, held_out = saved.load(run.mesh), run.held_out()
-    line = evaluate_held_out(run.eval_step, parameters, held_out, run.mesh, run.objective)
+    line = _means(saved, run)
     show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
     return line | (_answers(arguments, saved, template, run) if template else {})
+
+
+def _means(saved: SavedModel, run: Run) -> dict[str, Any]:
+    """Over held-out text or pairs; without rewards where the reference of DPO is gone."""
+    from stablelm_jax.training.held_out import evaluate_held_out
+    from stablelm_jax.training.reference import NoParent, compute_held_out
+
+    left_out: tuple[str, ...] = ()
+    if run.reference is not None:
+        try:
+            compute_held_out(run, saved.path.parent.parent)
+        except NoParent as error:  # its NaN reach what is left out, and nothing else
+            left_out = ("eval/loss", "eval/rewards/")
+            print(f"evaluate: loss and rewards are left out: {error}", file=sys.stderr)
+    parameters, held_out = saved.load(run.mesh), run.held_out()
+    line = evaluate_held_out(run.eval_step, parameters, held_out, run.mesh, run.objective)
+    return {key: value for key, value in line.items() if not key.startswith(left_out)}
 
 
 def _answers(

@@ -19,7 +19,6 @@ from stablelm_jax.checkpoint.merged import find_parent, parent_of, read_weights
 from stablelm_jax.checkpoint.names import (
     checkpoint_name,
     checkpoint_path,
-    checkpoint_step,
     find_checkpoint,
     finished_steps,
 )
@@ -234,10 +233,8 @@ def _show(services: Services, run: Run) -> None:
 
 
 def _parent_of(config: ConfigDict) -> str:
-    """The checkpoint that `branch.parent` names, or the newest of the run or import it names."""
+    """The whole path of the checkpoint that `branch.parent` names, as `find_checkpoint` has it."""
     parent = config.branch.parent
-    if checkpoint_step(parent.rstrip("/").rsplit("/", 1)[-1]) is not None:
-        return parent
     try:
         return str(find_checkpoint(parent))
     except ValueError as error:

@@ -12,7 +12,9 @@ B rows, P pairs of a row.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from stablelm_jax.checkpoint.merged import read_weights
 from stablelm_jax.checkpoint.names import checkpoint_step
@@ -39,15 +42,22 @@ SAVE_SECONDS = 10.0  # of work that a kill may cost
 # one program computes both, but from rows that lie otherwise on the devices, or on other devices.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
-
 _ODD = (
     "WORKDIR/reference was altered (move it away, and it is computed again), or the weights are "
     "not those of config.branch.parent, or these devices do not compute the same twice"
+)
+_GIVE_BACK = (
+    "Give it back, or name its new place with --config.branch.parent=PATH/global_stepN, or give "
+    "back WORKDIR/reference"
 )
 
 
 class ReferenceError(ValueError):
     """The reference cannot be computed, or is not that of this run."""
+
+
+class NoParent(ReferenceError):
+    """The weights that the run began with are not to be found."""
 
 
 class Reference:
@@ -84,10 +94,10 @@ class Reference:
             values_BP2[own_BP] = self.tables[name, split][ids_BP[own_BP]]
         return values_BP2
 
-    def load(self, folder: Path) -> str:
+    def load(self, folder: epath.PathLike) -> str:
         """Takes what is there; returns why it cannot be used, or ''."""
         try:
-            with np.load(folder / "tables.npz", allow_pickle=False) as found:
+            with np.load(epath.Path(folder) / "tables.npz", allow_pickle=False) as found:
                 key = json.loads(str(found["key"]))
                 if key != self.key:
                     changed = [part for part in self.key if key.get(part) != self.key[part]]
@@ -144,37 +154,56 @@ def prepare_reference(
     save()
     if own is None:
         with services.watchdog.patient(float(run.config.checkpoint.timeout_seconds)):
-            own = _parents_weights(run)
-    finished = _compute(run, eval_step, own, left, save)
+            own = _parents_weights(run, _named(run) or (run.data_position.parent,), _GIVE_BACK)
+    finished = _compute(run, eval_step, lambda: own, left, save)
     save()
     if finished and reference.missing:
         raise ReferenceError(f"{reference.missing} pairs lie in no row; prepare the data again")
     return finished
 
 
-def compute_held_out(run: Run) -> None:
-    """Fills in the held-out pairs of `run.reference`, for who only evaluates; raises as above."""
-    _compute(run, run.eval_step, _parents_weights(run), splits=("held_out",))
+def compute_held_out(run: Run, workdir: epath.Path) -> None:
+    """The held-out pairs of `run.reference`, for who only evaluates: what `workdir` lacks, anew.
+
+    Raises:
+      NoParent: a pair that is evaluated has no value there, and what would give it is gone.
+    """
+    if problem := run.reference.load(workdir / "reference"):
+        print(f"{workdir / 'reference'}: {problem}; it is not used", file=sys.stderr)
+
+    @functools.cache
+    def weights() -> Any:
+        remedy = f"Give it back, or {workdir / 'reference'}, or name its new place as branch.parent"
+        remedy += " in the file of --config"
+        return _parents_weights(run, (*_named(run), run.data_position.parent), remedy)
+
+    _compute(run, run.eval_step, weights, splits=("held_out",))
 
 
 def _compute(
     run: Run,
     eval_step: EvalStep,
-    params: Any,
+    weights: Callable[[], Any],
     left: Callable[[], bool] = lambda: False,
     save: Callable[[], None] = lambda: None,
     splits: Sequence[str] = ("train", "held_out"),
 ) -> bool:
-    """Fills in what is missing and saves every so often; False where it was left."""
-    saved_at = time.monotonic()
+    """Fills in what is missing and saves every so often; False where it was left.
+
+    A run keeps all its held-out pairs, so that they can be evaluated without its parent; who only
+    evaluates asks for those of `evaluation.max_rows` rows.
+    """
+    saved_at, only_evaluates = time.monotonic(), "train" not in splits
     for name in (name for name in run.reference.tables if name[1] in splits):
-        for batch in agreed_batches(run.packed_batches(*name), f"pairs of {'/'.join(name)}"):
+        most = run.config.evaluation.max_rows if only_evaluates else None
+        batches = run.packed_batches(*name, most)
+        for batch in agreed_batches(batches, f"pairs of {'/'.join(name)}"):
             if left():
                 return False
             batch = batch | {"reference": run.reference.of(batch, name[1])}
             if not distributed.anywhere(bool(np.isnan(batch["reference"]).any())):
                 continue
-            _score(run, eval_step, params, name, batch)
+            _score(run, eval_step, weights(), name, batch)
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
@@ -195,22 +224,24 @@ def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], ba
     run.reference.tables[name][numbers_N] = values_N2
 
 
-def _parents_weights(run: Run) -> Any:
-    """Never those of a checkpoint of the run itself: they have moved."""
-    began, named = run.data_position, run.config.branch.parent
-    # A folder's newest checkpoint may be another one by now.
-    path = named if checkpoint_step(Path(named).name) is not None else began.parent
-    try:
-        saved = read_run(path)
-        if state_hash(saved["checksums"]) != began.parent_hash:
-            raise ValueError("it is not the one that this run began with")
-        return read_weights(path, saved, run.abstract.base)
-    except ValueError as error:
-        raise ReferenceError(
-            f"the reference is computed from the checkpoint {path}: {error}. Give it back, or name "
-            "its new place with --config.branch.parent=PATH/global_stepN, or give back "
-            "WORKDIR/reference"
-        ) from error
+def _named(run: Run) -> tuple[str, ...]:
+    """`branch.parent`; not where it is a folder, whose newest checkpoint may be another by now."""
+    named = run.config.branch.parent
+    return (named,) if checkpoint_step(Path(named).name) is not None else ()
+
+
+def _parents_weights(run: Run, places: Sequence[str], remedy: str) -> Any:
+    """From the first place that has them: never of a checkpoint of the run itself, they moved."""
+    errors = []
+    for path in dict.fromkeys(places):
+        try:
+            saved = read_run(path)
+            if state_hash(saved["checksums"]) == run.data_position.parent_hash:
+                return read_weights(path, saved, run.abstract.base)
+            errors.append(f"{path} is not the one that this run began with")
+        except ValueError as error:
+            errors.append(str(error))
+    raise NoParent(f"the reference is computed from {places[-1]}: {'; '.join(errors)}. {remedy}")
 
 
 def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:

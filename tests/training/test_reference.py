@@ -296,11 +296,55 @@ def test_a_branch_of_all_of_a_dpo_run_is_refused(undisturbed, chats, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_verb_evaluate_says_of_held_out_pairs_what_the_run_said(undisturbed, tmp_path):
-    workdir, lines = undisturbed("dpo")
+def evaluated(workdir, tmp_path, *more):
+    """What the verb says of the newest checkpoint."""
     found = tmp_path / "found.json"
-    assert evaluate.main(["--checkpoint", str(workdir), "--output", str(found)]) in (0, None)
+    more = ("--batch-tokens", "32", *more)
+    assert evaluate.main(["--checkpoint", str(workdir), "--output", str(found), *more]) == 0
+    return json.loads(found.read_text())
+
+
+def test_the_verb_evaluate_says_of_held_out_pairs_what_the_run_said(
+    undisturbed, tmp_path, monkeypatch
+):
+    workdir, lines = undisturbed("dpo")
     last = [line for line in lines if "eval/loss" in line][-1]
-    said = json.loads(found.read_text())
+    monkeypatch.setattr(reference_module, "_score", None)  # the run's own table has them all
+    said = evaluated(workdir, tmp_path)
     for key in ("eval/loss", "eval/rewards/margin/choices", "eval/rewards/accuracy"):
         assert said[key] == pytest.approx(last[key], rel=1e-3, abs=1e-4)
+
+
+def test_without_its_table_evaluate_computes_the_pairs_it_is_asked_for_and_no_other(
+    stopped, undisturbed, tmp_path, monkeypatch
+):
+    workdir, score, scored = stopped[0], reference_module._score, []
+    shutil.rmtree(workdir / "reference")
+
+    def counted(run, eval_step, params, name, batch):
+        score(run, eval_step, params, name, batch)
+        scored.append((name[1], int((batch["pair_ids"] >= 0).sum())))
+
+    monkeypatch.setattr(reference_module, "_score", counted)
+    said = evaluated(workdir, tmp_path)
+    last = [line for line in undisturbed("dpo")[1] if "eval/loss" in line][1]
+    assert said["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-3)
+    evaluated(workdir, tmp_path, "--max-rows", "1")
+    (everything, (split, few)) = scored
+    assert everything == ("held_out", 9) and split == "held_out" and 0 < few < 9
+
+
+def test_without_table_and_parent_evaluate_leaves_out_loss_and_rewards_and_goes_on(
+    stopped, parent, tmp_path, capsys
+):
+    workdir, gone = stopped[0], parent.rename(parent.with_name("gone"))
+    shutil.rmtree(workdir / "reference")
+    try:
+        said = evaluated(workdir, tmp_path)
+    finally:
+        gone.rename(parent)
+    assert said["eval/logps/chosen"] < 0 < said["eval/answer_tokens/chosen"]
+    assert not [key for key in said if key.startswith(("eval/loss", "eval/rewards"))]
+    told = capsys.readouterr().err
+    assert f"loss and rewards are left out: the reference is computed from {parent}" in told
+    assert "Give it back" in told and "--config.branch.parent" not in told

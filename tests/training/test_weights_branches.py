@@ -240,6 +240,11 @@ def test_a_run_or_an_import_stands_for_its_newest_checkpoint(data, parent, impor
         assert (position.parent, position.parent_step) == (str(newest), int(newest.name[11:]))
 
 
+def test_a_branch_keeps_the_whole_path_of_its_parent(data, parent, monkeypatch):
+    monkeypatch.chdir(parent.parent)
+    assert position_of(of_weights(data, parent.name)).parent == str(parent)
+
+
 def test_a_damaged_or_unfinished_or_missing_parent_is_refused(data, parent, tmp_path):
     damaged = shutil.copytree(parent, tmp_path / "global_step4")
     for path in (damaged / "params").rglob("d/*"):
