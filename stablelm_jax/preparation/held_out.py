@@ -12,6 +12,7 @@ one. docs/data.md shows what this gives.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -94,13 +95,23 @@ def look(
 def choose(seen: Look, fraction: float, by_topic: bool = False) -> HeldOutRule:
     """The rule for a source, of which at least `fraction` of the text is to be held out.
 
-    `by_topic`: what is held out follows from the topics alone, so sources that share them agree.
+    `by_topic`: what is held out follows from the topics alone, so sources that share them agree;
+    ValueError where that is no topic.
     """
     if by_topic:
-        smallest = min(seen.found, default=0) if seen.whole else 0
-        reason = f"topics of hashes in the lowest {fraction:.3%}, one at least"
-        return HeldOutRule(max(int(fraction * 2**64), smallest + 1), [], reason)
+        threshold = int(fraction * 2**64)
+        if seen.whole and seen.found and min(seen.found) >= threshold:
+            raise ValueError(_no_topic(fraction, min(seen.found) / 2**64))
+        return HeldOutRule(threshold, [], f"topics of hashes in the lowest {fraction:.3%}")
     return _smallest_hashes(seen.found, fraction) if seen.whole else _by_share(seen, fraction)
+
+
+def _no_topic(fraction: float, lowest: float) -> str:
+    enough = math.floor(lowest * 1000 + 1) / 1000
+    remedy = f"give --held-out {enough:g}, to every source that shares these values"
+    if enough > MAX_FRACTION:
+        remedy = "add records of other values, or do without --held-out-by"
+    return f"--held-out {fraction:g} holds out no value of --held-out-by: {remedy}"
 
 
 def _smallest_hashes(found: dict[int, list[int]], fraction: float) -> HeldOutRule:

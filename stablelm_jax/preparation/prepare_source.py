@@ -160,15 +160,18 @@ class Preparation:
         shutil.rmtree(self._work, ignore_errors=True)
         return found
 
+    def _differing(self, theirs: Mapping) -> list[str]:
+        """The settings that are not `theirs`. Some are there only where they are asked for."""
+        names = dict.fromkeys([*self._settings, "chat", "held_out_by", "append_eod"])
+        return [name for name in names if theirs.get(name) != self._settings.get(name)]
+
     def _compare(self, theirs: Mapping, what: str) -> None:
-        for key, ours in self._settings.items():
-            if theirs.get(key) == ours:
-                continue
+        for key in self._differing(theirs):
             differs = {
                 "inputs_sha256": "input files (names, sizes or dates)",
                 "tokenizer_sha256": "tokenizer",
                 "chat": "chat template",
-            }.get(key, f"{key} ({theirs.get(key)!r}, not {ours!r})")
+            }.get(key, f"{key} ({theirs.get(key)!r}, not {self._settings.get(key)!r})")
             raise PreparationError(
                 f"{what} with other {differs}: ask for the same, choose another --source, or remove"
                 f" {self.directory}"
@@ -221,8 +224,7 @@ class Preparation:
 
     def _is_of_no_use(self) -> bool:
         """Whether what other settings, or other inputs, left behind is nothing to keep."""
-        settings = self._settings.items()
-        differs = {key for key, ours in settings if self.plan.settings.get(key) != ours}
+        differs = set(self._differing(self.plan.settings))
         if not differs:
             return False
         if (self._work / "logs" / "slurm_job").exists():  # which may still run
@@ -366,7 +368,9 @@ class Preparation:
         if filled:
             side = "train on" if "held_out" in filled else "hold out"
             problem = f"no document to {side}: it needs two different ones, one of them held out"
-            if not self.job.template:
+            if self.job.held_out_by:
+                problem = f"no usable document to {side}; change --held-out {self.job.held_out:g}"
+            elif not self.job.template:
                 problem += "; add documents, or cut long texts: --split-on blank-lines, or 64kB"
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"

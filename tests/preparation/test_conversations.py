@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from stablelm_jax.data.manifest import read_manifest
 from stablelm_jax.data.shards import Shard, read_spans
 from stablelm_jax.preparation import chunks, held_out
 from stablelm_jax.preparation.conversations import ChatEncoder, canonical
+from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.tokenizer.chat import chat_template, encode_chat, encode_conversation
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
@@ -425,10 +427,17 @@ def test_topics_are_held_out_whole(tmp_path, tokenizer_file):
     assert held["chats"] == held["texts"] == held["tables"] == below and len(below) > 1
 
 
-def test_where_the_fraction_holds_out_no_topic_one_is_held_out():
+def test_where_the_fraction_holds_out_no_topic_the_one_that_does_is_named():
+    """One of each source's own would be trained on in another source."""
     found = {held_out.content_hash(str(number).encode()): [2, 9] for number in range(25)}
-    rule = held_out.choose(held_out.Look(found), 0.001, by_topic=True)
-    assert [value for value in found if rule.holds_out(value)] == [min(found)]
+    with pytest.raises(ValueError, match="0.001 holds out no value of --held-out-by") as error:
+        held_out.choose(held_out.Look(found), 0.001, by_topic=True)
+    enough = float(re.search(r"give --held-out (\S+),", str(error.value))[1])
+    rule = held_out.choose(held_out.Look(found), enough, by_topic=True)
+    assert min(found) in filter(rule.holds_out, found) and enough < 0.25
+    assert not held_out.choose(held_out.Look(found, 0.1, False), 0.001, True).holds_out(min(found))
+    with pytest.raises(ValueError, match="add records of other values"):
+        held_out.choose(held_out.Look({2**63: [1, 1]}), 0.25, by_topic=True)
 
 
 def test_conversations_without_a_template_are_refused_with_the_hint(tmp_path, tokenizer_file):
@@ -490,6 +499,34 @@ def test_another_template_of_the_same_name_is_another_preparation(tmp_path, toke
     jinja.write_text(turns.replace(":", " ") + prompt.replace(":", " "))
     code, _, err = call(*common)
     assert code != 0 and "was prepared with other chat template" in err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("dropped", ["--template", "--held-out-by"])
+def test_a_flag_that_is_left_away_is_another_preparation(
+    tmp_path, tokenizer_file, monkeypatch, dropped, finished
+):
+    records = [{"text": f"{n}", "prompt": f"{n}", "completion": "b"} for n in range(3)]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    common = ("--source", "a", "--input", path, "--output", tmp_path, "--tokenizer", tokenizer_file,
+              "--workers", 1, "--held-out", 0.25)  # fmt: skip
+    flags = {"--template": "zephyr", "--held-out-by": "prompt"}
+    given = [part for pair in flags.items() for part in pair]
+    if not finished:
+        monkeypatch.setattr(Preparation, "collate", lambda *_: (_ for _ in ()).throw(OSError("x")))
+    assert (call(*common, *given)[0] == 0) == finished
+    others = [part for flag, value in flags.items() if flag != dropped for part in (flag, value)]
+    monkeypatch.undo()
+    code, out, err = call(*common, *others)
+    if not finished:  # all was read otherwise: it begins anew
+        assert code == 0 and "going on" not in out, err
+        settings = read_manifest(tmp_path / "a").provenance["settings"]
+        assert {"chat", "held_out_by"} - settings.keys() == {
+            {"--template": "chat", "--held-out-by": "held_out_by"}[dropped]
+        }
+        return
+    what = {"--template": "chat template", "--held-out-by": "held_out_by ('prompt', not None)"}
+    assert code == 1 and f"with other {what[dropped]}: ask for the same" in err
 
 
 def digests(directory):
