@@ -99,7 +99,7 @@ def evaluate_held_out(
       left.
 
     Raises:
-      HeldOutError: on every process, where one of them cannot read.
+      HeldOutError: on every process, where one of them cannot read, or nothing is held out.
     """
     totals: dict[str, np.ndarray] = {}
     documents = []
@@ -114,6 +114,11 @@ def evaluate_held_out(
             if "nll" in parts:
                 documents_2D = _with_documents(documents_2D, parts)
         documents.append(documents_2D)
+    if not totals:
+        raise HeldOutError(
+            f"nothing is held out in {', '.join(sources)}: prepare a source again with more in it "
+            "or a larger --held-out, or name one that holds some in data.weights"
+        )
     if objective.name == "dpo":
         found = means(objective, list(sources), totals)
         return {f"eval/{key}": mean for key, mean in found.items()}

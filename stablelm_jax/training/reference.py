@@ -91,7 +91,8 @@ class Reference:
         values_BP2 = np.zeros((*ids_BP.shape, 2), np.float32)
         for number, name in enumerate(self.sources):
             own_BP = (ids_BP >= 0) & (batch["source_ids"] == number)[:, None]
-            values_BP2[own_BP] = self.tables[name, split][ids_BP[own_BP]]
+            if own_BP.any():  # a source may hold out none
+                values_BP2[own_BP] = self.tables[name, split][ids_BP[own_BP]]
         return values_BP2
 
     def load(self, folder: epath.PathLike) -> str:

@@ -69,6 +69,12 @@ def forward(run, params, tokens):
     return np.asarray(scores[0, : len(tokens)], np.float64)
 
 
+def test_where_nothing_is_held_out_the_error_says_what_to_do(run):
+    nothing = {name: HeldOut([], math.nan) for name in SOURCES}
+    with pytest.raises(HeldOutError, match="nothing is held out in fibonacci, squares: prepare"):
+        evaluate_held_out(None, {}, nothing, run.mesh, run.objective)
+
+
 @pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4)])
 def test_held_out_loss_is_the_mean_over_every_token_on_any_mesh(run, data, model):
     mesh: Mesh = make_mesh(data, model, jax.devices()[: data * model])

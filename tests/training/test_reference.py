@@ -280,6 +280,9 @@ def test_values_are_found_by_source_and_number_and_are_zero_without_a_pair():
     batch = {"pair_ids": np.array([[1, -1], [2, 0]]), "source_ids": np.array([0, 1])}
     expected = [[[3, 4], [0, 0]], [[9, 10], [5, 6]]]
     np.testing.assert_array_equal(reference.of(batch, "train"), expected)
+    reference.tables["b", "held_out"] = np.float32([[11, 12]])  # of a, nothing is held out
+    batch = {"pair_ids": np.array([[0, -1]]), "source_ids": np.array([1])}
+    np.testing.assert_array_equal(reference.of(batch, "held_out"), [[[11, 12], [0, 0]]])
 
 
 def test_dpo_without_a_parent_is_refused(chats, tmp_path):
