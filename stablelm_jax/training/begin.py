@@ -193,7 +193,8 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
         )
     _check_length(config, parent, saved)
     run = prepare_run(config, position, saved)
-    check_same_run(saved, run.identity())
+    remedy = f"take the weights of {parent} alone, with {_WEIGHTS_ALONE}"
+    check_same_run(saved, run.identity(), remedy)
     _show(services, run)
     state, progress = _restore(run, parent, saved)
     _tell_branch(services, run, f"a branch of {parent}, from step {progress.step}")

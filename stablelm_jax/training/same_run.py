@@ -32,11 +32,16 @@ class ResumeError(ValueError):
     """The checkpoint belongs to another run."""
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same_run(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    remedy: str = "another --workdir to start anew",
+) -> None:
     """Refuses a checkpoint whose model, data or row order is not this run's.
 
     Args:
       saved, current: the item `run` of the checkpoint, and what this run would write.
+      remedy: what else can be done than to give back what it started with.
 
     Raises:
       ResumeError: naming each difference.
@@ -59,7 +64,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     if differences:
         raise ResumeError(
             f"the checkpoint belongs to another run: {'; '.join(differences)}; give back the "
-            "settings and the data it started with, or another --workdir to start anew"
+            f"settings and the data it started with, or {remedy}"
         )
 
 

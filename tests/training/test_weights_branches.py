@@ -29,7 +29,7 @@ from stablelm_jax.config import ConfigError
 from stablelm_jax.tokenizer.chat import ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training.begin import position_of
-from stablelm_jax.training.same_run import check_same_weights
+from stablelm_jax.training.same_run import ResumeError, check_same_weights
 from stablelm_jax.training.setup import prepare_run
 from stablelm_jax.training.state import state_of_weights
 
@@ -258,6 +258,12 @@ def test_a_damaged_or_unfinished_or_missing_parent_is_refused(data, parent, tmp_
         with pytest.raises(ValueError, match=f"{missing} is not a checkpoint"):
             train(of_weights(data, missing), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_branch_of_all_that_has_other_data_is_told_to_take_the_weights_alone(parent, tmp_path):
+    config = of_weights(write_data(tmp_path / "data", seed=1), parent, **{"branch.state": "all"})
+    with pytest.raises(ResumeError, match="data_hash.*alone, with --config.branch.state=weights"):
+        train(config, tmp_path / "run")
 
 
 def test_weights_need_a_parent(data):
