@@ -167,6 +167,9 @@ def _dpo(config: ConfigDict) -> None:
         if value != FIELDS[f"dpo.{name}"].default and config.training.objective != "dpo":
             remedy = "set that, or leave this at its default"
             refuse(config, f"dpo.{name}", f"is for config.training.objective=dpo alone; {remedy}")
+    if config.training.objective == "dpo" and config.data.loss_on != "answers":
+        why = "DPO compares answers, and a prompt is the same in both"
+        refuse(config, "data.loss_on", f"{why}: leave it at 'answers'")
     if config.dpo.loss == "ipo":
         for name in ("label_smoothing", "length_normalised"):
             if config.dpo[name]:

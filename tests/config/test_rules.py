@@ -141,6 +141,11 @@ def test_an_impossible_value_is_refused_with_its_remedy(key, value, remedy):
     assert remedy in message
 
 
+def test_dpo_compares_answers_alone():
+    message = refusal(small(training__objective="dpo", data__loss_on="all"))
+    assert "config.data.loss_on='all'" in message and "leave it at 'answers'" in message
+
+
 @pytest.mark.parametrize(
     "values",
     [
