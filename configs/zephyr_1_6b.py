@@ -7,10 +7,11 @@
 
 Each takes the weights of the one before it, :sft those of the base at models/stablelm_2_1_6b, as
 `convert from-hf` makes it of the published model; another parent is --config.branch.parent=PATH.
-Each source below is prepared like this, from where the comment beside it says:
+Each source below is prepared like this, from where the comment beside it says (docs/chat.md has the
+commands of all):
 
     python -m stablelm_jax.prepare --source slimorca_dedup --template zephyr --max-tokens 4096 \
-        --input hf://datasets/Open-Orca/SlimOrca-Dedup --output data
+        --input 'hf://datasets/Open-Orca/SlimOrca-Dedup/*.jsonl' --output data
 
 Published: 8 nodes of 8 A100-80GB; MT-Bench 5.42, 49.89 on the Open LLM Leaderboard's six (card).
 Time and memory: see `plan --config configs/zephyr_1_6b.py:sft --target a100-80gb:1x8`.
@@ -34,8 +35,8 @@ SFT = {
     "ultrachat_200k": 194_409,  # HuggingFaceH4/ultrachat_200k, its files data/train_sft-*.parquet
     "wizardlm_evol_instruct": 80_662,  # WizardLM/WizardLM_evol_instruct_V2_196k
     "slimorca_dedup": 143_789,  # Open-Orca/SlimOrca-Dedup (Memory3); the card has SlimOrca
-    "sharegpt": 3_509,  # openchat/openchat_sharegpt4_dataset, `items` renamed to `conversations`
-    "capybara": 7_291,  # LDJnr/Capybara, each `input` and `output` made a message
+    "sharegpt": 3_509,  # openchat/openchat_sharegpt4_dataset, its file of GPT-4's answers
+    "capybara": 7_291,  # LDJnr/Capybara
     "deita": 2_860,  # hkust-nlp/deita-10k-v0
     "metamathqa": 394_418,  # meta-math/MetaMathQA
 }

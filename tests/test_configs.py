@@ -7,6 +7,7 @@ import ast
 import math
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,25 @@ def test_the_3b_asks_for_the_weights_and_the_tokenizer_it_cannot_know():
     config.data.tokenizer = "tokenizer.json"
     with pytest.raises(config_lib.ConfigError, match=r"no source to train on"):
         config_lib.validate(config)
+
+
+def test_the_commands_of_the_page_of_chats_take_what_those_before_them_made():
+    page, made, prepared = (CONFIGS.parent / "docs/chat.md").read_text(), set(), set()
+    for line in re.findall("^    (.+)", page, re.MULTILINE):
+        words = shlex.split(line.partition(" #")[0].replace("'", ""))
+        flags = dict(zip(words, words[1:]))
+        if len(words) == 3 and words[1].isdecimal():
+            prepared.add(words[0])  # a line of those that a loop reads
+        prepared |= {flags["--source"]} if "--source" in flags else set()
+        if "stablelm_jax.convert" in words:
+            taken, out = words[4:6]
+            assert taken in made
+            made.add(out)
+        if "hf" in words:
+            made.add(flags["--local-dir"])
+        if "stablelm_jax.train" in words and "zephyr" in line:
+            config = load(flags["--config"].removeprefix("configs/").replace(".py", ""))
+            assert config.branch.parent in made
+            assert set(config_lib.mixture_weights(config)) <= prepared
+        assert {flags[f] for f in ("--checkpoint", "--parent") if f in flags} <= made
+        made |= {flags["--workdir"]} if "stablelm_jax.train" in words else set()
