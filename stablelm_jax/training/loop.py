@@ -95,8 +95,8 @@ class Trainer:
             if not self.progress.train_seconds:  # no update yet
                 with contextlib.closing(run.batches(self.progress.rows_consumed)) as batches:
                     first = next(batches)
-                weights = self._programs.weights(self.state)
-                services.events.print(check_start(run, eval_step, weights, first))
+                own = self._programs.weights(self.state) if own is None else own
+                services.events.print(check_start(run, eval_step, own, first))
         return True
 
     def _loop(self, batches, progress_line: ProgressLine) -> bool:
