@@ -31,6 +31,7 @@ from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.services import Services
 from stablelm_jax.storage.files import replacing, write_json
+from stablelm_jax.storage.remote import described
 from stablelm_jax.training.held_out import EvalStep, agreed_batches
 from stablelm_jax.training.objectives import means
 
@@ -145,10 +146,18 @@ def prepare_reference(
         services.events.print(f"the reference of {reference.total:,} pairs is that of {folder}")
         return True
 
+    refused: list[OSError] = []
+
     def save() -> None:
         if distributed.is_first():
-            reference.save(folder)
-            services.folder.upload()
+            try:
+                reference.save(folder)
+                services.folder.upload()
+            except OSError as error:
+                if not refused:
+                    text = f"{folder} does not take the reference ({described(error)}); the run "
+                    services.events.tell("disk", text + "goes on, and a later start computes it")
+                refused.append(error)
         done = reference.total - reference.missing
         services.events.print(f"reference: {done:,} of {reference.total:,} pairs")
 

@@ -1,5 +1,6 @@
 """Runs of SFT and DPO: the contracts of pretraining hold, and the reference is what it must be."""
 
+import errno
 import functools
 import json
 import math
@@ -239,6 +240,22 @@ def test_what_was_damaged_is_computed_again_to_the_same_bits(stopped, undisturbe
     path.write_bytes(data)
     go_on()
     assert "cannot be read" in events(workdir, "reference")[0]["text"]
+    assert checksums(workdir) == checksums(undisturbed("dpo")[0])
+
+
+def test_a_disk_that_refuses_the_reference_is_told_once_and_the_run_goes_on(
+    stopped, undisturbed, monkeypatch
+):
+    workdir, go_on = stopped
+    shutil.rmtree(workdir / "reference")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    assert go_on()[0] == 0
+    (told,) = events(workdir, "disk")
+    assert "does not take the reference" in told["text"] and "No space left" in told["text"]
     assert checksums(workdir) == checksums(undisturbed("dpo")[0])
 
 
