@@ -243,6 +243,16 @@ def test_what_was_damaged_is_computed_again_to_the_same_bits(stopped, undisturbe
     assert checksums(workdir) == checksums(undisturbed("dpo")[0])
 
 
+def test_too_little_memory_for_a_whole_batch_is_told_with_what_helps(chats, parent, tmp_path):
+    def too_large(params, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
+
+    run = prepare_run(run_config("dpo", chats, parent))
+    (batch, *_) = run.packed_batches(CHOICES, "train")
+    with pytest.raises(ReferenceError, match="config.data.batch_size=8: .* use a smaller batch"):
+        reference_module._score(run, too_large, {}, (CHOICES, "train"), batch)
+
+
 def test_a_disk_that_refuses_the_reference_is_told_once_and_the_run_goes_on(
     stopped, undisturbed, monkeypatch
 ):
