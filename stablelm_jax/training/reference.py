@@ -163,7 +163,9 @@ def prepare_reference(
 
     save()
     if own is None:
-        with services.watchdog.patient(float(run.config.checkpoint.timeout_seconds)):
+        bound = float(run.config.checkpoint.timeout_seconds)
+        reading = services.stop.phase("reading the parent", leave=True)  # all there is is saved
+        with services.watchdog.patient(bound), reading:
             own = _parents_weights(run, _named(run) or (run.data_position.parent,), _GIVE_BACK)
     finished = _compute(run, eval_step, lambda: own, left, save)
     save()
@@ -244,8 +246,8 @@ def _measured(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> dict[st
         raise ReferenceError(
             f"config.data.batch_size={run.spec.batch_size}: the devices have too little memory for "
             "the log-probabilities of so many rows, which are computed without gradients but, "
-            "whatever training.accumulation is, all at once; use a smaller batch, more devices or "
-            f"parallel.fsdp ({described(error)})"
+            "whatever training.accumulation is, all at once; use a smaller batch or more devices "
+            f"({described(error)})"
         ) from error
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from stablelm_jax import evaluate
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.model.transformer import logits
+from stablelm_jax.run.signals import StopRequest
 from stablelm_jax.training import reference as reference_module
 from stablelm_jax.training.reference import Reference, ReferenceError
 from stablelm_jax.training.setup import prepare_run
@@ -241,6 +243,22 @@ def test_what_was_damaged_is_computed_again_to_the_same_bits(stopped, undisturbe
     go_on()
     assert "cannot be read" in events(workdir, "reference")[0]["text"]
     assert checksums(workdir) == checksums(undisturbed("dpo")[0])
+
+
+def test_a_signal_while_the_parent_is_read_ends_the_process_at_once(stopped, monkeypatch):
+    workdir, go_on = stopped
+    shutil.rmtree(workdir / "reference")
+    left = threading.Event()
+
+    def read(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left.wait(10)
+        raise Interrupted
+
+    monkeypatch.setattr(StopRequest, "_leave_at_once", lambda stop: left.set())
+    monkeypatch.setattr(reference_module, "read_weights", read)
+    with pytest.raises(Interrupted):
+        go_on()
 
 
 def test_too_little_memory_for_a_whole_batch_is_told_with_what_helps(chats, parent, tmp_path):
