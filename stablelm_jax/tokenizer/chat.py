@@ -82,14 +82,16 @@ def chat_template(name_or_file: str, tokenizer: Tokenizer) -> ChatTemplate:
     own = own.parent if own.is_file() else own
     if name_or_file in CHAT_TEMPLATES:
         return template_of(name_or_file, CHAT_TEMPLATES[name_or_file], tokenizer)
-    jinja = folder_template(own if name_or_file == "tokenizer" else Path(name_or_file))
+    path = own if name_or_file == "tokenizer" else Path(name_or_file)
+    jinja = folder_template(path)
     if jinja is None:
         what = f"chat template {name_or_file!r} is unknown"
         if name_or_file == "tokenizer":
             what = f"tokenizer {tokenizer.name} came with no chat template"
         known = ", ".join((*CHAT_TEMPLATES, "tokenizer"))
         raise ValueError(f"{what}: choose one of {known}, or a file of Jinja")
-    return template_of(Path(name_or_file).name, jinja, tokenizer, _config(own))
+    config = _config(own) | _config(path.parent if path.is_file() else path)
+    return template_of(Path(name_or_file).name, jinja, tokenizer, config)
 
 
 def folder_template(path: Path) -> str | None:
@@ -305,8 +307,9 @@ def _rendered(
 
 
 def _render(messages: Sequence[Message], template: ChatTemplate, answer: bool) -> str:
-    try:
-        return _compiled(template.jinja).render(messages=messages, add_generation_prompt=answer)
+    given = {"messages": messages, "add_generation_prompt": answer}
+    try:  # without tools and documents, as transformers says it
+        return _compiled(template.jinja).render(**given, tools=None, documents=None)
     except Exception as error:  # a template may be anybody's, and raise anything
         raise ValueError(f"chat template {template.name} refuses it: {error}") from error
 

@@ -337,6 +337,34 @@ def test_a_file_of_jinja_is_a_template(folder, tokenizer):
     assert encode_chat(tokenizer, CHAT, template) == encode_chat(tokenizer, CHAT, zephyr)
 
 
+def test_special_tokens_are_those_of_the_folder_that_the_template_came_from(
+    folder, tokenizer_file, tmp_path_factory
+):
+    """And else those of the tokenizer's folder."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    config = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "mine.jinja").write_text(STRICT)
+    tokenizer = load_tokenizer(other)
+    for path in (folder, folder / "mine.jinja"):
+        template = chat_template(str(path), tokenizer)
+        assert template.enders == ("<|im_end|>", "<|endoftext|>")
+        assert render_chat([], template) == "<|im_start|>"
+    alone = tmp_path_factory.mktemp("alone") / "mine.jinja"
+    alone.write_text(STRICT)
+    assert chat_template(str(alone), load_tokenizer(folder)).enders[0] == "<|im_end|>"
+
+
+def test_a_template_that_asks_for_tools_or_documents_is_told_there_are_none(tokenizer, tmp_path):
+    (tmp_path / "mine.jinja").write_text(
+        "{% if tools is not none or documents is not none %}TOOLS{% endif %}"
+        + CHAT_TEMPLATES["zephyr"]
+    )
+    template = chat_template(str(tmp_path / "mine.jinja"), tokenizer)
+    assert render_chat(CHAT[:2], template).startswith("<|system|>")
+
+
 TURNS = "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
 
 
