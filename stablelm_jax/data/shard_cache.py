@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import threading
 from pathlib import Path
@@ -112,7 +113,7 @@ class RemoteShard:
         if sizes[path.name] is not None:
             info.compare(path, bytes=sizes[path.name])
 
-    @property
+    @functools.cached_property
     def document_offsets(self) -> np.ndarray:
         """As of a `Shard`; fetches the index, which is small."""
         path = self.path.parent / f"{self.path.name.removesuffix('.bin')}.idx"

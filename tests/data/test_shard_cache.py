@@ -245,6 +245,17 @@ def test_a_shard_cut_short_after_the_start_is_refused_by_range_too(memory):
         stream.read(0, 20)
 
 
+def test_an_index_is_fetched_once_for_all_documents(memory, monkeypatch):
+    source = open_sources(memory, NAMES)["books"]
+    shard, _ = token_stream(source, "train").locate(0)
+    asked, read = [], remote.RemotePath.read_bytes
+    monkeypatch.setattr(
+        remote.RemotePath, "read_bytes", lambda self: asked.append(self.name) or read(self)
+    )
+    assert shard.document_offsets.tolist() == shard.document_offsets.tolist()
+    assert asked == [shard.path.name.replace(".bin", ".idx")]
+
+
 def test_a_store_that_knows_no_ranges_is_an_error_and_not_other_rows(memory, monkeypatch):
     source = open_sources(memory, NAMES)["books"]
     fs = source.directory.fs
