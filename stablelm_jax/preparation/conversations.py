@@ -60,14 +60,12 @@ def canonical(record: Mapping[str, Any]) -> str | Rejected:
 
 def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     form = {"messages": _checked(_conversation(record))}
-    label = record.get("label", "positive")
-    if label not in ("positive", "negative"):
-        raise ValueError(f"a label that is unknown: {label!r}, not 'positive' or 'negative'")
-    return form | ({"label": label} if label == "negative" else {})
+    is_negative = record.get("label") == "negative"  # other data sets have labels of other meanings
+    return form | ({"label": "negative"} if is_negative else {})
 
 
 def _first(record: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    return next((record[key] for key in keys if key in record), None)
+    return next((record[key] for key in keys if record.get(key, []) != []), None)
 
 
 def _conversation(record: Mapping[str, Any]) -> list[dict]:

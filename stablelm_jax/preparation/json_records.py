@@ -73,7 +73,7 @@ def document(record: dict, reading: Reading) -> str | Rejected:
         text.encode()
     except UnicodeEncodeError:
         return Rejected("not Unicode: an unpaired surrogate (\\ud800 to \\udfff)")
-    if not reading.held_out_by or text.isspace():
+    if not reading.held_out_by or not text.strip():
         return not_empty(text)
     text = Topical(text)
     try:

@@ -379,7 +379,9 @@ class Preparation:
             problem = (
                 f'no usable document: {self.reasons.total()} rejected, {count} of them "{reason}"'
             )
-            if reason.startswith(("no key", "no column")):
+            if reason.startswith("no key to hold out by"):
+                problem += f"; --held-out-by {self.job.held_out_by} is no key of the records"
+            elif reason.startswith(("no key", "no column")):
                 problem += "; --text-key names the key"
             if reason.startswith("a conversation"):
                 problem += "; --template zephyr, chatml, tokenizer or a Jinja file takes them"

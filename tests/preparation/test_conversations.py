@@ -61,7 +61,7 @@ def read(record):
                       {"role": "assistant", "content": "b", "name": "x", "train": True}]},
         {"conversation": [{"input": "a", "output": "b"}], "source": "Capybara"},
         {"items": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b", "label": False, "messages": []},
         {"prompt": [user("a")], "completion": [assistant("b")]},
         {"instruction": "a", "input": "", "output": "b"},
         {"query": "a", "response": "b", "type": "MetaMathQA"},
@@ -117,7 +117,8 @@ def test_a_pair_of_texts_has_its_system_text_and_question_before_it():
     [
         ({"text": "a"}, "no conversation (keys: text)"),
         ({"prompt": "a"}, "no conversation (keys: prompt)"),
-        ({"messages": []}, "no list of messages: '[]'"),
+        ({"messages": []}, "no conversation (keys: messages)"),
+        ({"chosen": [], "rejected": []}, "no list of messages: '[]'"),
         ({"messages": "hello"}, "the last message is no answer: it is of the user"),
         ({"messages": ["a", "b"]}, "no list of messages"),
         ({"messages": [user("a"), assistant(" \n")]}, "empty answer: message 2"),
@@ -133,7 +134,6 @@ def test_a_pair_of_texts_has_its_system_text_and_question_before_it():
         ({"messages": [user("a"), assistant(None)]}, "content that is no text: 'None' in mess"),
         ({"messages": [user("a"), assistant("b"), SYSTEM]}, "a system turn that is not first: me"),
         ({"messages": [user("a"), assistant("b", train="no")]}, "train that is not true or false"),
-        ({"prompt": "a", "completion": "b", "label": False}, "a label that is unknown: False"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen is equal to rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "empty answer: message 2"),
         ({"chosen": "b", "rejected": "c"}, "a pair without a prompt"),
@@ -454,6 +454,14 @@ def test_conversations_without_a_template_are_refused_with_the_hint(tmp_path, to
     assert code == 0, err  # begins anew
 
 
+def test_a_key_to_hold_out_by_that_no_record_has_is_named_as_such(tmp_path, tokenizer_file):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{n}", "page": n} for n in range(3)])
+    code, _, err = call("--source", "a", "--input", path, "--output", tmp_path, "--workers", 1,
+                        "--tokenizer", tokenizer_file, "--held-out-by", "pgae")  # fmt: skip
+    assert code == 1 and "--held-out-by pgae is no key of the records" in err
+    assert "--text-key" not in err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -463,6 +471,7 @@ def test_conversations_without_a_template_are_refused_with_the_hint(tmp_path, to
         (["--template", "zephyr", "--text-key", "body"], "no --text-key"),
         (["--template", "zephyr", "--max-turns", "0"], "from 1 up"),
         (["--max-tokens", "5"], "--max-tokens: with --template"),
+        (["--template", "zephyr", "--max-tokens", "0"], "from 1 up"),
     ],
 )  # fmt: skip
 def test_flags_that_cannot_be_are_refused_at_once(tmp_path, tokenizer_file, flags, said):

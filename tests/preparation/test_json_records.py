@@ -217,6 +217,14 @@ def test_no_bytes_end_the_reader_and_none_are_passed_over_in_silence(tmp_path_fa
 # a record a line
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_no_document_of_its_topic(text):
+    record = {"text": text, "page": 1}
+    expected = json_records.document(record, Reading())
+    assert json_records.document(record, Reading(held_out_by="page")) == expected
+    assert expected.reason == "empty document"
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
