@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stablelm_jax.model.lora import Adapted
+
 Make = Callable[[str], "nnx.Param | None"]
 
 
@@ -25,7 +27,7 @@ class Projection(nnx.Module):
         self.num_in = num_in
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
+        kernel = self.kernel.get_value()
         in_shape, out_shape = kernel.shape[: self.num_in], kernel.shape[self.num_in :]
         # One matrix by one matrix: with more dims XLA:CPU copies operands of the backward products.
         y = product(x.reshape(-1, math.prod(in_shape)), kernel)
@@ -33,8 +35,10 @@ class Projection(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array | Adapted, dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., inputs] by a kernel [inputs..., outputs...], in x's dtype; `dtype`: the result's."""
+    if isinstance(kernel, Adapted):
+        return kernel.times(x)
     kernel = kernel.astype(x.dtype).reshape(x.shape[-1], -1)
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 

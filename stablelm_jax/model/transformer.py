@@ -22,6 +22,7 @@ from stablelm_jax.model.attention import Attend, Attention, Rotary, rotary_angle
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.layers import LayerNorm, Make, Projection, product
+from stablelm_jax.model.lora import PRODUCT
 from stablelm_jax.model.parameters import initial_value, specs_by_name
 
 Params = dict[str, Any]
@@ -33,7 +34,9 @@ _attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 _products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(_products, _attention),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _products, jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES, PRODUCT)
+    ),
     "attention": _attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stablelm_jax.model.lora import map_kernels
 from stablelm_jax.model.parameters import ParameterSpec, nest
 from stablelm_jax.parallel.mesh import BATCH_AXES
 
@@ -75,12 +76,11 @@ def gathered(params: Any, dtype: Any, shardings: Any) -> Any:
     """The copy in the compute type, gathered in that type, inside jit: ZeRO-1's one gather."""
 
     def gather(p, place):
-        # Without the barrier and with one microbatch, XLA moves the cast of the stacked layers
-        # behind their gather: float32 goes over the wire, twice the bytes.
+        # Without it XLA may cast stacked layers behind their gather: twice the bytes are sent.
         cast = jax.lax.optimization_barrier(p.astype(dtype))
         return jax.lax.with_sharding_constraint(cast, place)
 
-    return jax.tree.map(gather, params, shardings)
+    return map_kernels(gather, params, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.lora import Lora, map_kernels
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import Fetch
 from stablelm_jax.parallel import sharding
@@ -51,8 +51,7 @@ def make_gradient_function(
         microbatch.
       float32_reduce: replicas are summed in float32, as the recipe says; else in `compute.dtype`.
       lora: `params` are its adapters, whole in float32, and `gradient_specs` theirs; `frozen` are
-        all weights, in `compute.dtype`, which `fsdp` splits. Adapters are added where a layer is
-        used, so that no device ever holds more than one merged layer.
+        all weights, in `compute.dtype`, which `fsdp` splits.
 
     The gradients are float32, of the objective's loss of the whole batch. `sums`: those of the
     objective over the whole batch, by source, float32 [S].
@@ -66,8 +65,7 @@ def make_gradient_function(
         held = jax.tree.map(_Spec, rows, is_leaf=_is_spec)
     held_specs = jax.tree.map(lambda spec: spec.along("data"), held)
     fetch = _make_fetch(held, compute.dtype, reduce_dtype) if fsdp else None
-    if lora:
-        fetch, fsdp = _fetch_merged(lora, fetch), False
+    fsdp = fsdp and not lora  # `params` are whole
 
     def local_gradient(params, batch, frozen):
         totals = sum_over(objective.count(batch))
@@ -75,7 +73,7 @@ def make_gradient_function(
 
         def loss(params, rows):
             if lora:
-                params = {name: (part, params.get(name)) for name, part in frozen.items()}
+                params = lora.join(frozen, params)
             return objective.loss(model, params, rows, totals, compute=compute, fetch=fetch)
 
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
@@ -172,17 +170,6 @@ def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:
     return spec.on_parts(reduce)(gradient)
 
 
-def _fetch_merged(lora: Lora, fetch: Fetch | None) -> Fetch:
-    """Of a pair (frozen parameters of a group, their adapters or None): the merged parameters."""
-
-    def fetch_merged(group, pair):
-        params, adapters = pair
-        params = params if fetch is None else fetch(group, params)
-        return params if adapters is None else lora.merge_layer(params, adapters)
-
-    return fetch_merged
-
-
 def _make_fetch(specs: Any, dtype: Any, reduce_dtype: Any) -> Fetch:
     """Gathers the parameters of a group in `dtype`; gradients come back summed and scattered."""
 
@@ -194,7 +181,7 @@ def _make_fetch(specs: Any, dtype: Any, reduce_dtype: Any) -> Fetch:
                 x, spec.of_one_layer() if group == "layers" else spec, dtype, reduce_dtype
             )
 
-        return jax.tree.map(whole, params, specs[group])
+        return map_kernels(whole, params, specs[group])
 
     return fetch
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -73,7 +72,7 @@ class Intervals:
             if not self._done[kind]:  # later ones come as no surprise
                 services.events.print(f"step {step}: evaluating ({kind.replace('_', '-')})")
             with services.stop.phase("evaluating"), services.watchdog.patient(patience):
-                found = evaluated(self._programs.weights(state), step)
+                found = evaluated(state, step)
             if found:
                 services.log.write({"step": step, "time": time.time(), **found})
                 self.draw()
@@ -82,13 +81,13 @@ class Intervals:
                 return False
         return True
 
-    def _held_out(self, params: Any, step: int) -> Mapping[str, float | None] | None:
+    def _held_out(self, state: TrainState, step: int) -> Mapping[str, float | None] | None:
         """Metrics: {} where it failed, None where a signal was heard meanwhile."""
         run, began = self._run, time.monotonic()
         eval_step = self._programs.eval_step
         try:
             line = evaluate_held_out(
-                eval_step, params, run.held_out(), run.mesh, run.objective, self.left
+                eval_step, run.joined(state), run.held_out(), run.mesh, run.objective, self.left
             )
         except (HeldOutError, jax.errors.JaxRuntimeError) as error:  # the latter: too little memory
             self._failed(step, f"step {step}: {error}; the run goes on", began)
@@ -99,7 +98,7 @@ class Intervals:
             show_evaluation(self._services.console, run, step, line)
         return line
 
-    def _task_scores(self, params: Any, step: int) -> Mapping[str, float] | None:
+    def _task_scores(self, state: TrainState, step: int) -> Mapping[str, float] | None:
         """Metrics of the tasks that end well; None where a signal was heard meanwhile."""
         if self._tasks is None:
             return {}
@@ -109,6 +108,7 @@ class Intervals:
             text = f"step {step}: {what} failed ({described(error)}); the run goes on"
             self._failed(step, text, began)
 
+        params = self._programs.weights(state)
         found = self._tasks.evaluate(params, step, self._services.console, failed)
         return found and {f"{TASKS}{key}": value for key, value in found.items()}
 

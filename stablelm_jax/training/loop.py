@@ -88,14 +88,14 @@ class Trainer:
     def _prepare_reference(self) -> bool:
         """What DPO compares with; False where a signal was heard before it was there."""
         run, services, eval_step = self.run, self.services, self._programs.eval_step
-        own = None if self._resumed else self._programs.weights(self.state)
+        own = None if self._resumed else run.joined(self.state)
         with services.stop.phase("reference"):
             if not prepare_reference(run, services, eval_step, own, self.intervals.left):
                 return False
             if not self.progress.train_seconds:  # no update yet
                 with contextlib.closing(run.batches(self.progress.rows_consumed)) as batches:
                     first = next(batches)
-                own = self._programs.weights(self.state) if own is None else own
+                own = run.joined(self.state) if own is None else own
                 services.events.print(check_start(run, eval_step, own, first))
         return True
 

@@ -32,8 +32,10 @@ class Programs:
 
     Attributes:
       step: one update.
-      weights: f(state) -> all weights, placed as those of `TrainState.base`: adapters are added.
-      eval_step: sums over one batch of held-out data; None where nothing asks for them.
+      weights: f(state) -> all weights, placed as those of `TrainState.base`, for samples and tasks:
+        adapters are added, in the type of the weights.
+      eval_step: sums over one batch of held-out data, by the weights that `Run.joined` gives; None
+        where nothing asks for them.
       samples: f(params) -> {prompt: continuation}; None where the run takes none.
     """
 
@@ -80,7 +82,7 @@ def compile_step(run: Run) -> StepFunction:
 def compile_eval_step(run: Run) -> EvalStep:
     """The evaluation, compiled ahead for this run's shapes."""
     batch = abstract_batch(run.config, run.mesh, run.num_pairs)
-    return run.eval_step.lower(run.abstract.base, batch).compile()
+    return run.eval_step.lower(run.joined(run.abstract), batch).compile()
 
 
 def lower_step(

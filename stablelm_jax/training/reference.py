@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -264,11 +265,19 @@ def _parents_weights(run: Run, places: Sequence[str], remedy: str) -> Any:
         try:
             saved = read_run(path)
             if state_hash(saved["checksums"]) == run.data_position.parent_hash:
-                return read_weights(path, saved, run.abstract.base)
+                return _without_adapters(run, read_weights(path, saved, run.abstract.base))
             errors.append(f"{path} is not the one that this run began with")
         except ValueError as error:
             errors.append(str(error))
     raise NoParent(f"the reference is computed from {places[-1]}: {'; '.join(errors)}. {remedy}")
+
+
+def _without_adapters(run: Run, weights: Any) -> Any:
+    """The weights as the evaluation takes them: with adapters that add nothing."""
+    if run.lora is None:
+        return weights
+    zero = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)  # noqa: E731
+    return run.lora.join(weights, jax.tree.map(zero, run.abstract.params))
 
 
 def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:

@@ -63,6 +63,10 @@ class Run:
     lora: Lora | None = None
     chat: ChatTemplate | None = None  # of its conversations, or what its parent was tuned on
 
+    def joined(self, state: TrainState) -> Any:
+        """The weights of a forward pass; adapters lie beside them, as `Lora.join` puts them."""
+        return self.lora.join(state.frozen, state.params) if self.lora else state.params
+
     @property
     def objective(self) -> Objective:
         """What the run minimises."""

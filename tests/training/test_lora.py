@@ -18,7 +18,7 @@ from stablelm_jax.checkpoint.reading import CheckpointError, read_run, state_has
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.config import ConfigError
 from stablelm_jax.model.compute import Compute
-from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.lora import Adapted, Lora
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import make_mesh
@@ -304,3 +304,28 @@ def test_the_mesh_changes_nothing_but_rounding(data, parent, whole, tmp_path, me
     _, lines = train(lora_config(data, parent, **MESHES[mesh]), tmp_path)
     for step, loss in losses(lines).items():
         assert loss == pytest.approx(losses(metrics(whole))[step], rel=1e-4)
+
+
+def test_in_bfloat16_the_smallest_adapters_change_what_is_computed_as_in_float32():
+    """W + A B in bfloat16 is W where A B is below half a step of W: there nothing would change."""
+    rng = new_rng()
+    kernel = np.float32(jnp.asarray(rng.normal(0, 0.05, (64, 8, 32)), jnp.bfloat16))
+    a, b = rng.normal(0, 0.1, (64, 4)), rng.normal(0, 1e-5, (4, 8, 32))
+    x, g = rng.normal(0, 1, (4096, 64)), rng.normal(0, 1, (4096, 256))
+    x, g = (np.float32(jnp.asarray(value, jnp.bfloat16)) for value in (x, g))
+    low = lambda value: jnp.asarray(value, jnp.bfloat16)  # noqa: E731
+    adapters = jnp.float32(a), jnp.float32(b)
+
+    def changes(x, kernel, g):
+        """Of the product and of its gradient by x, where A B is added."""
+        product = lambda x, b: Adapted(kernel, adapters[0], b, 2.0).times(x)  # noqa: E731
+        found = []
+        for b in (adapters[1], jnp.zeros_like(adapters[1])):
+            y, backward = jax.vjp(lambda x, b=b: product(x, b), x)
+            found.append([np.float64(y), np.float64(backward(g)[0])])
+        return [with_b - without for with_b, without in zip(*found)]
+
+    delta = 2.0 * a @ b.reshape(4, -1)
+    for change, due in zip(changes(low(x), low(kernel), low(g)), (x @ delta, g @ delta.T)):
+        # Each number is rounded by far more than it changes; all together show the change.
+        assert (change * due).sum() / (due * due).sum() == pytest.approx(1, abs=0.05)
