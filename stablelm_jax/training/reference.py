@@ -147,6 +147,22 @@ def prepare_reference(
         services.events.print(f"the reference of {reference.total:,} pairs is that of {folder}")
         return True
 
+    save = _saver(reference, services, folder)
+    save()
+    if own is None:
+        bound = float(run.config.checkpoint.timeout_seconds)
+        reading = services.stop.phase("reading the parent", leave=True)  # all there is is saved
+        with services.watchdog.patient(bound), reading:
+            own = _parents_weights(run, _named(run) or (run.data_position.parent,), _GIVE_BACK)
+    finished = _compute(run, eval_step, lambda: own, left, save)
+    save()
+    if finished and reference.missing:
+        raise ReferenceError(f"{reference.missing} pairs lie in no row; prepare the data again")
+    return finished
+
+
+def _saver(reference: Reference, services: Services, folder: Path) -> Callable[[], None]:
+    """f(), which keeps what there is so far; a disk that refuses it is told once, no error."""
     refused: list[OSError] = []
 
     def save() -> None:
@@ -162,17 +178,7 @@ def prepare_reference(
         done = reference.total - reference.missing
         services.events.print(f"reference: {done:,} of {reference.total:,} pairs")
 
-    save()
-    if own is None:
-        bound = float(run.config.checkpoint.timeout_seconds)
-        reading = services.stop.phase("reading the parent", leave=True)  # all there is is saved
-        with services.watchdog.patient(bound), reading:
-            own = _parents_weights(run, _named(run) or (run.data_position.parent,), _GIVE_BACK)
-    finished = _compute(run, eval_step, lambda: own, left, save)
-    save()
-    if finished and reference.missing:
-        raise ReferenceError(f"{reference.missing} pairs lie in no row; prepare the data again")
-    return finished
+    return save
 
 
 def compute_held_out(run: Run, workdir: epath.Path) -> None:
