@@ -21,7 +21,7 @@ from pathlib import Path
 from stablelm_jax.config import load
 
 
-def get_config(choice=""):
+def get_config(choice="sft"):
     stage, _, sources = choice.partition(":")
     if stage not in ("sft", "dpo"):
         raise ValueError(f"{choice!r}: write sft:SOURCE or dpo:SOURCE after the colon")

@@ -25,8 +25,8 @@ STEPS = {
 }
 
 
-# One within the loop, one beside it; all of them by hand.
-SOME = ("evaluating", "writing")
+# Beside the loop, where most can go wrong; all of them by hand.
+SOME = ("writing",)
 OF_PRETRAINING = tuple(phase for phase in PHASES if phase != "reference")
 
 
@@ -57,7 +57,7 @@ def drill(data, tmp_path):
 
 def test_killed_and_stopped_in_any_phase_a_run_ends_bit_for_bit_as_if_left_alone(drill):
     """Stopped, it exits with 75 and a whole checkpoint, from which it goes on."""
-    amounts = (f"--phases={','.join(SOME)}", "--kills=2", "--signals=2")
+    amounts = (f"--phases={','.join(SOME)}", "--kills=1", "--signals=1")
     drill({"SIGKILL": SOME, "SIGTERM": SOME}, "--devices=2", *amounts)
 
 

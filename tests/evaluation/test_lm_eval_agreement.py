@@ -95,6 +95,7 @@ def test_rolling_log_likelihoods_are_those_of_lm_evals_own_class(ours, theirs):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.by_hand  # those of a chat are compared in every run
 def test_texts_are_those_of_lm_evals_own_class(ours, theirs):
     settings = {"until": ["e", "\n\n"], "do_sample": False, "max_gen_toks": 12}
     asked = requests(
