@@ -101,10 +101,13 @@ class Lora:
         return jax.tree.map(add, self.join(params, adapters), is_leaf=is_adapted)
 
     def merged_leaf(self, kernel: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """A whole stacked kernel with its adapters added, float32, on the host."""
-        layers = len(kernel)
-        product = a.reshape(layers, -1, self.rank) @ b.reshape(layers, self.rank, -1)
-        return kernel + np.float32(self.scale) * product.reshape(kernel.shape)
+        """A whole stacked kernel with its adapters added, float32, on the host, in its own memory
+        where it may be written to: beside it is one layer of them."""
+        kernel = np.require(kernel, requirements="W")
+        for layer, a_IR, b_RO in zip(kernel, a, b):
+            product = a_IR.reshape(-1, self.rank) @ b_RO.reshape(self.rank, -1)
+            layer += np.float32(self.scale) * product.reshape(layer.shape)
+        return kernel
 
 
 @jax.tree_util.register_dataclass
