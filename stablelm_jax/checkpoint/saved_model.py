@@ -95,7 +95,7 @@ class SavedModel:
     @property
     def num_valid_ids(self) -> int | None:
         """Rows of the vocabulary that it was trained to predict; None: all, padding too."""
-        return self.run.get("config", {}).get("training", {}).get("num_valid_ids")
+        return self.run.get("config", {}).get("training", self.run).get("num_valid_ids")
 
     def load(self, mesh: Mesh) -> dict[str, Any]:
         """Our parameters in float32, split over the mesh's `model` axis; errors: `read_arrays`."""

@@ -154,6 +154,7 @@ def from_peft(
             checkpoint_step(out.name),
             under.chat,
             lora=item,
+            num_valid_ids=under.num_valid_ids,
         )
         if verify:
             ids, mesh = prompt_ids(under.tokenizer), _model_mesh(under.model)

@@ -25,7 +25,10 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # of every name: PEFT's two wrappers around the model
 # What of PEFT's ours do not have: empty, False or none in its config.
 _UNUSED = ("bias", "fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save")
-_UNUSED += ("rank_pattern", "alpha_pattern")
+_UNUSED += ("rank_pattern", "alpha_pattern", "alora_invocation_tokens", "layer_replication")
+_UNUSED += ("trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora")
+# First values that leave the weights under the adapters as they were; those of pissa do not.
+_FIRST = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def write_adapters(folder: Path, model: ModelConfig, lora: Lora, flat: Any, base: str) -> None:
@@ -69,6 +72,13 @@ def read_adapters(folder: Path, model: ModelConfig) -> tuple[Lora, dict[str, np.
             f"{folder / WEIGHTS}: {len(unknown)} tensors, such as {unknown[0]}, are of no matrix "
             "of this model's layers: they belong to another model, or adapt its embedding or head"
         )
+    pairs = {name: name.replace("lora_A.", "lora_B.") for name in wanted if "lora_A." in name}
+    for one, other in pairs.items():
+        if (one in stored) != (other in stored):
+            lost = other if one in stored else one
+            raise ValueError(f"{folder / WEIGHTS} holds no {lost}: it is not whole; fetch it again")
+    if not stored:
+        raise ValueError(f"{folder / WEIGHTS} is empty: it holds no adapters; fetch it again")
     targets = tuple(dict.fromkeys(wanted[name][0][0] for name in wanted if name in stored))
     rank, alpha = config["r"], float(config["lora_alpha"])
     if config.get("use_rslora"):  # scaled by alpha / sqrt(rank): Kalajdzievski 2023, 2312.03732
@@ -105,8 +115,18 @@ def _read(folder: Path) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
         stored = load_file(folder / WEIGHTS)
     except (ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder} cannot be read ({error}); fetch it again") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "r" not in config:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG} is of no LoRA; only its adapters are read")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            told = f"{key} is {config.get(key)}, no number above 0"
+            raise ValueError(f"{folder / CONFIG}: {told}; take the file that PEFT wrote")
+    if (first := config.get("init_lora_weights")) not in _FIRST:
+        raise ValueError(
+            f"{folder / CONFIG}: init_lora_weights is {first!r}, which may change the weights "
+            "under the adapters; merge them with PEFT (merge_and_unload) and take the model with "
+            "convert from-hf, or save them with path_initial_model_for_weight_conversion"
+        )
     for key in _UNUSED:
         if config.get(key) not in (None, False, "none", [], {}):
             raise ValueError(

@@ -45,6 +45,15 @@ def written(folder, model, **changed):
     return flat
 
 
+def test_taken_adapters_may_predict_what_their_parent_may(parent, tmp_path, monkeypatch):
+    written(tmp_path / "peft", SavedModel.open(parent).model)
+    monkeypatch.setattr(SavedModel, "num_valid_ids", 77)
+    out = tmp_path / "global_step7"
+    assert run("from-peft", tmp_path / "peft", out, "--parent", parent, "--no-verify") == 0
+    monkeypatch.undo()
+    assert SavedModel.open(out).num_valid_ids == 77
+
+
 def logits_of(checkpoint):
     own = SavedModel.open(checkpoint)
     return our_logits(own.model, own.load(make_mesh(1, 1, jax.devices()[:1])), IDS)
@@ -109,12 +118,25 @@ def test_there_and_back_every_bit_is_the_same(parent, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "is of no LoRA"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which may"),
+        ({"lora_alpha": None}, "lora_alpha is None, no number above 0"),
         ({"r": 4}, r"lora_A.weight is \[3, 96\], not \[4, 96\]"),
     ],
 )
 def test_adapters_that_ours_cannot_be_are_refused_by_name(tmp_path, changed, told):
     written(tmp_path / "peft", KINDS["1.6b"], **changed)
     with pytest.raises(ValueError, match=told):
+        read_adapters(tmp_path / "peft", KINDS["1.6b"])
+
+
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+def test_adapters_without_their_other_half_are_refused(tmp_path, lost):
+    written(tmp_path / "peft", KINDS["1.6b"])
+    stored = load_file(tmp_path / "peft" / WEIGHTS)
+    kept = {name: value for name, value in stored.items() if lost not in name}
+    save_file(kept, tmp_path / "peft" / WEIGHTS)
+    with pytest.raises(ValueError, match=f"holds no .*{lost}.weight: it is not whole"):
         read_adapters(tmp_path / "peft", KINDS["1.6b"])
 
 
