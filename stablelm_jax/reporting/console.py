@@ -72,7 +72,7 @@ def _adapters(run: Run) -> dict[str, str]:
         return {}
     count = sum(row.count for row in run.lora.table(run.model))
     where = f"rank {run.lora.rank}, alpha {run.lora.alpha:g}, on {', '.join(run.lora.targets)}"
-    frozen = f"of the weights of {run.config.branch.parent}, frozen in {run.config.training.dtype}"
+    frozen = f"of {run.data_position.parent} (keep it), frozen in {run.config.training.dtype}"
     return {"trained": f"{count:,} parameters of adapters ({where}) {frozen}"}
 
 
