@@ -49,10 +49,7 @@ DPO = [
     for way in WAYS
 ]
 
-SFT = [
-    pytest.param(way, marks=[] if way == "four by two" else pytest.mark.by_hand)
-    for way in WAYS
-]
+SFT = [pytest.param(way, marks=[] if way == "four by two" else pytest.mark.by_hand) for way in WAYS]
 
 
 def gradient_of(objective, way, params, batch):
