@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stablelm_jax.checkpoint import saving
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
+from stablelm_jax.model.transformer import init_params
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 SMALL = dict(vocab_size=384, num_layers=3, width=64, num_heads=4, feed_forward_width=96)
@@ -36,6 +38,26 @@ def random_params(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
         row.name: rng.normal(row.init_std == "ones", 0.1, row.shape).astype(np.float32)
         for row in parameter_table(model)
     }
+
+
+# For generation: weights so large that the likeliest token differs from place to place.
+GENERATES = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    feed_forward_width=48,
+    rotary_fraction=0.5,
+    init_std=0.5,
+)
+
+
+def random_tensors(model: ModelConfig = GENERATES):
+    """Fresh parameters, as the tree of a run, with noise on each: biases and norms too."""
+    fresh = jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), fresh)
 
 
 def write_checkpoint(

@@ -132,7 +132,8 @@ def answer_questions(
             temperature = TEMPERATURES.get(question["category"], 0.7)
             groups[temperature, len(question["turns"])].append(question)
     told("answering", 0, len(questions))
-    told("answering", len(answers), len(questions))
+    if answers:
+        told("answering", len(answers), len(questions))
     generator = make_generator() if groups else None
     for (temperature, _), group in groups.items():
         while batch := group[: generator.batch_size]:

@@ -14,10 +14,7 @@ from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.parallel.sharding import batch_parts
 from stablelm_jax.planning.program import Collective, collectives
 from stablelm_jax.planning.targets import Target
-from stablelm_jax.training.programs import attention_for, lower_step
-
-# Of preference pairs, without data to say so: what both sides of one take at least, on average.
-TOKENS_OF_A_PAIR = 64
+from stablelm_jax.training.programs import attention_for, lower_step, pairs_of_a_row
 
 
 class DoesNotFit(ValueError):
@@ -57,8 +54,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
     sizes = config_lib.validate_mesh(config, len(devices))
     mesh = make_mesh(**sizes, devices=devices)
     started = time.monotonic()
-    pairs = pairs_of_a_row(config)
-    lowered = lower_step(config, mesh, len(config_lib.mixture_weights(config)), pairs)
+    lowered = lower_step(config, mesh, len(config_lib.mixture_weights(config)))
     try:
         compiled = lowered.compile()
     except Exception as error:  # jaxlib's XlaRuntimeError, which is a plain RuntimeError
@@ -78,20 +74,13 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         collectives=collectives(text, sizes),
-        pairs=pairs,
+        pairs=pairs_of_a_row(config),
         text=text,
     )
     # The compiler of GPUs lets a program pass that cannot run.
     if step.peak_bytes > step.available_bytes:
         raise DoesNotFit(_too_much(config, target, f"{step.peak_bytes / 2**30:.1f} GiB"))
     return step
-
-
-def pairs_of_a_row(config: ConfigDict) -> int | None:
-    """The most preference pairs that a row is planned for; None for objectives without pairs."""
-    if config.training.objective != "dpo":
-        return None
-    return max(1, config.data.sequence_length // TOKENS_OF_A_PAIR)
 
 
 def _too_much(config: ConfigDict, target: Target, needed: str) -> str:

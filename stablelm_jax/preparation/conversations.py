@@ -60,7 +60,8 @@ def canonical(record: Mapping[str, Any]) -> str | Rejected:
 
 def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     form = {"messages": _checked(_conversation(record))}
-    is_negative = record.get("label") == "negative"  # other data sets have labels of other meanings
+    # Labels of other data sets have other meanings.
+    is_negative = str(record.get("label")).strip().lower() == "negative"
     return form | ({"label": "negative"} if is_negative else {})
 
 

@@ -56,14 +56,11 @@ def make_gradient_function(
     The gradients are float32, of the objective's loss of the whole batch. `sums`: those of the
     objective over the whole batch, by source, float32 [S].
     """
-    specs = jax.tree.map(_Spec, gradient_specs, is_leaf=_is_spec)
-    split_specs = jax.tree.map(lambda spec: spec.along("data"), specs)
+    specs, split_specs = _specs(gradient_specs)
     reduce_dtype = jnp.float32 if float32_reduce else compute.dtype
-    held = specs  # of the weights that FSDP gathers
+    held, held_specs = specs, split_specs  # of the weights that FSDP gathers
     if lora:
-        rows = sharding.master_specs(parameter_table(model), mesh, fsdp)
-        held = jax.tree.map(_Spec, rows, is_leaf=_is_spec)
-    held_specs = jax.tree.map(lambda spec: spec.along("data"), held)
+        held, held_specs = _specs(sharding.master_specs(parameter_table(model), mesh, fsdp))
     fetch = _make_fetch(held, compute.dtype, reduce_dtype) if fsdp else None
     fsdp = fsdp and not lora  # `params` are whole
 
@@ -110,8 +107,10 @@ def _accumulate(gradient, params, micro, accumulation: int):
     return jax.lax.scan(add, zeros, micro)[0]
 
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
+def _specs(specs: Any) -> tuple[Any, Any]:
+    """A tree of `_Spec`s, and the same along the axis `data` alone."""
+    found = jax.tree.map(_Spec, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return found, jax.tree.map(lambda spec: spec.along("data"), found)
 
 
 @dataclasses.dataclass(frozen=True)

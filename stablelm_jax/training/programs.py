@@ -25,6 +25,9 @@ from stablelm_jax.training.setup import Run, compute_of, lora_of, optimizer_and_
 from stablelm_jax.training.state import TrainState, shardings_of
 from stablelm_jax.training.step import StepFunction, make_train_step
 
+# What both sides of a preference pair take at least, on average, where no data says it.
+TOKENS_OF_A_PAIR = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -117,8 +120,7 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a batch (data/batches.py) with their shardings; for DPO, `reference` too.
 
-    `num_pairs`: P, the most preference pairs of a row; None where no data is there to tell, for a
-    number that is usual.
+    `num_pairs`: P, the most preference pairs of a row; None where no data is there to tell.
     """
     rows, length = config.data.batch_size, config.data.sequence_length
     place = sharding.batch_sharding(mesh)
@@ -131,10 +133,17 @@ def abstract_batch(
     }
     batch["source_ids"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
     if config.training.objective == "dpo":
-        pairs = (rows, num_pairs or max(1, length // 512))
+        pairs = (rows, num_pairs or pairs_of_a_row(config))
         batch["pair_ids"] = jax.ShapeDtypeStruct(pairs, jnp.int32, sharding=place)
         batch["reference"] = jax.ShapeDtypeStruct((*pairs, 2), jnp.float32, sharding=place)
     return batch
+
+
+def pairs_of_a_row(config: ConfigDict) -> int | None:
+    """P where no data is there to tell; None for objectives without pairs."""
+    if config.training.objective != "dpo":
+        return None
+    return max(1, config.data.sequence_length // TOKENS_OF_A_PAIR)
 
 
 def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:

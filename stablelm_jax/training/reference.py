@@ -54,11 +54,11 @@ _GIVE_BACK = (
 )
 
 
-class ReferenceError(ValueError):
+class BadReference(ValueError):
     """The reference cannot be computed, or is not that of this run."""
 
 
-class NoParent(ReferenceError):
+class NoParent(BadReference):
     """The weights that the run began with are not to be found."""
 
 
@@ -136,7 +136,7 @@ def prepare_reference(
       left: asked before each batch, on every process alike; whether to leave it.
 
     Raises:
-      ReferenceError: the parent is gone or another one, or a pair gets no finite value.
+      BadReference: the parent is gone or another one, or a pair gets no finite value.
     """
     reference, folder = run.reference, services.folder.path / "reference"
     problem = reference.load(folder) if distributed.is_first() else ""
@@ -157,7 +157,7 @@ def prepare_reference(
     finished = _compute(run, eval_step, lambda: own, left, save)
     save()
     if finished and reference.missing:
-        raise ReferenceError(f"{reference.missing} pairs lie in no row; prepare the data again")
+        raise BadReference(f"{reference.missing} pairs lie in no row; prepare the data again")
     return finished
 
 
@@ -236,7 +236,7 @@ def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], ba
     numbers_N, values_N2 = found["pair_ids"][there_BP], found["logps"][there_BP]
     if not np.isfinite(values_N2).all():
         odd = numbers_N[~np.isfinite(values_N2).all(axis=1)][0]
-        raise ReferenceError(
+        raise BadReference(
             f"pair {odd} of {'/'.join(name)} has no finite log-probability under "
             f"{run.data_position.parent}: look at that checkpoint, and at training.num_valid_ids"
         )
@@ -250,7 +250,7 @@ def _measured(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> dict[st
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ReferenceError(
+        raise BadReference(
             f"config.data.batch_size={run.spec.batch_size}: the devices have too little memory for "
             "the log-probabilities of so many rows, which are computed without gradients but, "
             "whatever training.accumulation is, all at once; use a smaller batch or more devices "
@@ -297,7 +297,7 @@ def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
       A sentence with the loss, which is ln 2 but for ipo, whose is 1 / (4 beta^2), and an SFT term.
 
     Raises:
-      ReferenceError: a log-probability is further from its reference than `TOLERANCE` allows.
+      BadReference: a log-probability is further from its reference than `TOLERANCE` allows.
     """
     sums = _measured(run, eval_step, params, batch)
     parts = sums.pop("parts")
@@ -308,7 +308,7 @@ def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
     if not off.max() <= tolerance:  # NaN too
         row, pair, side = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)
         source = list(run.sources)[parts["source_ids"][row]]
-        raise ReferenceError(
+        raise BadReference(
             f"before the first update the loss is {loss:.6f}, though nothing was learnt yet: pair "
             f"{parts['pair_ids'][row, pair]} of {source} has the log-probability "
             f"{logps[row, pair, side]:.4f}, its reference {expected[row, pair, side]:.4f}, further "

@@ -64,10 +64,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         params = state.params
-        if lora:  # small: they stay in float32 until they are added
-            params = sharding.gathered(params, jnp.float32, compute_shardings)
-        elif not fsdp:
-            params = sharding.gathered(params, compute.dtype, compute_shardings)
+        if lora or not fsdp:  # adapters are small, and stay in float32 until they are multiplied
+            dtype = jnp.float32 if lora else compute.dtype
+            params = sharding.gathered(params, dtype, compute_shardings)
         gradients, sums = gradient(params, batch, state.frozen)
         grad_norm = optax.tree.norm(gradients)
         loss = mean_loss(objective, sums)

@@ -5,24 +5,15 @@ import types
 import jax
 import numpy as np
 import pytest
+from small_models import GENERATES as MODEL
+from small_models import random_tensors
 
 from stablelm_jax.generation import generator as generators
 from stablelm_jax.generation import programs
 from stablelm_jax.generation.generator import Generator
-from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.transformer import init_params, logits
+from stablelm_jax.model.transformer import logits
 from stablelm_jax.parallel.mesh import make_mesh
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    num_layers=2,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    feed_forward_width=48,
-    rotary_fraction=0.5,
-    init_std=0.5,
-)
 # What each turn adds: one piece, more than one, a single token, several pieces.
 TURNS = [list(range(1, 21)), list(range(50)), [7], [3, 9] * 40]
 jitted_logits = jax.jit(logits, static_argnums=0)
@@ -30,10 +21,7 @@ jitted_logits = jax.jit(logits, static_argnums=0)
 
 @pytest.fixture(scope="module")
 def params():
-    """Random in every tensor, biases and norms too."""
-    fresh = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(1))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), fresh)
+    return random_tensors()
 
 
 @pytest.fixture

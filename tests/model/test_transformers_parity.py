@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from seeds import new_rng
+from transformers_models import their_model
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import logits
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 SMALL = dict(vocab_size=320, num_layers=3, width=64, num_heads=4, feed_forward_width=96)
 KINDS = {
@@ -68,22 +69,7 @@ def nested(flat):
 
 
 def peer(config, params):
-    model = transformers.StableLmForCausalLM(
-        transformers.StableLmConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.feed_forward_width,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            use_qkv_bias=config.qkv_bias,
-            qk_layernorm=config.qk_norm,
-            use_parallel_residual=config.parallel_residual,
-            layer_norm_eps=config.norm_epsilon,
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    )
+    model = their_model(config)
     missing, unexpected = model.load_state_dict(
         {name: torch.tensor(np.ascontiguousarray(v)) for name, v in peer_weights(config, params)},
         strict=False,

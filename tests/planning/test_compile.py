@@ -5,8 +5,9 @@ from tiny import tiny_config
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.parameters import count_parameters
-from stablelm_jax.planning.compile import DoesNotFit, compile_for, pairs_of_a_row
+from stablelm_jax.planning.compile import DoesNotFit, compile_for
 from stablelm_jax.planning.targets import parse_target
+from stablelm_jax.training.programs import pairs_of_a_row
 
 pytestmark = pytest.mark.aot
 

@@ -22,7 +22,7 @@ from stablelm_jax.model.parameters import nest
 from stablelm_jax.model.transformer import logits
 from stablelm_jax.run.signals import StopRequest
 from stablelm_jax.training import reference as reference_module
-from stablelm_jax.training.reference import Reference, ReferenceError
+from stablelm_jax.training.reference import BadReference, Reference
 from stablelm_jax.training.setup import prepare_run
 
 
@@ -222,7 +222,7 @@ def stopped(undisturbed, chats, parent, tmp_path):
 def test_a_parent_that_is_gone_is_named_where_the_reference_is_lost(stopped, tmp_path):
     workdir, go_on = stopped
     shutil.rmtree(workdir / "reference")
-    with pytest.raises(ReferenceError, match="gone.*give back WORKDIR/reference"):
+    with pytest.raises(BadReference, match="gone.*give back WORKDIR/reference"):
         go_on(**{"branch.parent": str(tmp_path / "gone/global_step0")})
 
 
@@ -230,7 +230,7 @@ def test_another_parent_is_refused(stopped, tmp_path):
     workdir, go_on = stopped
     shutil.rmtree(workdir / "reference")
     other = workdir / "checkpoints/global_step4"
-    with pytest.raises(ReferenceError, match="not the one that this run began with"):
+    with pytest.raises(BadReference, match="not the one that this run began with"):
         go_on(**{"branch.parent": str(other)})
 
 
@@ -267,7 +267,7 @@ def test_too_little_memory_for_a_whole_batch_is_told_with_what_helps(chats, pare
 
     run = prepare_run(run_config("dpo", chats, parent))
     (batch, *_) = run.packed_batches(CHOICES, "train")
-    with pytest.raises(ReferenceError, match="config.data.batch_size=8: .* use a smaller batch"):
+    with pytest.raises(BadReference, match="config.data.batch_size=8: .* use a smaller batch"):
         reference_module._score(run, too_large, {}, (CHOICES, "train"), batch)
 
 
@@ -296,7 +296,7 @@ def test_a_table_of_other_weights_is_found_out_before_the_first_update(
     for name in arrays.keys() - {"key"}:
         arrays[name] = arrays[name] * np.float32(1.001)
     np.savez(tmp_path / "reference/tables.npz", **arrays)
-    with pytest.raises(ReferenceError, match="before the first update the loss is .* of choices"):
+    with pytest.raises(BadReference, match="before the first update the loss is .* of choices"):
         train(run_config("dpo", chats, parent), tmp_path)
 
 

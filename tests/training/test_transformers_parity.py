@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from seeds import new_rng
 from tiny import bare_config, train
+from transformers_models import their_model
 
 from stablelm_jax import config as config_lib
 from stablelm_jax import convert
@@ -13,7 +14,7 @@ from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.training.setup import prepare_run
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.parity
 
@@ -23,23 +24,7 @@ def theirs(data, tmp_path_factory):
     """(model, folder): random weights, with biases and norms that are not at their beginning."""
     config = config_lib.model_config(bare_config(data))
     torch.manual_seed(int(new_rng().integers(2**31)))
-    model = transformers.StableLmForCausalLM(
-        transformers.StableLmConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.feed_forward_width,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            use_qkv_bias=True,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": config.rotary_theta,
-                "partial_rotary_factor": config.rotary_fraction,
-            },
-            attn_implementation="eager",
-        )
-    ).eval()
+    model = their_model(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp("hf")

@@ -13,6 +13,7 @@ import pytest
 from chats import MODEL, Document, packed
 from seeds import new_rng
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers_models import their_model as stablelm
 
 from stablelm_jax.interop.tensor_map import tensors
 from stablelm_jax.model.compute import Compute
@@ -85,22 +86,7 @@ def new_params(rng, near=None):
 
 
 def their_model(params):
-    model = transformers.StableLmForCausalLM(
-        transformers.StableLmConfig(
-            vocab_size=SIZES.vocab_size,
-            hidden_size=SIZES.width,
-            intermediate_size=SIZES.feed_forward_width,
-            num_hidden_layers=SIZES.num_layers,
-            num_attention_heads=SIZES.num_heads,
-            num_key_value_heads=SIZES.num_kv_heads,
-            partial_rotary_factor=SIZES.rotary_fraction,
-            use_qkv_bias=SIZES.qkv_bias,
-            layer_norm_eps=SIZES.norm_epsilon,
-            tie_word_embeddings=False,
-            use_cache=False,
-            pad_token_id=256,
-        )
-    )
+    model = stablelm(SIZES, use_cache=False, pad_token_id=256)
     weights = {t.name: t.theirs(params[t.ours]) for t in tensors(SIZES)}
     model.load_state_dict({k: torch.tensor(np.ascontiguousarray(v)) for k, v in weights.items()})
     return model.train()
