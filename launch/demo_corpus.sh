@@ -18,14 +18,6 @@ data=${1:-$root/data}
 downloads="$data/downloads"
 tokenizer="$data/tokenizer.json"
 
-prepare() { # SOURCE INPUT LICENCE LANGUAGE...
-    local source=$1 input=$2 licence=$3
-    shift 3
-    say "Preparing $source"
-    (cd "$root" && "$python" -m stablelm_jax.prepare --source "$source" --input "$input" \
-        --output "$data" --tokenizer "$tokenizer" --licence "$licence" "$@")
-}
-
 install --editable '.[demo,arcade100k]'
 mkdir -p "$downloads"
 languages=(en de es fr it nl pt)
@@ -47,11 +39,9 @@ done
 say 'Training a tokenizer of 8,192 tokens on them'
 (cd "$root" && "$python" -m stablelm_jax.train_tokenizer --rows 8192 --output "$tokenizer" \
     --input "${texts[@]}")
-for language in "${languages[@]}"; do
-    prepare "libreoffice_help_$language" "$downloads/libreoffice_help_$language.jsonl" MPL-2.0 \
-        --language "$language"
-done
-prepare stdlib_code "$downloads/stdlib_code.jsonl" PSF-2.0
+say 'Preparing the eight sources' # the recipe names the files that lie in downloads now
+(cd "$root" && "$python" -m stablelm_jax.prepare --recipe demo --source all --output "$data" \
+    --tokenizer "$tokenizer")
 
 say "The eight sources lie in $data. Train on them, in the checkout's folder:"
 printf '  %q -m stablelm_jax.train --config configs/demo_multilingual.py --workdir runs/demo' "$python"

@@ -8,6 +8,7 @@ tokenizer.
     python -m stablelm_jax.plan --config configs/stablelm_2_1_6b.py --target a100-40gb:64x8
     python -m stablelm_jax.plan --config F --target h200:1x8 --sweep  # which way to divide the step
     python -m stablelm_jax.plan --all      # every config of configs/launch, for its own target
+    python -m stablelm_jax.plan --recipe stablelm_2  # the data: download, core-hours, disk, epochs
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sweep", False, "Compile ways to divide a step; rank what fits by an estimate of its time."
     )
     flags.DEFINE_bool("all", False, "Every config of configs/launch, for its own target.")
+    flags.DEFINE_string("recipe", None, "The data instead: a recipe of `prepare`, or FILE.py.")
     config_lib.run(_plan, argv)
 
 
@@ -52,6 +54,8 @@ def _plan(argv: Sequence[str]) -> int:
     from stablelm_jax.planning.targets import TargetError, parse_target
 
     _check_together(given)
+    if given.recipe:
+        return _plan_recipe(given)
     if given.all:
         return report.plan_all()
     config = config_lib.config_from_flags(data=False)  # a plan reads none
@@ -84,6 +88,25 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
+def _plan_recipe(given: flags.FlagValues) -> int:
+    """The data of the run of `--config`, or of the recipe's own."""
+    from stablelm_jax.planning import recipe_costs
+    from stablelm_jax.preparation.recipes import config_path, load_recipe
+
+    try:
+        recipe = load_recipe(given.recipe)
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from error
+    if given.config is None and not recipe.config:
+        raise config_lib.ConfigError(f"--config: recipe {recipe.name} names none; write --config F")
+    own = given.config is None
+    config = (
+        config_lib.load(config_path(recipe)) if own else config_lib.config_from_flags(data=False)
+    )
+    recipe_costs.show(recipe, config)
+    return 0
+
+
 def _check_together(given: flags.FlagValues) -> None:
     """Nothing that was asked for is left out without a word."""
     if given.sweep and given.all:
@@ -94,7 +117,10 @@ def _check_together(given: flags.FlagValues) -> None:
             f"--{unused[0]}: has no effect with --sweep; leave it out, and run plan once more with "
             "the division that --sweep finds"
         )
-    if given.config is None and not given.all:
+    others = [name for name in ("target", "all", "sweep") if given[name].present]
+    if given.recipe and others:
+        raise config_lib.ConfigError(f"--{others[0]}: has no effect with --recipe; leave one out")
+    if given.config is None and not given.all and not given.recipe:
         raise config_lib.ConfigError("--config: is missing; write --config FILE.py, or --all")
 
 

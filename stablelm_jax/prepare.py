@@ -14,14 +14,13 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import os
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from stablelm_jax.run_verb import run_verb
 
@@ -35,17 +34,19 @@ from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
+from stablelm_jax.preparation import recipe_flags, together
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
+from stablelm_jax.preparation.finding import InputError
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
-from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
+from stablelm_jax.preparation.progress import progress
+from stablelm_jax.preparation.recipe_table import show
+from stablelm_jax.preparation.recipes import Recipe, load_recipe
 from stablelm_jax.run.console import make_console
 
-_POLL_SECONDS = 0.5
-_LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on
 _REASONS_SHOWN = 5
 _LOSS_WARNED_OF = 0.001
 
@@ -53,22 +54,113 @@ _LOSS_WARNED_OF = 0.001
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the verb; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     logger.remove()  # datatrove's messages stay in its files
-    flags = _parser().parse_args(arguments)
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    console = make_console(highlight=False, soft_wrap=True)
+    failures: list[_Failure] = []
+    try:
+        recipe = load_recipe(flags.recipe) if flags.recipe else None
+        if flags.list:
+            show(_listed(flags, recipe), console, in_full=bool(flags.source))
+            return 0
+        jobs = _jobs(parser, arguments, flags, recipe, failures)
+    except ValueError as error:
+        print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
     slurm = flags.slurm_partition, flags.slurm_time, dict(flags.slurm_option)
     executor = Executor(flags.executor, flags.workers, *slurm)
-    begun = False
-    try:
-        preparation = Preparation(_job(flags))
-        begun = True
-        with preparation.locked():
-            _prepare(preparation, executor, make_console(highlight=False, soft_wrap=True))
-    except (ValueError, OSError, TasksFailed) as error:
+    for group in together.groups(jobs):
+        failures += _prepare_group(group, executor, console)
+    missing = [each for each in failures if recipe and each.is_missing and not flags.inputs]
+    if missing:
+        names = [name for each in missing for name in each.sources]
+        console.print(recipe_flags.weights_without(recipe, names))
+    for failure in failures:
+        text = failure.text
+        if failure in missing:
+            text += f"; {recipe_flags.elsewhere(recipe, failure.sources[0], flags.origin)}"
+        print("prepare:", text, file=sys.stderr)
+    return max((failure.code for failure in failures), default=0)
+
+
+class _Failure(NamedTuple):
+    sources: tuple[str, ...]
+    code: int  # of the exit: 1 where it was begun, else 2
+    text: str
+    is_missing: bool  # nothing is to be read
+
+    @classmethod
+    def of(cls, sources: Sequence[str], error: Exception, begun: bool) -> _Failure:
         text = " ".join(str(error).splitlines())
         if begun and isinstance(error, OSError) and error.errno:  # of this process, not of a worker
             text += f"; {remedy(error)}"
-        print("prepare:", text, file=sys.stderr)
-        return 1 if begun else 2
-    return 0
+        is_missing = isinstance(error, InputError | recipe_flags.Unavailable) and not begun
+        return cls(tuple(sources), 1 if begun else 2, text, is_missing)
+
+
+def _jobs(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    flags: argparse.Namespace,
+    recipe: Recipe | None,
+    failures: list[_Failure],
+) -> list[Job]:
+    """A job for each source that is asked for; ValueError for what is wrong with the flags."""
+    names, jobs = flags.source or [], []
+    if recipe is None and len(names) > 1:
+        raise ValueError("--source: several only out of a --recipe; else one after the other")
+    for name in names if recipe is None else recipe_flags.names_asked(recipe, names):
+        try:
+            known = recipe_flags.filled(recipe, name, flags) if recipe else {}
+        except recipe_flags.Unavailable as error:
+            failures.append(_Failure.of([name], error, begun=False))
+            continue
+        # What is given by hand wins.
+        one = parser.parse_args(arguments, argparse.Namespace(**known))
+        one.source = name
+        jobs.append(_job(one))
+    if not (jobs or failures):
+        raise ValueError("--source: is missing; give its name")
+    return jobs
+
+
+def _listed(flags: argparse.Namespace, recipe: Recipe | None) -> Recipe:
+    """The recipe, or the sources of it that are named."""
+    if recipe is None:
+        raise ValueError("--list: of which recipe? --recipe stablelm_2 --list")
+    names = recipe_flags.names_asked(recipe, flags.source or [recipe_flags.ALL])
+    return dataclasses.replace(recipe, sources=tuple(map(recipe.source, names)))
+
+
+def _prepare_group(jobs: Sequence[Job], executor: Executor, console: Console) -> list[_Failure]:
+    """Prepares sources, those that lie in the same files in one read; returns what failed."""
+    names, begun, failures = [job.source for job in jobs], False, []
+    try:
+        preparations = [Preparation(job) for job in jobs]
+        begun = True
+        with contextlib.ExitStack() as locks:
+            for preparation in preparations:
+                locks.enter_context(preparation.locked())
+            if others := [each for each in preparations if len(jobs) > 1 and not each.finished()]:
+                _read_together(others, executor, console)
+            for preparation in preparations:
+                try:
+                    _prepare(preparation, executor, console)
+                except (ValueError, OSError, TasksFailed) as error:
+                    failures.append(_Failure.of([preparation.job.source], error, begun))
+    except (ValueError, OSError, TasksFailed) as error:
+        return [_Failure.of(names, error, begun)]
+    return failures
+
+
+def _read_together(
+    preparations: Sequence[Preparation], executor: Executor, console: Console
+) -> None:
+    together.begin(preparations)
+    names = ", ".join(preparation.job.source for preparation in preparations)
+    console.print(f"reading the files of {names} once")
+    with progress(preparations, console):
+        together.tokenize(preparations, executor)
 
 
 def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
@@ -82,13 +174,17 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     started = time.monotonic()
     resumed = preparation.begin()
     console.print(_plan(preparation, executor, resumed))
-    with _progress(preparation, console) as watch:
+    with progress([preparation], console) as watch:
         outputs = preparation.tokenize(executor)
     made = preparation.collate(outputs)
     console.print(_found(preparation))
     console.print(_table(made))
     console.print(f"held out: {preparation.plan.held_out.reason}")
     console.print(_rejected(preparation, made))
+    if found := made.provenance.get("keep"):
+        for name, counts in found.items():
+            listed = ", ".join(f"{value}: {count:,}" for value, count in counts.items())
+            console.print(f"{name.replace('_', ' ')} by --keep: {listed or 'none'}")
     if chats := made.provenance.get("conversations"):
         console.print(f"last rounds dropped, too long: {chats['rounds_dropped']:,}")
     console.print(_lost(**made.provenance["characters_lost"]))
@@ -127,72 +223,6 @@ def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
         f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
         + ("; going on with what was begun" if resumed else "")
     )
-
-
-class _Watch:
-    """Adds up the outputs as they appear: how much is done, and how fast since this call began."""
-
-    def __init__(self, preparation: Preparation):
-        self._folder, self._chunks = preparation.outputs, preparation.plan.chunks
-        self._outputs: dict[tuple[int, int], Output] = {}
-        self._finished: set[str] = set()
-        # What a killed worker left unfinished is done again.
-        self._started, self._before = time.monotonic(), self._look(unfinished=False)
-        self.new_bytes = 0  # bytes of text tokenised since this call began
-
-    def _look(self, *, unfinished: bool = True) -> tuple[float, int, int, int]:
-        """(share of the input, bytes of text, tokens, rejected records) that are done."""
-        for name in set(os.listdir(self._folder)) - self._finished:
-            if name.startswith(SCRATCH) and not unfinished:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # just begun, or just renamed
-                output = read_output(self._folder / name)
-                self._outputs[output.chunk, output.number] = output
-                if not name.startswith(SCRATCH):
-                    self._finished.add(name)
-        consumed, outputs = collections.Counter(), self._outputs.values()
-        for output in outputs:
-            size = self._chunks[output.chunk].size
-            done = size if output.last else min(output.consumed, size)
-            consumed[output.chunk] = max(done, consumed[output.chunk])
-        return (
-            consumed.total() / max(sum(chunk.size for chunk in self._chunks), 1),
-            sum(sum(output.text_bytes.values()) for output in outputs),
-            sum(sum(output.tokens.values()) for output in outputs),
-            sum(output.rejected for output in outputs),
-        )
-
-    def line(self) -> str:
-        """What is done, how fast, and how long the rest will take."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        share, text_bytes, tokens, rejected = self._look()
-        new_share, self.new_bytes = share - self._before[0], text_bytes - self._before[1]
-        line = f"tokenizing {share:.0%}, {self.new_bytes / 1e6 / seconds:.1f} MB/s"
-        line += f", {(tokens - self._before[2]) / seconds:,.0f} tokens/s"
-        if 0 < new_share and share < 1:
-            left = datetime.timedelta(seconds=round(seconds * (1 - share) / new_share))
-            line += f", {left} left"
-        return line + (f", {rejected:,} rejected" if rejected else "")
-
-    def show(self, console: Console, stop: threading.Event) -> None:
-        """Until `stop` is set, says it in place, or by a line now and then."""
-        with console.status("tokenizing") as status:
-            while not stop.wait(_POLL_SECONDS if console.is_terminal else _LINE_SECONDS):
-                status.update(self.line()) if console.is_terminal else console.print(self.line())
-        console.print(self.line())
-
-
-@contextlib.contextmanager
-def _progress(preparation: Preparation, console: Console) -> Iterator[_Watch]:
-    """Shows how far the tokenising is, whoever does it."""
-    watch, stop = _Watch(preparation), threading.Event()
-    thread = threading.Thread(target=watch.show, args=(console, stop), daemon=True)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _found(preparation: Preparation) -> Table:
@@ -248,14 +278,16 @@ def _parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     parser = argparse.ArgumentParser("stablelm prepare", description=__doc__.split(":")[0] + ".")
     add = parser.add_argument
-    add("--source", required=True, metavar="NAME", help="its name: lower case letters, digits, _")
+    add('--source', nargs='+', metavar='NAME',
+        help='its name: lower case letters, digits, _; with --recipe several of its names, or'
+        ' all')  # fmt: skip
     add_input_flags(parser, required=False)
     add('--adopt', nargs='+', metavar='PREFIX',
         help='in place of --input: what Megatron or NeoX tokenised, PREFIX.bin and PREFIX.idx, with'
         ' the --tokenizer named')  # fmt: skip
     add('--append-eod', action='store_true',
         help='with --adopt: documents that lack the token for their end get it')  # fmt: skip
-    add("--output", required=True, metavar="DATA", help="the source becomes DATA/NAME")
+    add("--output", metavar="DATA", help="the source becomes DATA/NAME")
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
         help='arcade100k (default), or a tokenizer.json')  # fmt: skip
     add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
@@ -282,9 +314,20 @@ def _parser() -> argparse.ArgumentParser:
         ' all')  # fmt: skip
     add('--allow-unread', action='store_true',
         help='go on where more than a tenth of the bytes found is not read as text')  # fmt: skip
+    add('--sample', type=int, metavar='N',
+        help='N documents alone, from the beginnings of files here and there: NAME_sample, a source'
+        ' to look at')  # fmt: skip
     add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
     add('--workers', type=int, default=cores, metavar='N',
         help='tasks at a time (default: the cores of this machine)')  # fmt: skip
+    known = parser.add_argument_group("sources that are known")
+    known.add_argument('--recipe', metavar='NAME_OR_FILE',
+        help='where the sources of a mixture lie, and how they are read: stablelm_2, demo, or your'
+        ' own FILE.py. It fills in what is not given by hand')  # fmt: skip
+    known.add_argument("--list", action="store_true", help="show the recipe's sources, do no more")
+    known.add_argument('--origin', metavar='N|substitute',
+        help='read another place than the first that --list shows')  # fmt: skip
+    parser.set_defaults(facts=None)
     slurm = parser.add_argument_group("SLURM (the output must be on a disk that all nodes share)")
     slurm.add_argument("--slurm-partition", default="", metavar="NAME")
     slurm.add_argument("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a job")
@@ -311,16 +354,24 @@ def _job(flags: argparse.Namespace) -> Job:
         (flags.adopt and flags.template, "--adopt: tokens have no conversations, no --template"),
         (
             flags.template
-            and Reading.of({**vars(flags), "format": "auto", "held_out_by": None}) != Reading(),
+            and Reading.of({**vars(flags), "format": "auto", "held_out_by": None, "keep": None})
+            != Reading(),
             "--template: conversations have keys of their own, no --text-key, --split-on",
         ),
         (flags.max_tokens is not None and not flags.template, "--max-tokens: with --template"),
         (flags.max_turns != MAX_TURNS and not flags.template, "--max-turns: with --template"),
         (flags.max_turns < 1, "--max-turns: from 1 up"),
         (flags.max_tokens is not None and flags.max_tokens < 1, "--max-tokens: from 1 up"),
-        (flags.adopt and reads_texts, "--adopt: no --format, --text-key, --split-on for tokens"),
+        (
+            flags.adopt and reads_texts,
+            "--adopt: no --format, --text-key, --split-on, --keep for tokens",
+        ),
+        (not flags.output, "--output: is missing; give the folder that is to hold the source"),
+        (flags.origin and not flags.recipe, "--origin: a place of a --recipe"),
+        (flags.sample is not None and flags.sample < 2, "--sample: from 2 documents up"),
+        (flags.sample and flags.adopt, "--adopt: tokens are taken whole, no --sample"),
         (not has_name, "--source: use lower case letters, digits and _, a letter first"),
-        ("://" in flags.output, "--output: shards are memory-mapped, give a local folder"),
+        ("://" in (flags.output or ""), "--output: shards are memory-mapped, give a local folder"),
         (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),
         (flags.shard_tokens < 1, "--shard-tokens: give a number from 1 up"),
         (flags.workers < 1, "--workers: give a number from 1 up"),
@@ -332,4 +383,7 @@ def _job(flags: argparse.Namespace) -> Job:
             raise ValueError(problem)
     fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
     fields |= {"inputs": flags.inputs or flags.adopt, "adopt": bool(flags.adopt)}
+    # Another name, and it is no source of the config: never taken for the whole.
+    fields |= {"source": f"{flags.source}_sample" if flags.sample else flags.source}
+    fields["recipe"] = flags.facts
     return Job(**{**fields, "provenance": dict(flags.provenance)})

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # what is imported below takes seconds, in which Ctr
 from stablelm_jax.preparation import chunks, inputs, streams
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.keeping import NotKept
 from stablelm_jax.storage.files import check_writable, replacing, write_json
 from stablelm_jax.storage.remote import described, is_url
 from stablelm_jax.tokenizer.train_tokenizer import train
@@ -63,6 +64,8 @@ class _Documents:
                 self.text_bytes += len(record.content.encode())
                 for start in range(0, len(record.content), _AT_ONCE):
                     yield record.content[start : start + _AT_ONCE]
+                continue
+            if isinstance(record.content, NotKept):
                 continue
             reason = record.content.reason
             place = f"{record.file.name}, line {record.line}"
@@ -107,6 +110,8 @@ def _train(flags: argparse.Namespace) -> None:
     inputs.check_split(flags.split_on, files)
     settings = {**vars(flags), "inputs": inputs.fingerprint(files)}
     del settings["output"]
+    if not settings["keep"]:  # as those of earlier releases
+        del settings["keep"]
     notes = flags.output.with_suffix(inputs.TRAINING_NOTES)
     if flags.output.is_file():
         if not notes.exists() or json.loads(notes.read_text(encoding="utf-8")) != settings:

@@ -33,16 +33,16 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 3681,
+    "preparation": 5117,
     "generation": 874,
     "evaluation": 1524,
     "interop": 1910,
-    "planning": 1298,
+    "planning": 1401,
     "reporting": 730,
     "drilling": 379,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 11694, 25_419
+CORE_WITHOUT_KERNELS, EVERYTHING = 11694, 27_043
 
 
 def files_of(room):

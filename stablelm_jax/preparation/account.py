@@ -81,6 +81,7 @@ class Account:
 
     ends: dict[str, list[int]]
     found: int = 0
+    read: str = "read as"  # of a sample other words
     unread: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -89,12 +90,13 @@ class Account:
         files: Iterable[InputFile],
         tallies: Iterable[Mapping[str, Tally]],
         left_out: Iterable[LeftOut],
+        read: str = "read as",
     ) -> Account:
         """The account of `files`, of whose records `tallies` count some each."""
         whole: dict[str, Tally] = collections.defaultdict(Tally)
         for path, tally in [item for each in tallies for item in each.items()]:
             whole[path] += tally
-        account = cls({})
+        account = cls({}, read=read)
         for file in files:
             account._add_file(file, whole[file.path])
         for item in left_out:
@@ -111,7 +113,7 @@ class Account:
         elif tally.rejected == tally.records:
             end = f"rejected: {reason_kind(tally.reason)}"
         else:
-            end = f"read as {file.kind}" + (f".{file.compression}" if file.compression else "")
+            end = f"{self.read} {file.kind}" + (f".{file.compression}" if file.compression else "")
         self._add(end, 1, size)
         self.found += size
         if unread := tally.unread(size):

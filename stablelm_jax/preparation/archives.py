@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import lzma
 import tarfile
 import zipfile
@@ -67,8 +68,9 @@ def _placed(place: str, records: Iterator[str | Rejected]) -> Iterator[str | Rej
     """The same records; what is rejected says where in the archive it lies."""
     try:
         for record in records:
-            is_text = isinstance(record, str)
-            yield record if is_text else Rejected(f"{record.reason} ({place})")
+            if isinstance(record, Rejected):
+                record = dataclasses.replace(record, reason=f"{record.reason} ({place})")
+            yield record
     except Damaged as error:
         yield Rejected(f"{error} ({place})")
 

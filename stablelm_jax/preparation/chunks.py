@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from stablelm_jax.preparation import readers, streams, tokenised
 from stablelm_jax.preparation.finding import InputFile
 from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.keeping import NotKept
 from stablelm_jax.preparation.tables import PARQUET_ERRORS
 from stablelm_jax.preparation.tokenised import TokenisedReader
 
@@ -27,6 +29,7 @@ _MAX_CHUNK_BYTES = 1 << 30
 _MIN_CHUNK_BYTES = 8 << 20
 _CHUNKS_PER_SOURCE = 64
 _THREADS = 16
+SAMPLE_PLACES = 8  # where a sample is read
 
 
 class Chunk(NamedTuple):
@@ -37,14 +40,15 @@ class Chunk(NamedTuple):
     start: int = 0
     end: int | None = None
     first: int = 0  # rows of the parquet file that lie before the range
+    limit: int | None = None  # documents to read at most, of a sample
 
 
 class Record(NamedTuple):
-    """A record of a chunk: where it lies, and its text or why there is none."""
+    """A record of a chunk: where it lies, and its text or why it gives none."""
 
     file: InputFile
     line: int  # from 1 on; in a byte range of a file it counts from the start of the range
-    content: str | streams.Rejected
+    content: str | streams.Rejected | NotKept
     consumed: int  # bytes of the chunk's files read so far
     left: int = 0  # bytes of its file, or of the range of it, that follow
 
@@ -71,6 +75,20 @@ def cut(files: Sequence[InputFile]) -> list[Chunk]:
             group.append(file)
             held += file.size
     return chunks + ([Chunk(tuple(group), held)] if group else [])
+
+
+def cut_sample(files: Sequence[InputFile], documents: int) -> list[Chunk]:
+    """Chunks of which so many documents are read in all, from places spread over the files."""
+    of_each = max(1, SAMPLE_PLACES // len(files))
+    places = [chunk for file in files for chunk in spread(cut([file]), of_each)]
+    shares = np.diff(np.linspace(0, documents, len(places) + 1).astype(int)).tolist()
+    return [chunk._replace(limit=share) for chunk, share in zip(places, shares) if share]
+
+
+def spread(items: Sequence, count: int) -> list:
+    """As many of the items, at even distances, the first one among them."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _ranges(file: InputFile, size: int) -> list[Chunk]:
@@ -108,7 +126,7 @@ def read_chunk(
     chunk: Chunk, reading: Reading, skip: int = 0, ids: TokenisedReader | None = None
 ) -> Iterator[Record]:
     """Every record of a chunk, in order, except the first `skip`; `ids` reads what is tokenised."""
-    meter = streams.Meter()
+    meter, documents = streams.Meter(), 0
     for file in chunk.files:
         if file.kind == tokenised.KIND:
             contents = ids.read(file.path, chunk.start, chunk.end, meter)
@@ -121,6 +139,9 @@ def read_chunk(
             else:
                 left = max(0, end - meter.consumed)
                 yield Record(file, line, content, meter.consumed, left)
+            documents += isinstance(content, str)
+            if documents == chunk.limit:
+                return
 
 
 def chunks_from_json(saved: list) -> list[Chunk]:

@@ -18,9 +18,19 @@ def add_input_flags(parser: argparse.ArgumentParser, *, required: bool = True) -
         ' holds for the files within')  # fmt: skip
     add('--text-key', default='text', metavar='KEY',
         help='key or column of the text (default text); a.b is b within a')  # fmt: skip
+    add('--keep', type=_keep, nargs='+', action='extend', metavar='KEY=PATTERN',
+        help='of records, only those whose value under KEY fits, as in source=OSCAR* (several keys:'
+        ' all must fit, several patterns of a key: one)')  # fmt: skip
     add('--split-on', type=_split_on, metavar='TEXT|blank-lines|64kB',
         help='cut each text file into documents: at a text such as "<|endoftext|>", at blank lines,'
         ' or at the line end before so many bytes')  # fmt: skip
+
+
+def _keep(text: str) -> list[str]:
+    key, equals, pattern = text.partition("=")
+    if not (key and equals and pattern):
+        raise argparse.ArgumentTypeError(f"{text}: write KEY=PATTERN, as in source=OSCAR*")
+    return [key, pattern]
 
 
 def _split_on(text: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from stablelm_jax.preparation.keeping import Keep
+
 FORMATS = (
     'auto', 'jsonl', 'json', 'parquet', 'arrow', 'csv', 'tsv', 'text', 'html', 'tar', 'zip', 'warc',
 )  # fmt: skip
@@ -37,10 +39,11 @@ class Reading(NamedTuple):
     split_on: str | None = None
     chat: Mapping | None = None  # the template, where records are conversations or pairs
     held_out_by: str | None = None
+    keep: Keep | None = None  # a source takes the records that fit
 
     @property
     def wants_records(self) -> bool:
-        return bool(self.chat or self.held_out_by)
+        return bool(self.chat or self.held_out_by or self.keep)
 
     @classmethod
     def of(cls, settings: Mapping) -> Reading:

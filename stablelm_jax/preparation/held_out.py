@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from stablelm_jax.preparation.chunks import Chunk, read_chunk
 from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.keeping import Keep, for_all, for_source
 from stablelm_jax.preparation.tokenised import TokenisedReader
 
 ENOUGH_DOCUMENTS = 50
@@ -71,25 +72,52 @@ def look(
 
     That is 256 MiB of text and 1,000 different documents, or 100,000 of them, or everything.
     """
-    found: dict[int, list[int]] = {}
-    text_bytes = earlier_bytes = 0
+    return look_at_several(chunks, reading, [reading.keep], usable, ids)[0]
+
+
+def look_at_several(
+    chunks: Sequence[Chunk],
+    reading: Reading,
+    keeps: Sequence[Keep | None],
+    usable: Callable[[str], bool] = lambda text: True,
+    ids: TokenisedReader | None = None,
+) -> list[Look]:
+    """The first look at several sources in the same files, one for each of `keeps`."""
+    reading, earlier_bytes = reading._replace(keep=for_all(keeps)), 0
+    seen = [_Beginning(keep) for keep in keeps]
     for chunk in chunks:
         for record in read_chunk(chunk, reading, ids=ids):
-            if not isinstance(record.content, str) or not usable(record.content):
-                continue
-            size = len(record.content.encode())
-            text_bytes += size
-            copies = found.setdefault(hash_of(record.content), [0, 0])
-            copies[0] += 1
-            copies[1] += size
-            is_long = text_bytes >= _LOOK_BYTES and len(found) >= _LOOK_DOCUMENTS
-            if is_long or len(found) >= _LOOK_DOCUMENTS_MOST:
-                consumed = earlier_bytes + record.consumed
-                # Some servers tell no size: then nothing is known of what follows.
-                total = max(consumed, sum(chunk.size for chunk in chunks))
-                return Look(found, consumed / total, whole=False)
+            for beginning in seen:
+                text = for_source(record.content, beginning.keep)
+                if beginning.looked is None and isinstance(text, str) and usable(text):
+                    beginning.add(text, earlier_bytes + record.consumed, chunks)
+            if all(beginning.looked for beginning in seen):
+                return [beginning.looked for beginning in seen]
         earlier_bytes += chunk.size
-    return Look(found)
+    return [beginning.looked or Look(beginning.found) for beginning in seen]
+
+
+class _Beginning:
+    """The beginning of a source; `looked` is set once it is long enough."""
+
+    looked: Look | None = None
+
+    def __init__(self, keep: Keep | None):
+        self.keep, self.text_bytes = keep, 0
+        self.found: dict[int, list[int]] = {}
+
+    def add(self, text: str, consumed: int, chunks: Sequence[Chunk]) -> None:
+        """Adds a document; `consumed`: bytes of the chunks read so far."""
+        size = len(text.encode())
+        self.text_bytes += size
+        copies = self.found.setdefault(hash_of(text), [0, 0])
+        copies[0] += 1
+        copies[1] += size
+        is_long = self.text_bytes >= _LOOK_BYTES and len(self.found) >= _LOOK_DOCUMENTS
+        if is_long or len(self.found) >= _LOOK_DOCUMENTS_MOST:
+            # Some servers tell no size: then nothing is known of what follows.
+            total = max(consumed, sum(chunk.size for chunk in chunks))
+            self.looked = Look(self.found, consumed / total, whole=False)
 
 
 def choose(seen: Look, fraction: float, by_topic: bool = False) -> HeldOutRule:

@@ -8,6 +8,7 @@ into a question mark, and hold a record in memory however large it is.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -18,8 +19,9 @@ import orjson
 
 from stablelm_jax.preparation import conversations, streams
 from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.keeping import NotKept, is_kept, value_text
 from stablelm_jax.preparation.streams import Blocks, Rejected, cut_at, peek, too_long
-from stablelm_jax.preparation.texts import Topical, decode, not_empty
+from stablelm_jax.preparation.texts import Noted, decode, not_empty
 
 _NAMES = {
     dict: 'object', list: 'array', str: 'string', int: 'number', float: 'number',
@@ -40,7 +42,8 @@ def read_json(blocks: Blocks, reading: Reading, *, lines: bool = False) -> Itera
     records = read_lines(blocks, reading) if is_lines else _parsed(values(blocks), reading)
     for number, record in enumerate(records):
         if number == 0 and not lines and isinstance(record, Rejected) and record != _EMPTY:
-            record = Rejected(f"{record.reason} (--format text takes the file as it is)")
+            reason = f"{record.reason} (--format text takes the file as it is)"
+            record = dataclasses.replace(record, reason=reason)
         yield record
 
 
@@ -64,8 +67,29 @@ def parse(data: bytes, reading: Reading) -> str | Rejected:
     return document(record, reading)
 
 
-def document(record: dict, reading: Reading) -> str | Rejected:
-    """The text of a record, or its conversation; with its topic, where one is asked for."""
+def document(record: dict, reading: Reading) -> str | Rejected | NotKept:
+    """The text of a record, or its conversation; a `Noted` one where more of it is asked for."""
+    if not reading.keep:
+        return _content(record, reading)
+    values = {key: _value(record, key) for key, _ in reading.keep}
+    if not is_kept(reading.keep, values):
+        return NotKept(values)
+    content = _content(record, reading)
+    if isinstance(content, Rejected):
+        return dataclasses.replace(content, values=values)
+    noted = content if isinstance(content, Noted) else Noted(content)
+    noted.values = values
+    return noted
+
+
+def _value(record: dict, key: str) -> str | None:
+    try:
+        return value_text(_reach(record, key))
+    except KeyError:
+        return None
+
+
+def _content(record: dict, reading: Reading) -> str | Rejected:
     text = conversations.canonical(record) if reading.chat else _text(record, reading.text_key)
     if isinstance(text, Rejected):
         return text
@@ -75,7 +99,7 @@ def document(record: dict, reading: Reading) -> str | Rejected:
         return Rejected("not Unicode: an unpaired surrogate (\\ud800 to \\udfff)")
     if not reading.held_out_by or not text.strip():
         return not_empty(text)
-    text = Topical(text)
+    text = Noted(text)
     try:
         text.topic = json.dumps(_reach(record, reading.held_out_by), sort_keys=True, default=str)
     except KeyError:
@@ -167,7 +191,7 @@ def are_records(head: bytes, reading: Reading) -> bool:
     whole = [value for value in values_seen if isinstance(value, bytes)]
     if not whole or not all(isinstance(_loads(value), dict) for value in whole):
         return False
-    return len(whole) == 2 or isinstance(parse(whole[0], reading), str)
+    return len(whole) == 2 or not isinstance(parse(whole[0], reading), Rejected)
 
 
 # cutting a stream into records

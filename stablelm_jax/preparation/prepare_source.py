@@ -19,11 +19,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from datatrove.pipeline.base import PipelineStep
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
-from stablelm_jax.preparation import chunks, held_out, inputs, streams, tokenize_chunk
+from stablelm_jax.preparation import chunks, held_out, inputs, keeping, streams, tokenize_chunk
 from stablelm_jax.preparation.account import Account, list_left_out
 from stablelm_jax.preparation.conversations import MAX_TURNS, ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
@@ -50,6 +51,10 @@ SHARD_TOKENS = 1 << 28
 
 _ALLOW_UNREAD = "--allow-unread"
 _CHARACTERS_SHOWN = 10
+_NOT_IN_THE_BYTES = (
+    'source', 'inputs', 'output', 'tokenizer', 'ranks', 'allow_unread', 'adopt', 'recipe',
+)  # fmt: skip
+_WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample")  # settings that the others lack
 
 
 class PreparationError(ValueError):
@@ -80,6 +85,9 @@ class Job:
     max_turns: int = MAX_TURNS
     max_tokens: int | None = None
     held_out_by: str | None = None
+    keep: list[list[str]] | None = None
+    sample: int | None = None  # documents that are read, in place of all
+    recipe: Mapping[str, Any] | None = None  # what a recipe says of the place, for the manifest
 
 
 class Preparation:
@@ -97,6 +105,7 @@ class Preparation:
 
     plan: Plan
     account: Account
+    look = staticmethod(held_out.look)  # of several sources in the same files, one for all
 
     def __init__(self, job: Job):
         self.job = job
@@ -128,9 +137,9 @@ class Preparation:
             "tokenizer_sha256": self.tokenizer.sha256,
             **dataclasses.asdict(job),
         }
-        for name in ("source", "inputs", "output", "tokenizer", "ranks", "allow_unread", "adopt"):
+        for name in _NOT_IN_THE_BYTES:
             del self._settings[name]
-        for name in ("append_eod", "held_out_by"):  # as those of earlier releases
+        for name in _WHERE_ASKED_FOR:  # as those of earlier releases
             if not self._settings[name]:
                 del self._settings[name]
         if self._settings.pop("template"):
@@ -141,7 +150,14 @@ class Preparation:
     def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
         if self.job.adopt:
             return find_tokenised(self.job.inputs, self._ids)
-        return inputs.find_files(self.job.inputs, self.job.format, left_out, self.job.tokenizer)
+        files = inputs.find_files(self.job.inputs, self.job.format, left_out, self.job.tokenizer)
+        if not self.job.sample:
+            return files
+        chosen = chunks.spread(files, chunks.SAMPLE_PLACES)
+        others = [file for file in files if file not in chosen]
+        if left_out is not None:
+            left_out += [LeftOut(file.name, "not in the sample", file.size) for file in others]
+        return chosen
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
@@ -162,7 +178,7 @@ class Preparation:
 
     def _differing(self, theirs: Mapping) -> list[str]:
         """The settings that are not `theirs`. Some are there only where they are asked for."""
-        names = dict.fromkeys([*self._settings, "chat", "held_out_by", "append_eod"])
+        names = dict.fromkeys([*self._settings, "chat", *_WHERE_ASKED_FOR])
         return [name for name in names if theirs.get(name) != self._settings.get(name)]
 
     def _compare(self, theirs: Mapping, what: str) -> None:
@@ -253,8 +269,9 @@ class Preparation:
             return True
 
         try:
-            cut = chunks.cut(self.files)
-            seen = held_out.look(cut, reading, count, self._ids)
+            sample = self.job.sample
+            cut = chunks.cut_sample(self.files, sample) if sample else chunks.cut(self.files)
+            seen = self.look(cut, reading, count, self._ids)
             kind = max(sorted(kinds), key=kinds.get, default="")
             if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
                 # The one or two that are held out must not be such that are refused.
@@ -282,17 +299,7 @@ class Preparation:
         if executor.kind == "local" and not (self._work / "logs" / "slurm_job").exists():
             for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*"):
                 shutil.rmtree(path)
-        job, name = self.job, self.job.tokenizer
-        # Workers may have another working directory.
-        name = os.path.abspath(name) if os.path.exists(name) else name
-        ranks = job.ranks and os.path.abspath(job.ranks)
-        step = TokenizeChunk(self._plan_path, self.outputs, name, ranks)
-        try:
-            executor.run(step, len(self.plan.chunks), self._work / "logs")
-        except TasksFailed as error:
-            self._look_again()  # a file that went away may be the reason
-            at = "; ".join(filter(None, map(self._place_of, error.killed)))
-            raise TasksFailed(f"{error}" + (f". It was at work near {at}" if at else "")) from error
+        self.run(executor, self.step(), "logs")
         self._look_again()
         outputs = []
         for chunk in range(len(self.plan.chunks)):
@@ -305,7 +312,8 @@ class Preparation:
         self._list_rejected(outputs)
         list_left_out(self.directory / "left_out.jsonl", self.left_out)
         self._check_documents(outputs)
-        self.account = Account.of(self.files, [each.files for each in outputs], self.left_out)
+        read = "read from its beginnings as" if self.job.sample else "read as"
+        self.account = Account.of(self.files, [each.files for each in outputs], self.left_out, read)
         if (refusal := self.account.refusal()) and not self.job.allow_unread:
             raise PreparationError(
                 f"{refusal}; all is listed in {self.directory} (rejected.jsonl, left_out.jsonl);"
@@ -313,6 +321,23 @@ class Preparation:
                 " is kept"
             )
         return outputs
+
+    def step(self) -> TokenizeChunk:
+        """What a worker does for this source."""
+        job, name = self.job, self.job.tokenizer
+        # Workers may have another working directory.
+        name = os.path.abspath(name) if os.path.exists(name) else name
+        ranks = job.ranks and os.path.abspath(job.ranks)
+        return TokenizeChunk(self._plan_path, self.outputs, name, ranks)
+
+    def run(self, executor: Executor, step: PipelineStep, logs: str) -> None:
+        """Runs a step for every chunk; TasksFailed, with the place if it is known, if one fails."""
+        try:
+            executor.run(step, len(self.plan.chunks), self._work / logs)
+        except TasksFailed as error:
+            self._look_again()  # a file that went away may be the reason
+            at = "; ".join(filter(None, map(self._place_of, error.killed)))
+            raise TasksFailed(f"{error}" + (f". It was at work near {at}" if at else "")) from error
 
     def _place_of(self, process: int) -> str:
         """Where in the input a local worker was, which was killed."""
@@ -372,6 +397,10 @@ class Preparation:
                 problem = f"no usable document to {side}; change --held-out {self.job.held_out:g}"
             elif not self.job.template:
                 problem += "; add documents, or cut long texts: --split-on blank-lines, or 64kB"
+        elif self.job.keep and not any(output.kept for output in outputs):
+            problem = f"no record is kept by --keep {' '.join(map('='.join, self.job.keep))}"
+            seen = keeping.total(output.not_kept for output in outputs)
+            problem += f"; there are: {', '.join(seen) or 'no records at all'}"
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"
         else:
@@ -417,6 +446,8 @@ class Preparation:
                 "held_out": self.plan.held_out._asdict(),
                 "characters_lost": self.characters_lost(outputs),
                 **self._conversations(outputs),
+                **self._kept(outputs),
+                **({"recipe": job.recipe} if job.recipe else {}),
             },
             rejected=self.reasons.total(),
             kind=self.plan.settings.get("kind", "text"),
@@ -441,6 +472,14 @@ class Preparation:
         trained = {split: sum(output.trained[split] for output in outputs) for split in SPLITS}
         counts = {"rounds_dropped": sum(output.rounds_dropped for output in outputs)}
         return {"conversations": {"trained_tokens": trained, **counts}}
+
+    def _kept(self, outputs: list[Output]) -> dict[str, Any]:
+        """Records that --keep has kept and not kept, by their values."""
+        if not self.job.keep:
+            return {}
+        names = ("kept", "not_kept")
+        counts = {n: keeping.total(getattr(each, n) for each in outputs) for n in names}
+        return {"keep": counts}
 
     def _split(self, split: str, outputs: list[Output]) -> Split:
         """Moves the shards of a split to the folder of the source, numbered in order."""

@@ -15,7 +15,7 @@ import itertools
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 import fsspec
@@ -44,6 +44,8 @@ class Rejected:
     """A record that gives no document, and why; what it quotes of a file is made real text."""
 
     reason: str
+    # As those of a `Noted` text.
+    values: Mapping[str, str | None] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "reason", shown(self.reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import io
 import itertools
 from collections.abc import Iterator
@@ -91,8 +92,9 @@ def _rows(batch: pa.RecordBatch, steps: list[str], reading: Reading) -> Iterator
     rows.validate(full=True)
     for row in rows.to_pylist():
         text = document(row, reading)
-        is_long = isinstance(text, str) and len(text) > streams.MAX_DOCUMENT_BYTES
-        yield too_long() if is_long else text
+        if isinstance(text, str) and len(text) > streams.MAX_DOCUMENT_BYTES:
+            text = dataclasses.replace(too_long(), values=getattr(text, "values", None))
+        yield text
 
 
 def _texts(batch: pa.RecordBatch, steps: list[str], text_key: str) -> Iterator[str | Rejected]:
@@ -122,8 +124,8 @@ def _columns(schema: pa.Schema, reading: Reading) -> list[str] | Rejected:
     steps = [] if reading.chat else _steps(schema, reading.text_key)
     if isinstance(steps, Rejected) or not reading.wants_records:
         return steps
-    topic = reading.held_out_by or ""
-    wanted = {*(KEYS if reading.chat else steps[:1]), topic, topic.split(".")[0]}
+    keys = [reading.held_out_by or "", *(key for key, _ in reading.keep or ())]
+    wanted = {*(KEYS if reading.chat else steps[:1]), *keys, *(key.split(".")[0] for key in keys)}
     return [name for name in names if name in wanted]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from stablelm_jax.preparation import streams
 from stablelm_jax.preparation.formats import HEAD, Reading, why_no_text
@@ -29,10 +29,16 @@ def not_empty(text: str) -> str | Rejected:
     return Rejected("empty document") if not text or text.isspace() else text
 
 
-class Topical(str):
-    """A document whose `topic` decides whether it is held out: all of a topic are on one side."""
+class Noted(str):
+    """A document with what its record says of it beside the text.
+
+    Attributes:
+      topic: decides whether it is held out, where it is set: all of a topic are on one side.
+      values: what stands under the keys of `--keep`, where they are asked for.
+    """
 
     topic: str
+    values: Mapping[str, str | None]
 
 
 def read_text(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:

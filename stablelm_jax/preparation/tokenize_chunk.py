@@ -26,7 +26,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, rea
 from stablelm_jax.preparation.conversations import ChatEncoder, Documents
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import HeldOutRule, hash_of
+from stablelm_jax.preparation.keeping import NotKept, count, for_all, for_source
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.preparation.tokenised import TokenisedReader, TokenisedText
 from stablelm_jax.storage.files import flush_to_disk, write_json
@@ -79,6 +80,7 @@ class Output:
         tokenizer loses.
       trained, rounds_dropped: tokens that are trained of conversations, and last rounds of them
         that were left out because they were too long.
+      kept, not_kept: records of a source and of others in its files, by their value under --keep.
     """
 
     chunk: int
@@ -96,6 +98,8 @@ class Output:
     lost: dict[str, int] = dataclasses.field(default_factory=dict)
     trained: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     rounds_dropped: int = 0
+    kept: dict[str, int] = dataclasses.field(default_factory=dict)
+    not_kept: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add_sample(self, text: str, lost: Mapping[str, int]) -> None:
         """Counts the characters of a text, and those of them that the tokenizer loses."""
@@ -136,14 +140,17 @@ class OutputWriter:
         self._counts = np.zeros(vocab_size, np.int64)
         self._record_due = 0.0
 
-    def add(self, record: Record, made: Documents | Rejected) -> bool:
+    def add(self, record: Record, made: Documents | Rejected | NotKept) -> bool:
         """Takes a record; False, and nothing is taken, where it would make a shard too long.
 
         Args:
           made: its documents, which lie in one shard; or why there are none.
         """
         output = self.output
-        if isinstance(made, Rejected):
+        values = getattr(record.content, "values", None)
+        if isinstance(made, NotKept):
+            count(output.not_kept, values)
+        elif isinstance(made, Rejected):
             row = {"file": record.file.name, "line": record.line, "reason": made.reason}
             self._rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
             output.rejected += 1
@@ -158,6 +165,8 @@ class OutputWriter:
             output.trained[split] += sum(last - first for s in made.spans for first, last in s)
             output.rounds_dropped += made.rounds_dropped
             self._waiting[split].append(made)
+        if values and not isinstance(made, NotKept):
+            count(output.kept, values)
         reason = made.reason if isinstance(made, Rejected) else None
         output.files.setdefault(record.file.path, Tally()).add(reason, record.left)
         output.records += 1
@@ -227,44 +236,99 @@ class TokenizeChunk(PipelineStep):
         self.plan, self.outputs, self.tokenizer, self.ranks = plan, outputs, tokenizer, ranks
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        done = outputs_of_chunk(self.outputs, rank)
-        if done and done[-1].last:
-            return
-        plan, tokenizer = _loaded(self.plan, self.tokenizer, self.ranks)
-        chats = ChatEncoder.of(plan.settings, tokenizer)
+        tokenize([self], rank)
 
-        def writer_after(earlier: Output) -> OutputWriter:
-            number, records, consumed = earlier.number + 1, earlier.records, earlier.consumed
-            output = Output(rank, number, records, consumed)
-            return OutputWriter(self.outputs, output, plan, tokenizer.vocab_size)
 
-        earlier = done[-1] if done else Output(rank, number=-1)
-        writer = writer_after(earlier)
-        ids = TokenisedReader(tokenizer, plan.settings.get("append_eod", False))
-        records = read_chunk(plan.chunks[rank], Reading.of(plan.settings), earlier.records, ids)
-        for batch in _batches(records):
-            if batch:
-                is_large = sum(map(_characters, batch)) > 2 * _BATCH_CHARACTERS
-                writer.note_place(_place(plan.chunks[rank], batch[-1]), at_once=is_large)
-            contents = [documents_of(record.content, tokenizer, chats) for record in batch]
-            for record, made in zip(batch, contents):
-                number = writer.output.records
-                if not writer.add(record, made):
-                    writer.close(last=False)
-                    writer = writer_after(writer.output)
-                    writer.add(record, made)
-                is_read = isinstance(made, Documents) and not isinstance(made.text, TokenisedText)
-                if number % _SAMPLED_EVERY < _SAMPLED and is_read:
-                    text = made.text[:_SAMPLED_CHARACTERS]
-                    writer.output.add_sample(text, tokenizer.lost_characters(text))
-            writer.flush()
-        writer.close(last=True)
+class TokenizeTogether(PipelineStep):
+    """datatrove task r does the tasks r of several sources that lie in the same files, in one read.
+
+    The sources differ in what they keep, by the same keys. Each gets the outputs that its own task
+    would have made, so either may go on with what the other began.
+    """
+
+    name = "shards of a chunk, of several sources"
+    type = "TOKENIZER"
+
+    def __init__(self, steps: Sequence[TokenizeChunk]):
+        super().__init__()
+        self.steps = steps
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        tokenize(self.steps, rank)
+
+
+def tokenize(steps: Sequence[TokenizeChunk], rank: int) -> None:
+    """Makes the outputs of chunk `rank` that are not there yet, of each of the steps' sources."""
+    tasks = [task for step in steps if not (task := _Task(step, rank)).is_done]
+    if not tasks:
+        return
+    for task in tasks:
+        task.begin()
+    plan, tokenizer = tasks[0].plan, tasks[0].tokenizer
+    reading = Reading.of(plan.settings)
+    reading = reading._replace(keep=for_all([task.keep for task in tasks]))
+    ids = TokenisedReader(tokenizer, plan.settings.get("append_eod", False))
+    number = min(task.writer.output.records for task in tasks)
+    for batch in _batches(read_chunk(plan.chunks[rank], reading, number, ids)):
+        for task in tasks:
+            task.take(batch[max(task.writer.output.records - number, 0) :])
+        number += len(batch)
+    for task in tasks:
+        task.writer.close(last=True)
+
+
+class _Task:
+    """A chunk of one source: which outputs of it are there, and the writer of the next one."""
+
+    writer: OutputWriter
+
+    def __init__(self, step: TokenizeChunk, rank: int):
+        self.step, self.rank = step, rank
+        done = outputs_of_chunk(step.outputs, rank)
+        self._earlier = done[-1] if done else Output(rank, number=-1)
+        self.is_done = self._earlier.last
+
+    def begin(self) -> None:
+        """Opens the output after the last one that is finished."""
+        self.plan = _plan(self.step.plan)
+        self.tokenizer = _tokenizer(self.step.tokenizer, self.step.ranks)
+        self._chats = ChatEncoder.of(self.plan.settings, self.tokenizer)
+        self.keep = self.plan.settings.get("keep")
+        self.writer = self._writer_after(self._earlier)
+
+    def _writer_after(self, earlier: Output) -> OutputWriter:
+        number, records, consumed = earlier.number + 1, earlier.records, earlier.consumed
+        output = Output(self.rank, number, records, consumed)
+        return OutputWriter(self.step.outputs, output, self.plan, self.tokenizer.vocab_size)
+
+    def take(self, batch: Sequence[Record]) -> None:
+        """Writes the documents of the next records, which may be other sources' too."""
+        if batch:
+            is_large = sum(map(_characters, batch)) > 2 * _BATCH_CHARACTERS
+            place = _place(self.plan.chunks[self.rank], batch[-1])
+            self.writer.note_place(place, at_once=is_large)
+        contents = [for_source(record.content, self.keep) for record in batch]
+        found = [documents_of(content, self.tokenizer, self._chats) for content in contents]
+        for record, made in zip(batch, found):
+            number = self.writer.output.records
+            if not self.writer.add(record, made):
+                self.writer.close(last=False)
+                self.writer = self._writer_after(self.writer.output)
+                self.writer.add(record, made)
+            is_read = isinstance(made, Documents) and not isinstance(made.text, TokenisedText)
+            if number % _SAMPLED_EVERY < _SAMPLED and is_read:
+                text = made.text[:_SAMPLED_CHARACTERS]
+                self.writer.output.add_sample(text, self.tokenizer.lost_characters(text))
+        self.writer.flush()
+
+
+# Loaded once a process: a worker runs many tasks.
+_plan = functools.lru_cache(maxsize=32)(Plan.read)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(plan: pathlib.Path, tokenizer: str, ranks: str | None) -> tuple[Plan, Tokenizer]:
-    """Loaded once a process: a worker runs many tasks."""
-    return Plan.read(plan), load_tokenizer(tokenizer, ranks=ranks)
+def _tokenizer(name: str, ranks: str | None) -> Tokenizer:
+    return load_tokenizer(name, ranks=ranks)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -294,16 +358,16 @@ def _place(chunk: Chunk, record: Record) -> str:
 
 
 def documents_of(
-    text: str | Rejected, tokenizer: Tokenizer, chats: ChatEncoder | None
-) -> Documents | Rejected:
+    text: str | Rejected | NotKept, tokenizer: Tokenizer, chats: ChatEncoder | None
+) -> Documents | Rejected | NotKept:
     """The documents of a record, a text where there are no `chats`; or why there are none."""
-    if isinstance(text, Rejected):
+    if not isinstance(text, str):
         return text
     if chats:
         return chats.documents(text)
     if isinstance(text, TokenisedText):
         return Documents([text.ids], [], text)
-    text = str(text)  # without its topic
+    text = str(text)  # without what is noted of it
     try:
         tokens = tokenizer.encode_document(text)
     except TokenizerError as error:

@@ -1,13 +1,11 @@
 """launch/demo_corpus.sh, with apt-get, dpkg and Python replaced by ones that take notes."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
-from stablelm_jax import config as config_lib
+from stablelm_jax.preparation.recipes import load_recipe
 
-ROOT = Path(__file__).parents[2]
 APT = """#!/bin/sh
 printf '["apt-get", "%s"]\\n' "$*" >>"$FAKE_LOG"
 for last; do :; done
@@ -27,17 +25,17 @@ def value(call, flag):
     return call[call.index(flag) + 1]
 
 
-def test_it_prepares_the_sources_of_its_config_each_help_with_its_language(debian):
+def test_it_leaves_the_files_that_its_recipe_names_and_prepares_all_of_them(debian):
     done = debian.run("launch/demo_corpus.sh", "the data")
     assert done.returncode == 0, done.stderr
-    calls = {value(call, "--source"): call for call in debian.calls("stablelm_jax.prepare")}
-    config = config_lib.load(ROOT / "configs" / "demo_multilingual.py")
-    assert set(calls) == set(config.data.weights)
-    for source, call in calls.items():
-        assert value(call, "--output") == str(debian.elsewhere / "the data")
-        assert value(call, "--licence") == "PSF-2.0" if source == "stdlib_code" else "MPL-2.0"
-        if source != "stdlib_code":
-            assert value(call, "--language") == source[-2:]
+    data = str(debian.elsewhere / "the data")
+    (call,) = debian.calls("stablelm_jax.prepare")
+    assert (value(call, "--recipe"), value(call, "--source")) == ("demo", "all")
+    assert value(call, "--output") == data
+    places = [source.origins[0].inputs[0] for source in load_recipe("demo").sources]
+    named = {place.replace("{output}", data) for place in places}
+    written = {value(call, "--output") for call in debian.calls("launch/corpora/html_text.py")}
+    assert named == written | {f"{data}/downloads/stdlib_code.jsonl"}
     assert str(debian.elsewhere / "the data").replace(" ", "\\ ") in done.stdout.splitlines()[-1]
 
 

@@ -4,6 +4,7 @@ Run by the tests of `prepare` in its place. Workers import the main module of th
 starts them, so what is set here holds in all of them.
 
 Environment:
+  CHUNKS_BYTES: of a chunk (default 40,000).
   CHUNKS_DELAY: seconds of sleep before and after each rename (default 0).
   CHUNKS_KILL_WORKER: a file; the first worker that finishes an output while it is there removes
     it and kills itself.
@@ -18,7 +19,7 @@ import time
 from stablelm_jax import prepare
 from stablelm_jax.preparation import chunks, tokenize_chunk
 
-chunks._MIN_CHUNK_BYTES = 40_000
+chunks._MIN_CHUNK_BYTES = int(os.environ.get("CHUNKS_BYTES", "40000"))
 chunks._CHUNKS_PER_SOURCE = 10**9
 
 _DELAY = float(os.environ.get("CHUNKS_DELAY", "0"))

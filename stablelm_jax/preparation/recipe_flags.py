@@ -1,0 +1,113 @@
+"""What a recipe fills in for `prepare`, and what to do where a source of it cannot be had."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from stablelm_jax.preparation.recipes import (
+    GONE,
+    SUBSTITUTE,
+    Origin,
+    Recipe,
+    RecipeSource,
+    config_path,
+)
+from stablelm_jax.storage.remote import as_path, why_not_there
+
+ALL = "all"
+
+
+class Unavailable(ValueError):
+    """A source of a recipe that cannot be read from the place that is asked for."""
+
+
+def names_asked(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The names after `--source`; ValueError where the recipe has no such source."""
+    if list(names) == [ALL]:
+        return [source.name for source in recipe.sources]
+    return [recipe.source(name).name for name in names]
+
+
+def filled(recipe: Recipe, name: str, flags: argparse.Namespace) -> dict[str, Any]:
+    """Flag -> value, of all that a recipe knows better than the defaults of `prepare`.
+
+    Raises:
+      Unavailable: nothing is at the place, or what lists its files cannot be read.
+    """
+    source = recipe.source(name)
+    place = _place(source, flags.origin)
+    origin = source.origins[place - 1]
+    facts = {key: getattr(origin, key) for key in ("state", "likely", "certainty")}
+    by_hand = {"inputs": "given by hand"} if flags.inputs else {}
+    return {
+        "inputs": flags.inputs or _inputs(name, origin, flags.output),
+        "format": origin.format,
+        "text_key": origin.text_key,
+        "split_on": origin.split_on,
+        "languages": list(source.languages),
+        "licence": origin.licence,
+        "facts": {"name": recipe.name, "source": name, "place": place, **facts, **by_hand},
+        # argparse would add what is given by hand to these, not put it in their place.
+        "keep": None if flags.keep else [list(pair) for pair in origin.keep] or None,
+    }
+
+
+def _place(source: RecipeSource, asked: str | None) -> int:
+    """The number of the place that `--origin` asks for, the first one by default."""
+    numbers = {str(number): number for number, _ in enumerate(source.origins, 1)}
+    for number, origin in reversed([*enumerate(source.origins, 1)]):
+        numbers |= {SUBSTITUTE: number} if origin.state == SUBSTITUTE else {}
+    if (asked or "1") not in numbers:
+        known = ", ".join(f"{n} ({origin.state})" for n, origin in enumerate(source.origins, 1))
+        raise ValueError(f"--origin {asked}: the places of {source.name} are {known}")
+    return numbers[asked or "1"]
+
+
+def _inputs(name: str, origin: Origin, output: str | None) -> list[str]:
+    if origin.state == GONE:
+        raise Unavailable(f"{name}: {origin.note or 'gone'}")
+    if not origin.listed:
+        return [written.replace("{output}", output or "{output}") for written in origin.inputs]
+    url, pattern = origin.listed
+    try:
+        lines = as_path(url).read_bytes().decode().split()
+    except FileNotFoundError as error:
+        raise Unavailable(f"{name}: {url}: {why_not_there(error)}") from error
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{name}: {error}") from error
+    if not (found := fnmatch.filter(lines, pattern)):
+        raise Unavailable(f"{name}: {url} lists no file that fits {pattern}")
+    return found
+
+
+def elsewhere(recipe: Recipe, name: str, asked: str | None) -> str:
+    """What to do where a source cannot be had from the place that was asked for."""
+    source = recipe.source(name)
+    tried = _place(source, asked)
+    places = [*enumerate(source.origins, 1)]
+    others = [str(n) for n, origin in places if n != tried and origin.state != GONE]
+    take = f"take another place, --origin {' or '.join(others)}; " if others else ""
+    return f"{take}read a copy of yours, --input; or train without it, with the weights above"
+
+
+def weights(recipe: Recipe) -> dict[str, float]:
+    """Source -> weight in the recipe's config; by the tokens that were reported if it has none."""
+    if not recipe.config:
+        return {source.name: float(source.tokens) for source in recipe.sources}
+    from stablelm_jax.config import load  # a second, which few need
+
+    return load(config_path(recipe)).data.weights.to_dict()
+
+
+def weights_without(recipe: Recipe, missing: Sequence[str]) -> str:
+    """The flags that train without these sources, the weights of the others adding up to 1."""
+    left = {name: w for name, w in weights(recipe).items() if name not in missing}
+    whole = sum(left.values())
+    if not whole:
+        return ""
+    now = dict.fromkeys(missing, 0.0) | {name: weight / whole for name, weight in left.items()}
+    flags = " \\\n".join(f"  --config.data.weights.{name}={now[name]:.5f}" for name in now)
+    return f"The weights without {', '.join(missing)}, for the command line of train:\n{flags}"
