@@ -82,6 +82,13 @@ def _mixture(config: ConfigDict, data: bool) -> None:
                 refuse(config, key, f"{why}; give a weight of 0 or more")
         if stage and not any(stage.values()):
             refuse(config, key, f"from step {step} on all weights are 0; give one above 0")
+    if config.data.skip:
+        from stablelm_jax.data.skipping import parse_skip  # slow, as `is_source_name` is
+
+        try:
+            parse_skip(config.data.skip)
+        except ValueError as error:
+            refuse(config, "data.skip", str(error))
 
 
 def _tokenizer(config: ConfigDict) -> None:

@@ -82,6 +82,9 @@ TREE = {
         "tokenizer": Field("arcade100k"),  # or the path of a tokenizer.json
         "weights": {},  # source name -> weight; only their ratios matter; 0 leaves a source out
         "stages": Field(""),  # later weights: 'STEP:a=0.7,b=0.3; STEP:b=1'
+        # Not trained on: 'SOURCE:rows:FIRST-LAST' or 'SOURCE:documents:FIRST-LAST', as inspect_data
+        # counts them.
+        "skip": Field(()),
         "check_shards": Field(True),  # on resuming, read shards whose time of change differs
         "sequence_length": Field(4096, least=1),  # tokens of a row
         "batch_size": Field(int, least=1),  # rows of the whole job in one step

@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Self
 
 import grain
@@ -33,6 +34,7 @@ from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture, SelectionMap
 from stablelm_jax.data.packing import PackedRow, PackedSources
 from stablelm_jax.data.rows import Row, TokenStream, token_stream, train_rows
+from stablelm_jax.data.skipping import LeftOut, leave_out
 
 Batch = dict[str, np.ndarray]
 
@@ -70,12 +72,13 @@ def train_batches(
     process_count: int = 1,
     prefetch: int = 2,
     packed: PackedSources | None = None,
+    left_out: Mapping[str, LeftOut] = MappingProxyType({}),
 ) -> BatchIterator:
     """This process's part of the batches from global row `start_row` on, without end.
 
     Batch n of the job is the global rows [start_row + n * batch_size, + batch_size); process p of
-    P takes the p-th of its P equal parts. Row i depends on the data, the sequence length, the seed
-    and the mixture alone, so neither hosts nor restarts change it.
+    P takes the p-th of its P equal parts. Row i depends on the data, the sequence length, the seed,
+    the mixture and what is `left_out` of it alone: neither hosts nor restarts change it.
 
     `prefetch` batches are made ahead, by a thread for every two of them; 0 makes them in `next`. A
     thread reads the B rows of its batch one by one: a step waits for slow storage where
@@ -104,6 +107,10 @@ def train_batches(
         packed = packed or PackedSources({name: sources[name] for name in mixture.sources}, spec)
         datasets = [packed[name, "train"].shuffled() for name in mixture.sources]
         batch_of = functools.partial(collate_packed, spec=spec, pairs=packed.most_pairs)
+    make, skips = batch_of, [left_out.get(name) for name in mixture.sources]
+    if left_out:
+        # A row of either kind ends with its number in its source.
+        batch_of = lambda rows: leave_out(make(rows), [row[-1] for row in rows], skips)  # noqa: E731
     mixed = grain.MapDataset.select_from_datasets(datasets, selection)
     return BatchIterator(mixed.batch(rows, batch_fn=batch_of), prefetch)
 

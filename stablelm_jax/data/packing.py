@@ -118,13 +118,17 @@ class PackedRows:
 
     def segments(self, row: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         """Of each segment of a row: tokens [n], which targets count, bool [n - 1], first token."""
-        for item in self.items(row).tolist():
-            for segment in range(item * self._sides, (item + 1) * self._sides):
-                first = int(self._firsts[segment])
-                last = first + int(self._places[segment]) + 1
-                # A target counts that lies behind an odd number of edges.
-                edges_before = np.searchsorted(self._edges, np.arange(first + 1, last), "right")
-                yield self.stream.read(first, last), edges_before % 2 == 1, first
+        for first, places in self.extents(row):
+            last = first + places + 1
+            # A target counts that lies behind an odd number of edges.
+            edges_before = np.searchsorted(self._edges, np.arange(first + 1, last), "right")
+            yield self.stream.read(first, last), edges_before % 2 == 1, first
+
+    def extents(self, row: int) -> list[tuple[int, int]]:
+        """First token and number of places of each segment of a row."""
+        segments = self.items(row)[:, None] * self._sides + np.arange(self._sides)
+        segments = segments.ravel()
+        return list(zip(self._firsts[segments].tolist(), self._places[segments].tolist()))
 
     def fill(self, row: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes a row over the arrays of an empty one, [T] each."""

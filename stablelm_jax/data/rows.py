@@ -26,10 +26,11 @@ MAX_TABLE = 65_536
 
 
 class Row(NamedTuple):
-    """`tokens` int32 [S + 1] and the index of the source they come from."""
+    """`tokens` int32 [S + 1], the index of the source they come from, the row's number there."""
 
     tokens: np.ndarray
     source: int
+    number: int
 
 
 class TokenStream:
@@ -76,7 +77,7 @@ class SourceRows(grain.MapDataset[Row]):
     def __init__(self, source: Source, sequence_length: int, source_index: int = 0):
         super().__init__()
         self.stream = token_stream(source, "train")
-        self._stride, self._index = sequence_length, source_index
+        self.length, self._index = sequence_length, source_index
         self._rows = (self.stream.num_tokens - 1) // sequence_length
         if self._rows < 1:
             raise ValueError(
@@ -90,8 +91,13 @@ class SourceRows(grain.MapDataset[Row]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        start = index % self._rows * self._stride
-        return Row(self.stream.read(start, start + self._stride + 1), self._index)
+        number = index % self._rows
+        ((start, places),) = self.extents(number)
+        return Row(self.stream.read(start, start + places + 1), self._index, number)
+
+    def extents(self, row: int) -> list[tuple[int, int]]:
+        """First token and number of places of each part of a row: it is a single one."""
+        return [(row * self.length, self.length)]
 
 
 def source_seed(seed: int, name: str) -> int:

@@ -61,6 +61,7 @@ def _decisions(run: Run) -> dict[str, str]:
         f"in {config.training.num_steps:,} steps",
         "learning rate": f"{config.schedule.kind}: peak {config.schedule.peak:g}, "
         f"warmup {config.schedule.warmup_steps:,}, N {config.schedule.total_steps:,}",
+        **({"left out": ", ".join(config.data.skip)} if config.data.skip else {}),
         "tokenizer": f"{run.tokenizer.name}, sha256 {run.tokenizer.sha256[:12]}",
         "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}{_cached(run)}",
     }

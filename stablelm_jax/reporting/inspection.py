@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import grain
 import numpy as np
@@ -14,6 +15,7 @@ from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import SourceRows, shuffled, source_seed
 from stablelm_jax.data.shards import Shard
+from stablelm_jax.data.skipping import LeftOut
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -52,6 +54,7 @@ class RowPlace:
       epoch: how often the source had been read to its end before.
       source_row: its number in the source, in the order of the shards; there are `source_rows`.
       documents: what its sequence_length tokens belong to, in order.
+      left_out: how many of these tokens `data.skip` leaves out.
     """
 
     row: int
@@ -60,6 +63,7 @@ class RowPlace:
     source_row: int
     source_rows: int
     documents: tuple[Document, ...]
+    left_out: int = 0
 
 
 def places(
@@ -69,8 +73,9 @@ def places(
     spec: BatchSpec,
     tokenizer: Tokenizer,
     packed: PackedSources | None = None,
+    left_out: Mapping[str, LeftOut] = MappingProxyType({}),
 ) -> Iterator[RowPlace]:
-    """The places of some rows of the mixture; `packed` is that of the run.
+    """The places of some rows of the mixture; `packed` and `left_out` are those of the run.
 
     Raises:
       ShardError, ManifestError: a shard is missing or damaged.
@@ -81,7 +86,18 @@ def places(
         name = mixture.sources[number]
         if name not in read:
             read[name] = _SourceReader(sources[name], spec, tokenizer, packed)
-        yield read[name].place(row, index)
+        place = read[name].place(row, index)
+        skipped = left_out[name].places(place.source_row) if name in left_out else None
+        yield place if skipped is None else dataclasses.replace(place, left_out=int(skipped.sum()))
+
+
+def parts_of(
+    tokenizer: Tokenizer, tokens: np.ndarray, trained: np.ndarray
+) -> tuple[tuple[str, bool], ...]:
+    """`Document.parts`; `trained`, bool [tokens], says which of them are targets that count."""
+    cuts = np.flatnonzero(np.diff(trained)) + 1
+    texts = [tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
+    return tuple(zip(texts, trained[[0, *cuts]].tolist()))
 
 
 class _SourceReader:
@@ -119,10 +135,7 @@ class _SourceReader:
         kind = "piece" if self._kind == "text" else self._kind.removesuffix("s")
         names = [f"{kind} {i:,}{side}" for i in self._packed.items(row) for side in sides]
         for name, (tokens, counts, first) in zip(names, self._packed.segments(row)):
-            trained = np.append(False, counts)
-            cuts = np.flatnonzero(np.diff(trained)) + 1
-            texts = [self._tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
-            parts = tuple(zip(texts, trained[[0, *cuts]].tolist()))
+            parts = parts_of(self._tokenizer, tokens, np.append(False, counts))
             yield self._document(first, tokens, bool(np.isin(first, opening)), name, parts)
 
     def _document(

@@ -80,6 +80,26 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
     _save(figure, path)
 
 
+def draw_documents(found: Mapping[str, Any], path: Path) -> None:
+    """Draws `documents.statistics` into a PNG: lengths, bytes a token, languages."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    lengths, ratios, languages = figure.subplots(1, 3)
+    for axes, key, what in (
+        (lengths, "tokens_a_document", f"Documents of {found['source']}, by tokens from"),
+        (ratios, "bytes_a_token", "Of a sample, by bytes a token from"),
+    ):
+        counts = found[key]["histogram"]
+        axes.bar([f"{least:g}" for least in counts], counts.values(), color="C0")
+        axes.set(ylabel="documents", title=what)
+        axes.tick_params(axis="x", rotation=60)
+    told = found["languages"] or {"not told": 0}
+    languages.barh(list(told)[:12][::-1], list(told.values())[:12][::-1], color="C1")
+    languages.set(xlabel="documents", title="Of a sample, by language")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     """Writes a figure, with a grid, as the PNG `path`."""
     for axes in figure.axes:

@@ -77,6 +77,7 @@ class Progress:
       loss_sums: `LossSums.state()` at the last save, or None.
       config_changes: what was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
       wandb_id: the run at Weights & Biases, or None.
+      left_out: tokens of each source in these rows that `data.skip`, as it was then, left out.
       lora_parent: {"parent", "parent_hash"}: the checkpoint with the weights under the adapters.
     """
 
@@ -86,7 +87,21 @@ class Progress:
     loss_sums: dict[str, Any] | None = None
     config_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     wandb_id: str | None = None
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     lora_parent: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def move(self, run: Run, steps: int) -> None:
+        """Counts so many steps more, or fewer, and their rows."""
+        rows = self.rows_consumed + steps * run.spec.batch_size
+        span, sign = sorted((self.rows_consumed, rows)), 1 if steps > 0 else -1
+        for name, tokens in run.left_out_tokens(*span).items():
+            self.left_out[name] = self.left_out.get(name, 0) + sign * tokens
+        self.step, self.rows_consumed = self.step + steps, rows
+
+    def ledger(self, run: Run) -> dict[str, int]:
+        """Tokens of each source so far, without what was left out."""
+        given = run.tokens_by_source(self.rows_consumed)
+        return {name: tokens - self.left_out.get(name, 0) for name, tokens in given.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +147,7 @@ def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions
         path = store.folder / checkpoint_name(step)
         beginning, error = None, None
         try:
-            beginning = _resumed(config, path, services, options)
+            beginning = resume(config, path, services, options)
         except DamagedCheckpoint as caught:
             error = caught
         if not distributed.anywhere(error is not None):
@@ -277,10 +292,11 @@ def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
     raise CheckpointError(f"{workdir}: holds no checkpoint that can be read")
 
 
-def _resumed(
-    config: ConfigDict, path: Any, services: Services, options: ResumeOptions
-) -> Beginning:
-    """Raises DamagedCheckpoint, or another ValueError where config, data and run do not fit."""
+def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOptions) -> Beginning:
+    """The run of `config` as it stands at its own checkpoint `path`; writes events and no more.
+
+    Raises DamagedCheckpoint, or another ValueError where config, data and run do not fit.
+    """
     saved = read_run(path)
     if "config" not in saved:
         remedy = "no run can go on from it; move it away"
@@ -337,6 +353,7 @@ def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState,
     progress = Progress(**{key: saved[key] for key in keys})
     progress.config_changes = list(saved.get("config_changes", []))
     progress.wandb_id = saved.get("wandb_id")
+    progress.left_out = dict(saved.get("left_out", {}))
     state = from_arrays(run.abstract, arrays, step, guard)
     if run.lora:
         state = dataclasses.replace(state, frozen=_under_adapters(run, path, saved, progress))
@@ -369,14 +386,16 @@ def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) ->
     """A checkpoint's item `run`: enough to go on, and to use the weights without the run."""
     chat = {"chat": run.chat.to_json()} if run.chat else {}
     lora = {"lora": run.lora.to_json() | progress.lora_parent} if run.lora else {}
+    left_out = {"left_out": progress.left_out} if progress.left_out else {}
     return (
         run.identity()
         | chat
         | lora
+        | left_out
         | {
             "step": progress.step,
             "rows_consumed": progress.rows_consumed,
-            "tokens": run.tokens_by_source(progress.rows_consumed),
+            "tokens": progress.ledger(run),
             "train_seconds": progress.train_seconds,
             "loss_sums": loss_sums,
             "guard": guard_to_json(state.guard),

@@ -93,8 +93,7 @@ def _rewind(trainer: Trainer, stopped: Stopped) -> None:
     trainer.state = _rewound(trainer.state, steps)
     run = trainer.run
     trainer.losses = LossSums(run.objective, list(run.sources), stopped.before)
-    progress.step = stopped.step
-    progress.rows_consumed -= steps * trainer.run.spec.batch_size
+    progress.move(run, -steps)
 
 
 def _rewound(state: TrainState, steps: int) -> TrainState:

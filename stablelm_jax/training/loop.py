@@ -144,8 +144,7 @@ class Trainer:
         batch = sharding.put_batch(next(batches), self.run.mesh)
         self._meter.wait_seconds += time.monotonic() - began
         self.state, metrics = self._programs.step(self.state, batch)
-        self.progress.step += 1
-        self.progress.rows_consumed += self.run.spec.batch_size
+        self.progress.move(self.run, 1)
         self.services.watchdog.step(self.progress.step, metrics["grad_norm"])
         self.losses.add(self.progress.step, metrics)
         self._meter.steps += 1
@@ -171,7 +170,7 @@ class Trainer:
             "step": self.progress.step,
             "time": time.time(),
             **means,
-            **self._meter.line(scalars, self.progress.rows_consumed),
+            **self._meter.line(scalars, self.progress),
         }
         self.services.log.write(line)
         return line

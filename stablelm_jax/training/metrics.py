@@ -12,6 +12,7 @@ import numpy as np
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.run.metrics import finite
+from stablelm_jax.training.begin import Progress
 from stablelm_jax.training.objectives import Objective, means, sum_names
 from stablelm_jax.training.setup import Run
 
@@ -124,18 +125,19 @@ class Meter:
         self._run = run
         self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
 
-    def line(self, scalars: Mapping[str, Any], rows: int) -> dict[str, Any]:
-        """The part of a line after `rows` rows; starts again from zero.
+    def line(self, scalars: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """The part of a line after `progress`; starts again from zero.
 
         `scalars`: those of the step's metrics, on the host.
         """
-        ledger = self._run.tokens_by_source(rows)
+        ledger = progress.ledger(self._run)
+        given = self._run.tokens_by_source(progress.rows_consumed)
         line = {
             **{key: scalars[key].item() for key in _SCALARS},
             "tokens_seen": sum(ledger.values()),
             **{f"tokens/{name}": tokens for name, tokens in ledger.items()},
             **{
-                f"epochs/{name}": ledger[name] / tokens
+                f"epochs/{name}": given[name] / tokens
                 for name, tokens in self._run.tokens_per_epoch.items()
             },
             **self._speed(),

@@ -95,24 +95,25 @@ def lower_step(
 
     `num_pairs`: see `abstract_batch`.
     """
-    model, parallel, training = config_lib.model_config(config), config.parallel, config.training
     optimizer, abstract = optimizer_and_state(config, mesh)
     step = make_train_step(
-        model,
+        config_lib.model_config(config),
         optimizer,
         make_schedule(config.schedule),
         mesh,
         abstract,
         objective=make_objective(config, num_sources),
-        compute=compute_of(config),
-        zero1=parallel.zero1,
-        fsdp=parallel.fsdp,
-        lora=lora_of(config),
-        float32_reduce=parallel.float32_reduce,
-        accumulation=training.accumulation,
-        guard={**config.guard, "stop_after": training.stop_after_skipped},
+        accumulation=config.training.accumulation,
+        guard={**config.guard, "stop_after": config.training.stop_after_skipped},
+        **gradient_options(config),
     )
     return step.lower(abstract, abstract_batch(config, mesh, num_pairs))
+
+
+def gradient_options(config: ConfigDict) -> dict[str, Any]:
+    """What `make_state_gradient` takes from `config`, but for objective and accumulation."""
+    options = {name: config.parallel[name] for name in ("zero1", "fsdp", "float32_reduce")}
+    return options | {"compute": compute_of(config), "lora": lora_of(config)}
 
 
 def abstract_batch(

@@ -28,6 +28,7 @@ from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.data.rows import token_stream
 from stablelm_jax.data.shard_cache import ShardCache
+from stablelm_jax.data.skipping import LeftOut, open_skip
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Lora
@@ -57,6 +58,7 @@ class Run:
     mixture: Mixture
     spec: BatchSpec
     packed: PackedSources | None  # None where rows are concatenated
+    left_out: Mapping[str, LeftOut]  # by `data.skip`
     optimizer: optax.GradientTransformation
     compute: Compute
     abstract: TrainState
@@ -148,9 +150,15 @@ class Run:
         return self.data_position.first_row(self.config.training.num_steps, self.spec.batch_size)
 
     def tokens_by_source(self, rows: int) -> dict[str, int]:
-        """The ledger: tokens each source has given in the first `rows` rows of the mixture."""
+        """Tokens that each source has in the first `rows` rows of the mixture, left out or not."""
         seen = self.mixture.rows_before(rows)
         return {name: int(n) * self.spec.sequence_length for name, n in zip(self.sources, seen)}
+
+    def left_out_tokens(self, first: int, last: int) -> dict[str, int]:
+        """How many of these `data.skip` leaves out of the rows [first, last) of the mixture."""
+        spans = zip(self.sources, self.mixture.rows_before(first), self.mixture.rows_before(last))
+        kept = {name: range(*span) for name, *span in spans if name in self.left_out}
+        return {name: self.left_out[name].tokens(drawn) for name, drawn in kept.items()}
 
     def batches(self, start_row: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's share of each batch from row `start_row` on, for DPO with "reference"."""
@@ -163,6 +171,7 @@ class Run:
             process_count=self.share[1],
             prefetch=self.config.data.prefetch_batches,
             packed=self.packed,
+            left_out=self.left_out,
         )
         return batches if self.reference is None else self.reference.joined(batches, "train")
 
@@ -228,6 +237,7 @@ def prepare_run(
     sources = open_data(config, tokenizer, mixture.sources)
     _check_kinds(config, sources)
     spec = spec_of(config, tokenizer)
+    packed = pack(sources, spec, held_out=config.evaluation.every > 0)
     return Run(
         config=config,
         model=model,
@@ -237,7 +247,8 @@ def prepare_run(
         data_position=data_position,
         mixture=mixture,
         spec=spec,
-        packed=pack(sources, spec, held_out=config.evaluation.every > 0),
+        packed=packed,
+        left_out=left_out_of(config, sources, spec, packed),
         optimizer=optimizer,
         compute=compute_of(config),
         abstract=abstract,
@@ -324,6 +335,17 @@ def pack(sources: Mapping[str, Source], spec: BatchSpec, held_out: bool) -> Pack
                 " prepare the source again, with more in it, or leave it out of data.weights"
             )
     return packed
+
+
+def left_out_of(
+    config: ConfigDict, sources: Mapping[str, Source], spec: BatchSpec, packed: PackedSources | None
+) -> dict[str, LeftOut]:
+    """What `data.skip` leaves out of each source; ConfigError: something that is not there."""
+    skip, length = config.data.skip, spec.sequence_length
+    try:
+        return open_skip(skip, sources, length, spec.seed, packed)
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config.data.skip={skip!r}: {error}") from error
 
 
 def mixture_of(config: ConfigDict, data_position: DataPosition) -> Mixture:
