@@ -19,7 +19,7 @@ VERBS = {
     "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
     "runs": "the tree of runs and their branches below a folder, their curves in one picture",
-    "inspect_data": "the documents that a step was made of",
+    "inspect_data": "the documents of a step, what each did to its loss; those of a source",
     "evaluate": "held-out loss of a checkpoint, or the benchmarks of lm-eval",
     "generate": "text from a checkpoint",
     "convert": "checkpoints from and to Hugging Face and GGUF, each checked as it is written",

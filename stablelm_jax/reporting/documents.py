@@ -12,15 +12,17 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from stablelm_jax.data.manifest import Source, open_shard, open_sources
+from stablelm_jax.data.manifest import Source, open_shard, open_sources, read_manifest
 from stablelm_jax.data.shards import ShardInfo, read_spans
 from stablelm_jax.reporting.inspection import Document, parts_of
-from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from stablelm_jax.storage.remote import as_path
+from stablelm_jax.tokenizer.tokenizer import ARCADE100K, Tokenizer, load_tokenizer
 
 MAX_SHARDS, MAX_TOKENS = 256, 16_384
 GRAM = 8  # tokens of a run that is looked for again
@@ -79,52 +81,46 @@ def open_source(root: str, name: str, tokenizer: str | None) -> tuple[Source, To
     """A source, and the tokenizer that it was prepared with, which may lie beside it.
 
     Raises:
-      ValueError: it is missing or damaged, or its tokenizer is not to be found.
+      ValueError: one of them is missing or damaged, or they do not belong together.
     """
-    source, errors = open_sources(root, [name])[name], []
-    made_by = source.manifest.tokenizer
-    for place in [tokenizer] if tokenizer else [made_by.name, f"{root}/tokenizer.json"]:
-        try:
-            found = load_tokenizer(place)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
-        if found.sha256 == made_by.sha256:
-            return source, found
-        errors.append(f"{place} is another one")
-    raise ValueError(
-        f"{source.directory}: the tokenizer that it was prepared with is not to be found "
-        f"({'; '.join(errors)}); name it with --tokenizer"
-    )
+    place = tokenizer or read_manifest(as_path(root) / name).tokenizer.name
+    beside = Path(root) / "tokenizer.json"
+    if not tokenizer and place != ARCADE100K and not Path(place).exists() and beside.exists():
+        place = str(beside)
+    found = load_tokenizer(place)
+    return open_sources(root, [name], tokenizer=found)[name], found
 
 
 def sample(source: Source, size: int, longest: int, seed: int) -> Sample:
     """Draws `size` train documents, the same at every call, and finds so many of the longest."""
     rng, infos = np.random.default_rng(seed), source.manifest.train.shards
     before = np.cumsum([0, *(info.documents for info in infos)]).tolist()
-    chosen = np.sort(rng.permutation(len(infos))[:MAX_SHARDS]).tolist()
+
+    @functools.lru_cache(maxsize=1)
+    def opened(place: int) -> Any:
+        return open_shard(source.directory / infos[place].file, infos[place])
+
+    def found(place: int, within: int) -> Found:
+        first, last = opened(place).document_offsets[within : within + 2].tolist()
+        ids = opened(place).read(first, min(last, first + MAX_TOKENS))
+        return Found(before[place] + within, infos[place], within, first, last - first, ids)
+
+    full = [place for place, info in enumerate(infos) if info.documents]
+    chosen = np.sort(rng.permutation(full)[:MAX_SHARDS]).tolist()
     total = sum(infos[place].documents for place in chosen)
     wanted, seen = np.sort(rng.choice(total, min(size, total), replace=False)), 0
     octaves, drawn, best = np.zeros(48, np.int64), [], []
     for place in chosen:
-        info = infos[place]
-        found = functools.partial(_found, source, info, before[place])
-        shard = open_shard(source.directory / info.file, info)
-        lengths = np.diff(shard.document_offsets)
+        count = infos[place].documents
+        lengths = np.diff(opened(place).document_offsets)
         octaves += np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1, minlength=48)
-        own = wanted[(wanted >= seen) & (wanted < seen + info.documents)] - seen
-        drawn += [found(shard, within) for within in own.tolist()]
-        top = np.argsort(-lengths, kind="stable")[:longest].tolist()
-        best += [found(shard, within) for within in top]
-        best = heapq.nlargest(longest, best, key=lambda document: document.tokens)
-        seen += info.documents
-    return Sample(len(chosen), octaves, best, [drawn[n] for n in rng.permutation(len(drawn))])
-
-
-def _found(source: Source, info: ShardInfo, before: int, shard: Any, within: int) -> Found:
-    first, last = shard.document_offsets[within : within + 2].tolist()
-    ids = shard.read(first, min(last, first + MAX_TOKENS))
-    return Found(before + within, info, within, first, last - first, ids)
+        own = wanted[(wanted >= seen) & (wanted < seen + count)] - seen
+        drawn += [found(place, within) for within in own.tolist()]
+        top = np.argpartition(-lengths, min(longest, count - 1))[:longest].tolist()
+        best += [(int(lengths[within]), place, within) for within in top]
+        best, seen = heapq.nlargest(longest, best), seen + count
+    shuffled = [drawn[number] for number in rng.permutation(len(drawn))]
+    return Sample(len(chosen), octaves, [found(*where) for _, *where in best], shuffled)
 
 
 def choose(
@@ -227,7 +223,7 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table | str]:
         counts, name = found[key]["histogram"], key.replace("_", " ")
         table = Table(f"{name}, from", f"documents of the {of}", "")
         for least, count in counts.items():
-            table.add_row(f"{least:,}", f"{count:,}", "█" * -(-40 * count // max(counts.values())))
+            table.add_row(f"{least:,}", f"{count:,}", "█" * -(-24 * count // max(counts.values())))
         yield table
     table = Table("of the sample", *_QUANTILES)
     for key in ("tokens_a_document", "bytes_a_token", "repeated_share"):

@@ -65,6 +65,7 @@ def test_what_reads_no_data_needs_no_tokenizer_and_no_source():
     [
         ("seed", -1, "0 to 4294967295"),
         ("seed", 2**32, "0 to 4294967295"),
+        ("data__skip", ("web:row",), "names no rows or documents; write 'SOURCE:rows:FIRST-LAST'"),
         ("model__width", 130, "multiple of model.num_heads"),
         ("model__num_kv_heads", 3, "divisor of 4"),
         ("model__rotary_fraction", 0.1, "even number"),

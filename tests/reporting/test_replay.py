@@ -34,10 +34,6 @@ NAMES = sorted(f"counting:documents:{number}" for number in BAD)
 SKIP = tuple(f"counting:rows:{number}" for number in BAD)  # document N is row N
 
 
-def everything(_):
-    return True
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Documents that count on by two; those of BAD are noise."""
@@ -53,8 +49,8 @@ def root(tmp_path_factory):
 
 
 def config(root, **overrides):
-    changed = {"training.num_steps": STEPS, "checkpoint.every": 12, **overrides}
-    changed |= {"schedule.total_steps": 100, "schedule.warmup_steps": 1}
+    changed = {"training.num_steps": STEPS, "schedule.total_steps": 100, **overrides}
+    changed |= {"checkpoint.every": 36, "checkpoint.save_initial": False}
     return bare_config(root, sources={"counting": 1.0}, **changed)
 
 
@@ -73,7 +69,7 @@ def skipped(root, tmp_path_factory):
 def test_a_replay_is_the_run_bit_for_bit_and_puts_the_bad_documents_first(spiked):
     workdir, seen = spiked
     assert seen[SPIKE] > seen[SPIKE - 1] + 1
-    found = replay(str(workdir), SPIKE, everything)
+    found = replay(str(workdir), SPIKE)
     assert found.restored == "global_step36" and found.compared == [37, 38, 39, 40, 41]
     assert not found.differences and found.loss == seen[SPIKE]
     assert sorted(share.skip for share in found.shares[:3]) == NAMES
@@ -104,7 +100,7 @@ def test_without_the_documents_there_is_no_spike_and_all_other_rows_stay(spiked,
     assert lines[-1]["tokens_seen"] == (STEPS * 8 - 3) * 32
     # What is left out was passed: the next epoch begins where it would with it.
     assert lines[-1]["epochs/counting"] == STEPS * 8 * 32 / (DOCUMENTS * 32)
-    assert replay(str(skipped[0]), SPIKE, everything).differences == {}
+    assert replay(str(skipped[0]), SPIKE).differences == {}
 
 
 def test_leaving_out_is_a_change_to_be_accepted_and_resumes_exactly(root, skipped, tmp_path):
@@ -126,10 +122,10 @@ def test_leaving_out_is_a_change_to_be_accepted_and_resumes_exactly(root, skippe
 
 
 def test_a_step_before_the_oldest_checkpoint_is_refused_with_what_there_is(spiked):
-    with pytest.raises(ValueError, match=r"step 3 lies before its checkpoints.*there are \[24, 36"):
-        replay(str(spiked[0]), 3, everything)
+    with pytest.raises(ValueError, match=r"step 3 lies before its checkpoints.*there are \[36, 44"):
+        replay(str(spiked[0]), 3)
     with pytest.raises(ValueError, match="step 45 .* has not been done"):
-        replay(str(spiked[0]), 45, everything)
+        replay(str(spiked[0]), 45)
 
 
 @pytest.mark.by_hand
@@ -142,7 +138,7 @@ def test_conversations_and_pairs_are_replayed_too(tmp_path, objective):
     source = {"sft": TALKS, "dpo": CHOICES}[objective]
     run = bare_config(root, sources={source: 1.0}, **settings)
     assert train(run, tmp_path / "run")[0] == 0
-    found = replay(str(tmp_path / "run"), 11, everything)  # the next line is that of step 12
+    found = replay(str(tmp_path / "run"), 11)  # the next line is that of step 12
     assert found.compared == [12] and not found.differences
     assert sum(share.part for share in found.shares) == pytest.approx(found.loss, rel=1e-4)
     assert max(share.grad_norm for share in found.shares) < 2 * found.grad_norm
@@ -151,4 +147,4 @@ def test_conversations_and_pairs_are_replayed_too(tmp_path, objective):
     worst = found.shares[0].skip
     again = bare_config(root, sources={source: 1.0}, **settings, **{"data.skip": (worst,)})
     assert train(again, tmp_path / "again")[0] == 0
-    assert worst not in [s.skip for s in replay(str(tmp_path / "again"), 11, everything).shares]
+    assert worst not in [s.skip for s in replay(str(tmp_path / "again"), 11).shares]
