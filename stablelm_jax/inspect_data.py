@@ -25,7 +25,7 @@ from stablelm_jax.run_verb import end_after_interrupt, run_verb
 if __name__ == "__main__":  # what is imported below takes a moment, in which Ctrl-C may come
     end_after_interrupt("inspect_data: interrupted; the rows end here")
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _inspect(argv: Sequence[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
     given = flags.FLAGS
     if given.workdir is not None:
         from stablelm_jax.workdir import check_workdir
