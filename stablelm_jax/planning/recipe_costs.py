@@ -50,7 +50,7 @@ def show(recipe: Recipe, config: ConfigDict) -> None:
     ends = [(), ("all", download, *_sizes(total), f"{run_tokens:,}", "")]
     console.print(table(title, (*columns, "epochs"), [*rows, *ends]))
     for line in _notes(recipe, weights):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     title = "core-hours of each stage, if all text goes through it"
     columns = ("stage", "MB/s a core", "core-hours", "the speed is")
     console.print(table(title, columns, _stages(total)))
@@ -84,7 +84,8 @@ def _download(recipe: Recipe) -> float:
 def _notes(recipe: Recipe, weights: dict[str, float]) -> Iterator[str]:
     yield (
         f"text: {BYTES_A_TOKEN} bytes a token; tokens: of one epoch, as reported; shards: int32; "
-        "files that several sources share are counted once in the sum"
+        "files that several sources share are counted once in the sum; rows that --keep throws "
+        "away are downloaded and are no text"
     )
     names = [source.name for source in recipe.sources]
     for what, found in [

@@ -56,14 +56,14 @@ def filled(recipe: Recipe, name: str, flags: argparse.Namespace) -> dict[str, An
 
 
 def _place(source: RecipeSource, asked: str | None) -> int:
-    """The number of the place that `--origin` asks for, the first one by default."""
-    numbers = {str(number): number for number, _ in enumerate(source.origins, 1)}
-    for number, origin in reversed([*enumerate(source.origins, 1)]):
-        numbers |= {SUBSTITUTE: number} if origin.state == SUBSTITUTE else {}
-    if (asked or "1") not in numbers:
-        known = ", ".join(f"{n} ({origin.state})" for n, origin in enumerate(source.origins, 1))
-        raise ValueError(f"--origin {asked}: the places of {source.name} are {known}")
-    return numbers[asked or "1"]
+    """The number of the place that `--origin` asks for, from 1; by default the first one."""
+    states = [origin.state for origin in source.origins]
+    if asked == SUBSTITUTE and SUBSTITUTE in states:
+        return states.index(SUBSTITUTE) + 1
+    if asked is None or (asked.isdecimal() and 0 < int(asked) <= len(states)):
+        return int(asked or 1)
+    known = ", ".join(f"{number} ({state})" for number, state in enumerate(states, 1))
+    raise ValueError(f"--origin {asked}: the places of {source.name} are {known}")
 
 
 def _inputs(name: str, origin: Origin, output: str | None) -> list[str]:
@@ -86,8 +86,7 @@ def _inputs(name: str, origin: Origin, output: str | None) -> list[str]:
 def elsewhere(recipe: Recipe, name: str, asked: str | None) -> str:
     """What to do where a source cannot be had from the place that was asked for."""
     source = recipe.source(name)
-    tried = _place(source, asked)
-    places = [*enumerate(source.origins, 1)]
+    tried, places = _place(source, asked), enumerate(source.origins, 1)
     others = [str(n) for n, origin in places if n != tried and origin.state != GONE]
     take = f"take another place, --origin {' or '.join(others)}; " if others else ""
     return f"{take}read a copy of yours, --input; or train without it, with the weights above"

@@ -40,6 +40,8 @@ BAD = {
     (CONFIG, "--target=v5p:4x4"): "v5p needs 3 sizes",
     (CONFIG, "--target=a100-40gb:3x8"): "config.data.batch_size=2048",
     (): "--config: is missing",
+    ("--recipe=stablelm_2", "--target=h200:1x1"): "--target: has no effect with --recipe",
+    ("--recipe=none_such",): "no such recipe; there are demo, stablelm_2",
     (CONFIG, "--sweep"): "--sweep: needs the machine to compile for; write --target",
     ("--all", "--sweep"): "--sweep: is of one config",
     (CONFIG, "--sweep", "--target=h200:1x1", "--mfu=0.4"): "--mfu: has no effect with",

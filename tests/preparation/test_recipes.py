@@ -371,17 +371,19 @@ def test_the_list_shows_every_source_within_the_columns_there_are(monkeypatch, c
     whole = re.sub(r"\s+", "", said)
     for text in (
         'hf://datasets/uonlp/CulturaX/en/*.parquet', 'keepsource=OSCAR*', 'json.gzip',
-        'https://huggingface.co/datasets/bigcode/starcoderdata', 'secondhand', 'ODC-By',
-        '661.59B', '1.15', 'none:code', 'gopher,fineweb,language', 'neverpublished',
-        'keepmeta.pile_set_name=DMMathematics',
+        'gate:askathttps://huggingface.co/datasets/bigcode/starcoderdata', 'ODC-By',
+        'certainty:secondhand', 'likely:medium', 'filters:none:code', 'neverpublished',
+        'filters:gopher,fineweb,language', 'keepmeta.pile_set_name=DMMathematics',
     ):  # fmt: skip
-        assert text in whole or columns < 140, text
+        assert text in whole, text
+    assert re.search(r"tokens 661.59 B", said) and re.search(r"epochs 1.15\b", said)
     assert "restruct_v1" in next(line for line in said.splitlines() if line.startswith("gone"))
 
 
-def test_the_list_of_one_source_shows_that_one(monkeypatch, capsys):
+def test_the_list_of_one_source_shows_all_its_places_and_no_other_source(monkeypatch, capsys):
     said = listed(monkeypatch, capsys, 80, "--source", "c4")
-    assert "c4" in said and "arxiv" not in said
+    assert "3 of 3: substitute" in said and "note: C4's own rules" in said
+    assert "arxiv" not in said
 
 
 # what cannot be had

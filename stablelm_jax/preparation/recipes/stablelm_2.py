@@ -10,6 +10,8 @@ Revisions are pinned here only where a whole commit was seen. Of the others the 
 beginning, and the first listing pins what it finds in the manifest.
 """
 
+import dataclasses
+
 from stablelm_jax.preparation.recipes import (
     GONE,
     INFERRED,
@@ -61,10 +63,9 @@ def _pile(name: str, licence: str, **facts) -> tuple[Origin, ...]:
         "gigabytes": 338,
         **facts,
     }
-    copies = ("monology/pile-uncopyrighted", "RichardErkhov/pile-uncopyrighted")
-    places = [Origin(_hub(copy, "train/*.jsonl.zst"), **facts) for copy in copies]
-    mirror = {"note": "a mirror of the first place"}
-    return places[0], Origin(_hub(copies[1], "train/*.jsonl.zst"), **{**facts, **mirror})
+    place = Origin(_hub("monology/pile-uncopyrighted", "train/*.jsonl.zst"), **facts)
+    files = _hub("RichardErkhov/pile-uncopyrighted", "train/*.jsonl.zst")
+    return place, dataclasses.replace(place, inputs=files, note="a mirror of the first place")
 
 
 def _common_pile(name: str, commit: str, licence: str, **facts) -> Origin:
@@ -108,6 +109,8 @@ _LATEX = "LaTeX and tables break rules about words and lines"
 _BOOK = "rules for web pages refuse books: more than 100,000 words"
 _PAPERS_TERMS = "of each paper"
 
+# The facts of a place stand in few lines.
+# fmt: off
 _ACADEMIC = (
     RecipeSource(
         "arxiv",
@@ -117,11 +120,7 @@ _ACADEMIC = (
             _dolma("arxiv-*.json.gz"),
             _pile("ArXiv", _PAPERS_TERMS, state=SUBSTITUTE)[0],
         ),
-        languages=("en",),
-        tokens=15_852_446_656,
-        epochs=0.75,
-        unfiltered=_LATEX,
-        dedup_priority=12,
+        languages=("en",), tokens=15_852_446_656, epochs=0.75, unfiltered=_LATEX, dedup_priority=12,
     ),
     RecipeSource(
         "pubmed",
@@ -129,53 +128,37 @@ _ACADEMIC = (
             Origin(
                 _hub("CarperAI/pilev2-dev", "data/pubmed/PubMed_*.parquet"),
                 licence="of each paper; the set's own was not found",
-                gate=_page("CarperAI/pilev2-dev"),
-                likely="high",
+                gate=_page("CarperAI/pilev2-dev"), likely="high",
                 gigabytes=50,  # inferred: half of the text
                 note="47 files; whether it is still there was not tried",
             ),
             _common_pile("pubmed", "c156f05", "open, of each paper"),
             _pile("PubMed*", _PAPERS_TERMS, state=SUBSTITUTE)[0],
         ),
-        languages=("en",),
-        tokens=24_126_600_626,
-        epochs=1.0,
-        unfiltered="tables and references break rules about words and lines",
-        dedup_priority=13,
+        languages=("en",), tokens=24_126_600_626, epochs=1.0,
+        unfiltered="tables and references break rules about words and lines", dedup_priority=13,
     ),
     RecipeSource(
         "s2orc",
         (
             Origin(
-                _hub("allenai/peS2o", "data/v1/train-*.json.gz"),
-                licence="ODC-By",
-                likely="medium",
+                _hub("allenai/peS2o", "data/v1/train-*.json.gz"), licence="ODC-By", likely="medium",
                 gigabytes=100,  # inferred: a third of the text
                 note="v1, whose 67.6 B tokens (memory) fit the report's 63.9 B; pilev2 had its own",
             ),
             Origin(
-                _hub("allenai/peS2o", "data/v2/train-*-of-00020.json.gz"),
-                state=SUBSTITUTE,
-                licence="ODC-By",
-                note="v2, 39.0 M documents, 42.0 B tokens",
+                _hub("allenai/peS2o", "data/v2/train-*-of-00020.json.gz"), state=SUBSTITUTE,
+                licence="ODC-By", note="v2, 39.0 M documents, 42.0 B tokens",
             ),
             _dolma("pes2o-*.json.gz"),
             _common_pile("peS2o", "2977475", "open, of each paper"),
         ),
-        languages=("en",),
-        tokens=63_910_567_858,
-        epochs=1.0,
-        unfiltered=_LATEX,
-        dedup_priority=14,
+        languages=("en",), tokens=63_910_567_858, epochs=1.0, unfiltered=_LATEX, dedup_priority=14,
     ),
     RecipeSource(
         "philpapers",
         _pile("PhilPapers", _PAPERS_TERMS, likely="high"),
-        languages=("en",),
-        tokens=2_591_115_796,
-        epochs=4.0,
-        unfiltered=_BOOK,
-        dedup_priority=11,
+        languages=("en",), tokens=2_591_115_796, epochs=4.0, unfiltered=_BOOK, dedup_priority=11,
         note="several languages, English most of all",
     ),
 )
@@ -186,8 +169,7 @@ _BOOKS = (
         (
             Origin(
                 _hub("lucadiliello/bookcorpusopen", "data/train-*.parquet"),
-                licence="unclear: the authors', not given for this use",
-                likely="high",
+                licence="unclear: the authors', not given for this use", likely="high",
                 certainty=MEMORY,
                 gigabytes=4,  # inferred: 6.5 GB of text
                 note="17,868 books",
@@ -197,55 +179,37 @@ _BOOKS = (
                 note="bookcorpusopen, the script of the original: its host gives nothing any more",
             ),
         ),
-        languages=("en",),
-        tokens=9_135_954_810,
-        epochs=6.0,
-        unfiltered=_BOOK,
-        dedup_priority=21,
+        languages=("en",), tokens=9_135_954_810, epochs=6.0, unfiltered=_BOOK, dedup_priority=21,
     ),
     RecipeSource(
         "pg19",
         (
             Origin(
                 _hub("emozilla/pg19", "data/train-*-of-00023-*.parquet"),
-                licence="public domain (US)",
-                likely="medium",
-                gigabytes=6.5,
+                licence="public domain (US)", likely="medium", gigabytes=6.5,
                 note="2.9 B tokens (memory) where the report implies 4.6 B an epoch",
             ),
             _common_pile("project_gutenberg", "3cdf687", "public domain (US)"),
             _common_pile("pre_1929_books", "", "public domain (US)", note="scanned books"),
         ),
-        languages=("en",),
-        tokens=18_293_226_468,
-        epochs=4.0,
-        unfiltered=_BOOK,
-        dedup_priority=20,
+        languages=("en",), tokens=18_293_226_468, epochs=4.0, unfiltered=_BOOK, dedup_priority=20,
     ),
     RecipeSource(
         "fanfics",
         (
             Origin(
-                _hub("atom-in-the-universe/fanfics-10k-50k", "*.parquet"),
-                text_key="TEXT",
-                licence="none stated: the authors'",
-                likely="medium",
+                _hub("atom-in-the-universe/fanfics-10k-50k", "*.parquet"), text_key="TEXT",
+                licence="none stated: the authors'", likely="medium",
                 gigabytes=2,  # inferred: 3.6 GB of text
                 note="that the report's authors made it is not proven",
             ),
             Origin(
-                _hub("ray0rf1re/AO3-2020", "**"),
-                state=SUBSTITUTE,
-                licence="CC BY-NC 4.0",
-                certainty=MEMORY,
-                note="its files and keys were not seen: look at a --sample first",
+                _hub("ray0rf1re/AO3-2020", "**"), state=SUBSTITUTE, licence="CC BY-NC 4.0",
+                certainty=MEMORY, note="its files and keys were not seen: look at a --sample first",
             ),
         ),
-        languages=("en",),
-        tokens=3_644_583_700,
-        epochs=4.0,
-        unfiltered="chosen by perplexity already (report); long stories",
-        dedup_priority=22,
+        languages=("en",), tokens=3_644_583_700, epochs=4.0,
+        unfiltered="chosen by perplexity already (report); long stories", dedup_priority=22,
         note="the authors keep their rights: think before you take it",
     ),
 )
@@ -265,42 +229,31 @@ _WEB = (
         (
             Origin(
                 _hub("allenai/c4", "en/c4-train.*-of-01024.json.gz"),
-                licence="ODC-By, and Common Crawl's terms",
-                likely="high",
-                gigabytes=305,
+                licence="ODC-By, and Common Crawl's terms", likely="high", gigabytes=305,
             ),
             _redpajama("c4", state=SUBSTITUTE, licence="ODC-By", gigabytes=806),  # memory
             _dolma("c4-*.json.gz"),
         ),
-        languages=("en",),
-        tokens=171_782_178_108,
-        epochs=1.0,
-        filters=("gopher",),
-        dedup_priority=81,
-        note="C4's own rules were applied to it",
+        languages=("en",), tokens=171_782_178_108, epochs=1.0, filters=("gopher",),
+        dedup_priority=81, note="C4's own rules were applied to it",
     ),
     RecipeSource(
         "openwebtext2",
         (
             Origin(
                 _hub("segyges/OpenWebText2", "openwebtext2.jsonl.zst.tar"),
-                licence="none stated: web pages",
-                likely="high",
+                licence="none stated: web pages", likely="high",
                 gigabytes=27,  # inferred: 62.8 GiB of text
                 note="one archive is one task: the parquet files of place 2 are read in parallel",
             ),
             Origin(
                 _hub("vietgpt/the_pile_openwebtext2", "data/train-*-of-00035-*.parquet"),
-                licence="none stated: web pages",
-                likely="high",
+                licence="none stated: web pages", likely="high",
                 gigabytes=35,  # inferred
                 note="seen at 1de27c6",
             ),
         ),
-        languages=("en",),
-        tokens=26_161_864_434,
-        epochs=3.0,
-        filters=("gopher",),
+        languages=("en",), tokens=26_161_864_434, epochs=3.0, filters=("gopher",),
         dedup_priority=80,
         note="the report's epoch is 60 % of it: a deduplicated copy was trained on",
     ),
@@ -309,17 +262,12 @@ _WEB = (
         (
             Origin(
                 _hub("tiiuae/falcon-refinedweb", "data/train-*-of-05534-*.parquet"),
-                text_key="content",
-                licence="ODC-By",
-                likely="high",
-                gigabytes=500,
+                text_key="content", licence="ODC-By", likely="high", gigabytes=500,
                 note="968,000,015 rows; seen at c735840",
             ),
             _dolma("falcon-*.json.gz"),
         ),
-        languages=("en",),
-        tokens=661_591_178_339,
-        epochs=1.15,
+        languages=("en",), tokens=661_591_178_339, epochs=1.15,
         unfiltered="Gopher's rules, language and near copies were seen to already",
         dedup_priority=82,
     ),
@@ -334,20 +282,14 @@ _SOCIAL = (
             _dolma("stackexchange-*.json.gz"),
             _pile("StackExchange", "CC BY-SA", state=SUBSTITUTE)[0],
         ),
-        languages=("en",),
-        tokens=46_302_993_820,
-        epochs=2.5,
-        unfiltered="code and formulas stand among the words",
-        dedup_priority=40,
+        languages=("en",), tokens=46_302_993_820, epochs=2.5,
+        unfiltered="code and formulas stand among the words", dedup_priority=40,
     ),
     RecipeSource(
         "hackernews",
         _pile("HackerNews", "the site's terms", likely="medium"),
-        languages=("en",),
-        tokens=3_817_060_582,
-        epochs=2.0,
-        unfiltered="short lines of a discussion",
-        dedup_priority=41,
+        languages=("en",), tokens=3_817_060_582, epochs=2.0,
+        unfiltered="short lines of a discussion", dedup_priority=41,
         note="the report implies twice the Pile's size: a later copy, or other epochs",
     ),
 )
@@ -361,18 +303,13 @@ _LAW = (
         (
             *_pile("EuroParl", "free to use, of the European Parliament", likely="high"),
             Origin(
-                _hub(_PILE_OF_LAW, "data/train.euro_parl.jsonl.xz"),
-                state=SUBSTITUTE,
-                licence="CC BY-NC-SA 4.0",
-                certainty=INFERRED,
+                _hub(_PILE_OF_LAW, "data/train.euro_parl.jsonl.xz"), state=SUBSTITUTE,
+                licence="CC BY-NC-SA 4.0", certainty=INFERRED,
                 note="English alone, and part of pile_of_law: do not count it twice",
             ),
         ),
-        languages=tuple(_EURO),
-        tokens=4_678_506_882,
-        epochs=3.0,
-        unfiltered="edited proceedings, 21 languages in one source",
-        dedup_priority=30,
+        languages=tuple(_EURO), tokens=4_678_506_882, epochs=3.0,
+        unfiltered="edited proceedings, 21 languages in one source", dedup_priority=30,
     ),
     RecipeSource(
         "freelaw",
@@ -380,11 +317,8 @@ _LAW = (
             *_pile("FreeLaw", "public domain", likely="medium"),
             _common_pile("caselaw_access_project", "50e1961", "public domain"),
         ),
-        languages=("en",),
-        tokens=17_694_697_577,
-        epochs=1.2,
-        unfiltered="citations and headings break rules about lines",
-        dedup_priority=31,
+        languages=("en",), tokens=17_694_697_577, epochs=1.2,
+        unfiltered="citations and headings break rules about lines", dedup_priority=31,
         note="the Pile holds its first build, 3.6 M opinions; a second had 4.9 M",
     ),
     RecipeSource(
@@ -392,18 +326,13 @@ _LAW = (
         (
             Origin(
                 _hub(_PILE_OF_LAW, "data/train.*.jsonl.xz"),
-                licence="CC BY-NC-SA 4.0: not for commercial use",
-                likely="high",
-                certainty=TOLD,
+                licence="CC BY-NC-SA 4.0: not for commercial use", likely="high", certainty=TOLD,
                 gigabytes=33,  # 44 GB, a quarter of which is validation
                 note="holds LexGLUE's and LegalBench's texts: decontaminate",
             ),
         ),
-        languages=("en",),
-        tokens=12_663_061_642,
-        epochs=0.75,
-        unfiltered="citations and headings break rules about lines",
-        dedup_priority=32,
+        languages=("en",), tokens=12_663_061_642, epochs=0.75,
+        unfiltered="citations and headings break rules about lines", dedup_priority=32,
         note="256 GB of text, of which the report's epoch is about 30 %",
     ),
 )
@@ -418,63 +347,44 @@ _MATHEMATICS = (
                     "https://storage.googleapis.com/mathematics-dataset/"
                     "mathematics_dataset-v1.0.tar.gz",
                 ),
-                state=SUBSTITUTE,
-                format="text",
-                split_on="64kB",
-                licence="Apache-2.0",
+                state=SUBSTITUTE, format="text", split_on="64kB", licence="Apache-2.0",
                 note="lines of question and answer in turn; its folders interpolate and extrapolate"
                 " are for evaluation: unpack it and leave them out",
             ),
         ),
-        languages=("en",),
-        tokens=13_321_872_138,
-        epochs=3.0,
-        unfiltered="exercises without prose",
+        languages=("en",), tokens=13_321_872_138, epochs=3.0, unfiltered="exercises without prose",
         dedup_priority=51,
     ),
     RecipeSource(
         "amps",
         (
             Origin(
-                _hub("minimalt/MATH_amps", "amps.tar.gz"),
-                licence="MIT (of another copy)",
-                likely="high",
-                certainty=TOLD,
-                gigabytes=0.292,
+                _hub("minimalt/MATH_amps", "amps.tar.gz"), licence="MIT (of another copy)",
+                likely="high", certainty=TOLD, gigabytes=0.292,
                 note="4.9 M small files in one archive: one task; its first place answers 403",
             ),
             Origin(
                 _hub("yulan-team/YuLan-Mini-Text-Datasets", "math/AMPS_mathematica/*.jsonl"),
-                state=SUBSTITUTE,
-                licence="MIT",
-                certainty=MEMORY,
-                gigabytes=0.453,
+                state=SUBSTITUTE, licence="MIT", certainty=MEMORY, gigabytes=0.453,
                 note="one of its two parts; the key was not seen",
             ),
         ),
-        languages=("en",),
-        tokens=2_126_719_278,
-        epochs=6.0,
-        unfiltered="exercises without prose",
+        languages=("en",), tokens=2_126_719_278, epochs=6.0, unfiltered="exercises without prose",
         dedup_priority=52,
     ),
     RecipeSource(
         "openwebmath",
         (
             Origin(
-                _hub("open-web-math/open-web-math", "data/*.parquet"),
-                licence="ODC-By",
+                _hub("open-web-math/open-web-math", "data/*.parquet"), licence="ODC-By",
                 likely="high",
                 gigabytes=27,  # memory
                 note="6.3 M documents, 14.7 B tokens",
             ),
             _dolma("open-web-math-train-*.json.gz"),
         ),
-        languages=("en",),
-        tokens=26_530_341_292,
-        epochs=2.0,
-        unfiltered="formulas; its own rules were applied to it",
-        dedup_priority=50,
+        languages=("en",), tokens=26_530_341_292, epochs=2.0,
+        unfiltered="formulas; its own rules were applied to it", dedup_priority=50,
     ),
 )
 
@@ -490,38 +400,25 @@ _OTHERS = (
                     "wikimedia/wikipedia",
                     *(f"20231101.{language}/train-*.parquet" for language in _WIKIPEDIAS),
                 ),
-                state=SUBSTITUTE,
-                licence="CC BY-SA",
-                certainty=MEMORY,
-                note="eight months younger",
+                state=SUBSTITUTE, licence="CC BY-SA", certainty=MEMORY, note="eight months younger",
             ),
         ),
-        languages=tuple(_WIKIPEDIAS),
-        tokens=72_866_870_472,
-        epochs=3.0,
-        unfiltered="edited text, 20 languages in one source",
-        dedup_priority=10,
+        languages=tuple(_WIKIPEDIAS), tokens=72_866_870_472, epochs=3.0,
+        unfiltered="edited text, 20 languages in one source", dedup_priority=10,
     ),
     RecipeSource(
         "starcoder",
         (
             Origin(
-                _hub("bigcode/starcoderdata", "*/*.parquet"),
-                text_key="content",
-                licence="of each file, permissive",
-                gate=_page("bigcode/starcoderdata"),
-                likely="high",
-                certainty=TOLD,
-                gigabytes=783,
+                _hub("bigcode/starcoderdata", "*/*.parquet"), text_key="content",
+                licence="of each file, permissive", gate=_page("bigcode/starcoderdata"),
+                likely="high", certainty=TOLD, gigabytes=783,
                 note="86 languages, notebooks, issues, commits; its marks such as <reponame> stay"
                 " plain text; seen at 9fc30b5",
             ),
             _dolma("starcoder-*.json.gz"),
         ),
-        tokens=145_586_775_301,
-        epochs=0.74,
-        unfiltered="code",
-        dedup_priority=60,
+        tokens=145_586_775_301, epochs=0.74, unfiltered="code", dedup_priority=60,
     ),
     RecipeSource(
         "restruct_v1",
@@ -530,19 +427,13 @@ _OTHERS = (
             _common_pile("data_provenance_initiative", "8f5afcf", "open, of each set"),
             Origin(
                 _hub("DataProvenanceInitiative/Commercially-Verified-Licenses", "data/*/*.jsonl"),
-                state=SUBSTITUTE,
-                text_key="inputs",
-                licence="of each collection",
-                certainty=MEMORY,
+                state=SUBSTITUTE, text_key="inputs", licence="of each collection", certainty=MEMORY,
                 note="named by the model card; answers lie under another key, labels: put both in"
                 " one text first",
             ),
         ),
-        languages=("en",),
-        tokens=20_412_655_632,
-        epochs=3.0,
-        unfiltered="prompts and answers, no pages",
-        dedup_priority=70,
+        languages=("en",), tokens=20_412_655_632, epochs=3.0,
+        unfiltered="prompts and answers, no pages", dedup_priority=70,
     ),
 )
 
