@@ -37,6 +37,7 @@ from stablelm_jax.data.manifest import SourceManifest
 from stablelm_jax.preparation import recipe_flags, together
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
+from stablelm_jax.preparation.filters import FILTERS, SEVERAL
 from stablelm_jax.preparation.finding import InputError
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
@@ -45,6 +46,7 @@ from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, P
 from stablelm_jax.preparation.progress import progress
 from stablelm_jax.preparation.recipe_table import show
 from stablelm_jax.preparation.recipes import Recipe, load_recipe
+from stablelm_jax.preparation.show_dropped import ShowDropped
 from stablelm_jax.run.console import make_console
 
 _REASONS_SHOWN = 5
@@ -179,6 +181,8 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     made = preparation.collate(outputs)
     console.print(_found(preparation))
     console.print(_table(made))
+    if "dropped" in made.provenance:
+        console.print(_dropped(preparation, made))
     console.print(f"held out: {preparation.plan.held_out.reason}")
     console.print(_rejected(preparation, made))
     if found := made.provenance.get("keep"):
@@ -220,9 +224,18 @@ def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
     return (
         f"{preparation.job.source}: files: {files}; {preparation.input_bytes / 1e6:,.1f} MB;"
         f" chunks: {len(preparation.plan.chunks):,}; {executor.kind} workers: {executor.workers};"
-        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]})"
+        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]}){_filters(preparation)}"
         + ("; going on with what was begun" if resumed else "")
     )
+
+
+def _filters(preparation: Preparation) -> str:
+    asked = preparation.plan.settings.get("filters")
+    if not asked:
+        return ""
+    names = ", ".join(step["name"] for step in asked["steps"])
+    languages = ", ".join(preparation.job.languages) or "en, as no --language is given"
+    return f"; filters: {names} (language: {languages})"
 
 
 def _found(preparation: Preparation) -> Table:
@@ -256,6 +269,14 @@ def _rejected(preparation: Preparation, made: SourceManifest) -> str:
     more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
     path = preparation.directory / "rejected.jsonl"
     return f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
+
+
+def _dropped(preparation: Preparation, made: SourceManifest) -> str:
+    counts, edited = preparation.dropped, made.provenance["edited_by_filters"]
+    line = f"dropped by filters: {counts.total():,} documents; edited and kept: {edited:,}"
+    each = "".join(f"\n{count:9,} {kind}" for kind, count in counts.most_common())
+    look = f"\nlook at some of each: prepare --show-dropped {preparation.directory}"
+    return line + each + (look if counts else "")
 
 
 def _lost(sampled: int, lost: int, most_often: Mapping[str, int]) -> str:
@@ -296,7 +317,12 @@ def _parser() -> argparse.ArgumentParser:
     add('--shard-tokens', type=int, default=SHARD_TOKENS, metavar='N',
         help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
     add('--language', dest='languages', nargs='+', default=[], metavar='CODE',
-        help='ISO 639-1, for the manifest')  # fmt: skip
+        help='ISO 639-1, for the manifest and for --filters')  # fmt: skip
+    add('--filters', nargs='+', default=[], metavar='NAME',
+        help=f'drop documents: {", ".join([*FILTERS, *SEVERAL])}, or a class package.module.Class;'
+        " with parameters: 'gopher_quality(min_doc_words=20)'")  # fmt: skip
+    add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
+        help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
     add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
@@ -357,6 +383,10 @@ def _job(flags: argparse.Namespace) -> Job:
             and Reading.of({**vars(flags), "format": "auto", "held_out_by": None, "keep": None})
             != Reading(),
             "--template: conversations have keys of their own, no --text-key, --split-on",
+        ),
+        (
+            flags.filters and (flags.template or flags.adopt),
+            "--filters: they judge texts, not conversations (--template) or tokens (--adopt)",
         ),
         (flags.max_tokens is not None and not flags.template, "--max-tokens: with --template"),
         (flags.max_turns != MAX_TURNS and not flags.template, "--max-turns: with --template"),

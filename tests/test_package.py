@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Used without an import of ours: programs, fsspec's drivers, what others load by itself.
 NOT_IMPORTED = {
     "accelerate",
+    "fasteners",
     "hatchling",
     "nvidia-cuda-nvcc",
     "nvidia-nvvm",
@@ -35,7 +36,11 @@ NOT_IMPORTED = {
 # Used where they are installed; no extra of ours names them (jax's own brings its plugin).
 IF_INSTALLED = {"jax-cuda13-plugin", "ray", "tokamax"}
 # Where a package that is not installed here has another name than its modules.
-DISTRIBUTIONS = {"lm_eval": "lm-eval", "megatron": "megatron-core"}
+DISTRIBUTIONS = {
+    "fasttext": "fasttext-numpy2-wheel",
+    "lm_eval": "lm-eval",
+    "megatron": "megatron-core",
+}
 
 
 def run(*command, **options):

@@ -3,6 +3,7 @@
 DATA/NAME/.work/           while it is being made: the plan, outputs of chunks, logs
 DATA/NAME/*.bin, .idx      shards, of conversations with .spans.npy
 DATA/NAME/rejected.jsonl
+DATA/NAME/dropped.jsonl    where there are filters
 DATA/NAME/manifest.json    written last
 """
 
@@ -15,7 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,22 @@ from datatrove.pipeline.base import PipelineStep
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
-from stablelm_jax.preparation import chunks, held_out, inputs, keeping, streams, tokenize_chunk
+from stablelm_jax.preparation import (
+    chunks,
+    filters,
+    held_out,
+    inputs,
+    keeping,
+    streams,
+    tokenize_chunk,
+)
 from stablelm_jax.preparation.account import Account, list_left_out
 from stablelm_jax.preparation.conversations import MAX_TURNS, ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.lock import only_one
+from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample, Screen
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import (
     SPLITS,
@@ -54,7 +64,11 @@ _CHARACTERS_SHOWN = 10
 _NOT_IN_THE_BYTES = (
     'source', 'inputs', 'output', 'tokenizer', 'ranks', 'allow_unread', 'adopt', 'recipe',
 )  # fmt: skip
-_WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample")  # settings that the others lack
+# Settings that the others lack.
+_WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample", "filters")
+# Of a source of fewer bytes of text, what is held out is chosen among the documents that the
+# filters keep: they judge it twice, which takes them seconds.
+_FILTERED_TWICE = 4_000_000
 
 
 class PreparationError(ValueError):
@@ -88,6 +102,7 @@ class Job:
     keep: list[list[str]] | None = None
     sample: int | None = None  # documents that are read, in place of all
     recipe: Mapping[str, Any] | None = None  # what a recipe says of the place, for the manifest
+    filters: Sequence[str] = ()
 
 
 class Preparation:
@@ -99,6 +114,7 @@ class Preparation:
       files, input_bytes: what is read, and its size as it lies on disk.
       plan: how the input is cut, and what is held out; known from `begin` on.
       reasons: how often what was rejected; known from `tokenize` on.
+      dropped: how many documents which filter dropped for which reason; from `tokenize` on.
       left_out: what was found and is not read.
       account: what became of all that was found; known from `tokenize` on.
     """
@@ -130,6 +146,7 @@ class Preparation:
             )
         self.input_bytes = sum(file.size or 0 for file in self.files)
         self.reasons: collections.Counter = collections.Counter()
+        self.dropped: collections.Counter = collections.Counter()
         # All that the bytes of the source follow from.
         self._settings = {
             "recipe": RECIPE,
@@ -139,6 +156,7 @@ class Preparation:
         }
         for name in _NOT_IN_THE_BYTES:
             del self._settings[name]
+        self._settings["filters"] = filters.in_full(job.filters, job.languages)
         for name in _WHERE_ASKED_FOR:  # as those of earlier releases
             if not self._settings[name]:
                 del self._settings[name]
@@ -146,6 +164,7 @@ class Preparation:
             self._settings["chat"] = chat_template(job.template, self.tokenizer).to_json()
         else:
             del self._settings["max_turns"], self._settings["max_tokens"]
+        self._screen = Screen.of(self._settings)
 
     def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
         if self.job.adopt:
@@ -187,6 +206,7 @@ class Preparation:
                 "inputs_sha256": "input files (names, sizes or dates)",
                 "tokenizer_sha256": "tokenizer",
                 "chat": "chat template",
+                "filters": "filters, parameters of them, or versions of what they run on",
             }.get(key, f"{key} ({theirs.get(key)!r}, not {self._settings.get(key)!r})")
             raise PreparationError(
                 f"{what} with other {differs}: ask for the same, choose another --source, or remove"
@@ -255,7 +275,7 @@ class Preparation:
         filled = {split for output in outputs for split in output.shards}
         # All was read, and refused or not as it was meant; or there is nothing yet.
         is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
-        is_read_anew = not differs.isdisjoint(Reading._fields)
+        is_read_anew = not differs.isdisjoint({*Reading._fields, "filters"})
         return (is_done and (is_read_anew or len(filled) < len(SPLITS))) or not any(
             sum(output.tokens.values()) for output in outputs
         )
@@ -273,12 +293,15 @@ class Preparation:
             cut = chunks.cut_sample(self.files, sample) if sample else chunks.cut(self.files)
             seen = self.look(cut, reading, count, self._ids)
             kind = max(sorted(kinds), key=kinds.get, default="")
-            if seen.whole and len(seen.found) < held_out.FEW_DOCUMENTS:
-                # The one or two that are held out must not be such that are refused.
+            is_small = sum(size for _, size in seen.found.values()) < _FILTERED_TWICE
+            is_small = is_small and bool(self._screen)
+            if seen.whole and (len(seen.found) < held_out.FEW_DOCUMENTS or is_small):
+                # The few that are held out must not be such that are refused.
                 chats = ChatEncoder.of({**self._settings, "kind": kind}, self.tokenizer)
 
                 def usable(text: str) -> bool:
-                    return isinstance(documents_of(text, self.tokenizer, chats), Documents)
+                    made = documents_of(text, self.tokenizer, chats, self._screen)
+                    return isinstance(made, Documents)
 
                 seen = held_out.look(cut, reading, usable, self._ids)
         except Exception as error:  # of a driver: each raises its own
@@ -310,6 +333,7 @@ class Preparation:
                     f" remove {self._work} and begin again"
                 )
         self._list_rejected(outputs)
+        self._list_dropped(outputs)
         list_left_out(self.directory / "left_out.jsonl", self.left_out)
         self._check_documents(outputs)
         read = "read from its beginnings as" if self.job.sample else "read as"
@@ -370,21 +394,37 @@ class Preparation:
     def _list_rejected(self, outputs: list[Output]) -> None:
         """Writes what gave no document, `file`, `line` and `reason` a line, and counts reasons."""
         self.reasons.clear()
-        earlier_lines = 0
         path = self.directory / "rejected.jsonl"
         with replacing(path) as aside, open(aside, "w", encoding="utf-8") as listed:
-            for output in outputs:
-                chunk = self.plan.chunks[output.chunk]
-                # In a byte range of a file, lines are counted from the start of the range.
-                if chunk.start == 0 or chunk.first or chunk.files[0].kind == "parquet":
-                    earlier_lines = 0
-                with open(self.outputs / output.name / "rejected.jsonl", encoding="utf-8") as rows:
-                    for row in map(json.loads, rows):
-                        row["line"] += earlier_lines
-                        listed.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        self.reasons[streams.reason_kind(row["reason"])] += 1
-                if output.last:
-                    earlier_lines += output.records
+            for row in self._rows(outputs, "rejected.jsonl"):
+                listed.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self.reasons[streams.reason_kind(row["reason"])] += 1
+
+    def _list_dropped(self, outputs: list[Output]) -> None:
+        """Writes some of the documents that the filters dropped, and counts all of them."""
+        self.dropped.clear()
+        for output in outputs:
+            self.dropped.update(output.dropped)
+        sample = DroppedSample()
+        for row in self._rows(outputs, DROPPED_NAME) if self._screen else ():
+            kind = str(Dropped(row["by"], row["reason"]))
+            sample.add_row({**row, "of": self.dropped[kind]})
+        path = self.directory / DROPPED_NAME
+        sample.write(path) if self._screen else path.unlink(missing_ok=True)
+
+    def _rows(self, outputs: list[Output], name: str) -> Iterator[dict[str, Any]]:
+        """What the outputs list in files of this name, with the lines of whole files."""
+        earlier_lines = 0
+        for output in outputs:
+            chunk = self.plan.chunks[output.chunk]
+            # In a byte range of a file, lines are counted from the start of the range.
+            if chunk.start == 0 or chunk.first or chunk.files[0].kind == "parquet":
+                earlier_lines = 0
+            with open(self.outputs / output.name / name, encoding="utf-8") as rows:
+                for row in map(json.loads, rows):
+                    yield {**row, "line": row["line"] + earlier_lines}
+            if output.last:
+                earlier_lines += output.records
 
     def _check_documents(self, outputs: list[Output]) -> None:
         filled = {split for output in outputs for split in output.shards}
@@ -401,6 +441,13 @@ class Preparation:
             problem = f"no record is kept by --keep {' '.join(map('='.join, self.job.keep))}"
             seen = keeping.total(output.not_kept for output in outputs)
             problem += f"; there are: {', '.join(seen) or 'no records at all'}"
+        elif self.dropped:
+            kind, count = self.dropped.most_common(1)[0]
+            problem = (
+                f"no document is left: the filters dropped {self.dropped.total():,}, {count:,} of"
+                f' them by "{kind}"; look at some with --show-dropped {self.directory}, and give'
+                " --language or other parameters"
+            )
         elif not self.reasons:
             problem = f"no document in {len(self.files)} files: all are empty"
         else:
@@ -448,6 +495,7 @@ class Preparation:
                 **self._conversations(outputs),
                 **self._kept(outputs),
                 **({"recipe": job.recipe} if job.recipe else {}),
+                **self._filtered(outputs),
             },
             rejected=self.reasons.total(),
             kind=self.plan.settings.get("kind", "text"),
@@ -480,6 +528,13 @@ class Preparation:
         names = ("kept", "not_kept")
         counts = {n: keeping.total(getattr(each, n) for each in outputs) for n in names}
         return {"keep": counts}
+
+    def _filtered(self, outputs: list[Output]) -> dict[str, Any]:
+        """How many documents the filters dropped, and how many they edited and kept."""
+        if not self._screen:
+            return {}
+        edited = sum(output.edited for output in outputs)
+        return {"dropped": dict(self.dropped.most_common()), "edited_by_filters": edited}
 
     def _split(self, split: str, outputs: list[Output]) -> Split:
         """Moves the shards of a split to the folder of the source, numbered in order."""

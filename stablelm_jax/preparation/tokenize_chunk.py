@@ -8,6 +8,7 @@ same one. It holds
     train.spans.npy, held_out.spans.npy                of conversations and pairs
     counts.npy       how often each token stands in the train shard, int64 [vocab_size]
     rejected.jsonl   file, line and reason of each record that gave no document
+    dropped.jsonl    where there are filters: some of the documents that they dropped
     record.json      the fields of `Output`
 
 A chunk of more than `--shard-tokens` tokens, such as a large compressed file, has several outputs.
@@ -39,6 +40,7 @@ from stablelm_jax.preparation.conversations import ChatEncoder, Documents
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import HeldOutRule, hash_of
 from stablelm_jax.preparation.keeping import NotKept, count, for_all, for_source
+from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample, Screen
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.preparation.tokenised import TokenisedReader, TokenisedText
 from stablelm_jax.storage.files import flush_to_disk, write_json
@@ -81,6 +83,8 @@ class Output:
       trained, rounds_dropped: tokens that are trained of conversations, and last rounds of them
         that were left out because they were too long.
       kept, not_kept: records of a source and of others in its files, by their value under --keep.
+      dropped: how many documents the filters dropped, by filter and reason.
+      edited: how many of the documents that they kept have another text than before.
     """
 
     chunk: int
@@ -100,6 +104,8 @@ class Output:
     rounds_dropped: int = 0
     kept: dict[str, int] = dataclasses.field(default_factory=dict)
     not_kept: dict[str, int] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    edited: int = 0
 
     def add_sample(self, text: str, lost: Mapping[str, int]) -> None:
         """Counts the characters of a text, and those of them that the tokenizer loses."""
@@ -135,12 +141,13 @@ class OutputWriter:
         prefix = f"{SCRATCH}{output.name}-{os.getpid()}-"
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
+        self._has_filters, self._sample = "filters" in plan.settings, DroppedSample()
         self._waiting: dict[str, list[Documents]] = {split: [] for split in SPLITS}
         self._writers: dict[str, ShardWriter] = {}
         self._counts = np.zeros(vocab_size, np.int64)
         self._record_due = 0.0
 
-    def add(self, record: Record, made: Documents | Rejected | NotKept) -> bool:
+    def add(self, record: Record, made: Documents | Rejected | NotKept | Dropped) -> bool:
         """Takes a record; False, and nothing is taken, where it would make a shard too long.
 
         Args:
@@ -150,6 +157,9 @@ class OutputWriter:
         values = getattr(record.content, "values", None)
         if isinstance(made, NotKept):
             count(output.not_kept, values)
+        elif isinstance(made, Dropped):
+            output.dropped[str(made)] = output.dropped.get(str(made), 0) + 1
+            self._sample.add(record, made, f"{output.chunk} {output.records}")
         elif isinstance(made, Rejected):
             row = {"file": record.file.name, "line": record.line, "reason": made.reason}
             self._rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -164,6 +174,7 @@ class OutputWriter:
             output.text_bytes[split] += len(made.text.encode())
             output.trained[split] += sum(last - first for s in made.spans for first, last in s)
             output.rounds_dropped += made.rounds_dropped
+            output.edited += self._has_filters and made.text != record.content
             self._waiting[split].append(made)
         if values and not isinstance(made, NotKept):
             count(output.kept, values)
@@ -205,6 +216,8 @@ class OutputWriter:
         """Makes the output visible, whole."""
         self.flush()
         self._rejected.close()
+        if self._has_filters:
+            self._sample.write(self._scratch / DROPPED_NAME)
         self.output.last = last
         for split, writer in self._writers.items():
             self.output.shards[split] = dataclasses.asdict(writer.close())
@@ -293,6 +306,7 @@ class _Task:
         self.plan = _plan(self.step.plan)
         self.tokenizer = _tokenizer(self.step.tokenizer, self.step.ranks)
         self._chats = ChatEncoder.of(self.plan.settings, self.tokenizer)
+        self._screen = _screen(self.step.plan)
         self.keep = self.plan.settings.get("keep")
         self.writer = self._writer_after(self._earlier)
 
@@ -308,7 +322,8 @@ class _Task:
             place = _place(self.plan.chunks[self.rank], batch[-1])
             self.writer.note_place(place, at_once=is_large)
         contents = [for_source(record.content, self.keep) for record in batch]
-        found = [documents_of(content, self.tokenizer, self._chats) for content in contents]
+        judges = self.tokenizer, self._chats, self._screen
+        found = [documents_of(content, *judges) for content in contents]
         for record, made in zip(batch, found):
             number = self.writer.output.records
             if not self.writer.add(record, made):
@@ -324,6 +339,11 @@ class _Task:
 
 # Loaded once a process: a worker runs many tasks.
 _plan = functools.lru_cache(maxsize=32)(Plan.read)
+
+
+@functools.lru_cache(maxsize=32)
+def _screen(plan: pathlib.Path) -> Screen | None:
+    return Screen.of(_plan(plan).settings)
 
 
 @functools.lru_cache(maxsize=1)
@@ -358,9 +378,17 @@ def _place(chunk: Chunk, record: Record) -> str:
 
 
 def documents_of(
-    text: str | Rejected | NotKept, tokenizer: Tokenizer, chats: ChatEncoder | None
-) -> Documents | Rejected | NotKept:
-    """The documents of a record, a text where there are no `chats`; or why there are none."""
+    text: str | Rejected | NotKept,
+    tokenizer: Tokenizer,
+    chats: ChatEncoder | None,
+    screen: Screen | None = None,
+) -> Documents | Rejected | NotKept | Dropped:
+    """The documents of a record, a text where there are no `chats`; or why there are none.
+
+    `screen`: the filters of texts, which may change them.
+    """
+    if screen and isinstance(text, str):
+        text = screen.judge(text)
     if not isinstance(text, str):
         return text
     if chats:
