@@ -120,6 +120,8 @@ def _jobs(
         # What is given by hand wins.
         one = parser.parse_args(arguments, argparse.Namespace(**known))
         one.source = name
+        if recipe:
+            one.filters = recipe_flags.filters_asked(recipe.source(name), one.filters)
         jobs.append(_job(one))
     if not (jobs or failures):
         raise ValueError("--source: is missing; give its name")
@@ -320,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         help='ISO 639-1, for the manifest and for --filters')  # fmt: skip
     add('--filters', nargs='+', default=[], metavar='NAME',
         help=f'drop documents: {", ".join([*FILTERS, *SEVERAL])}, or a class package.module.Class;'
-        " with parameters: 'gopher_quality(min_doc_words=20)'")  # fmt: skip
+        " with parameters: 'gopher_quality(min_doc_words=20)'. With --recipe: recipe, its own")  # fmt: skip
     add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
         help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")

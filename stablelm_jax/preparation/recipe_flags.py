@@ -55,6 +55,21 @@ def filled(recipe: Recipe, name: str, flags: argparse.Namespace) -> dict[str, An
     }
 
 
+def filters_asked(source: RecipeSource, asked: Sequence[str]) -> Sequence[str]:
+    """What `--filters` names, `recipe` standing for what the recipe says of this source.
+
+    ValueError where others are asked for and the source must not be filtered.
+    """
+    if list(asked) == ["recipe"]:
+        return source.filters
+    if asked and source.unfiltered:
+        raise ValueError(
+            f"--filters: {source.name} must not be filtered ({source.unfiltered}); leave them out,"
+            " or write --filters recipe, which filters no such source"
+        )
+    return asked
+
+
 def _place(source: RecipeSource, asked: str | None) -> int:
     """The number of the place that `--origin` asks for, from 1; by default the first one."""
     states = [origin.state for origin in source.origins]

@@ -1,6 +1,7 @@
 """--filters: what is asked for is done and said in full, and each dropped document is counted."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,12 +18,15 @@ from stablelm_jax.data import manifest
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks, filters
 from stablelm_jax.preparation.filters import FilterError, in_full
+from stablelm_jax.preparation.recipe_flags import filters_asked
+from stablelm_jax.preparation.recipes import RecipeSource
 from stablelm_jax.preparation.screening import Dropped, Screen
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
 TESTS = pathlib.Path(__file__).parents[1]
 LONGER = "document_filters.Longer"
+RECIPE = {"web": ("gopher", "language"), "code": ()}
 # After the beginning of the Universal Declaration of Human Rights.
 RIGHTS = {
     "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft"
@@ -297,6 +301,16 @@ def test_bad_filters_exit_with_2_and_one_line(flags, said, texts, tokenizer_file
     wanted = arguments(texts, tmp_path, tokenizer_file)[:-2]
     code, _, err = call(capsys, *wanted, *flags)
     assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_the_filters_of_a_recipe_are_taken_unless_a_source_must_not_be_filtered():
+    web, code = (RecipeSource(name, (), filters=filters) for name, filters in RECIPE.items())
+    code = dataclasses.replace(code, unfiltered="code")
+    assert filters_asked(web, ["recipe"]) == ("gopher", "language")
+    assert filters_asked(code, ["recipe"]) == () == filters_asked(code, ())
+    assert filters_asked(web, ["c4"]) == ["c4"]
+    with pytest.raises(ValueError, match=r"code must not be filtered \(code\)"):
+        filters_asked(code, ["c4"])
 
 
 def test_a_source_without_dropped_documents_has_none_to_show(tmp_path, capsys):
