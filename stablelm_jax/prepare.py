@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         help='ISO 639-1, for the manifest and for --filters')  # fmt: skip
     add('--filters', nargs='+', default=[], metavar='NAME',
         help=f'drop documents: {", ".join([*FILTERS, *SEVERAL])}, or a class package.module.Class;'
-        " with parameters: 'gopher_quality(min_doc_words=20)'. With --recipe: recipe, its own")  # fmt: skip
+        " with parameters: 'c4(filter_policy=False)'. With --recipe: recipe, its own")  # fmt: skip
     add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
         help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
