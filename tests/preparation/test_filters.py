@@ -19,7 +19,7 @@ from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks, filters
 from stablelm_jax.preparation.filters import FilterError, in_full
 from stablelm_jax.preparation.recipe_flags import filters_asked
-from stablelm_jax.preparation.recipes import RecipeSource
+from stablelm_jax.preparation.recipes import RecipeSource, load_recipe
 from stablelm_jax.preparation.screening import Dropped, Screen
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
@@ -311,6 +311,13 @@ def test_the_filters_of_a_recipe_are_taken_unless_a_source_must_not_be_filtered(
     assert filters_asked(web, ["c4"]) == ["c4"]
     with pytest.raises(ValueError, match=r"code must not be filtered \(code\)"):
         filters_asked(code, ["c4"])
+
+
+def test_the_filters_that_the_recipes_name_are_known():
+    for name in ("stablelm_2", "demo"):
+        for source in load_recipe(name).sources:
+            assert bool(in_full(source.filters, source.languages[:1])) == bool(source.filters)
+            assert not (source.filters and source.unfiltered)
 
 
 def test_a_source_without_dropped_documents_has_none_to_show(tmp_path, capsys):
