@@ -9,6 +9,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 from prepared import check_contents
@@ -263,15 +264,19 @@ def test_killed_and_gone_on_with_by_more_workers_the_filtered_source_is_the_same
     monkeypatch.setattr(chunks, "_CHUNKS_PER_SOURCE", 10**9)
     whole, killed = (arguments(texts, tmp_path / name, tokenizer_file) for name in "ab")
     assert call(capsys, *whole, "--workers", 1)[0] == 0
-    marker = tmp_path / "kill"
-    marker.touch()
+    marker, outputs = tmp_path / "kill", tmp_path / "b" / "short" / ".work" / "outputs"
     paths = os.pathsep.join(map(str, [TESTS.parent, TESTS]))
-    done = subprocess.run(
+    slowly = {"CHUNKS_DELAY": "0.2", "CHUNKS_KILL_WORKER": str(marker)}
+    process = subprocess.Popen(
         [sys.executable, TESTS / "preparation" / "in_small_chunks.py", *killed, "--workers", "2"],
-        env={**os.environ, "PYTHONPATH": paths, "CHUNKS_KILL_WORKER": str(marker)},
-        capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths, **slowly},
+        stderr=subprocess.PIPE,
     )
-    assert done.returncode == 1 and b"a worker was killed" in done.stderr
+    while process.poll() is None and not [*outputs.glob("[0-9]*")]:
+        time.sleep(0.01)
+    marker.touch()  # from now on, a worker that finishes something is killed
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and b"a worker was killed" in error
     code, out, _ = call(capsys, *killed, "--workers", 3)
     assert code == 0 and "going on with what was begun" in out
     assert digests(tmp_path / "b" / "short") == digests(tmp_path / "a" / "short")
