@@ -15,11 +15,9 @@ import collections
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from stablelm_jax.run_verb import run_verb
@@ -34,7 +32,7 @@ from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation import recipe_flags, together
+from stablelm_jax.preparation import data_roots, recipe_flags, together
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.filters import FILTERS, SEVERAL
@@ -61,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console(highlight=False, soft_wrap=True)
     failures: list[_Failure] = []
     try:
+        executor, is_about_roots = Executor.of(flags), data_roots.is_asked_for(parser, flags)
         recipe = load_recipe(flags.recipe) if flags.recipe else None
+        if is_about_roots:
+            return data_roots.run(flags, recipe, executor, console)
         if flags.list:
             show(_listed(flags, recipe), console, in_full=bool(flags.source))
             return 0
@@ -69,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
-    slurm = flags.slurm_partition, flags.slurm_time, dict(flags.slurm_option)
-    executor = Executor(flags.executor, flags.workers, *slurm)
     for group in together.groups(jobs):
         failures += _prepare_group(group, executor, console)
     missing = [each for each in failures if recipe and each.is_missing and not flags.inputs]
@@ -356,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     known.add_argument('--origin', metavar='N|substitute',
         help='read another place than the first that --list shows')  # fmt: skip
     parser.set_defaults(facts=None)
+    data_roots.add_flags(parser)
     slurm = parser.add_argument_group("SLURM (the output must be on a disk that all nodes share)")
     slurm.add_argument("--slurm-partition", default="", metavar="NAME")
     slurm.add_argument("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a job")
@@ -373,7 +373,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _job(flags: argparse.Namespace) -> Job:
     """The job that the flags ask for; ValueError for what argparse cannot see."""
-    slurm, ray = flags.executor == "slurm", flags.executor == "ray"
     reads_texts = Reading.of(vars(flags)) != Reading()  # other than by default
     has_name = manifest.SOURCE_NAME.fullmatch(flags.source)
     for is_wrong, problem in [
@@ -406,10 +405,6 @@ def _job(flags: argparse.Namespace) -> Job:
         ("://" in (flags.output or ""), "--output: shards are memory-mapped, give a local folder"),
         (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),
         (flags.shard_tokens < 1, "--shard-tokens: give a number from 1 up"),
-        (flags.workers < 1, "--workers: give a number from 1 up"),
-        (slurm and not flags.slurm_partition, "give --slurm-partition (`sinfo` lists them)"),
-        (slurm and not shutil.which("sbatch"), "no sbatch: run this where jobs can be submitted"),
-        (ray and not find_spec("ray"), 'Ray is missing: pip install "datatrove[ray]"'),
     ]:
         if is_wrong:
             raise ValueError(problem)

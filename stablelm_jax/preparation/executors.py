@@ -7,6 +7,7 @@ would wait for it for ever); and that workers do not outlive the process that st
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import faulthandler
@@ -15,6 +16,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -73,6 +76,24 @@ class Executor:
     slurm_time: str = "24:00:00"
     slurm_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, flags: argparse.Namespace) -> Executor:
+        """What the flags of `prepare` ask for; ValueError for what cannot be used here."""
+        slurm, ray = flags.executor == "slurm", flags.executor == "ray"
+        for is_wrong, problem in [
+            (flags.workers < 1, "--workers: give a number from 1 up"),
+            (slurm and not flags.slurm_partition, "give --slurm-partition (`sinfo` lists them)"),
+            (
+                slurm and not shutil.which("sbatch"),
+                "no sbatch: run this where jobs can be submitted",
+            ),
+            (ray and not find_spec("ray"), 'Ray is missing: pip install "datatrove[ray]"'),
+        ]:
+            if is_wrong:
+                raise ValueError(problem)
+        of_slurm = flags.slurm_partition, flags.slurm_time, dict(flags.slurm_option)
+        return cls(flags.executor, flags.workers, *of_slurm)
+
     def run(self, step: PipelineStep, tasks: int, logs: pathlib.Path) -> None:
         """Runs `step` for the ranks 0 to tasks-1, except those that `logs` knows as done.
 
@@ -89,7 +110,7 @@ def _run_local(options: Executor, step: PipelineStep, tasks: int, logs: pathlib.
     executor = LocalPipelineExecutor([step], tasks, workers, str(logs))
     # Workers fork from a server that has imported what they need, and so start at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload([*_PRELOADED, type(step).__module__])
     _start_server(logs / "workers.log")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (str(logs / "workers.log"),))
     try:

@@ -1,0 +1,143 @@
+"""prepare --verify: whatever differs from a manifest or a recipe is named, and all of it."""
+
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
+import fsspec
+import numpy as np
+import pytest
+from prepared import random_documents, write_source
+from rich.console import Console
+
+from stablelm_jax import prepare
+from stablelm_jax.data import manifest
+from stablelm_jax.preparation.verify import verify_root
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        shards = [random_documents(rng, 20, 9) for _ in range(2)]
+        write_source(tmp_path / "data", name, shards, random_documents(rng, 3, 9))
+    documents = random_documents(rng, 4, 9)
+    write_source(
+        tmp_path / "data", "chats", [documents], kind="conversations",
+        spans=lambda document: [(0, 1)],
+    )  # fmt: skip
+    return tmp_path / "data"
+
+
+def verify(capsys, *arguments):
+    code = prepare.main(["--verify", *map(str, arguments)])
+    said, error = capsys.readouterr()
+    return code, said, error
+
+
+def test_what_is_as_its_manifest_says_passes(root, capsys):
+    (root / "notes").mkdir()  # no source
+    (root / "tokenizer.json").touch()
+    code, said, error = verify(capsys, root)
+    assert (code, error) == (0, "")
+    assert "3 sources, 8 shards" in said
+    made = manifest.read_manifest(root / "a")
+    assert f"{made.train.tokens + made.held_out.tokens:,}" in said
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def recount(folder, **changes):
+    """Another count of a shard in the manifest, whose totals agree with it."""
+    made = manifest.read_manifest(folder)
+    info = dataclasses.replace(made.train.shards[0], **changes)
+    train = manifest.Split.of([info, *made.train.shards[1:]], made.train.text_bytes)
+    manifest.write_manifest(folder, dataclasses.replace(made, train=train))
+
+
+DAMAGES = {
+    "a byte of a shard": (lambda root: flip(root / "a" / "train-00001.bin"), "sha256"),
+    "a byte of an index": (lambda root: flip(root / "a" / "train-00001.idx", 34), "train-00001"),
+    "a shard cut": (
+        lambda root: (root / "a" / "train-00001.bin").write_bytes(b"1234"),
+        "train-00001.bin: 4 bytes",
+    ),
+    "no shard": (lambda root: (root / "a" / "held_out-00000.bin").unlink(), "held_out-00000.bin"),
+    "no index": (lambda root: (root / "a" / "train-00000.idx").unlink(), "train-00000.idx"),
+    "spans": (lambda root: flip(root / "chats" / "train-00000.spans.npy"), "spans.npy: sha256"),
+    "a count": (lambda root: recount(root / "a", documents=5), "documents where"),
+    "no JSON": (lambda root: (root / "a" / "manifest.json").write_text("{"), "JSON"),
+    "another name": (lambda root: (root / "a").rename(root / "c"), "of source 'a'"),
+    "more shards": (
+        lambda root: shutil.copy(root / "a" / "train-00000.bin", root / "a" / "train-00007.bin"),
+        "train-00007.bin: no shard of the manifest",
+    ),
+    "begun": (lambda root: (root / "d" / ".work").mkdir(parents=True), "d/manifest.json: missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_difference_is_named_and_fails(root, capsys, damage):
+    make, named = DAMAGES[damage]
+    make(root)
+    code, said, error = verify(capsys, root)
+    assert code == 1
+    assert named in said
+    assert error == "prepare: 1 thing differs, named above\n"
+
+
+def test_several_differences_are_all_named(root, capsys):
+    flip(root / "a" / "train-00000.bin")
+    flip(root / "b" / "train-00001.bin")
+    code, said, error = verify(capsys, root, "--workers", 2)
+    assert code == 1
+    assert said.count("differs: ") == 2
+    assert "2 things differ" in error
+
+
+def test_a_root_behind_a_url_is_read_to_its_last_byte(root, capsys):
+    url = "memory://verified"
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.put(str(root), path, recursive=True)
+    assert verify(capsys, url)[0] == 0
+    data = bytearray(fs.cat_file(f"{path}/b/train-00000.bin"))
+    data[9] ^= 1
+    fs.pipe_file(f"{path}/b/train-00000.bin", bytes(data))
+    code, said, _ = verify(capsys, url)
+    assert code == 1
+    assert "b/train-00000.bin: sha256" in said
+
+
+def test_a_recipe_says_which_sources_are_missing_or_of_another_size(root, capsys):
+    made = {name: manifest.read_manifest(root / name) for name in "ab"}
+    sizes = {name: each.train.tokens + each.held_out.tokens for name, each in made.items()}
+    sources = [
+        SimpleNamespace(name="a", tokens_an_epoch=sizes["a"] * 1.05),
+        SimpleNamespace(name="b", tokens_an_epoch=sizes["b"] * 2.0),
+        SimpleNamespace(name="chats", tokens_an_epoch=0.0),
+        SimpleNamespace(name="gone", tokens_an_epoch=1000.0),
+    ]
+    recipe = SimpleNamespace(sources=sources)
+    assert verify_root(str(root), recipe, 1, Console(width=200)) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gone: missing, and the recipe has it" in said
+    assert (
+        f"b: {sizes['b']:,} tokens where the recipe reports {2 * sizes['b']:,} an epoch, -50%"
+        in said
+    )
+    assert "no number" in said
+    recipe.sources = sources[:1]
+    assert verify_root(str(root), recipe, 1, Console(width=200)) == 0
+    assert "not in the recipe" in capsys.readouterr().out
+
+
+def test_a_folder_without_sources_is_no_data_root(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        code, _, error = verify(capsys, path)
+        assert code
+        assert error.count("\n") == 1
+        assert str(path) in error
