@@ -70,7 +70,7 @@ class Plan(NamedTuple):
         *fields, shards = json.loads((work / "plan.json").read_text(encoding="utf-8"))
         return cls(*fields, [PlannedShard(*shard) for shard in shards])
 
-    def open(self, rank: int) -> Shard:
+    def shard(self, rank: int) -> Shard:
         """The shard of a rank; ShardError where it is not as its manifest says."""
         shard = self.shards[rank]
         path = as_path(self.root) / shard.source / shard.info["file"]
@@ -100,7 +100,7 @@ class Stage(PipelineStep):
 
 def hash_documents(work: pathlib.Path, rank: int, world_size: int) -> None:
     """Hashes the documents of the shard of a rank: their tokens, which are their text."""
-    documents = _documents(_plan(work).open(rank))
+    documents = _documents(_plan(work).shard(rank))
     digests = b"".join(hashlib.blake2b(ids, digest_size=16).digest() for ids in documents)
     hashes = np.frombuffer(digests, "<u8").reshape(-1, 2)
     rows = np.column_stack([hashes, np.arange(len(hashes), dtype="u8")])
@@ -136,7 +136,7 @@ def sign_documents(work: pathlib.Path, rank: int, world_size: int) -> None:
         is_compared = plan.shards[rank].near and number not in skipped
         return _text(ids, tokenizer) if is_compared else ""
 
-    documents = _documents(plan.open(rank))
+    documents = _documents(plan.shard(rank))
     texts = (Document(text_of(*numbered), id="") for numbered in enumerate(documents))
     _signature(work).run(texts, rank, world_size)
 
@@ -179,7 +179,7 @@ def write_shard(work: pathlib.Path, rank: int, world_size: int) -> None:
     record = {"shard": None, "dedup": _list_copies(work, rank, gone)}
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     if len(numbers) < planned.info["documents"]:
-        documents = (Document("", "", metadata={"ids": ids}) for ids in _documents(plan.open(rank)))
+        documents = (Document("", "", metadata={"ids": ids}) for ids in _documents(plan.shard(rank)))
         with ShardWriter(path) as writer:
             for each in minhash.MinhashDedupFilter(str(removed)).run(documents, rank):
                 writer.add_many(each.metadata["ids"], [len(each.metadata["ids"])])
@@ -193,7 +193,7 @@ def write_shard(work: pathlib.Path, rank: int, world_size: int) -> None:
 def _list_copies(work: pathlib.Path, rank: int, gone: dict[str, np.ndarray]) -> dict[str, Any]:
     """Lists the copies that leave a shard; returns counts of them."""
     plan, tokenizer = _plan(work), _tokenizer(work)
-    planned, opened = plan.shards[rank], functools.lru_cache(maxsize=64)(plan.open)
+    planned, opened = plan.shards[rank], functools.lru_cache(maxsize=64)(plan.shard)
     sums = {kind: collections.Counter(documents=0, tokens=0, text_bytes=0) for kind in KINDS}
     copies_of: collections.Counter = collections.Counter()
     rows = [(row, kind) for kind, table in gone.items() for row in table.tolist()]
