@@ -179,10 +179,11 @@ def write_shard(work: pathlib.Path, rank: int, world_size: int) -> None:
     record = {"shard": None, "dedup": _list_copies(work, rank, gone)}
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     if len(numbers) < planned.info["documents"]:
-        documents = (Document("", "", metadata={"ids": ids}) for ids in _documents(plan.shard(rank)))
+        each = _documents(plan.shard(rank))
+        documents = (Document("", "", metadata={"ids": ids}) for ids in each)
         with ShardWriter(path) as writer:
-            for each in minhash.MinhashDedupFilter(str(removed)).run(documents, rank):
-                writer.add_many(each.metadata["ids"], [len(each.metadata["ids"])])
+            for kept in minhash.MinhashDedupFilter(str(removed)).run(documents, rank):
+                writer.add_many(kept.metadata["ids"], [len(kept.metadata["ids"])])
         record["shard"] = dataclasses.asdict(writer.info)
         parts = np.array_split(np.memmap(path, "<i4", "r"), 1 + writer.info.tokens // _BLOCK_TOKENS)
         counts = sum(np.bincount(part, minlength=tokenizer.vocab_size) for part in parts)
