@@ -5,7 +5,8 @@
 reads records (jsonl, json, parquet, Arrow, csv), texts, pages of HTML and source trees, archives of
 these, compressed or not, local or any fsspec URL (docs/data.md says more), and writes
 `data/news/`: token shards, held-out shards, `manifest.json`, `rejected.jsonl`. Stopped at any
-moment, the same command goes on where it was and gives the same bytes.
+moment, the same command goes on where it was and gives the same bytes. `--recipe stablelm_2 --list`
+shows the sources of the published mixture and where they lie.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [name for each in missing for name in each.sources]
         console.print(recipe_flags.weights_without(recipe, names))
     for failure in failures:
-        text = failure.text
+        text = f"{', '.join(failure.sources)}: {failure.text}" if recipe else failure.text
         if failure in missing:
             text += f"; {recipe_flags.elsewhere(recipe, failure.sources[0], flags.origin)}"
         print("prepare:", text, file=sys.stderr)

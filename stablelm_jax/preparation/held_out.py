@@ -31,6 +31,9 @@ _LOOK_BYTES = 256 << 20
 _LOOK_DOCUMENTS = 1_000
 FEW_DOCUMENTS = 200  # fewer than ten of them are held out
 _LOOK_DOCUMENTS_MOST = 100_000
+# Of a source that is a small part of its files the look goes no further than these bytes of them,
+# once it has seen so many documents: the Pile's smallest parts would take it through a tenth.
+_LOOK_INPUT_BYTES, _LOOK_KEPT_DOCUMENTS = 1 << 30, 100
 
 
 def content_hash(data: bytes) -> int:
@@ -114,7 +117,9 @@ class _Beginning:
         copies[0] += 1
         copies[1] += size
         is_long = self.text_bytes >= _LOOK_BYTES and len(self.found) >= _LOOK_DOCUMENTS
-        if is_long or len(self.found) >= _LOOK_DOCUMENTS_MOST:
+        is_far = self.keep and consumed >= _LOOK_INPUT_BYTES
+        is_far = is_far and len(self.found) >= _LOOK_KEPT_DOCUMENTS
+        if is_long or is_far or len(self.found) >= _LOOK_DOCUMENTS_MOST:
             # Some servers tell no size: then nothing is known of what follows.
             total = max(consumed, sum(chunk.size for chunk in chunks))
             self.looked = Look(self.found, consumed / total, whole=False)

@@ -28,7 +28,7 @@ def names_asked(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """The names after `--source`; ValueError where the recipe has no such source."""
     if list(names) == [ALL]:
         return [source.name for source in recipe.sources]
-    return [recipe.source(name).name for name in names]
+    return [recipe.source(name).name for name in dict.fromkeys(names)]
 
 
 def filled(recipe: Recipe, name: str, flags: argparse.Namespace) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def filled(recipe: Recipe, name: str, flags: argparse.Namespace) -> dict[str, An
     facts = {key: getattr(origin, key) for key in ("state", "likely", "certainty")}
     by_hand = {"inputs": "given by hand"} if flags.inputs else {}
     return {
-        "inputs": flags.inputs or _inputs(name, origin, flags.output),
+        "inputs": flags.inputs or _inputs(origin, flags.output),
         "format": origin.format,
         "text_key": origin.text_key,
         "split_on": origin.split_on,
@@ -81,20 +81,20 @@ def _place(source: RecipeSource, asked: str | None) -> int:
     raise ValueError(f"--origin {asked}: the places of {source.name} are {known}")
 
 
-def _inputs(name: str, origin: Origin, output: str | None) -> list[str]:
+def _inputs(origin: Origin, output: str | None) -> list[str]:
     if origin.state == GONE:
-        raise Unavailable(f"{name}: {origin.note or 'gone'}")
+        raise Unavailable(origin.note or "gone")
     if not origin.listed:
         return [written.replace("{output}", output or "{output}") for written in origin.inputs]
     url, pattern = origin.listed
     try:
         lines = as_path(url).read_bytes().decode().split()
     except FileNotFoundError as error:
-        raise Unavailable(f"{name}: {url}: {why_not_there(error)}") from error
+        raise Unavailable(f"{url}: {why_not_there(error)}") from error
     except (OSError, ValueError) as error:
-        raise Unavailable(f"{name}: {error}") from error
+        raise Unavailable(str(error)) from error
     if not (found := fnmatch.filter(lines, pattern)):
-        raise Unavailable(f"{name}: {url} lists no file that fits {pattern}")
+        raise Unavailable(f"{url} lists no file that fits {pattern}")
     return found
 
 

@@ -156,6 +156,18 @@ def test_several_looks_in_one_are_what_each_would_have_seen(shards, monkeypatch)
     assert not any(look.whole for look in found)
 
 
+def test_the_look_at_a_small_part_of_large_files_goes_no_further_than_it_must(shards, monkeypatch):
+    cut = chunks.cut(find_files([str(shards)]))
+    keep = [["meta.pile_set_name", "PhilPapers"]]
+    whole = held_out.look(cut, Reading(keep=keep))
+    monkeypatch.setattr(held_out, "_LOOK_INPUT_BYTES", cut[0].size // 4)
+    assert held_out.look(cut, Reading(keep=keep)) != whole
+    found = held_out.look(cut, Reading(keep=keep))
+    assert (whole.whole, found.whole, len(found.found)) == (True, False, 100)
+    assert len(found.found) / found.share == pytest.approx(len(whole.found), rel=0.25)
+    assert held_out.look(cut, Reading()).whole  # of all records as before
+
+
 @pytest.mark.by_hand
 def test_killed_at_any_moment_together_goes_on_and_gives_the_same_bytes(
     alone, shards, tokenizer_file, tmp_path
