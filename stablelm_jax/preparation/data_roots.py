@@ -61,6 +61,8 @@ def is_asked_for(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
         raise ValueError("--output: is missing; give the folder that is to hold the new data root")
     if flags.order and flags.recipe:
         raise ValueError("--order: a --recipe has one already; give one of the two")
+    if flags.exact_only and not flags.near:
+        raise ValueError("--exact-only: without --near all sources are compared exactly alone")
     return bool(mode)
 
 

@@ -126,16 +126,16 @@ def _of_recipe(
 
 
 def _table(found: dict[str, SourceManifest], reported: dict[str, float]) -> Table:
-    names = ["documents", "tokens", "held out", "shards"] + ["reported an epoch"] * bool(reported)
-    columns = [Column(name, justify="right") for name in names]
-    table = Table("source", *columns, box=box.SIMPLE)
+    names = ["documents", "tokens", "held out", "shards"] + ["of an epoch"] * bool(reported)
+    columns = [Column("source", no_wrap=True), *(Column(name, justify="right") for name in names)]
+    table = Table(*columns, box=box.SIMPLE)
     for name, made in found.items():
         documents = made.train.documents + made.held_out.documents
         counts = documents, _tokens(made), made.held_out.documents, len(made.shards)
         row = [f"{count:,}" for count in counts]
         if reported:
             expected = reported.get(name)
-            share = f"{expected:,.0f} ({_tokens(made) / expected:.0%})" if expected else "no number"
+            share = f"{_tokens(made) / expected:.0%}" if expected else "not reported"
             row.append("not in the recipe" if expected is None else share)
         table.add_row(name, *row)
     return table

@@ -347,6 +347,36 @@ def test_sources_named_exact_only_keep_their_near_copies(tmp_path, tokenizer, ca
     assert texts_of(tmp_path / "out", "b", tokenizer)[0] == [other]
 
 
+RECIPE_OF_OURS = """
+from stablelm_jax.preparation.recipes import Recipe, RecipeSource
+RECIPE = Recipe("ours", (
+    RecipeSource("a", (), dedup_priority=3),
+    RecipeSource("b", (), dedup_priority=1, unfiltered="code"),
+    RecipeSource("not_prepared", (), dedup_priority=0),
+))
+"""
+
+
+def test_a_recipe_gives_the_order_and_names_what_is_compared_exactly_alone(
+    tmp_path, tokenizer, call
+):
+    recipe = tmp_path / "ours.py"
+    recipe.write_text(RECIPE_OF_OURS)
+    text, held_out = real_texts(2)
+    other = edited(text, 1, random.Random(0))
+    write(tmp_path / "in", tokenizer, "a", [text, "x"], [held_out])
+    write(tmp_path / "in", tokenizer, "b", [other, text, "y"], ["h b"])
+    flags = "--dedup", tmp_path / "in", "--output", tmp_path / "out", "--near"
+    code, said, _ = call(*flags, "--recipe", recipe)
+    assert code == 0
+    assert "of copies the first of these keeps one: b, a" in said
+    assert texts_of(tmp_path / "out", "a", tokenizer)[0] == ["x"]
+    assert texts_of(tmp_path / "out", "b", tokenizer)[0] == [other, text, "y"]
+    code, _, error = call(*flags, "--recipe", recipe, "--order", "a")
+    assert code == 2
+    assert "--order: a --recipe has one already" in error
+
+
 # stopped, begun again, refused
 
 
@@ -403,6 +433,7 @@ def test_what_cannot_be_done_is_refused_by_name(small_root, tmp_path, tokenizer,
             "--held-out --licence: not with --dedup",
         ),
         (["--source", "a", "--output", out, "--near"], "--near: with --dedup"),
+        ([*good, "--exact-only", "a"], "--exact-only: without --near"),
     ]:
         code, _, error = call(*arguments)
         assert code == 2

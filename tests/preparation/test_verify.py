@@ -129,7 +129,8 @@ def test_a_recipe_says_which_sources_are_missing_or_of_another_size(root, capsys
         f"b: {sizes['b']:,} tokens where the recipe reports {2 * sizes['b']:,} an epoch, -50%"
         in said
     )
-    assert "no number" in said
+    assert "not reported" in said
+    assert "95%" in said
     recipe.sources = sources[:1]
     assert verify_root(str(root), recipe, 1, Console(width=200)) == 0
     assert "not in the recipe" in capsys.readouterr().out
