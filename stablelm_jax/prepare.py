@@ -138,7 +138,8 @@ def _listed(flags: argparse.Namespace, recipe: Recipe | None) -> Recipe:
 
 def _prepare_group(jobs: Sequence[Job], executor: Executor, console: Console) -> list[_Failure]:
     """Prepares sources, those that lie in the same files in one read; returns what failed."""
-    names, begun, failures = [job.source for job in jobs], False, []
+    names = [job.recipe["source"] if job.recipe else job.source for job in jobs]
+    begun, failures = False, []
     try:
         preparations = [Preparation(job) for job in jobs]
         begun = True

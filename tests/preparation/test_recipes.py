@@ -248,13 +248,14 @@ def moved(origin, root):
     return dataclasses.replace(origin, inputs=places, listed=listed)
 
 
-def here(root):
-    """The recipe with all its places below a folder of this machine."""
-    sources = [
-        dataclasses.replace(source, origins=tuple(moved(o, root) for o in source.origins))
-        for source in STABLELM.sources
-    ]
-    return dataclasses.replace(STABLELM, sources=tuple(sources))
+def here(root, apart=False):
+    """The recipe with all its places below a folder of this machine, or in one for each source."""
+
+    def place(source):
+        folder = root / ("pile" if source.name in PILE else f"of_{source.name}") if apart else root
+        return dataclasses.replace(source, origins=tuple(moved(o, folder) for o in source.origins))
+
+    return dataclasses.replace(STABLELM, sources=tuple(map(place, STABLELM.sources)))
 
 
 def job_of(recipe, name, *more):
@@ -419,8 +420,12 @@ def test_files_that_are_not_there_and_a_list_that_cannot_be_read_say_so_too(
 ):
     monkeypatch.setattr(prepare, "load_recipe", lambda name: here(tmp_path))
     flags = ("--output", tmp_path / "data", "--tokenizer", tokenizer_file)
-    for name, what in [("c4", "nothing there"), ("arxiv", "urls.txt")]:
-        code, out, err = run(capsys, "--recipe", "stablelm_2", "--source", name, *flags)
+    for name, what, *more in [
+        ("c4", "nothing there"),
+        ("c4", "nothing there", "--sample", "10"),
+        ("arxiv", "urls.txt"),
+    ]:
+        code, out, err = run(capsys, "--recipe", "stablelm_2", "--source", name, *flags, *more)
         assert code == 2
         assert what in err and "--origin 2 or 3" in err
         assert f"--config.data.weights.{name}=0.0" in out
@@ -505,3 +510,36 @@ def test_a_sample_reads_a_few_documents_here_and_there_and_is_another_source(
     assert "already prepared" in run(capsys, *flags, "--sample", 20)[1]
     code, _, err = run(capsys, *flags, "--sample", 30)
     assert (code, "with other sample (20, not 30)" in err) == (1, True)
+
+
+@pytest.mark.by_hand
+def test_one_command_prepares_all_sources_there_are_and_names_the_one_that_is_gone(
+    capsys, monkeypatch, tmp_path, tokenizer_file
+):
+    texts = {name: texts_of(name, 40) for name in NAMES}
+    for name in set(NAMES) - set(PILE):
+        files = LAYOUTS[name](texts[name])
+        write_files(tmp_path / f"of_{name}", files)
+        write_list(tmp_path / f"of_{name}", files)
+    parts = [
+        {"text": text, "meta": {"pile_set_name": set_name}}
+        for name, set_name in PILE.items()
+        for text in texts[name]
+    ]
+    shards = {f"train/{n:02d}.jsonl.zst": zstd(jsonl(parts[n::3])) for n in range(3)}
+    write_files(tmp_path / "pile", shards)
+    monkeypatch.setattr(prepare, "load_recipe", lambda name: here(tmp_path, apart=True))
+    data = tmp_path / "prepared"
+    code, out, err = run(
+        capsys, '--recipe', 'stablelm_2', '--source', 'all', '--output', data, '--tokenizer',
+        tokenizer_file, '--workers', 2,
+    )  # fmt: skip
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("prepare: restruct_v1: never published")
+    assert out.count("reading the files of") == 1  # the components of the Pile
+    for name in set(NAMES) - {"restruct_v1"}:
+        made = manifest.read_manifest(data / name)
+        assert made.train.documents + made.held_out.documents == 40, name
+        assert made.rejected == 0, name
+        assert made.provenance["recipe"]["source"] == name
