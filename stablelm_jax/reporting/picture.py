@@ -87,13 +87,14 @@ def draw_documents(found: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     lengths, ratios, languages = figure.subplots(1, 3)
     for axes, key, what in (
-        (lengths, "tokens_a_document", f"Documents of {found['source']}, by tokens from"),
-        (ratios, "bytes_a_token", "Of a sample, by bytes a token from"),
+        (lengths, "tokens_a_document", "By tokens, from"),
+        (ratios, "bytes_a_token", "Of a sample, by bytes a token, from"),
     ):
         counts = found[key]["histogram"]
         axes.bar([f"{least:g}" for least in counts], counts.values(), color="C0")
         axes.set(ylabel="documents", title=what)
         axes.tick_params(axis="x", rotation=60)
+    figure.suptitle(f"Documents of {found['source']}")
     told = found["languages"] or {"not told": 0}
     languages.barh(list(told)[:12][::-1], list(told.values())[:12][::-1], color="C1")
     languages.set(xlabel="documents", title="Of a sample, by language")

@@ -261,13 +261,17 @@ def tables(found: Replay, most: int, shorten: Callable[[str], str]) -> Iterator[
     else:
         said = [f"{key} {was!r}, here {now!r}" for key, (was, now) in found.differences.items()]
         why = "other devices or software than the run's, or a GPU without training.deterministic?"
-        yield f"NOT AS THE RUN HAD IT ({why}): {'; '.join(said)}"
+        more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
+        yield f"NOT AS THE RUN HAD IT ({why}): {'; '.join(said[:3])}{more}"
     shown = found.shares[: most or None]
     yield (
-        f"{len(shown)} of {len(found.shares)} documents that count, by their parts of the gradient "
-        "(a forward and backward pass of one row for each document)"
+        f"{len(shown)} of {len(found.shares)} documents that count, each by a forward and backward "
+        "pass of one row: loss a token, share of the step's loss, norm of the part of its gradient"
     )
-    table = Table("for data.skip", "row", "tokens", "loss", "of the step's loss", "gradient norm")
+    table = Table()
+    table.add_column("document", no_wrap=True)
+    for name in ("row", "tokens", "loss", "share", "gradient"):
+        table.add_column(name, justify="right")
     for share in shown:
         loss = "not finite" if share.loss is None else f"{share.loss:.4f}"
         of_loss = f"{share.part / found.loss:.1%}" if found.loss else ""
