@@ -33,7 +33,7 @@ from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation import data_roots, recipe_flags, together
+from stablelm_jax.preparation import data_roots, hub, recipe_flags, together
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.filters import FILTERS, SEVERAL
@@ -170,6 +170,8 @@ def _read_together(
 
 def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
     directory = preparation.directory
+    if names := hub.pinned_names(preparation.revisions):
+        console.print(f"from the Hub: {names}, which names the same files at any time")
     if found := preparation.finished():
         line = f"{directory}: already prepared, {_counts(found)}"
         if found.provenance["settings"].get("recipe") != RECIPE:

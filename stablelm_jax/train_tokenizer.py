@@ -21,7 +21,7 @@ from stablelm_jax.run_verb import run_verb
 if __name__ == "__main__":  # what is imported below takes seconds, in which Ctrl-C may come
     run_verb(None, "train_tokenizer")
 
-from stablelm_jax.preparation import chunks, inputs, streams
+from stablelm_jax.preparation import chunks, hub, inputs, streams
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.keeping import NotKept
@@ -106,18 +106,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(flags: argparse.Namespace) -> None:
     left_out: list[inputs.LeftOut] = []
-    files = inputs.find_files(flags.inputs, flags.format, left_out, str(flags.output))
+    revisions: dict[str, str] = {}
+    files = inputs.find_files(flags.inputs, flags.format, left_out, str(flags.output), revisions)
     inputs.check_split(flags.split_on, files)
     settings = {**vars(flags), "inputs": inputs.fingerprint(files)}
     del settings["output"]
     if not settings["keep"]:  # as those of earlier releases
         del settings["keep"]
+    if revisions:
+        settings["revisions"] = revisions
+        print(f"from the Hub: {hub.pinned_names(revisions)}")
     notes = flags.output.with_suffix(inputs.TRAINING_NOTES)
     if flags.output.is_file():
-        if not notes.exists() or json.loads(notes.read_text(encoding="utf-8")) != settings:
+        made = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+        if made != settings:
+            other = hub.pinned_names(made.get("revisions", {}))
             raise ValueError(
-                f"{flags.output} is there already and was not made by this command from this input:"
-                " choose another --output, or remove it"
+                f"{flags.output} is there already and was not made by this command from this input"
+                f"{other and ', but from '}{other}: choose another --output, or remove it"
             )
         print(f"{flags.output}: kept, it was made by this command before")
         return

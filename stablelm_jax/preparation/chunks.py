@@ -106,10 +106,12 @@ def _ranges(file: InputFile, size: int) -> list[Chunk]:
 
 def _row_groups(file: InputFile, size: int) -> list[Chunk]:
     """Runs of row groups of a file; none if it is damaged, which its reader will say."""
-    with streams.open_input(file.path, seekable=True) as opened:
+    with streams.open_input(file.path, seekable=True, size=file.size) as opened:
         try:
             footer = pq.ParquetFile(opened).metadata
-        except PARQUET_ERRORS:
+        except PARQUET_ERRORS as error:
+            if isinstance(error, OSError) and type(error) is not OSError:
+                raise  # of the network
             return []
     ranges: list[Chunk] = []
     start = first = held = rows = 0

@@ -22,9 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from stablelm_jax.data.manifest import MANIFEST_NAME
+from stablelm_jax.preparation import hub
 from stablelm_jax.storage.remote import described, filesystem, is_http, is_url, why_not_there
 
-_HIDDEN, _OURS = "hidden", "written by prepare"
+_HIDDEN, _OURS, _CARD = "hidden", "written by prepare", "the card of its repository"
+_CARD_NAME = re.compile(r"@[0-9a-f]{40}/README\.md$")  # at the top of a repository of the Hub
 _FIRST_SHARD = "train-00000.bin"
 _DATA = re.compile(r".*\.(txt|jsonl?|ndjson|parquet|arrow|csv|tsv|zip|tar|tgz|gz|zstd?|xz|bz2)")
 
@@ -85,9 +87,13 @@ def files_of(
 
     Raises:
       InputError: there is nothing to read.
+      OSError: the Hub refuses or fails.
     """
     before, path = len(left_out), _local_path(written)
-    if path is None:
+    if hub.PINNED.match(written):
+        found, unread = _pinned_files(written)
+        left_out += unread
+    elif path is None:
         found = list(_remote_files(written, left_out))
     else:
         found = _LocalWalk(left_out, earlier).files(path)
@@ -261,19 +267,38 @@ def _is_wanted(name: str) -> bool:
     return not name.startswith(".") and name != "__pycache__"
 
 
+@functools.cache  # for good, as a revision does not change
+def _pinned_files(url: str) -> tuple[list[InputFile], list[LeftOut]]:
+    left_out: list[LeftOut] = []
+
+    def listed() -> list[InputFile]:
+        left_out.clear()
+        return list(_listed(url, left_out))
+
+    files = hub.asked(listed, url)
+    # What a set holds may be listed by anybody, and read by those alone who were let in.
+    for file in filter(lambda file: file.size, files[:1]):
+        hub.HubFile(file.path, file.size).read(1)
+    return files, left_out
+
+
+def _listed(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
+    fs, path = filesystem(url)
+    fs.invalidate_cache()  # what was listed before may have changed
+    first, *outer = url.split("::", 1)  # zip://a.txt::s3://bucket/b.zip
+    chain = f"::{outer[0]}" if outer and is_url(first) else ""
+    for name in _remote_names(fs, path, left_out):
+        full, info = fs.unstrip_protocol(name) + chain, fs.info(name)
+        version = info.get("blob_id") or info.get("ETag") or info.get("Last-Modified")
+        file = InputFile(full, shown(full), info.get("size"), str(version or fs.ukey(name)))
+        if info.get("mimetype") == "text/html" and _DATA.fullmatch(file.last_name.lower()):
+            raise ValueError(f"{file.name}: the server sends a web page, perhaps to log in")
+        yield file._replace(divisible=_gives_ranges(fs, name))
+
+
 def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
     try:
-        fs, path = filesystem(url)
-        fs.invalidate_cache()  # what was listed before may have changed
-        first, *outer = url.split("::", 1)  # zip://a.txt::s3://bucket/b.zip
-        chain = f"::{outer[0]}" if outer and is_url(first) else ""
-        for name in _remote_names(fs, path, left_out):
-            full, info = fs.unstrip_protocol(name) + chain, fs.info(name)
-            version = info.get("ETag") or info.get("Last-Modified") or fs.ukey(name)
-            file = InputFile(full, shown(full), info.get("size"), str(version))
-            if info.get("mimetype") == "text/html" and _DATA.fullmatch(file.last_name.lower()):
-                raise ValueError(f"{file.name}: the server sends a web page, perhaps to log in")
-            yield file._replace(divisible=_gives_ranges(fs, name))
+        yield from _listed(url, left_out)
     except FileNotFoundError as error:
         raise InputError(f"--input {url}: {why_not_there(error)}") from error
     except ValueError as error:
@@ -301,10 +326,11 @@ def _remote_names(fs, path: str, left_out: list[LeftOut]) -> list[str]:
     names = []
     for name, info in infos.items():
         is_wanted = all(map(_is_wanted, name[len(above) :].strip("/").split("/")))
-        if is_wanted and posixpath.dirname(name) not in prepared:
+        is_card = name != path and bool(_CARD_NAME.search(name))
+        if is_wanted and not is_card and posixpath.dirname(name) not in prepared:
             names.append(name)
         else:
-            reason = _OURS if is_wanted else _HIDDEN
+            reason = _CARD if is_card else _OURS if is_wanted else _HIDDEN
             left_out.append(LeftOut(shown(fs.unstrip_protocol(name)), reason, info.get("size")))
     return names
 

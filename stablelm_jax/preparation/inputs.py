@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from stablelm_jax.preparation import hub
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, files_of
 from stablelm_jax.preparation.formats import kind_of, missing_package
 
@@ -19,6 +20,7 @@ def find_files(
     file_format: str = "auto",
     left_out: list[LeftOut] | None = None,
     tokenizer: str | None = None,
+    revisions: dict[str, str] | None = None,
 ) -> list[InputFile]:
     """All files to read under `inputs` (files, folders, patterns; local or any fsspec URL).
 
@@ -28,18 +30,24 @@ def find_files(
     Args:
       left_out: gets what is found and not read.
       tokenizer: a tokenizer.json that is no text: it is left out, with what it was made from.
+      revisions: of inputs on the Hub that are known, as `hub.pinned` takes them; gets the others.
 
     Raises:
       InputError: nothing is found under a name, or a file is named twice.
     """
     left_out = [] if left_out is None else left_out
+    revisions = {} if revisions is None else revisions
     path = os.path.realpath(tokenizer or "")
     notes = os.path.splitext(path)[0] + TRAINING_NOTES
     ours = {path, notes, os.path.join(path, "tokenizer.json")}
     files: dict[str, InputFile] = {}
     identities: dict[tuple[int, int], str] = {}
     for written in inputs:
-        for file in files_of(written, left_out, identities):
+        try:
+            found = files_of(hub.pinned(written, revisions), left_out, identities)
+        except OSError as error:  # of the Hub
+            raise InputError(f"--input {error}") from error
+        for file in found:
             if file.path in files:
                 raise InputError(f"--input: {file.name} is reached twice; name it once")
             if os.path.realpath(file.path) in ours:

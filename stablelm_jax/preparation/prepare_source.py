@@ -29,6 +29,7 @@ from stablelm_jax.preparation import (
     chunks,
     filters,
     held_out,
+    hub,
     inputs,
     keeping,
     streams,
@@ -112,6 +113,7 @@ class Preparation:
       directory: the folder of the source.
       outputs: where the workers leave what they make.
       files, input_bytes: what is read, and its size as it lies on disk.
+      revisions: of the repositories of the Hub that are read, as `hub.pinned` takes them.
       plan: how the input is cut, and what is held out; known from `begin` on.
       reasons: how often what was rejected; known from `tokenize` on.
       dropped: how many documents which filter dropped for which reason; from `tokenize` on.
@@ -131,6 +133,11 @@ class Preparation:
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
         self._ids = TokenisedReader(self.tokenizer, job.append_eod)
         self.left_out: list[inputs.LeftOut] = []
+        # What was begun goes on at the revisions that its repositories of the Hub had then.
+        path = self._work / "revisions.json"
+        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._begun_at = begun.get("revisions", {})
+        self.revisions = dict(self._begun_at) if begun.get("inputs") == job.inputs else {}
         self.files = self._find(self.left_out)
         for file in self.files:
             if file.path.startswith(f"{self.directory}{os.sep}"):
@@ -169,8 +176,9 @@ class Preparation:
     def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
         if self.job.adopt:
             return find_tokenised(self.job.inputs, self._ids)
-        files = inputs.find_files(self.job.inputs, self.job.format, left_out, self.job.tokenizer)
-        if not self.job.sample:
+        job = self.job
+        files = inputs.find_files(job.inputs, job.format, left_out, job.tokenizer, self.revisions)
+        if not job.sample:
             return files
         chosen = chunks.spread(files, chunks.SAMPLE_PLACES)
         others = [file for file in files if file not in chosen]
@@ -190,7 +198,8 @@ class Preparation:
         found = manifest.read_manifest(self.directory)
         # Shards of an earlier recipe are others, but no worse for a run.
         settings = {**found.provenance.get("settings", {}), "recipe": RECIPE}
-        self._compare(settings, f"{self.directory} was prepared")
+        revisions = found.provenance.get("revisions", {})
+        self._compare(settings, f"{self.directory} was prepared", revisions)
         manifest.verify(self.directory, found)
         shutil.rmtree(self._work, ignore_errors=True)
         return found
@@ -200,10 +209,14 @@ class Preparation:
         names = dict.fromkeys([*self._settings, "chat", *_WHERE_ASKED_FOR])
         return [name for name in names if theirs.get(name) != self._settings.get(name)]
 
-    def _compare(self, theirs: Mapping, what: str) -> None:
+    def _compare(self, theirs: Mapping, what: str, revisions: Mapping[str, str]) -> None:
+        files = "input files (names, sizes or dates)"
+        if revisions and self.revisions and revisions != self.revisions:
+            then, now = hub.pinned_names(revisions), hub.pinned_names(self.revisions)
+            files = f"files of the Hub, {then} (now it is {now})"
         for key in self._differing(theirs):
             differs = {
-                "inputs_sha256": "input files (names, sizes or dates)",
+                "inputs_sha256": files,
                 "tokenizer_sha256": "tokenizer",
                 "chat": "chat template",
                 "filters": "filters, parameters of them, or versions of what they run on",
@@ -237,7 +250,8 @@ class Preparation:
             self.plan = Plan.read(self._plan_path)
             resumed = not self._is_of_no_use()
         if resumed:
-            self._compare(self.plan.settings, f"{self.directory} was begun, not finished,")
+            what = f"{self.directory} was begun, not finished,"
+            self._compare(self.plan.settings, what, self._begun_at)
         else:
             if (self._work / "settings.json").exists():
                 raise PreparationError(
@@ -254,6 +268,9 @@ class Preparation:
             rule = held_out.choose(seen, self.job.held_out, bool(self.job.held_out_by))
             settings = self._settings | ({"kind": kind} if "chat" in self._settings else {})
             self.plan = Plan(settings, rule, cut)
+            if self.revisions:
+                begun = {"inputs": self.job.inputs, "revisions": self.revisions}
+                write_json(self._work / "revisions.json", begun)
             write_json(self._plan_path, self.plan)
         self.outputs.mkdir(exist_ok=True)
         return resumed
@@ -484,6 +501,7 @@ class Preparation:
                 "inputs": [shown(name) for name in job.inputs],
                 "input_files": len(self.files),
                 "input_bytes": self.input_bytes,
+                **({"revisions": self.revisions} if self.revisions else {}),
                 "found": {
                     end: {"files": files, "bytes": size}
                     for end, (files, size) in self.account.ends.items()

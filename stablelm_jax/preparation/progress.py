@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
+from stablelm_jax.preparation import hub
 from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 
@@ -65,7 +66,10 @@ class Watch:
         if 0 < new_share and share < 1:
             left = datetime.timedelta(seconds=round(seconds * (1 - share) / new_share))
             line += f", {left} left"
-        return line + (f", {rejected:,} rejected" if rejected else "")
+        line += f", {rejected:,} rejected" if rejected else ""
+        places = [output.place for output in self._outputs.values() if not output.last]
+        waits = [place for place in places if place.startswith(hub.WAITING)]
+        return line + (f"; {len(waits)} {waits[0]}" if waits else "")
 
     def show(self, console: Console, stop: threading.Event) -> None:
         """Until `stop` is set, says it in place, or by a line now and then."""

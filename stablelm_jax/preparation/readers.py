@@ -20,6 +20,7 @@ from stablelm_jax.preparation import formats, json_records, streams
 from stablelm_jax.preparation.archives import read_tar, read_warc, read_zip
 from stablelm_jax.preparation.finding import InputFile
 from stablelm_jax.preparation.formats import HEAD, Reading, kind_of, missing_package, what_is
+from stablelm_jax.preparation.hub import PINNED
 from stablelm_jax.preparation.json_records import lies_in_lines, read_json, read_lines
 from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, as_utf8, blocks_of
 from stablelm_jax.preparation.tables import read_arrow, read_csv, read_parquet
@@ -80,8 +81,12 @@ def _records(
 ) -> Iterator[str | Rejected]:
     is_range = bool(start or end is not None)
     seeks = is_range or file.kind in _SEEKING
-    with streams.open_input(file.path, seekable=seeks and file.divisible) as opened:
-        if seeks and not file.divisible:  # a server that gives a file from its beginning only
+    # Each seek in a file of the Hub is one of the few requests that it allows.
+    is_small = PINNED.match(file.path) and file.size <= streams.MAX_DOCUMENT_BYTES and not is_range
+    as_a_whole = seeks and bool(is_small or not file.divisible)
+    seekable = seeks and not as_a_whole
+    with streams.open_input(file.path, seekable=seekable, size=file.size) as opened:
+        if as_a_whole:  # also where a server gives a file from its beginning only
             data = whole(blocks_of(opened, Meter()))
             if isinstance(data, Rejected):
                 yield Rejected("too large for a server that gives whole files: download it first")
@@ -156,7 +161,7 @@ def can_be_divided(file: InputFile) -> bool:
     """Whether a file holds a JSON record a line, as it lies on disk."""
     if file.kind not in ("json", "jsonl") or file.compression or not file.divisible:
         return False
-    with streams.open_input(file.path) as opened:
+    with streams.open_input(file.path, size=file.size) as opened:
         head, blocks = streams.peek(blocks_of(opened, Meter()), HEAD)
         if what_is(head) or streams.compression_of(head) or head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return False

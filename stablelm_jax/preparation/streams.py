@@ -23,6 +23,7 @@ import lz4.frame
 import zstandard
 
 from stablelm_jax.preparation.finding import shown
+from stablelm_jax.preparation.hub import PINNED, HubFile
 from stablelm_jax.storage.remote import driver_options, is_http, is_url
 
 # A longer document is refused: it has to fit into memory several times over in every worker.
@@ -75,10 +76,12 @@ class Meter:
     consumed: int = 0
 
 
-def open_input(path: str, *, seekable: bool = False):
-    """A binary file from a local path or any fsspec URL, to be used in a `with`."""
+def open_input(path: str, *, seekable: bool = False, size: int | None = None):
+    """A binary file from a local path or any fsspec URL, for a `with`; `size`: as it is listed."""
     if not is_url(path):
         return open(path, "rb")
+    if PINNED.match(path):
+        return HubFile(path, size)
     # A page that is read from start to end comes in one answer, also from servers without ranges.
     streamed = is_http(path) and not seekable
     return fsspec.open(

@@ -34,6 +34,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
 from stablelm_jax.data.shards import ShardWriter
+from stablelm_jax.preparation import hub
 from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
 from stablelm_jax.preparation.conversations import ChatEncoder, Documents
@@ -277,6 +278,7 @@ def tokenize(steps: Sequence[TokenizeChunk], rank: int) -> None:
         return
     for task in tasks:
         task.begin()
+    hub.tell = lambda text: tasks[0].writer.note_place(text, at_once=True)
     plan, tokenizer = tasks[0].plan, tasks[0].tokenizer
     reading = Reading.of(plan.settings)
     reading = reading._replace(keep=for_all([task.keep for task in tasks]))
