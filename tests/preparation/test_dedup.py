@@ -13,6 +13,7 @@ import sys
 import time
 from pydoc_data.topics import topics
 
+import fsspec
 import numpy as np
 import pytest
 from prepared import check_contents, write_source
@@ -417,6 +418,16 @@ def test_stopped_before_any_task_or_rename_it_goes_on_and_gives_the_same_bytes(
     expected = digests(tmp_path / "undisturbed")
     assert len(expected) > 10
     assert digests(tmp_path / "out") == digests(tmp_path / "twice") == expected
+
+
+def test_a_root_behind_a_url_gives_the_same_bytes(small_root, tmp_path, call):
+    (small_root / "a" / "rejected.jsonl").write_text("{}\n")
+    call("--dedup", small_root, "--output", tmp_path / "local", "--near")
+    fs, path = fsspec.core.url_to_fs("memory://deduplicated")
+    fs.put(str(small_root), path, recursive=True)
+    code, _, _ = call("--dedup", "memory://deduplicated", "--output", tmp_path / "out", "--near")
+    assert code == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
 
 
 def test_what_cannot_be_done_is_refused_by_name(small_root, tmp_path, tokenizer, call):
