@@ -21,19 +21,21 @@ _SHARD_BYTES = 4  # a token as int32
 
 
 class Stage(NamedTuple):
-    """A stage of the preparation: its speed, in MB of text a second and core, and who says so."""
+    """A stage of the preparation, its speed in MB of text a second and core, and who says so."""
 
     name: str
     speed: float
     source: str
+    is_for_all: bool = True  # else not for the sources that must not be filtered
 
 
 STAGES = (
-    Stage("read, tokenize, write", 10.0, "measured: 7.8 to 12.2 (docs/log.md, 2026-11-21)"),
-    Stage("filters on words", 1.5, "an estimate, 1 to 2, to be measured"),
-    Stage("near copies: signatures", 0.9, "quoted: 8 TB in 2,460 core-hours (datatrove issue 298)"),
-    Stage("near copies: buckets", 25.0, "quoted: 8 TB in 90 core-hours (datatrove issue 298)"),
-    Stage("near copies: second read", 10.0, "as the first one"),
+    Stage("read, tokenize, write", 10.0, "measured: 7.8 to 12.2 (docs/log.md)"),
+    Stage("filters: gopher", 0.11, "measured, busy cores (docs/data.md)", False),
+    Stage("exact copies: hashes", 180.0, "measured (docs/data.md)"),
+    Stage("near copies: signatures", 0.67, "measured; datatrove's authors: 0.9", False),
+    Stage("near copies: matching", 19.0, "measured; datatrove's authors: 25", False),
+    Stage("copies: shards without them", 6.0, "measured (docs/data.md)"),
 )
 
 
@@ -51,9 +53,9 @@ def show(recipe: Recipe, config: ConfigDict) -> None:
     console.print(table(title, (*columns, "epochs"), [*rows, *ends]))
     for line in _notes(recipe, weights):
         console.print(line)
-    title = "core-hours of each stage, if all text goes through it"
-    columns = ("stage", "MB/s a core", "core-hours", "the speed is")
-    console.print(table(title, columns, _stages(total)))
+    title = "core-hours of each stage; filters and near copies: not of what must not be filtered"
+    columns = ("stage", "sources", "text, GB", "MB/s a core", "core-hours", "the speed is")
+    console.print(table(title, columns, _stages(recipe)))
 
 
 def _row(source: RecipeSource, weights: dict[str, float], run_tokens: int) -> tuple[str, ...]:
@@ -97,8 +99,13 @@ def _notes(recipe: Recipe, weights: dict[str, float]) -> Iterator[str]:
             yield f"{what}: {', '.join(found)}"
 
 
-def _stages(tokens: float) -> list[tuple[str, ...]]:
-    megabytes = tokens * BYTES_A_TOKEN / 1e6
-    return [
-        (s.name, f"{s.speed:g}", f"{megabytes / s.speed / 3600:,.0f}", s.source) for s in STAGES
-    ]
+def _stages(recipe: Recipe) -> list[tuple[str, ...]]:
+    rows = []
+    for stage in STAGES:
+        sources = [s for s in recipe.sources if stage.is_for_all or not s.unfiltered]
+        text = sum(source.tokens_an_epoch for source in sources) * BYTES_A_TOKEN
+        hours = f"{text / 1e6 / stage.speed / 3600:,.0f}"
+        which = f"{len(sources)} of {len(recipe.sources)}"
+        rows.append((stage.name, which, f"{text / 1e9:,.0f}", f"{stage.speed:g}", hours))
+        rows[-1] += (stage.source,)
+    return rows

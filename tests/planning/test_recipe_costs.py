@@ -43,10 +43,13 @@ def test_files_that_several_sources_share_are_downloaded_once():
     assert recipe_costs._download(STABLELM) == pytest.approx(once)
 
 
-def test_core_hours_follow_from_the_text_and_each_speed_has_its_source(capsys):
-    rows = {row[0]: row for row in recipe_costs._stages(8e12 / recipe_costs.BYTES_A_TOKEN)}
-    assert rows["near copies: signatures"][2] == "2,469"
-    assert rows["read, tokenize, write"][2] == "222"
+def test_core_hours_follow_from_the_text_that_a_stage_is_for_and_each_speed_has_its_source():
+    rows = {row[0]: row for row in recipe_costs._stages(STABLELM)}
+    text = {s.name: s.tokens / s.epochs * 4.3 / 1e6 for s in STABLELM.sources}
+    web = sum(text[s.name] for s in STABLELM.sources if not s.unfiltered)
+    assert rows["read, tokenize, write"][4] == f"{sum(text.values()) / 10 / 3600:,.0f}"
+    assert rows["near copies: signatures"][4] == f"{web / 0.67 / 3600:,.0f}"
+    assert rows["filters: gopher"][1] == "9 of 28"
     assert all(stage.source for stage in recipe_costs.STAGES)
 
 
