@@ -172,4 +172,10 @@ def _kind(value: Any, other: Any = None) -> type:
 def _stop_words(name: str, language: str) -> list[str]:
     if language in STOP_WORDS:
         return STOP_WORDS[language].split()
-    return sorted(_imported(name, f"spacy.lang.{language}.stop_words.STOP_WORDS"))
+    try:
+        return sorted(_imported(name, f"spacy.lang.{language}.stop_words.STOP_WORDS"))
+    except FilterError as error:
+        raise FilterError(
+            f"--filters {name}: no stop words of the language {language!r} ({error.__cause__}):"
+            " give its ISO 639-1 code, or stop_words=[one, two, three]"
+        ) from error

@@ -98,7 +98,8 @@ def _remedy(step: Mapping[str, Any], error: Exception) -> str:
             "; ft176 needs pip install -e '.[fasttext]' and a model; if datatrove cannot download"
             " it, give model='FILE', lid.176.bin or lid.176.ftz"
         )
-    return "; pip install -e '.[filters]'" if isinstance(error, ImportError) else ""
+    is_ours = isinstance(error, ImportError) and step["name"] in filters.FILTERS
+    return "; pip install -e '.[filters]'" if is_ours else ""
 
 
 class DroppedSample:

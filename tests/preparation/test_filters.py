@@ -123,6 +123,8 @@ def test_a_filter_of_one_language_asks_which_where_a_source_has_several():
     given = in_full(["gopher_quality(language=fr)", "language"], ["de", "fr"])["steps"]
     assert given[0]["parameters"]["stop_words"] == filters.STOP_WORDS["fr"].split()
     assert given[1]["parameters"]["languages"] == ["de", "fr"]
+    with pytest.raises(FilterError, match=r"no stop words of the language 'pt-BR'.*ISO 639-1"):
+        in_full(["gopher_quality"], ["pt-BR"])
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_killed_and_gone_on_with_by_more_workers_the_filtered_source_is_the_same
     whole, killed = (arguments(texts, tmp_path / name, tokenizer_file) for name in "ab")
     assert call(capsys, *whole, "--workers", 1)[0] == 0
     marker, outputs = tmp_path / "kill", tmp_path / "b" / "short" / ".work" / "outputs"
-    paths = os.pathsep.join(map(str, [TESTS.parent, TESTS]))
+    paths = os.pathsep.join(map(str, [TESTS.parent, TESTS, os.environ.get("PYTHONPATH", "")]))
     slowly = {"CHUNKS_DELAY": "0.2", "CHUNKS_KILL_WORKER": str(marker)}
     process = subprocess.Popen(
         [sys.executable, TESTS / "preparation" / "in_small_chunks.py", *killed, "--workers", "2"],
@@ -277,8 +279,8 @@ def test_killed_and_gone_on_with_by_more_workers_the_filtered_source_is_the_same
     marker.touch()  # from now on, a worker that finishes something is killed
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1 and b"a worker was killed" in error
-    code, out, _ = call(capsys, *killed, "--workers", 3)
-    assert code == 0 and "going on with what was begun" in out
+    code, out, error = call(capsys, *killed, "--workers", 3)
+    assert code == 0 and "going on with what was begun" in out, error
     assert digests(tmp_path / "b" / "short") == digests(tmp_path / "a" / "short")
 
 
