@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tasks", type=lambda text: [name.strip() for name in text.split(",")], help=names)
     add("--task-data", help="folder made by launch/corpora/task_data.py; default: the Hub")
+    what = "data root whose sources list items that stand in them: scores without these, beside"
+    add("--contamination", metavar="DATA", help=what)
     add("--limit", type=_count, help="items of each task; default: all")
     what = "examples, where a task is not fixed to none; default: each task's own number"
     add("--num-fewshot", type=int, help=what)
@@ -164,6 +166,7 @@ def _tasks(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> d
         data=arguments.task_data,
         compared=arguments.compare or f"stablelm-2-{'zephyr-' if template else ''}1_6b",
         chat=template,
+        contamination=arguments.contamination,
         **{name: getattr(arguments, name) for name in names},
     )
 

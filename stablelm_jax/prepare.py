@@ -34,6 +34,7 @@ from rich.table import Column, Table
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest
 from stablelm_jax.preparation import data_roots, hub, recipe_flags, together
+from stablelm_jax.preparation.contamination import CONTAMINATED_NAME
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.filters import FILTERS, SEVERAL
@@ -188,6 +189,8 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     console.print(_table(made))
     if "dropped" in made.provenance:
         console.print(_dropped(preparation, made))
+    if found := made.provenance.get("contamination"):
+        console.print(_contaminated(preparation, found))
     console.print(f"held out: {preparation.plan.held_out.reason}")
     console.print(_rejected(preparation, made))
     if found := made.provenance.get("keep"):
@@ -200,7 +203,10 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     console.print(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
     seconds = time.monotonic() - started
     speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
-    console.print(f"{seconds:.1f} s from the first byte to the last{speed}")
+    engines = " and ".join(made.provenance["engines"])
+    console.print(f"{seconds:.1f} s from the first byte to the last{speed}, ids by {engines}")
+    for problem in sorted({output.engine_problem for output in outputs} - {""}):
+        console.print(f"WARNING: {problem}; what it would have made is tiktoken's")
     console.print(
         f"prepared {made.source}: {_counts(made)} -> {directory / manifest.MANIFEST_NAME}"
     )
@@ -284,6 +290,18 @@ def _dropped(preparation: Preparation, made: SourceManifest) -> str:
     return line + each + (look if counts else "")
 
 
+def _contaminated(preparation: Preparation, found: Mapping) -> str:
+    what = "dropped" if found["dropped"] else "kept; --drop-contaminated leaves them out"
+    line = f"documents with items of benchmarks: {found['documents']:,}"
+    each = "".join(
+        f"\n{task['documents']:9,} {name}: {task['items_hit']:,} of {task['items']:,} items"
+        for name, task in found["tasks"].items()
+        if task["documents"]
+    )
+    path = preparation.directory / CONTAMINATED_NAME
+    return f"{line} ({what}), listed in {path}{each}" if each else line
+
+
 def _lost(sampled: int, lost: int, most_often: Mapping[str, int]) -> str:
     share = lost / max(sampled, 1)
     if not lost:
@@ -326,6 +344,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--filters', nargs='+', default=[], metavar='NAME',
         help=f'drop documents: {", ".join([*FILTERS, *SEVERAL])}, or a class package.module.Class;'
         " with parameters: 'c4(filter_policy=False)'. With --recipe: recipe, its own")  # fmt: skip
+    add('--benchmarks', metavar='TASK_DATA',
+        help='look for items of the benchmarks in this folder (launch/corpora/task_data.py); the'
+        ' manifest counts those that are found')  # fmt: skip
+    add('--drop-contaminated', action='store_true',
+        help='with --benchmarks: documents that hold such items are left out')  # fmt: skip
     add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
         help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
@@ -392,6 +415,10 @@ def _job(flags: argparse.Namespace) -> Job:
         (
             flags.filters and (flags.template or flags.adopt),
             "--filters: they judge texts, not conversations (--template) or tokens (--adopt)",
+        ),
+        (
+            flags.drop_contaminated and not flags.benchmarks,
+            "--drop-contaminated: of which --benchmarks?",
         ),
         (flags.max_tokens is not None and not flags.template, "--max-tokens: with --template"),
         (flags.max_turns != MAX_TURNS and not flags.template, "--max-turns: with --template"),

@@ -40,6 +40,7 @@ DISTRIBUTIONS = {
     "fasttext": "fasttext-numpy2-wheel",
     "lm_eval": "lm-eval",
     "megatron": "megatron-core",
+    "quicktok": "quicktok-v1",
 }
 
 

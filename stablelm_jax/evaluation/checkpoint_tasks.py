@@ -21,9 +21,10 @@ from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.lm_eval_model import CheckpointLM
 from stablelm_jax.evaluation.scores import published_scores, scores_to_json, table_of_scores
 from stablelm_jax.evaluation.scoring import Scorer
-from stablelm_jax.evaluation.suite import Left, load_tasks, run_tasks
+from stablelm_jax.evaluation.suite import Asked, Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
+from stablelm_jax.preparation.contamination import CONTAMINATED_NAME, read_hits
 from stablelm_jax.reporting.evaluations import Told, bar
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import described
@@ -41,6 +42,7 @@ def evaluate_tasks(
     limit: int | None,
     num_fewshot: int | None,
     chat: ChatTemplate | None = None,
+    contamination: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Prints a table to stderr and returns what goes into the JSON.
@@ -49,6 +51,7 @@ def evaluate_tasks(
       names, data: those of `load_tasks`; limit, num_fewshot: of `run_tasks`.
       compared: the published model whose scores stand beside.
       chat: the template of all prompts; None: they are plain text.
+      contamination: the data root whose sources list the items that stand in them.
       options: those of `lm_of_checkpoint`.
 
     Returns:
@@ -64,6 +67,7 @@ def evaluate_tasks(
         raise ValueError(f"--compare {compared}: no published scores; choose one of {known}")
     console, failed = make_console(stderr=True), {}
     asked = load_tasks(names, data)
+    touched = touched_items(contamination, asked) if contamination else None
     with bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
         model = lm_of_checkpoint(saved, mesh, told=told, chat=chat, **options)
         scores = run_tasks(
@@ -72,6 +76,7 @@ def evaluate_tasks(
             limit=limit,
             num_fewshot=num_fewshot,
             chat=chat is not None,
+            touched=touched,
             failed=lambda name, error: failed.update({name: described(error)}),
         )
     console.print(table_of_scores(scores, compared))
@@ -81,6 +86,26 @@ def evaluate_tasks(
         console.print(f"inputs cut at their beginning: {model.cut}; {model.max_length} tokens fit")
     found = scores_to_json(scores, compared) | {"inputs_cut": model.cut}
     return found | {"failed": failed} if failed else found
+
+
+def touched_items(root: str | Path, asked: Sequence[Asked]) -> dict[str, set[int]]:
+    """{task: its items, by number, that stand in the sources below a data root}.
+
+    Raises ValueError where no source was looked through (`prepare --benchmarks`).
+    """
+    lists = sorted(Path(root).glob(f"*/{CONTAMINATED_NAME}"))
+    if not lists:
+        raise ValueError(
+            f"--contamination {root}: no source there has a {CONTAMINATED_NAME}; "
+            "prepare --benchmarks TASK_DATA writes it"
+        )
+    tasks = {name: task for one in asked for name, task in one.loaded["tasks"].items()}
+    splits = {n: t.config.test_split or t.config.validation_split for n, t in tasks.items()}
+    items = [hit.item for path in lists for hit in read_hits(path)]
+    return {
+        name: {item.number for item in items if (item.task, item.split) == (name, split)}
+        for name, split in splits.items()
+    }
 
 
 def lm_of_checkpoint(

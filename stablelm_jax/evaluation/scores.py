@@ -32,6 +32,8 @@ class TaskScore:
       items: how many there were; None for a group.
       version: the task's version in lm-eval.
       note: in what the data differs from lm-eval's own.
+      untouched, untouched_items: the score of the items that do not stand in the training text,
+        and how many these are; None where that is not known, or where none stands there.
     """
 
     asked: str
@@ -44,6 +46,8 @@ class TaskScore:
     items: int | None
     version: str
     note: str = ""
+    untouched: float | None = None
+    untouched_items: int | None = None
 
     @property
     def key(self) -> str:
@@ -104,7 +108,15 @@ def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks
     beside = {"floor": [FLOORS.get((score.task, score.metric)) for score in shown]}
     beside[model] = [(published_score(score, model) or (None,))[0] for score in shown]
     beside = {name: values for name, values in beside.items() if any(values)}
+    if any(score.untouched_items for score in shown):
+        beside["untouched"] = [score.untouched and score.untouched * 100 for score in shown]
     notes = {score.task: score.note for score in shown if score.note}
+    for score in shown:
+        if score.untouched_items:
+            left = (
+                f"untouched: {score.untouched_items:,} items that the training text does not hold"
+            )
+            notes[score.task] = "; ".join(filter(None, [notes.get(score.task), left]))
     if "floor" in beside:
         notes["floor"] = 'what a model gets that says "lol" to every prompt'
     caption = "\n".join(f"* {task}: {note}" for task, note in notes.items()) or None

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     bootstraps: int = BOOTSTRAPS,
     chat: bool = False,
+    touched: Mapping[str, Collection[int]] | None = None,
     failed: Callable[[str, Exception], None],
 ) -> list[TaskScore]:
     """Every number of every task.
@@ -158,6 +159,7 @@ def run_tasks(
       num_fewshot: examples in each prompt instead of a task's own number; tasks that are fixed to
         none stay so.
       chat: prompts are conversations in the model's template, each example a turn of its own.
+      touched: {task: its items, by number, that stand in the training text}.
       bootstraps: samples for standard errors without a formula, which lm-eval says on stdout; 0:
         no standard errors at all.
       failed: told of a task that ends with an error, whose scores are then missing.
@@ -181,9 +183,9 @@ def run_tasks(
                     bootstrap_iters=bootstraps,
                     apply_chat_template=chat,
                     fewshot_as_multiturn=chat,
-                    log_samples=False,
+                    log_samples=bool(touched),
                 )
-            scores += _scores(one, found)
+            scores += _scores(one, found, touched or {})
         except Left:
             raise
         except Exception as error:  # of a task's own code, a data set, the device
@@ -191,7 +193,9 @@ def run_tasks(
     return scores
 
 
-def _scores(asked: Asked, found: Mapping[str, Any]) -> Iterator[TaskScore]:
+def _scores(
+    asked: Asked, found: Mapping[str, Any], touched: Mapping[str, Collection[int]]
+) -> Iterator[TaskScore]:
     for task, values in found["results"].items():
         for key, value in values.items():
             metric, _, how = key.partition(",")
@@ -209,7 +213,23 @@ def _scores(asked: Asked, found: Mapping[str, Any]) -> Iterator[TaskScore]:
                 items=found["n-samples"].get(task, {}).get("effective"),
                 version=str(found["versions"].get(task, "")),
                 note=asked.notes.get(task, ""),
+                **_untouched(found, task, metric, how, touched.get(task, ())),
             )
+
+
+def _untouched(
+    found: Mapping[str, Any], task: str, metric: str, how: str, touched: Collection[int]
+) -> dict[str, Any]:
+    """The score of the items that are not `touched`; nothing where it is no mean over items."""
+    samples = [s for s in found.get("samples", {}).get(task, ()) if s["filter"] == how]
+    values = {s["doc_id"]: s[metric] for s in samples if isinstance(s.get(metric), int | float)}
+    kept = [value for number, value in values.items() if number not in touched]
+    is_mean = values and np.isclose(
+        np.mean(list(values.values())), found["results"][task][f"{metric},{how}"]
+    )
+    if not (touched and kept and is_mean):
+        return {}
+    return {"untouched": float(np.mean(kept)), "untouched_items": len(kept)}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ DATA/NAME/.work/           while it is being made: the plan, outputs of chunks, 
 DATA/NAME/*.bin, .idx      shards, of conversations with .spans.npy
 DATA/NAME/rejected.jsonl
 DATA/NAME/dropped.jsonl    where there are filters
+DATA/NAME/contaminated.jsonl    where benchmarks are looked for
 DATA/NAME/manifest.json    written last
 """
 
@@ -36,6 +37,13 @@ from stablelm_jax.preparation import (
     tokenize_chunk,
 )
 from stablelm_jax.preparation.account import Account, list_left_out
+from stablelm_jax.preparation.contamination import (
+    CONTAMINATED_NAME,
+    Benchmarks,
+    Hit,
+    certificate,
+    write_hits,
+)
 from stablelm_jax.preparation.conversations import MAX_TURNS, ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
@@ -64,9 +72,10 @@ _ALLOW_UNREAD = "--allow-unread"
 _CHARACTERS_SHOWN = 10
 _NOT_IN_THE_BYTES = (
     'source', 'inputs', 'output', 'tokenizer', 'ranks', 'allow_unread', 'adopt', 'recipe',
+    'drop_contaminated',
 )  # fmt: skip
 # Settings that the others lack.
-_WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample", "filters")
+_WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample", "filters", "benchmarks")
 # Of a source of fewer bytes of text, what is held out is chosen among the documents that the
 # filters keep: they judge it twice, which takes them seconds.
 _FILTERED_TWICE = 4_000_000
@@ -104,6 +113,8 @@ class Job:
     sample: int | None = None  # documents that are read, in place of all
     recipe: Mapping[str, Any] | None = None  # what a recipe says of the place, for the manifest
     filters: Sequence[str] = ()
+    benchmarks: str | None = None
+    drop_contaminated: bool = False
 
 
 class Preparation:
@@ -164,6 +175,10 @@ class Preparation:
         for name in _NOT_IN_THE_BYTES:
             del self._settings[name]
         self._settings["filters"] = filters.in_full(job.filters, job.languages)
+        self._benchmarks = Benchmarks(job.benchmarks) if job.benchmarks else None
+        if self._benchmarks:
+            asked = {"sha256": self._benchmarks.sha256, "drop": job.drop_contaminated}
+            self._settings["benchmarks"] = asked
         for name in _WHERE_ASKED_FOR:  # as those of earlier releases
             if not self._settings[name]:
                 del self._settings[name]
@@ -292,7 +307,7 @@ class Preparation:
         filled = {split for output in outputs for split in output.shards}
         # All was read, and refused or not as it was meant; or there is nothing yet.
         is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
-        is_read_anew = not differs.isdisjoint({*Reading._fields, "filters"})
+        is_read_anew = not differs.isdisjoint({*Reading._fields, "filters", "benchmarks"})
         return (is_done and (is_read_anew or len(filled) < len(SPLITS))) or not any(
             sum(output.tokens.values()) for output in outputs
         )
@@ -317,7 +332,7 @@ class Preparation:
                 chats = ChatEncoder.of({**self._settings, "kind": kind}, self.tokenizer)
 
                 def usable(text: str) -> bool:
-                    made = documents_of(text, self.tokenizer, chats, self._screen)
+                    (made,) = documents_of([text], self.tokenizer, chats, self._screen)
                     return isinstance(made, Documents)
 
                 seen = held_out.look(cut, reading, usable, self._ids)
@@ -369,7 +384,8 @@ class Preparation:
         # Workers may have another working directory.
         name = os.path.abspath(name) if os.path.exists(name) else name
         ranks = job.ranks and os.path.abspath(job.ranks)
-        return TokenizeChunk(self._plan_path, self.outputs, name, ranks)
+        benchmarks = job.benchmarks and os.path.abspath(job.benchmarks)
+        return TokenizeChunk(self._plan_path, self.outputs, name, ranks, benchmarks)
 
     def run(self, executor: Executor, step: PipelineStep, logs: str) -> None:
         """Runs a step for every chunk; TasksFailed, with the place if it is known, if one fails."""
@@ -510,10 +526,12 @@ class Preparation:
                 "settings": self._settings,
                 "held_out": self.plan.held_out._asdict(),
                 "characters_lost": self.characters_lost(outputs),
+                "engines": dict(collections.Counter(output.engine for output in outputs)),
                 **self._conversations(outputs),
                 **self._kept(outputs),
                 **({"recipe": job.recipe} if job.recipe else {}),
                 **self._filtered(outputs),
+                **self._contaminated(outputs),
             },
             rejected=self.reasons.total(),
             kind=self.plan.settings.get("kind", "text"),
@@ -553,6 +571,14 @@ class Preparation:
             return {}
         edited = sum(output.edited for output in outputs)
         return {"dropped": dict(self.dropped.most_common()), "edited_by_filters": edited}
+
+    def _contaminated(self, outputs: list[Output]) -> dict[str, Any]:
+        """The certificate, and the list that it counts beside the manifest."""
+        if not self._benchmarks:
+            return {}
+        hits = list(map(Hit.of, self._rows(outputs, CONTAMINATED_NAME)))
+        write_hits(self.directory / CONTAMINATED_NAME, hits)
+        return {"contamination": certificate(self._benchmarks, hits, self.job.drop_contaminated)}
 
     def _split(self, split: str, outputs: list[Output]) -> Split:
         """Moves the shards of a split to the folder of the source, numbered in order."""

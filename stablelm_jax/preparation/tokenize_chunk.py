@@ -9,6 +9,7 @@ same one. It holds
     counts.npy       how often each token stands in the train shard, int64 [vocab_size]
     rejected.jsonl   file, line and reason of each record that gave no document
     dropped.jsonl    where there are filters: some of the documents that they dropped
+    contaminated.jsonl   where benchmarks are looked for: documents with items of them
     record.json      the fields of `Output`
 
 A chunk of more than `--shard-tokens` tokens, such as a large compressed file, has several outputs.
@@ -37,6 +38,13 @@ from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.preparation import hub
 from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json, read_chunk
+from stablelm_jax.preparation.contamination import (
+    CONTAMINATED_NAME,
+    Benchmarks,
+    Hit,
+    Item,
+    write_hits,
+)
 from stablelm_jax.preparation.conversations import ChatEncoder, Documents
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import HeldOutRule, hash_of
@@ -85,6 +93,7 @@ class Output:
         that were left out because they were too long.
       kept, not_kept: records of a source and of others in its files, by their value under --keep.
       dropped: how many documents the filters dropped, by filter and reason.
+      engine, engine_problem: what made the ids, and why a faster one that is installed did not.
       edited: how many of the documents that they kept have another text than before.
     """
 
@@ -106,6 +115,8 @@ class Output:
     kept: dict[str, int] = dataclasses.field(default_factory=dict)
     not_kept: dict[str, int] = dataclasses.field(default_factory=dict)
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    engine: str = ""
+    engine_problem: str = ""
     edited: int = 0
 
     def add_sample(self, text: str, lost: Mapping[str, int]) -> None:
@@ -143,16 +154,23 @@ class OutputWriter:
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
         self._has_filters, self._sample = "filters" in plan.settings, DroppedSample()
+        self._hits: list[Hit] | None = [] if "benchmarks" in plan.settings else None
         self._waiting: dict[str, list[Documents]] = {split: [] for split in SPLITS}
         self._writers: dict[str, ShardWriter] = {}
         self._counts = np.zeros(vocab_size, np.int64)
         self._record_due = 0.0
 
-    def add(self, record: Record, made: Documents | Rejected | NotKept | Dropped) -> bool:
+    def add(
+        self,
+        record: Record,
+        made: Documents | Rejected | NotKept | Dropped,
+        items: Sequence[Item] = (),
+    ) -> bool:
         """Takes a record; False, and nothing is taken, where it would make a shard too long.
 
         Args:
           made: its documents, which lie in one shard; or why there are none.
+          items: those of benchmarks that stand in it.
         """
         output = self.output
         values = getattr(record.content, "values", None)
@@ -179,6 +197,8 @@ class OutputWriter:
             self._waiting[split].append(made)
         if values and not isinstance(made, NotKept):
             count(output.kept, values)
+        if items:
+            self._hits += [Hit(record.file.name, record.line, item) for item in items]
         reason = made.reason if isinstance(made, Rejected) else None
         output.files.setdefault(record.file.path, Tally()).add(reason, record.left)
         output.records += 1
@@ -219,6 +239,8 @@ class OutputWriter:
         self._rejected.close()
         if self._has_filters:
             self._sample.write(self._scratch / DROPPED_NAME)
+        if self._hits is not None:
+            write_hits(self._scratch / CONTAMINATED_NAME, self._hits)
         self.output.last = last
         for split, writer in self._writers.items():
             self.output.shards[split] = dataclasses.asdict(writer.close())
@@ -244,10 +266,16 @@ class TokenizeChunk(PipelineStep):
     type = "TOKENIZER"
 
     def __init__(
-        self, plan: pathlib.Path, outputs: pathlib.Path, tokenizer: str, ranks: str | None
+        self,
+        plan: pathlib.Path,
+        outputs: pathlib.Path,
+        tokenizer: str,
+        ranks: str | None,
+        benchmarks: str | None = None,
     ):
         super().__init__()
         self.plan, self.outputs, self.tokenizer, self.ranks = plan, outputs, tokenizer, ranks
+        self.benchmarks = benchmarks
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         tokenize([self], rank)
@@ -271,8 +299,25 @@ class TokenizeTogether(PipelineStep):
         tokenize(self.steps, rank)
 
 
+class EngineDiffers(Exception):
+    """The fast engine of the tokenizer gave other ids than the one that needs no trust."""
+
+
 def tokenize(steps: Sequence[TokenizeChunk], rank: int) -> None:
     """Makes the outputs of chunk `rank` that are not there yet, of each of the steps' sources."""
+    try:
+        _tokenize(steps, rank)
+    except EngineDiffers as error:
+        for step in steps:  # all that it made of this chunk may be wrong
+            for output in outputs_of_chunk(step.outputs, rank):
+                shutil.rmtree(step.outputs / output.name)
+        tokenizer = _tokenizer(steps[0].tokenizer, steps[0].ranks)
+        tokenizer.use_fast_engine(False)
+        tokenizer.engine_problem = str(error)
+        _tokenize(steps, rank)
+
+
+def _tokenize(steps: Sequence[TokenizeChunk], rank: int) -> None:
     tasks = [task for step in steps if not (task := _Task(step, rank)).is_done]
     if not tasks:
         return
@@ -309,13 +354,16 @@ class _Task:
         self.tokenizer = _tokenizer(self.step.tokenizer, self.step.ranks)
         self._chats = ChatEncoder.of(self.plan.settings, self.tokenizer)
         self._screen = _screen(self.step.plan)
+        self._benchmarks = _benchmarks(self.step.benchmarks) if self.step.benchmarks else None
         self.keep = self.plan.settings.get("keep")
         self.writer = self._writer_after(self._earlier)
 
     def _writer_after(self, earlier: Output) -> OutputWriter:
         number, records, consumed = earlier.number + 1, earlier.records, earlier.consumed
-        output = Output(self.rank, number, records, consumed)
-        return OutputWriter(self.step.outputs, output, self.plan, self.tokenizer.vocab_size)
+        tokenizer = self.tokenizer
+        engine = {"engine": tokenizer.engine, "engine_problem": tokenizer.engine_problem}
+        output = Output(self.rank, number, records, consumed, **engine)
+        return OutputWriter(self.step.outputs, output, self.plan, tokenizer.vocab_size)
 
     def take(self, batch: Sequence[Record]) -> None:
         """Writes the documents of the next records, which may be other sources' too."""
@@ -324,19 +372,28 @@ class _Task:
             place = _place(self.plan.chunks[self.rank], batch[-1])
             self.writer.note_place(place, at_once=is_large)
         contents = [for_source(record.content, self.keep) for record in batch]
-        judges = self.tokenizer, self._chats, self._screen
-        found = [documents_of(content, *judges) for content in contents]
+        found = documents_of(contents, self.tokenizer, self._chats, self._screen)
         for record, made in zip(batch, found):
-            number = self.writer.output.records
-            if not self.writer.add(record, made):
+            number, items = self.writer.output.records, self._items(made)
+            if items and self.plan.settings["benchmarks"]["drop"]:
+                made = Dropped("benchmarks", items[0].task)
+            if not self.writer.add(record, made, items):
                 self.writer.close(last=False)
                 self.writer = self._writer_after(self.writer.output)
-                self.writer.add(record, made)
+                self.writer.add(record, made, items)
             is_read = isinstance(made, Documents) and not isinstance(made.text, TokenisedText)
             if number % _SAMPLED_EVERY < _SAMPLED and is_read:
+                if not (self._chats or self.tokenizer.agrees(made.text, made.ids[0][:-1])):
+                    place = _place(self.plan.chunks[self.rank], record)
+                    raise EngineDiffers(f"{self.tokenizer.engine} gave other ids at {place}")
                 text = made.text[:_SAMPLED_CHARACTERS]
                 self.writer.output.add_sample(text, self.tokenizer.lost_characters(text))
         self.writer.flush()
+
+    def _items(self, made: Any) -> list[Item]:
+        """Items of benchmarks in what became of a record."""
+        is_read = self._benchmarks and isinstance(made, Documents)
+        return self._benchmarks.find(str(made.text)) if is_read else []
 
 
 # Loaded once a process: a worker runs many tasks.
@@ -348,9 +405,14 @@ def _screen(plan: pathlib.Path) -> Screen | None:
     return Screen.of(_plan(plan).settings)
 
 
+_benchmarks = functools.lru_cache(maxsize=1)(Benchmarks)
+
+
 @functools.lru_cache(maxsize=1)
 def _tokenizer(name: str, ranks: str | None) -> Tokenizer:
-    return load_tokenizer(name, ranks=ranks)
+    tokenizer = load_tokenizer(name, ranks=ranks)
+    tokenizer.use_fast_engine()
+    return tokenizer
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -380,15 +442,26 @@ def _place(chunk: Chunk, record: Record) -> str:
 
 
 def documents_of(
-    text: str | Rejected | NotKept,
+    contents: Sequence[str | Rejected | NotKept],
     tokenizer: Tokenizer,
     chats: ChatEncoder | None,
     screen: Screen | None = None,
-) -> Documents | Rejected | NotKept | Dropped:
-    """The documents of a record, a text where there are no `chats`; or why there are none.
+) -> list[Documents | Rejected | NotKept | Dropped]:
+    """The documents of records, texts where there are no `chats`; or why there are none.
 
     `screen`: the filters of texts, which may change them.
     """
+    made = [_before_tokenizer(content, chats, screen) for content in contents]
+    texts = [i for i, one in enumerate(made) if isinstance(one, str)]
+    for i, ids in zip(texts, tokenizer.encode_documents([made[i] for i in texts])):
+        made[i] = _document(made[i], ids, tokenizer.eod)
+    return made
+
+
+def _before_tokenizer(
+    text: str | Rejected | NotKept, chats: ChatEncoder | None, screen: Screen | None
+) -> str | Documents | Rejected | NotKept | Dropped:
+    """What becomes of a record: a text to be tokenised, or more where no tokenizer is needed."""
     if screen and isinstance(text, str):
         text = screen.judge(text)
     if not isinstance(text, str):
@@ -397,11 +470,12 @@ def documents_of(
         return chats.documents(text)
     if isinstance(text, TokenisedText):
         return Documents([text.ids], [], text)
-    text = str(text)  # without what is noted of it
-    try:
-        tokens = tokenizer.encode_document(text)
-    except TokenizerError as error:
-        return Rejected(str(error)[:200])
-    if not len(tokens):
+    return str(text)  # without what is noted of it
+
+
+def _document(text: str, ids: np.ndarray | TokenizerError, eod: int) -> Documents | Rejected:
+    if isinstance(ids, TokenizerError):
+        return Rejected(str(ids)[:200])
+    if not len(ids):
         return Rejected("the tokenizer makes no token of it")
-    return Documents([np.append(tokens, np.int32(tokenizer.eod))], [], text)
+    return Documents([np.append(ids, np.int32(eod))], [], text)

@@ -16,10 +16,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from stablelm_jax.tokenizer.fast import FastEngine, fast_engine
 from stablelm_jax.tokenizer.long_text import LONG_RUN, encode_in_parts, normalise, split_long_runs
 from stablelm_jax.tokenizer.ranks import find_ranks, spelled
 
@@ -62,6 +64,8 @@ class Tokenizer(abc.ABC):
     """What the rest of the house knows of a tokenizer."""
 
     name: str  # what `load_tokenizer` was given
+    engine: str  # the library that makes the ids, and its version
+    engine_problem = ""  # why a faster one that is installed is not used
     largest_id: int
     eod: int  # id of the token that ends a document
     sha256: str  # identifies the mapping from text to ids
@@ -84,6 +88,18 @@ class Tokenizer(abc.ABC):
     def encode_document(self, text: str) -> np.ndarray:
         """`encode(text)` as an array, int32 [tokens]."""
         return np.asarray(self.encode(text), np.int32)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray | TokenizerError]:
+        """`encode_document` of each text, or the error of one that cannot be encoded."""
+        return [_or_error(self.encode_document, text) for text in texts]
+
+    def use_fast_engine(self, wanted: bool = True) -> None:
+        """`encode_documents` takes a faster engine of the same ids, where there is one."""
+        del wanted  # for most there is none
+
+    def agrees(self, text: str, ids: np.ndarray) -> bool:
+        """Whether the engine that needs no trust gives the ids of `encode_documents` too."""
+        return True
 
     @abc.abstractmethod
     def vocabulary(self) -> dict[str, int]:
@@ -108,6 +124,8 @@ class Arcade100k(Tokenizer):
 
     def __init__(self, rank_file: bytes):
         self.name = ARCADE100K
+        self.engine = self._reference_engine = f"tiktoken {version('tiktoken')}"
+        self._fast: FastEngine | None = None
         self.specials = {t: FIRST_SPECIAL + i for i, t in enumerate(SPECIAL_TOKENS)}
         self.largest_id = FIRST_SPECIAL + len(SPECIAL_TOKENS) - 1
         self.eod = self.specials["<|endoftext|>"]
@@ -139,6 +157,24 @@ class Arcade100k(Tokenizer):
 
     def encode_document(self, text: str) -> np.ndarray:
         return self._encode_normal(normalise(text))
+
+    def use_fast_engine(self, wanted: bool = True) -> None:
+        self._fast = None
+        if wanted:
+            found = fast_engine(PATTERN, self.ranks, self.encode_document)
+            self._fast, self.engine_problem = found
+        self.engine = self._fast.name if self._fast else self._reference_engine
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray | TokenizerError]:
+        if not self._fast or not texts:
+            return super().encode_documents(texts)
+        try:
+            return self._fast.encode(list(map(normalise, texts)))
+        except TypeError:  # a text that has no ids
+            return super().encode_documents(texts)
+
+    def agrees(self, text: str, ids: np.ndarray) -> bool:
+        return not self._fast or np.array_equal(ids, self.encode_document(text))
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         if not specials:
@@ -183,6 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         self.name, self.content = name, content
+        self.engine = f"tokenizers {version('tokenizers')}"
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             spec = json.loads(content)
@@ -262,6 +299,13 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, ranks: str | None = None)
     if ranks is not None:
         raise ValueError(f"ranks are for {ARCADE100K!r}; {path} brings its own: leave them out")
     return HuggingFaceTokenizer(path.read_bytes(), str(name_or_path))
+
+
+def _or_error(encode: Callable[[str], np.ndarray], text: str) -> np.ndarray | TokenizerError:
+    try:
+        return encode(text)
+    except TokenizerError as error:
+        return error
 
 
 def _guarded(encode: Callable, text: str):

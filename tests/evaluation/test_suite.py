@@ -120,3 +120,39 @@ def test_a_package_that_a_task_needs_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(suite.TaskManager, "load", load)
     with pytest.raises(ValueError, match="'langdetect'; pip install -e '.\\[eval\\]'"):
         suite.load_tasks(["ifeval"])
+
+
+class PrefersTheFirst(Says):
+    """Finds the first of two answers likelier."""
+
+    def loglikelihood(self, requests):
+        return [(0.0 if "first" in request.args[1] else -1.0, False) for request in requests]
+
+
+def test_scores_of_items_that_the_training_text_does_not_hold_stand_beside(tmp_path):
+    rows = [{"goal": f"{i}", "sol1": "first", "sol2": "second", "label": i % 2} for i in range(10)]
+    write_index(tmp_path, "piqa", rows, changes={"training_split": None})
+    asked = suite.load_tasks(["piqa"], tmp_path)
+    failed = []
+    scores = suite.run_tasks(
+        PrefersTheFirst(""), asked, touched={"piqa": {0, 2, 4}}, bootstraps=0, failed=failed.append
+    )
+    (accuracy,) = (score for score in scores if score.metric == "acc")
+    assert not failed and accuracy.value == 0.5 and accuracy.items == 10
+    assert accuracy.untouched == pytest.approx(2 / 7) and accuracy.untouched_items == 7
+    (plain, *_) = suite.run_tasks(PrefersTheFirst(""), asked, bootstraps=0, failed=failed.append)
+    assert plain.untouched is None
+
+
+def test_items_that_sources_list_are_those_of_the_split_that_is_asked(tmp_path):
+    checkpoint_tasks = pytest.importorskip("stablelm_jax.evaluation.checkpoint_tasks")
+    rows = [{"goal": "x", "sol1": "a", "sol2": "b", "label": 0}]
+    write_index(tmp_path, "piqa", rows, changes={"training_split": None})
+    asked = suite.load_tasks(["piqa"], tmp_path)
+    with pytest.raises(ValueError, match="prepare --benchmarks"):
+        checkpoint_tasks.touched_items(tmp_path / "data", asked)
+    for name, split, number in (("a", "validation", 3), ("b", "validation", 5), ("c", "train", 7)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        row = {"file": "f", "line": 1, "task": "piqa", "split": split, "item": number}
+        (tmp_path / "data" / name / "contaminated.jsonl").write_text(json.dumps(row) + "\n")
+    assert checkpoint_tasks.touched_items(tmp_path / "data", asked) == {"piqa": {3, 5}}

@@ -1,0 +1,194 @@
+"""Which documents hold items of the benchmarks: n-grams of words that both have.
+
+An n-gram is 13 words in a row (as in the GPT-3 paper, appendix C), in lower case and without
+punctuation. An item's texts are its fields: the question, each answer, a passage. A text of 8 to 12
+words counts as one n-gram; a shorter one says nothing. Neither does an n-gram of many items, such
+as an instruction that all of a task's prompts begin with.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from stablelm_jax.storage.files import write_text
+
+WORDS, FEWEST_WORDS = 13, 8
+# An n-gram that more items than this share is a form of words, not an item.
+MOST_ITEMS = 10
+CONTAMINATED_NAME = "contaminated.jsonl"
+_WORD = re.compile(r"\w+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of a word is lost
+
+
+class Item(NamedTuple):
+    """An item of a benchmark: row `number`, from 0, of a file of the task's data."""
+
+    task: str
+    split: str
+    number: int
+
+
+class Hit(NamedTuple):
+    """A document that holds something of an item."""
+
+    file: str
+    line: int
+    item: Item
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Hit:
+        """Out of a line of `write_hits`."""
+        return cls(row["file"], row["line"], Item(row["task"], row["split"], row["item"]))
+
+
+class _Hashes(dict):
+    """64 bits of BLAKE2b of a word, each computed once."""
+
+    def __missing__(self, word: str) -> int:
+        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        value = int.from_bytes(digest, "little")
+        if len(self) < 1 << 20:  # names and numbers have no end
+            self[word] = value
+        return value
+
+
+class Benchmarks:
+    """The n-grams of all items of a folder of task data (`launch/corpora/task_data.py`).
+
+    Attributes:
+      sha256: of the data and of the rule; other benchmarks, or another rule, have another.
+      items: how many items of each task have n-grams that are looked for.
+      too_short: how many items of each task have none.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        """Raises ValueError where the folder is none of task data."""
+        self._hashes = _Hashes()
+        self._of = list(_items(pathlib.Path(folder)))
+        digest = hashlib.sha256(f"{WORDS} {FEWEST_WORDS} {MOST_ITEMS}".encode())
+        grams, owners, lengths = [], [], []
+        for number, (item, texts) in enumerate(self._of):
+            digest.update(repr((item, texts)).encode("utf-8", "surrogatepass"))
+            for text in texts:
+                words = self._words(text)
+                length = min(WORDS, len(words))
+                found = _grams(words, length) if length >= FEWEST_WORDS else words[:0]
+                grams.append(found)
+                owners.append(np.full(len(found), number, np.int32))
+                lengths.append(np.full(len(found), length, np.int8))
+        self.sha256 = digest.hexdigest()
+        self._index = _index(*map(np.concatenate, (grams, owners, lengths)))
+        known = np.unique(np.concatenate([owners for _, owners in self._index.values()]))
+        self.items = collections.Counter(self._of[number][0].task for number in known)
+        every = collections.Counter(item.task for item, _ in self._of)
+        self.too_short = every - self.items
+
+    def find(self, text: str) -> list[Item]:
+        """The items of which the text holds an n-gram, in the order of the data."""
+        words, found = self._words(text), []
+        for length, (grams, owners) in self._index.items():
+            mine = np.unique(_grams(words, length))
+            first, last = (np.searchsorted(grams, mine, side) for side in ("left", "right"))
+            found += [owners[a:b] for a, b in zip(first[first < last], last[first < last])]
+        numbers = np.unique(np.concatenate(found)) if found else []
+        return [self._of[number][0] for number in numbers]
+
+    def _words(self, text: str) -> np.ndarray:
+        words = _WORD.findall(text.lower())
+        return np.fromiter(map(self._hashes.__getitem__, words), np.uint64, len(words))
+
+
+def _grams(words: np.ndarray, length: int) -> np.ndarray:
+    """A hash of each `length` words in a row, uint64 [words - length + 1]."""
+    total = np.zeros(max(len(words) - length + 1, 0), np.uint64)
+    for i in range(length):
+        total = total * _FACTOR + words[i : i + len(total)]
+    return total
+
+
+def _index(
+    grams: np.ndarray, owners: np.ndarray, lengths: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{words: (n-grams in order, the item of each)}, without those that many items share."""
+    found = {}
+    for length in range(FEWEST_WORDS, WORDS + 1):
+        pairs = np.stack([grams[lengths == length], owners[lengths == length].astype(np.uint64)])
+        pairs = np.unique(pairs, axis=1)
+        _, places, counts = np.unique(pairs[0], return_inverse=True, return_counts=True)
+        is_rare = counts[places] <= MOST_ITEMS
+        if is_rare.any():
+            found[length] = pairs[0][is_rare], pairs[1][is_rare].astype(np.int64)
+    if not found:
+        raise ValueError(f"no item of the task data has a text of {FEWEST_WORDS} words or more")
+    return found
+
+
+def _items(folder: pathlib.Path) -> Iterator[tuple[Item, list[str]]]:
+    try:
+        tasks = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder}: holds no task data ({error!r}); make it with "
+            "python launch/corpora/task_data.py --output DIR"
+        ) from error
+    for task, entry in sorted(tasks.items()):
+        for split, file in sorted(entry["files"].items()):
+            for number, row in enumerate(pq.read_table(folder / file).to_pylist()):
+                yield Item(task, split, number), list(_texts(row))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _texts(each)
+
+
+def certificate(benchmarks: Benchmarks, hits: Iterable[Hit], dropped: bool) -> dict[str, Any]:
+    """What the manifest says of the benchmarks in a source's text."""
+    hits = list(hits)
+    tasks = {}
+    for task in sorted(benchmarks.items | benchmarks.too_short):
+        of_task = [hit for hit in hits if hit.item.task == task]
+        tasks[task] = {
+            "items": benchmarks.items[task],
+            "too_short": benchmarks.too_short[task],
+            "items_hit": len({hit.item for hit in of_task}),
+            "documents": len({hit[:2] for hit in of_task}),
+        }
+    return {
+        "benchmarks_sha256": benchmarks.sha256,
+        "words": WORDS,
+        "dropped": dropped,
+        "documents": len({hit[:2] for hit in hits}),
+        "tasks": tasks,
+    }
+
+
+def write_hits(path: pathlib.Path, hits: Iterable[Hit]) -> None:
+    """A line of JSON for each: `file`, `line`, `task`, `split`, `item`."""
+    rows = [
+        {"file": file, "line": line, "task": item.task, "split": item.split, "item": item.number}
+        for file, line, item in hits
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_hits(path: pathlib.Path) -> list[Hit]:
+    """What `write_hits` wrote."""
+    with open(path, encoding="utf-8") as lines:
+        return list(map(Hit.of, map(json.loads, lines)))
