@@ -24,7 +24,7 @@ CORE = {
     "checkpoint": 1075,
     "config": 982,
     "data": 1955,
-    "tokenizer": 885,
+    "tokenizer": 1006,
     "parallel": 776,
     "optimizer": 320,
     "model": 910,
@@ -33,16 +33,16 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 6564,
+    "preparation": 6851,
     "generation": 874,
-    "evaluation": 1524,
+    "evaluation": 1581,
     "interop": 1910,
     "planning": 1409,
     "reporting": 1283,
     "drilling": 379,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 11891, 29_374
+CORE_WITHOUT_KERNELS, EVERYTHING = 12012, 29_869
 
 
 def files_of(room):
