@@ -51,7 +51,8 @@ class FastEngine:
         with tempfile.TemporaryDirectory() as folder:
             # Of the files that it imports, the one that needs no list of merges.
             file = Path(folder) / "tekken.json"
-            file.write_text(json.dumps({"config": config, "vocab": vocabulary}))
+            content = {"config": config, "vocab": vocabulary}
+            file.write_text(json.dumps(content), encoding="utf-8")
             with contextlib.redirect_stdout(io.StringIO()):
                 quicktok.import_tokenizer(str(file), _NAME, folder)
             self._engine = quicktok.Tokenizer(_NAME, folder)
