@@ -323,7 +323,17 @@ def _tokenize(steps: Sequence[TokenizeChunk], rank: int) -> None:
         return
     for task in tasks:
         task.begin()
-    hub.tell = lambda text: tasks[0].writer.note_place(text, at_once=True)
+    hub.tell, told = (lambda text: tasks[0].writer.note_place(text, at_once=True)), hub.tell
+    try:
+        _read(tasks, rank)
+    finally:
+        hub.tell = told
+    for task in tasks:
+        task.writer.close(last=True)
+
+
+def _read(tasks: Sequence[_Task], rank: int) -> None:
+    """Each task takes what is its own of the records of a chunk."""
     plan, tokenizer = tasks[0].plan, tasks[0].tokenizer
     reading = Reading.of(plan.settings)
     reading = reading._replace(keep=for_all([task.keep for task in tasks]))
@@ -333,8 +343,6 @@ def _tokenize(steps: Sequence[TokenizeChunk], rank: int) -> None:
         for task in tasks:
             task.take(batch[max(task.writer.output.records - number, 0) :])
         number += len(batch)
-    for task in tasks:
-        task.writer.close(last=True)
 
 
 class _Task:
