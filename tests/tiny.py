@@ -25,6 +25,7 @@ from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.reporting import picture as pictures
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training import programs, update_guard
+from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
 from stablelm_jax.training.setup import Run
 
@@ -214,7 +215,7 @@ def compiled_once(name: str, run: Run):
     return _compiled[key]
 
 
-def train(config, workdir: Path, picture: bool = False):
+def train(config, workdir: Path, picture: bool = False, options=ResumeOptions()):
     """Trains in this process; returns the exit code and the metrics lines.
 
     `picture`: also draws loss.png, which takes as long as the rest of so small a run.
@@ -225,7 +226,7 @@ def train(config, workdir: Path, picture: bool = False):
             patched.enter_context(mock.patch.object(programs, name, once))
         if not picture:
             patched.enter_context(mock.patch.object(pictures, "draw_losses"))
-        code = run_training(config, config_lib.set_by(config, {}), str(workdir))
+        code = run_training(config, config_lib.set_by(config, {}), str(workdir), options)
     return code, metrics(workdir)
 
 
