@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -103,7 +104,8 @@ def test_the_documents_of_highest_loss_under_a_checkpoint_are_the_bad_ones(root,
 def test_without_the_documents_there_is_no_spike_and_all_other_rows_stay(spiked, skipped):
     seen, lines = losses(skipped[1]), skipped[1]
     before = {step: loss for step, loss in spiked[1].items() if step < SPIKE}
-    assert {step: seen[step] for step in before} == before
+    # The step with a mask for rows left out is another program: the last bit may differ.
+    assert {step: seen[step] for step in before} == pytest.approx(before, rel=1e-6)
     assert abs(seen[SPIKE] - seen[SPIKE - 1]) < 0.3
     assert lines[SPIKE - 2]["tokens_seen"] == (SPIKE - 1) * 8 * 32
     assert lines[-1]["tokens_seen"] == (STEPS * 8 - 3) * 32
@@ -114,15 +116,18 @@ def test_without_the_documents_there_is_no_spike_and_all_other_rows_stay(spiked,
 
 
 def test_leaving_out_is_a_change_to_be_accepted_and_resumes_exactly(root, skipped, tmp_path):
+    undisturbed = tmp_path.with_name(f"{tmp_path.name}_undisturbed")
     train(config(root, **{"training.num_steps": 40}), tmp_path)
+    shutil.copytree(tmp_path, undisturbed)
     changed = config(root, **{"data.skip": SKIP, "training.num_steps": 42})
     with pytest.raises(ValueError, match="config.data.skip was .*--accept-config-change"):
         train(changed, tmp_path)
     accepted = ResumeOptions(accept_config_change=True)
     assert train(changed, tmp_path, options=accepted)[0] == 0
     _, lines = train(config(root, **{"data.skip": SKIP}), tmp_path)
-    assert losses(lines) == losses(skipped[1])
-    folders = tmp_path, skipped[0]
+    _, others = train(config(root, **{"data.skip": SKIP}), undisturbed, options=accepted)
+    assert losses(lines) == losses(others) == pytest.approx(losses(skipped[1]), rel=1e-6)
+    folders = tmp_path, undisturbed
     last, other = (read_run(folder / f"checkpoints/global_step{STEPS}") for folder in folders)
     assert last["checksums"] == other["checksums"]
     change = {"data.skip": [[], list(SKIP)]}
