@@ -28,6 +28,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from stablelm_jax.evaluation.scores import TaskScore
+from stablelm_jax.preparation.contamination import task_index
 from stablelm_jax.storage.remote import described
 
 GROUPS = Path(__file__).parent / "tasks"
@@ -68,7 +69,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Ask
     Raises:
       ValueError: an unknown name, with the nearest known; a folder that is none; no data.
     """
-    index = _read_index(Path(data)) if data else {}
+    index = task_index(Path(data)) if data else {}
     if data and (splitter := Path(data) / "nltk_data").is_dir():
         nltk.data.path.insert(0, str(splitter))  # IFEval downloads it where it is not found
     notes = {name: entry["note"] for name, entry in index.items() if entry["note"]}
@@ -110,20 +111,6 @@ def _manager(names: Sequence[str]) -> TaskManager:
                 "lists the others, and a path that ends in .yaml is a task file"
             )
     return manager
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """{task: {"files": {split: path}, "changes", "note"}}, the paths whole."""
-    try:
-        index = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["tasks"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder}: holds no task data ({error!r}); make it with "
-            "python launch/corpora/task_data.py --output DIR"
-        ) from error
-    for entry in index.values():
-        entry["files"] = {s: str((folder / file).resolve()) for s, file in entry["files"].items()}
-    return index
 
 
 def _redirect(manager: TaskManager, name: str, entry: dict[str, Any], folder: Path) -> None:

@@ -132,17 +132,27 @@ def _index(
     return found
 
 
-def _items(folder: pathlib.Path) -> Iterator[tuple[Item, list[str]]]:
+def task_index(folder: pathlib.Path) -> dict[str, Any]:
+    """{task: {"files": {split: path}, "changes", "note"}} of a folder of task data, paths whole.
+
+    ValueError where it is none.
+    """
     try:
-        tasks = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+        index = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder}: holds no task data ({error!r}); make it with "
             "python launch/corpora/task_data.py --output DIR"
         ) from error
-    for task, entry in sorted(tasks.items()):
+    for entry in index.values():
+        entry["files"] = {s: str((folder / file).resolve()) for s, file in entry["files"].items()}
+    return index
+
+
+def _items(folder: pathlib.Path) -> Iterator[tuple[Item, list[str]]]:
+    for task, entry in sorted(task_index(folder).items()):
         for split, file in sorted(entry["files"].items()):
-            for number, row in enumerate(pq.read_table(folder / file).to_pylist()):
+            for number, row in enumerate(pq.read_table(file).to_pylist()):
                 yield Item(task, split, number), list(_texts(row))
 
 

@@ -52,7 +52,6 @@ class TokenObjective:
 
     num_sources: int  # S
     name: str = "pretrain"  # or 'sft', a batch of which may hold no trained token at all
-    skips: bool = False  # nor may one of which `data.skip` leaves something out
     metrics: ClassVar[Metrics] = {"loss": (("nll", "tokens"),)}
 
     def count(self, batch: Batch) -> Sums:
@@ -87,8 +86,7 @@ class TokenObjective:
 
     def divisor(self, count: jax.Array) -> jax.Array:
         """`count`; where it may be 0, so that nothing is divided by that, 1 at least."""
-        always = self.name == "pretrain" and not self.skips
-        return count if always else jnp.maximum(count, 1)
+        return count if self.name == "pretrain" else jnp.maximum(count, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +206,7 @@ def make_objective(config: ConfigDict, num_sources: int) -> Objective:
     """The objective of a run of `config`."""
     name, dpo = config.training.objective, config.dpo
     if name != "dpo":
-        return TokenObjective(num_sources, name, bool(config.data.skip))
+        return TokenObjective(num_sources, name)
     options = {key: value for key, value in dpo.items() if key != "loss"}
     return PairObjective(num_sources, kind=dpo.loss, **options)
 
