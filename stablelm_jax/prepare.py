@@ -12,13 +12,12 @@ shows the sources of the published mixture and where they lie.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from stablelm_jax.run_verb import run_verb
@@ -27,30 +26,28 @@ if __name__ == "__main__":  # what is imported below takes seconds, in which Ctr
     run_verb(None, "prepare", interrupted="run the same command again to go on")
 
 from datatrove.utils.logging import logger
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
-from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation import data_roots, hub, recipe_flags, together
-from stablelm_jax.preparation.contamination import CONTAMINATED_NAME
+from stablelm_jax.preparation import data_roots, hub, recipe_flags, summary, together
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
-from stablelm_jax.preparation.filters import FILTERS, SEVERAL
 from stablelm_jax.preparation.finding import InputError
-from stablelm_jax.preparation.flags import add_input_flags
+from stablelm_jax.preparation.flags import (
+    add_chat_flags,
+    add_input_flags,
+    add_recipe_flags,
+    add_screening_flags,
+    add_slurm_flags,
+    pair,
+)
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.held_out import MAX_FRACTION
 from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
 from stablelm_jax.preparation.progress import progress
 from stablelm_jax.preparation.recipe_table import show
 from stablelm_jax.preparation.recipes import Recipe, load_recipe
-from stablelm_jax.preparation.show_dropped import ShowDropped
 from stablelm_jax.run.console import make_console
-
-_REASONS_SHOWN = 5
-_LOSS_WARNED_OF = 0.001
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,33 +171,19 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     if names := hub.pinned_names(preparation.revisions):
         console.print(f"from the Hub: {names}, which names the same files at any time")
     if found := preparation.finished():
-        line = f"{directory}: already prepared, {_counts(found)}"
+        line = f"{directory}: already prepared, {summary.counts(found)}"
         if found.provenance["settings"].get("recipe") != RECIPE:
             line += f", by an earlier release; remove {directory} to do it anew"
         console.print(line)
         return
     started = time.monotonic()
     resumed = preparation.begin()
-    console.print(_plan(preparation, executor, resumed))
+    console.print(summary.plan(preparation, executor, resumed))
     with progress([preparation], console) as watch:
         outputs = preparation.tokenize(executor)
     made = preparation.collate(outputs)
-    console.print(_found(preparation))
-    console.print(_table(made))
-    if "dropped" in made.provenance:
-        console.print(_dropped(preparation, made))
-    if found := made.provenance.get("contamination"):
-        console.print(_contaminated(preparation, found))
-    console.print(f"held out: {preparation.plan.held_out.reason}")
-    console.print(_rejected(preparation, made))
-    if found := made.provenance.get("keep"):
-        for name, counts in found.items():
-            listed = ", ".join(f"{value}: {count:,}" for value, count in counts.items())
-            console.print(f"{name.replace('_', ' ')} by --keep: {listed or 'none'}")
-    if chats := made.provenance.get("conversations"):
-        console.print(f"last rounds dropped, too long: {chats['rounds_dropped']:,}")
-    console.print(_lost(**made.provenance["characters_lost"]))
-    console.print(f"unigram entropy of the train tokens: {made.unigram_entropy:.4f} nats")
+    for part in summary.parts(preparation, made):
+        console.print(part)
     seconds = time.monotonic() - started
     speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
     engines = " and ".join(made.provenance["engines"])
@@ -208,111 +191,7 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     for problem in sorted({output.engine_problem for output in outputs} - {""}):
         console.print(f"WARNING: {problem}; what it would have made is tiktoken's")
     console.print(
-        f"prepared {made.source}: {_counts(made)} -> {directory / manifest.MANIFEST_NAME}"
-    )
-
-
-def _counts(made: SourceManifest) -> str:
-    what, *counts = _items(made)
-    tokens = made.train.tokens + made.held_out.tokens
-    return f"{sum(counts):,} {what}, {tokens:,} tokens"
-
-
-def _items(made: SourceManifest) -> tuple[str, int, int]:
-    """What the source holds, and how many of it are trained on and held out."""
-    sides = 2 if made.kind == "pairs" else 1
-    what = "documents" if made.kind == "text" else made.kind
-    return what, made.train.documents // sides, made.held_out.documents // sides
-
-
-def _plan(preparation: Preparation, executor: Executor, resumed: bool) -> str:
-    kinds = collections.Counter(
-        file.kind + (f".{file.compression}" if file.compression else "")
-        for file in preparation.files
-    )
-    files = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-    tokenizer = preparation.tokenizer
-    return (
-        f"{preparation.job.source}: files: {files}; {preparation.input_bytes / 1e6:,.1f} MB;"
-        f" chunks: {len(preparation.plan.chunks):,}; {executor.kind} workers: {executor.workers};"
-        f" tokenizer {tokenizer.name} ({tokenizer.sha256[:12]}){_filters(preparation)}"
-        + ("; going on with what was begun" if resumed else "")
-    )
-
-
-def _filters(preparation: Preparation) -> str:
-    asked = preparation.plan.settings.get("filters")
-    if not asked:
-        return ""
-    names = ", ".join(step["name"] for step in asked["steps"])
-    languages = ", ".join(preparation.job.languages) or "en, as no --language is given"
-    return f"; filters: {names} (language: {languages})"
-
-
-def _found(preparation: Preparation) -> Table:
-    columns = [Column(name, justify="right") for name in ("files", "bytes")]
-    table = Table("what was found", *columns, box=box.SIMPLE)
-    for end, (files, size) in preparation.account.ends.items():
-        table.add_row(end, f"{files:,}", f"{size:,}")
-    return table
-
-
-def _table(made: SourceManifest) -> Table:
-    columns = [Column(name, justify="right") for name in ("train", "held out")]
-    table, train, held = Table("", *columns, box=box.SIMPLE), made.train, made.held_out
-    what, *counts = _items(made)
-    table.add_row(what, *(f"{count:,}" for count in counts))
-    table.add_row("tokens", f"{train.tokens:,}", f"{held.tokens:,}")
-    if chats := made.provenance.get("conversations"):
-        trained = chats["trained_tokens"]
-        shares = [(trained["train"], train.tokens), (trained["held_out"], held.tokens)]
-        table.add_row("trained tokens", *(f"{n:,} ({n / of:.0%})" for n, of in shares))
-    table.add_row("bytes of text", f"{train.text_bytes:,}", f"{held.text_bytes:,}")
-    table.add_row("shards", f"{len(train.shards):,}", f"{len(held.shards):,}")
-    return table
-
-
-def _rejected(preparation: Preparation, made: SourceManifest) -> str:
-    if not made.rejected:
-        return "rejected: none"
-    first = preparation.reasons.most_common(_REASONS_SHOWN)
-    reasons = "; ".join(f"{reason}: {count:,}" for reason, count in first)
-    more = "; ..." if len(preparation.reasons) > _REASONS_SHOWN else ""
-    path = preparation.directory / "rejected.jsonl"
-    return f"rejected: {made.rejected:,} ({reasons}{more}), listed in {path}"
-
-
-def _dropped(preparation: Preparation, made: SourceManifest) -> str:
-    counts, edited = preparation.dropped, made.provenance["edited_by_filters"]
-    line = f"dropped by filters: {counts.total():,} documents; edited and kept: {edited:,}"
-    each = "".join(f"\n{count:9,} {kind}" for kind, count in counts.most_common())
-    look = f"\nlook at some of each: prepare --show-dropped {preparation.directory}"
-    return line + each + (look if counts else "")
-
-
-def _contaminated(preparation: Preparation, found: Mapping) -> str:
-    what = "dropped" if found["dropped"] else "kept; --drop-contaminated leaves them out"
-    line = f"documents with items of benchmarks: {found['documents']:,}"
-    each = "".join(
-        f"\n{task['documents']:9,} {name}: {task['items_hit']:,} of {task['items']:,} items"
-        for name, task in found["tasks"].items()
-        if task["documents"]
-    )
-    path = preparation.directory / CONTAMINATED_NAME
-    return f"{line} ({what}), listed in {path}{each}" if each else line
-
-
-def _lost(sampled: int, lost: int, most_often: Mapping[str, int]) -> str:
-    share = lost / max(sampled, 1)
-    if not lost:
-        return f"lost by the tokenizer: none of {sampled:,} characters looked at"
-    line = f"lost by the tokenizer: {share:.2%} of {sampled:,} characters looked at"
-    line += f" ({', '.join(map(repr, most_often))})"
-    if share < _LOSS_WARNED_OF:
-        return line
-    return (
-        f"WARNING: {line}: they do not come back from its tokens, and no model trained on them can"
-        " write them; take a tokenizer that knows all bytes, such as those of train_tokenizer"
+        f"prepared {made.source}: {summary.counts(made)} -> {directory / manifest.MANIFEST_NAME}"
     )
 
 
@@ -341,28 +220,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
     add('--language', dest='languages', nargs='+', default=[], metavar='CODE',
         help='ISO 639-1, for the manifest and for --filters')  # fmt: skip
-    add('--filters', nargs='+', default=[], metavar='NAME',
-        help=f'drop documents: {", ".join([*FILTERS, *SEVERAL])}, or a class package.module.Class;'
-        " with parameters: 'c4(filter_policy=False)'. With --recipe: recipe, its own")  # fmt: skip
-    add('--benchmarks', metavar='TASK_DATA',
-        help='look for items of the benchmarks in this folder (launch/corpora/task_data.py); the'
-        ' manifest counts those that are found')  # fmt: skip
-    add('--drop-contaminated', action='store_true',
-        help='with --benchmarks: documents that hold such items are left out')  # fmt: skip
-    add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
-        help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
-    add('--provenance', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
+    add('--provenance', nargs='+', type=pair, default=[], metavar='KEY=VALUE',
         help='anything else to keep in the manifest')  # fmt: skip
-    add('--template', metavar='NAME_OR_FILE',
-        help='records are conversations or preference pairs, written by this chat template: zephyr,'
-        ' chatml, tokenizer (the one beside its tokenizer.json), or a file of Jinja')  # fmt: skip
-    add('--max-turns', type=int, default=MAX_TURNS, metavar='N',
-        help='answers of a conversation at most, one with more is rejected (default'
-        f' {MAX_TURNS})')  # fmt: skip
-    add('--max-tokens', type=int, metavar='N',
-        help='tokens of a conversation, or of both sides of a pair, at most: last rounds are'
-        ' dropped where that helps, what is longer still is rejected')  # fmt: skip
     add('--held-out-by', metavar='KEY',
         help='records of the same value under this key are held out together, or not at'
         ' all')  # fmt: skip
@@ -374,28 +234,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
     add('--workers', type=int, default=cores, metavar='N',
         help='tasks at a time (default: the cores of this machine)')  # fmt: skip
-    known = parser.add_argument_group("sources that are known")
-    known.add_argument('--recipe', metavar='NAME_OR_FILE',
-        help='where the sources of a mixture lie, and how they are read: stablelm_2, demo, or your'
-        ' own FILE.py. It fills in what is not given by hand')  # fmt: skip
-    known.add_argument("--list", action="store_true", help="show the recipe's sources, do no more")
-    known.add_argument('--origin', metavar='N|substitute',
-        help='read another place than the first that --list shows')  # fmt: skip
     parser.set_defaults(facts=None)
+    add_recipe_flags(parser)
+    add_screening_flags(parser)
+    add_chat_flags(parser)
     data_roots.add_flags(parser)
-    slurm = parser.add_argument_group("SLURM (the output must be on a disk that all nodes share)")
-    slurm.add_argument("--slurm-partition", default="", metavar="NAME")
-    slurm.add_argument("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a job")
-    slurm.add_argument('--slurm-option', nargs='+', type=_pair, default=[], metavar='KEY=VALUE',
-                       help='further options of sbatch, such as account=NAME')  # fmt: skip
+    add_slurm_flags(parser)
     return parser
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE")
-    return key, value
 
 
 def _job(flags: argparse.Namespace) -> Job:

@@ -27,6 +27,7 @@ MOST_ITEMS = 10
 CONTAMINATED_NAME = "contaminated.jsonl"
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of a word is lost
+_REST = np.uint64(39)  # bits of an n-gram's hash behind the 25 of a first look
 
 
 class Item(NamedTuple):
@@ -75,61 +76,70 @@ class Benchmarks:
         self._hashes = _Hashes()
         self._of = list(_items(pathlib.Path(folder)))
         digest = hashlib.sha256(f"{WORDS} {FEWEST_WORDS} {MOST_ITEMS}".encode())
-        grams, owners, lengths = [], [], []
+        words, owners = [], []
         for number, (item, texts) in enumerate(self._of):
             digest.update(repr((item, texts)).encode("utf-8", "surrogatepass"))
-            for text in texts:
-                words = self._words(text)
-                length = min(WORDS, len(words))
-                found = _grams(words, length) if length >= FEWEST_WORDS else words[:0]
-                grams.append(found)
-                owners.append(np.full(len(found), number, np.int32))
-                lengths.append(np.full(len(found), length, np.int8))
+            words += map(self._words, texts)
+            owners += [number] * len(texts)
         self.sha256 = digest.hexdigest()
-        self._index = _index(*map(np.concatenate, (grams, owners, lengths)))
-        known = np.unique(np.concatenate([owners for _, owners in self._index.values()]))
-        self.items = collections.Counter(self._of[number][0].task for number in known)
+        self._grams, self._owners = _index(words, np.array(owners))
+        self._beginnings = np.zeros(1 << 25, bool)
+        self._beginnings[self._grams >> _REST] = True
+        self.items = collections.Counter(self._of[n][0].task for n in np.unique(self._owners))
         every = collections.Counter(item.task for item, _ in self._of)
         self.too_short = every - self.items
 
     def find(self, text: str) -> list[Item]:
         """The items of which the text holds an n-gram, in the order of the data."""
-        words, found = self._words(text), []
-        for length, (grams, owners) in self._index.items():
-            mine = np.unique(_grams(words, length))
-            first, last = (np.searchsorted(grams, mine, side) for side in ("left", "right"))
-            found += [owners[a:b] for a, b in zip(first[first < last], last[first < last])]
-        numbers = np.unique(np.concatenate(found)) if found else []
-        return [self._of[number][0] for number in numbers]
+        grams = np.concatenate(list(_grams(self._words(text))))
+        grams = grams[
+            self._beginnings[grams >> _REST]
+        ]  # far fewer: a search among millions is slow
+        first = np.searchsorted(self._grams, grams)
+        is_known = self._grams[np.minimum(first, len(self._grams) - 1)] == grams
+        last = np.searchsorted(self._grams, grams[is_known], "right")
+        found = [self._owners[a:b] for a, b in zip(first[is_known], last)]
+        return [self._of[number][0] for number in np.unique(np.concatenate(found))] if found else []
 
     def _words(self, text: str) -> np.ndarray:
         words = _WORD.findall(text.lower())
         return np.fromiter(map(self._hashes.__getitem__, words), np.uint64, len(words))
 
 
-def _grams(words: np.ndarray, length: int) -> np.ndarray:
-    """A hash of each `length` words in a row, uint64 [words - length + 1]."""
-    total = np.zeros(max(len(words) - length + 1, 0), np.uint64)
-    for i in range(length):
-        total = total * _FACTOR + words[i : i + len(total)]
-    return total
+def _grams(words: np.ndarray) -> Iterator[np.ndarray]:
+    """Hashes of FEWEST_WORDS words in a row, of one more, and so on, as many as there are or WORDS.
+
+    uint64 [words - length + 1] each.
+    """
+    total = np.zeros(len(words), np.uint64)
+    for i in range(max(FEWEST_WORDS, min(WORDS, len(words)))):
+        total = total[: max(len(words) - i, 0)] * _FACTOR + words[i:]
+        if i + 1 >= FEWEST_WORDS:
+            yield total
 
 
-def _index(
-    grams: np.ndarray, owners: np.ndarray, lengths: np.ndarray
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{words: (n-grams in order, the item of each)}, without those that many items share."""
-    found = {}
-    for length in range(FEWEST_WORDS, WORDS + 1):
-        pairs = np.stack([grams[lengths == length], owners[lengths == length].astype(np.uint64)])
-        pairs = np.unique(pairs, axis=1)
-        _, places, counts = np.unique(pairs[0], return_inverse=True, return_counts=True)
-        is_rare = counts[places] <= MOST_ITEMS
-        if is_rare.any():
-            found[length] = pairs[0][is_rare], pairs[1][is_rare].astype(np.int64)
-    if not found:
+def _index(texts: Sequence[np.ndarray], owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """n-grams in order and the item of each, without those that many items share.
+
+    `texts`: the words of each text of an item; `owners`: the item of each text.
+    """
+    lengths = np.array(list(map(len, texts)))
+    text_of, found = np.repeat(np.arange(len(texts)), lengths), []
+    for length, grams in enumerate(_grams(np.concatenate(texts)), FEWEST_WORDS):
+        first, last = text_of[: len(grams)], text_of[length - 1 :]
+        is_one = (first == last) & ((length == WORDS) | (lengths[first] == length))
+        found.append((grams[is_one], owners[first[is_one]]))
+    grams, owners = map(np.concatenate, zip(*found))
+    order = np.lexsort((owners, grams))
+    grams, owners = grams[order], owners[order]
+    is_new = np.ones(len(grams), bool)
+    is_new[1:] = (grams[1:] != grams[:-1]) | (owners[1:] != owners[:-1])
+    grams, owners = grams[is_new], owners[is_new]
+    _, places, counts = np.unique(grams, return_inverse=True, return_counts=True)
+    is_rare = counts[places] <= MOST_ITEMS
+    if not is_rare.any():
         raise ValueError(f"no item of the task data has a text of {FEWEST_WORDS} words or more")
-    return found
+    return grams[is_rare], owners[is_rare]
 
 
 def task_index(folder: pathlib.Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import copies
 from stablelm_jax.preparation.copies import KINDS, Plan, PlannedShard, Stage
 from stablelm_jax.preparation.executors import Executor
+from stablelm_jax.preparation.outputs import SPLITS
 from stablelm_jax.preparation.recipes import Recipe
-from stablelm_jax.preparation.tokenize_chunk import SPLITS
 from stablelm_jax.preparation.verify import names_in, source_names
 from stablelm_jax.storage.files import flush_to_disk, write_json
 from stablelm_jax.storage.remote import as_path, is_url

@@ -1,10 +1,13 @@
-"""The flags that say what is read, the same for every verb that reads documents."""
+"""Flags of `prepare`; those that say what is read are of every verb that reads documents."""
 
 from __future__ import annotations
 
 import argparse
 
+from stablelm_jax.preparation.conversations import MAX_TURNS
+from stablelm_jax.preparation.filters import FILTERS, SEVERAL
 from stablelm_jax.preparation.formats import FORMATS
+from stablelm_jax.preparation.show_dropped import ShowDropped
 from stablelm_jax.preparation.texts import split_bytes
 
 
@@ -24,6 +27,63 @@ def add_input_flags(parser: argparse.ArgumentParser, *, required: bool = True) -
     add('--split-on', type=_split_on, metavar='TEXT|blank-lines|64kB',
         help='cut each text file into documents: at a text such as "<|endoftext|>", at blank lines,'
         ' or at the line end before so many bytes')  # fmt: skip
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Where sources that are known lie."""
+    known = parser.add_argument_group("sources that are known")
+    known.add_argument('--recipe', metavar='NAME_OR_FILE',
+        help='where the sources of a mixture lie, and how they are read: stablelm_2, demo, or your'
+        ' own FILE.py. It fills in what is not given by hand')  # fmt: skip
+    known.add_argument("--list", action="store_true", help="show the recipe's sources, do no more")
+    known.add_argument('--origin', metavar='N|substitute',
+        help='read another place than the first that --list shows')  # fmt: skip
+
+
+def add_screening_flags(parser: argparse.ArgumentParser) -> None:
+    """What leaves documents out, or looks for something in them."""
+    add = parser.add_argument_group("documents that are left out").add_argument
+    add('--filters', nargs='+', default=[], metavar='NAME',
+        help=f'drop documents: {", ".join([*FILTERS, *SEVERAL])}, or a class package.module.Class;'
+        " with parameters: 'c4(filter_policy=False)'. With --recipe: recipe, its own")  # fmt: skip
+    add('--benchmarks', metavar='TASK_DATA',
+        help='look for items of the benchmarks in this folder (launch/corpora/task_data.py); the'
+        ' manifest counts those that are found')  # fmt: skip
+    add('--drop-contaminated', action='store_true',
+        help='with --benchmarks: documents that hold such items are left out')  # fmt: skip
+    add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
+        help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
+
+
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    """How records are conversations or pairs."""
+    add = parser.add_argument_group("conversations and preference pairs").add_argument
+    add('--template', metavar='NAME_OR_FILE',
+        help='records are conversations or preference pairs, written by this chat template: zephyr,'
+        ' chatml, tokenizer (the one beside its tokenizer.json), or a file of Jinja')  # fmt: skip
+    add('--max-turns', type=int, default=MAX_TURNS, metavar='N',
+        help='answers of a conversation at most, one with more is rejected (default'
+        f' {MAX_TURNS})')  # fmt: skip
+    add('--max-tokens', type=int, metavar='N',
+        help='tokens of a conversation, or of both sides of a pair, at most: last rounds are'
+        ' dropped where that helps, what is longer still is rejected')  # fmt: skip
+
+
+def add_slurm_flags(parser: argparse.ArgumentParser) -> None:
+    """Where SLURM runs the work."""
+    slurm = parser.add_argument_group("SLURM (the output must be on a disk that all nodes share)")
+    slurm.add_argument("--slurm-partition", default="", metavar="NAME")
+    slurm.add_argument("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a job")
+    slurm.add_argument('--slurm-option', nargs='+', type=pair, default=[], metavar='KEY=VALUE',
+                       help='further options of sbatch, such as account=NAME')  # fmt: skip
+
+
+def pair(text: str) -> tuple[str, str]:
+    """KEY=VALUE, as an argument."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE")
+    return key, value
 
 
 def _keep(text: str) -> list[str]:

@@ -34,7 +34,6 @@ from stablelm_jax.preparation import (
     inputs,
     keeping,
     streams,
-    tokenize_chunk,
 )
 from stablelm_jax.preparation.account import Account, list_left_out
 from stablelm_jax.preparation.contamination import (
@@ -49,15 +48,20 @@ from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.lock import only_one
-from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample, Screen
-from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
-from stablelm_jax.preparation.tokenize_chunk import (
+from stablelm_jax.preparation.outputs import (
+    SCRATCH,
     SPLITS,
     Output,
     Plan,
-    TokenizeChunk,
-    documents_of,
+    dropped_by,
+    outputs_of_chunk,
+    provenance_of,
+    read_output,
+    rows_of,
 )
+from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample, Screen
+from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
+from stablelm_jax.preparation.tokenize_chunk import TokenizeChunk, documents_of
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.storage.remote import described, is_url
 from stablelm_jax.tokenizer.chat import chat_template
@@ -69,7 +73,6 @@ RECIPE = 3
 SHARD_TOKENS = 1 << 28
 
 _ALLOW_UNREAD = "--allow-unread"
-_CHARACTERS_SHOWN = 10
 _NOT_IN_THE_BYTES = (
     'source', 'inputs', 'output', 'tokenizer', 'ranks', 'allow_unread', 'adopt', 'recipe',
     'drop_contaminated',
@@ -303,7 +306,7 @@ class Preparation:
             is_gone = not is_url(file.path) and not os.path.exists(file.path)
             if is_gone or as_now != (file.size, file.version):
                 return True
-        outputs = list(map(tokenize_chunk.read_output, self.outputs.glob("[0-9]*-*")))
+        outputs = list(map(read_output, self.outputs.glob("[0-9]*-*")))
         filled = {split for output in outputs for split in output.shards}
         # All was read, and refused or not as it was meant; or there is nothing yet.
         is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
@@ -352,13 +355,13 @@ class Preparation:
         """
         # Local workers of an earlier call ended with it; jobs of SLURM may still run.
         if executor.kind == "local" and not (self._work / "logs" / "slurm_job").exists():
-            for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*"):
+            for path in self.outputs.glob(f"{SCRATCH}*"):
                 shutil.rmtree(path)
         self.run(executor, self.step(), "logs")
         self._look_again()
         outputs = []
         for chunk in range(len(self.plan.chunks)):
-            outputs += tokenize_chunk.outputs_of_chunk(self.outputs, chunk)
+            outputs += outputs_of_chunk(self.outputs, chunk)
             if not outputs or outputs[-1].chunk != chunk or not outputs[-1].last:
                 raise PreparationError(
                     f"{self.outputs}: chunk {chunk} is marked as done, but some of it is gone;"
@@ -398,9 +401,9 @@ class Preparation:
 
     def _place_of(self, process: int) -> str:
         """Where in the input a local worker was, which was killed."""
-        for path in self.outputs.glob(f"{tokenize_chunk.SCRATCH}*-{process}-*"):
+        for path in self.outputs.glob(f"{SCRATCH}*-{process}-*"):
             with contextlib.suppress(OSError, ValueError):
-                return tokenize_chunk.read_output(path).place
+                return read_output(path).place
         return ""
 
     def _look_again(self) -> None:
@@ -429,35 +432,19 @@ class Preparation:
         self.reasons.clear()
         path = self.directory / "rejected.jsonl"
         with replacing(path) as aside, open(aside, "w", encoding="utf-8") as listed:
-            for row in self._rows(outputs, "rejected.jsonl"):
+            for row in rows_of(self.outputs, outputs, self.plan, "rejected.jsonl"):
                 listed.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self.reasons[streams.reason_kind(row["reason"])] += 1
 
     def _list_dropped(self, outputs: list[Output]) -> None:
         """Writes some of the documents that the filters dropped, and counts all of them."""
-        self.dropped.clear()
-        for output in outputs:
-            self.dropped.update(output.dropped)
-        sample = DroppedSample()
-        for row in self._rows(outputs, DROPPED_NAME) if self._screen else ():
+        self.dropped, sample = dropped_by(outputs), DroppedSample()
+        listed = rows_of(self.outputs, outputs, self.plan, DROPPED_NAME) if self._screen else ()
+        for row in listed:
             kind = str(Dropped(row["by"], row["reason"]))
             sample.add_row({**row, "of": self.dropped[kind]})
         path = self.directory / DROPPED_NAME
         sample.write(path) if self._screen else path.unlink(missing_ok=True)
-
-    def _rows(self, outputs: list[Output], name: str) -> Iterator[dict[str, Any]]:
-        """What the outputs list in files of this name, with the lines of whole files."""
-        earlier_lines = 0
-        for output in outputs:
-            chunk = self.plan.chunks[output.chunk]
-            # In a byte range of a file, lines are counted from the start of the range.
-            if chunk.start == 0 or chunk.first or chunk.files[0].kind == "parquet":
-                earlier_lines = 0
-            with open(self.outputs / output.name / name, encoding="utf-8") as rows:
-                for row in map(json.loads, rows):
-                    yield {**row, "line": row["line"] + earlier_lines}
-            if output.last:
-                earlier_lines += output.records
 
     def _check_documents(self, outputs: list[Output]) -> None:
         filled = {split for output in outputs for split in output.shards}
@@ -525,12 +512,8 @@ class Preparation:
                 "unread_bytes": self.account.unread_bytes,
                 "settings": self._settings,
                 "held_out": self.plan.held_out._asdict(),
-                "characters_lost": self.characters_lost(outputs),
-                "engines": dict(collections.Counter(output.engine for output in outputs)),
-                **self._conversations(outputs),
-                **self._kept(outputs),
+                **provenance_of(outputs, self._settings),
                 **({"recipe": job.recipe} if job.recipe else {}),
-                **self._filtered(outputs),
                 **self._contaminated(outputs),
             },
             rejected=self.reasons.total(),
@@ -542,41 +525,12 @@ class Preparation:
         shutil.rmtree(self._work, ignore_errors=True)
         return made
 
-    def characters_lost(self, outputs: list[Output]) -> dict[str, Any]:
-        """How many characters were looked at, and how many of them the tokenizer loses."""
-        lost = sum((collections.Counter(output.lost) for output in outputs), collections.Counter())
-        most = dict(lost.most_common(_CHARACTERS_SHOWN))
-        sampled = sum(output.sampled for output in outputs)
-        return {"sampled": sampled, "lost": lost.total(), "most_often": most}
-
-    def _conversations(self, outputs: list[Output]) -> dict[str, Any]:
-        """What is trained of conversations, and how many of their last rounds were dropped."""
-        if "chat" not in self._settings:
-            return {}
-        trained = {split: sum(output.trained[split] for output in outputs) for split in SPLITS}
-        counts = {"rounds_dropped": sum(output.rounds_dropped for output in outputs)}
-        return {"conversations": {"trained_tokens": trained, **counts}}
-
-    def _kept(self, outputs: list[Output]) -> dict[str, Any]:
-        """Records that --keep has kept and not kept, by their values."""
-        if not self.job.keep:
-            return {}
-        names = ("kept", "not_kept")
-        counts = {n: keeping.total(getattr(each, n) for each in outputs) for n in names}
-        return {"keep": counts}
-
-    def _filtered(self, outputs: list[Output]) -> dict[str, Any]:
-        """How many documents the filters dropped, and how many they edited and kept."""
-        if not self._screen:
-            return {}
-        edited = sum(output.edited for output in outputs)
-        return {"dropped": dict(self.dropped.most_common()), "edited_by_filters": edited}
-
     def _contaminated(self, outputs: list[Output]) -> dict[str, Any]:
         """The certificate, and the list that it counts beside the manifest."""
         if not self._benchmarks:
             return {}
-        hits = list(map(Hit.of, self._rows(outputs, CONTAMINATED_NAME)))
+        listed = rows_of(self.outputs, outputs, self.plan, CONTAMINATED_NAME)
+        hits = list(map(Hit.of, listed))
         write_hits(self.directory / CONTAMINATED_NAME, hits)
         return {"contamination": certificate(self._benchmarks, hits, self.job.drop_contaminated)}
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from stablelm_jax.preparation import hub
+from stablelm_jax.preparation.outputs import SCRATCH, Output, read_output
 from stablelm_jax.preparation.prepare_source import Preparation
-from stablelm_jax.preparation.tokenize_chunk import SCRATCH, Output, read_output
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 15.0  # where there is no terminal to draw a bar on
