@@ -20,9 +20,12 @@ CACHE_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"  # of tiktoken: sha1 of 
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """A machine without the package, without a cache and without a network."""
+    distribution = importlib.metadata.distribution
 
     def no_package(name):
-        raise importlib.metadata.PackageNotFoundError(name)
+        if name == ranks._PACKAGE:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distribution(name)
 
     def no_network(address, timeout):
         assert 0 < timeout <= 10

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chats import MODEL, as_float64, packed, padded, plain_nll, random_document, random_params
+from chats import MODEL, Document, as_float64, packed, padded, plain_nll, random_params
 from chats import random_pairs as make_pairs
 from seeds import new_rng
 
@@ -155,14 +155,14 @@ def test_dpo_is_that_of_float64_in_loss_and_gradient_on_any_mesh(preferences, lo
         assert metrics[f"rewards/accuracy{suffix}"] == pytest.approx(accuracy)
 
 
-def conversations(rng, answers=(1, 20, 3, 9, 2, 22, 1, 5)):
-    """Two documents a row; answers of very different lengths, so that microbatches differ."""
-    rows = []
-    for longest in answers:
-        documents = [random_document(rng, longest=10) for _ in range(2)]
-        documents[0].trained &= np.arange(len(documents[0].trained)) < 30 * longest
-        documents[1].trained[:] = longest > 10
-        rows.append(documents)
+def conversations(rng):
+    """A row for each length of an answer, beside a second document with an answer of one token."""
+
+    def document(answer):
+        ids = rng.integers(0, MODEL.vocab_size, 5 + answer).astype(np.int32)
+        return Document(ids, np.arange(1, len(ids)) >= 5)
+
+    rows = [[document(answer), document(1)] for answer in (1, 18, 3, 9, 2, 19, 1, 5)]
     return rows, packed(rows, np.arange(len(rows)) % 2)
 
 
