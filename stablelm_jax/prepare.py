@@ -29,7 +29,7 @@ from datatrove.utils.logging import logger
 from rich.console import Console
 
 from stablelm_jax.data import manifest
-from stablelm_jax.preparation import data_roots, hub, recipe_flags, summary, together
+from stablelm_jax.preparation import data_roots, hub, recipe_flags, store, summary, together
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import InputError
@@ -48,6 +48,7 @@ from stablelm_jax.preparation.progress import progress
 from stablelm_jax.preparation.recipe_table import show
 from stablelm_jax.preparation.recipes import Recipe, load_recipe
 from stablelm_jax.run.console import make_console
+from stablelm_jax.storage.remote import is_url
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,10 +172,12 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     if names := hub.pinned_names(preparation.revisions):
         console.print(f"from the Hub: {names}, which names the same files at any time")
     if found := preparation.finished():
-        line = f"{directory}: already prepared, {summary.counts(found)}"
+        place = directory if (directory / manifest.MANIFEST_NAME).exists() else preparation.place
+        line = f"{place}: already prepared, {summary.counts(found)}"
         if found.provenance["settings"].get("recipe") != RECIPE:
-            line += f", by an earlier release; remove {directory} to do it anew"
+            line += f", by an earlier release; remove {place} to do it anew"
         console.print(line)
+        _send(preparation, console)
         return
     started = time.monotonic()
     resumed = preparation.begin()
@@ -193,6 +196,14 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
     console.print(
         f"prepared {made.source}: {summary.counts(made)} -> {directory / manifest.MANIFEST_NAME}"
     )
+    _send(preparation, console)
+
+
+def _send(preparation: Preparation, console: Console) -> None:
+    """Sends a source that lies in a folder here to the store that is its place."""
+    if preparation.place and (preparation.directory / manifest.MANIFEST_NAME).exists():
+        store.send(preparation.directory, preparation.place, console)
+        console.print(f"sent to {preparation.place}; {preparation.directory} is empty again")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,7 +221,12 @@ def _parser() -> argparse.ArgumentParser:
         ' the --tokenizer named')  # fmt: skip
     add('--append-eod', action='store_true',
         help='with --adopt: documents that lack the token for their end get it')  # fmt: skip
-    add("--output", metavar="DATA", help="the source becomes DATA/NAME")
+    add('--output', metavar='DATA',
+        help='the source becomes DATA/NAME; a URL, as in gs://BUCKET/data, where it is sent once it'
+        ' is made')  # fmt: skip
+    add('--work-folder', metavar='DIR',
+        help='where it is made if --output is a URL (default: in ~/.cache); it takes the size of'
+        ' the shards, and with SLURM is on a disk that all nodes share')  # fmt: skip
     add('--tokenizer', default='arcade100k', metavar='NAME_OR_FILE',
         help='arcade100k (default), or a tokenizer.json')  # fmt: skip
     add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
@@ -234,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--executor", default="local", choices=EXECUTORS, help="where the work runs")
     add('--workers', type=int, default=cores, metavar='N',
         help='tasks at a time (default: the cores of this machine)')  # fmt: skip
-    parser.set_defaults(facts=None)
+    parser.set_defaults(facts=None, store="")
     add_recipe_flags(parser)
     add_screening_flags(parser)
     add_chat_flags(parser)
@@ -278,7 +294,10 @@ def _job(flags: argparse.Namespace) -> Job:
         (flags.sample is not None and flags.sample < 2, "--sample: from 2 documents up"),
         (flags.sample and flags.adopt, "--adopt: tokens are taken whole, no --sample"),
         (not has_name, "--source: use lower case letters, digits and _, a letter first"),
-        ("://" in (flags.output or ""), "--output: shards are memory-mapped, give a local folder"),
+        (
+            flags.work_folder and not is_url(flags.output),
+            "--work-folder: --output is a folder of this machine, where the work lies too",
+        ),
         (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),
         (flags.shard_tokens < 1, "--shard-tokens: give a number from 1 up"),
     ]:
@@ -289,4 +308,7 @@ def _job(flags: argparse.Namespace) -> Job:
     # Another name, and it is no source of the config: never taken for the whole.
     fields |= {"source": f"{flags.source}_sample" if flags.sample else flags.source}
     fields["recipe"] = flags.facts
+    if is_url(flags.output):
+        fields["store"] = flags.output
+        fields["output"] = flags.work_folder or str(store.work_folder(flags.output))
     return Job(**{**fields, "provenance": dict(flags.provenance)})

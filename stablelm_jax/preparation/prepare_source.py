@@ -63,7 +63,7 @@ from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSam
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import TokenizeChunk, documents_of
 from stablelm_jax.storage.files import replacing, write_json
-from stablelm_jax.storage.remote import described, is_url
+from stablelm_jax.storage.remote import as_path, described, is_url
 from stablelm_jax.tokenizer.chat import chat_template
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -75,7 +75,7 @@ SHARD_TOKENS = 1 << 28
 _ALLOW_UNREAD = "--allow-unread"
 _NOT_IN_THE_BYTES = (
     'source', 'inputs', 'output', 'tokenizer', 'ranks', 'allow_unread', 'adopt', 'recipe',
-    'drop_contaminated',
+    'drop_contaminated', 'store',
 )  # fmt: skip
 # Settings that the others lack.
 _WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample", "filters", "benchmarks")
@@ -118,6 +118,7 @@ class Job:
     filters: Sequence[str] = ()
     benchmarks: str | None = None
     drop_contaminated: bool = False
+    store: str = ""  # URL that the source is sent to once it is made in `output`
 
 
 class Preparation:
@@ -125,6 +126,7 @@ class Preparation:
 
     Attributes:
       directory: the folder of the source.
+      place: the folder behind a URL that it is sent to, if it is.
       outputs: where the workers leave what they make.
       files, input_bytes: what is read, and its size as it lies on disk.
       revisions: of the repositories of the Hub that are read, as `hub.pinned` takes them.
@@ -142,6 +144,7 @@ class Preparation:
     def __init__(self, job: Job):
         self.job = job
         self.directory = pathlib.Path(os.path.abspath(job.output)) / job.source
+        self.place = as_path(job.store) / job.source if job.store else None
         self._work = self.directory / ".work"
         self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
@@ -211,14 +214,17 @@ class Preparation:
           PreparationError: something else was prepared, or is being prepared, under this name.
           ManifestError, ShardError: what was prepared is damaged.
         """
-        if not (self.directory / manifest.MANIFEST_NAME).exists():
+        for place in filter(None, (self.directory, self.place)):
+            with contextlib.suppress(manifest.ManifestMissing):
+                found = manifest.read_manifest(place)
+                break
+        else:
             return None
-        found = manifest.read_manifest(self.directory)
         # Shards of an earlier recipe are others, but no worse for a run.
         settings = {**found.provenance.get("settings", {}), "recipe": RECIPE}
         revisions = found.provenance.get("revisions", {})
-        self._compare(settings, f"{self.directory} was prepared", revisions)
-        manifest.verify(self.directory, found)
+        self._compare(settings, f"{place} was prepared", revisions)
+        manifest.verify(place, found)
         shutil.rmtree(self._work, ignore_errors=True)
         return found
 

@@ -169,7 +169,7 @@ class _Task:
                 self.writer.add(record, made, items)
             is_read = isinstance(made, Documents) and not isinstance(made.text, TokenisedText)
             if number % _SAMPLED_EVERY < _SAMPLED and is_read:
-                if not (self._chats or self.tokenizer.agrees(made.text, made.ids[0][:-1])):
+                if not (self._chats or self.tokenizer.agrees(made.text, made.ids[0])):
                     place = _place(self.plan.chunks[self.rank], record)
                     raise EngineDiffers(f"{self.tokenizer.engine} gave other ids at {place}")
                 text = made.text[:_SAMPLED_CHARACTERS]
@@ -240,7 +240,7 @@ def documents_of(
     made = [_before_tokenizer(content, chats, screen) for content in contents]
     texts = [i for i, one in enumerate(made) if isinstance(one, str)]
     for i, ids in zip(texts, tokenizer.encode_documents([made[i] for i in texts])):
-        made[i] = _document(made[i], ids, tokenizer.eod)
+        made[i] = _document(made[i], ids)
     return made
 
 
@@ -259,9 +259,9 @@ def _before_tokenizer(
     return str(text)  # without what is noted of it
 
 
-def _document(text: str, ids: np.ndarray | TokenizerError, eod: int) -> Documents | Rejected:
+def _document(text: str, ids: np.ndarray | TokenizerError) -> Documents | Rejected:
     if isinstance(ids, TokenizerError):
         return Rejected(str(ids)[:200])
-    if not len(ids):
+    if len(ids) == 1:  # it is the end of the document
         return Rejected("the tokenizer makes no token of it")
-    return Documents([np.append(ids, np.int32(eod))], [], text)
+    return Documents([ids], [], text)
