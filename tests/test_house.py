@@ -24,7 +24,7 @@ CORE = {
     "checkpoint": 1075,
     "config": 982,
     "data": 1955,
-    "tokenizer": 1007,
+    "tokenizer": 1015,
     "parallel": 776,
     "optimizer": 320,
     "model": 910,
@@ -33,7 +33,7 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 7106,
+    "preparation": 7180,
     "generation": 874,
     "evaluation": 1568,
     "interop": 1910,
@@ -42,7 +42,7 @@ SHELL = {
     "drilling": 379,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12011, 29_955
+CORE_WITHOUT_KERNELS, EVERYTHING = 12019, 30_059
 
 
 def files_of(room):
