@@ -27,12 +27,12 @@ from stablelm_jax.run.compilation import CompilationCache, make_deterministic
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import MetricsFile, finite
 from stablelm_jax.training.begin import Beginning, ResumeOptions, resume
+from stablelm_jax.training.gradient import make_gradient_function
 from stablelm_jax.training.metrics import LossSums
 from stablelm_jax.training.objectives import Objective, means, sum_names
 from stablelm_jax.training.programs import compile_step, gradient_options
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.state import TrainState
-from stablelm_jax.training.step import make_state_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +193,13 @@ def _shares(
     devices, shares = sharding.batch_parts(run.mesh), []
     totals = {name: float(total) for name, total in run.objective.count(batch).items()}
     objective, options = _PartOf(run.objective, totals, devices), gradient_options(run.config)
-    gradient = make_state_gradient(
+    gradient = make_gradient_function(
         run.model, run.mesh, objective=objective, accumulation=1, **options
     )
 
     @jax.jit
     def measure(state, rows):
-        gradients, sums = gradient(state, rows)
+        gradients, sums = gradient(state.params, rows, state.frozen)
         return optax.tree.norm(gradients), sums
 
     rows = range(first_row, first_row + run.spec.batch_size)

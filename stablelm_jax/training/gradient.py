@@ -31,11 +31,11 @@ from stablelm_jax.training.objectives import Objective
 def make_gradient_function(
     model: ModelConfig,
     mesh: Mesh,
-    gradient_specs: Any,
     *,
     objective: Objective,
     accumulation: int,
     compute: Compute,
+    zero1: bool,
     fsdp: bool = False,
     float32_reduce: bool = True,
     lora: Lora | None = None,
@@ -43,53 +43,66 @@ def make_gradient_function(
     """Returns f(params, batch) -> (gradients, sums); with `lora` f(params, batch, frozen).
 
     Args:
-      gradient_specs: spec of each gradient; a leaf split over `data` is reduce-scattered.
       accumulation: microbatches that each device runs one after another.
-      fsdp: `params` are the master weights as `gradient_specs` splits them; each layer is gathered
-        in `compute.dtype` where it is used, and its gradient scattered there, once a microbatch.
-        Without it `params` are whole in that type, and gradients are reduced once, after the last
-        microbatch.
+      zero1: gradients are split as the master weights are: reduce-scattered over `data`.
+      fsdp: each layer is gathered in `compute.dtype` where it is used, and its gradient scattered
+        there, once a microbatch. Without it all `params` are gathered first, and gradients are
+        reduced once, after the last microbatch.
       float32_reduce: replicas are summed in float32, as the recipe says; else in `compute.dtype`.
-      lora: `params` are its adapters, whole in float32, and `gradient_specs` theirs; `frozen` are
+      lora: `params` are its adapters, which stay in float32 until they are multiplied; `frozen` are
         all weights, in `compute.dtype`, which `fsdp` splits.
 
-    The gradients are float32, of the objective's loss of the whole batch. `sums`: those of the
-    objective over the whole batch, by source, float32 [S].
+    `params` are the float32 master weights. The gradients are float32, of the objective's loss of
+    the whole batch. `sums`: those of the objective over the whole batch, by source, float32 [S].
     """
-    specs, split_specs = _specs(gradient_specs)
+    table = lora.table(model) if lora else parameter_table(model)
+    places = sharding.named(mesh, sharding.parameter_specs(table))
+    specs = _specs(sharding.master_specs(table, mesh, zero1))
+    weights = _specs(sharding.master_specs(parameter_table(model), mesh, fsdp)) if lora else specs
     reduce_dtype = jnp.float32 if float32_reduce else compute.dtype
-    held, held_specs = specs, split_specs  # of the weights that FSDP gathers
-    if lora:
-        held, held_specs = _specs(sharding.master_specs(parameter_table(model), mesh, fsdp))
-    fetch = _make_fetch(held, compute.dtype, reduce_dtype) if fsdp else None
-    fsdp = fsdp and not lora  # `params` are whole
+    fetch = _make_fetch(weights, compute.dtype, reduce_dtype) if fsdp else None
+    is_split = fsdp and not lora  # what is trained; adapters are small
 
     def local_gradient(params, batch, frozen):
         totals = sum_over(objective.count(batch))
-        micro = jax.tree.map(lambda x: _split(x, accumulation), batch)
+        micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
 
         def loss(params, rows):
             if lora:
                 params = lora.join(frozen, params)
             return objective.loss(model, params, rows, totals, compute=compute, fetch=fetch)
 
+        def reduced(gradient, spec):  # with FSDP this has happened where the weight was fetched
+            done = is_split and spec.dim is not None
+            return gradient if done else _reduce(gradient, spec, reduce_dtype)
+
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
-        return _reduce_all(gradients, specs, fsdp, reduce_dtype), sum_over(sums)
+        return jax.tree.map(reduced, gradients, specs), sum_over(sums)
+
+    def along_data(specs):
+        return jax.tree.map(lambda spec: spec.along("data"), specs)
 
     whole, rows = PartitionSpec(), sharding.mesh_axes(["batch"])
     mapped = jax.shard_map(
         local_gradient,
         mesh=mesh,
-        in_specs=(split_specs if fsdp else whole, rows, held_specs if lora else whole),
-        out_specs=(split_specs, whole),
+        in_specs=(
+            along_data(specs) if is_split else whole,
+            rows,
+            along_data(weights) if lora else whole,
+        ),
+        out_specs=(along_data(specs), whole),
         axis_names=set(BATCH_AXES),
         check_vma=False,
     )
-    return lambda params, batch, frozen=None: mapped(params, batch, frozen or {})
 
+    def gradient(params, batch, frozen=None):
+        if not is_split:
+            dtype = jnp.float32 if lora else compute.dtype
+            params = sharding.gathered(params, dtype, places)
+        return mapped(params, batch, frozen or {})
 
-def _split(x: jax.Array, accumulation: int) -> jax.Array:
-    return x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
+    return gradient
 
 
 def _accumulate(gradient, params, micro, accumulation: int):
@@ -107,10 +120,9 @@ def _accumulate(gradient, params, micro, accumulation: int):
     return jax.lax.scan(add, zeros, micro)[0]
 
 
-def _specs(specs: Any) -> tuple[Any, Any]:
-    """A tree of `_Spec`s, and the same along the axis `data` alone."""
-    found = jax.tree.map(_Spec, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return found, jax.tree.map(lambda spec: spec.along("data"), found)
+def _specs(specs: Any) -> Any:
+    """A tree of `_Spec`s."""
+    return jax.tree.map(_Spec, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +133,12 @@ class _Spec:
 
     @property
     def dim(self) -> int | None:
-        """The dim that is split over `data`."""
+        """The dim that is split over `data`, if one is."""
         return sharding.data_dim(self.axes)
-
-    @property
-    def split(self) -> bool:
-        return self.dim is not None
 
     def along(self, axis: str) -> PartitionSpec:
         """The spec with this axis alone."""
         return PartitionSpec(*(axis if a == axis else None for a in self.axes))
-
-    def of_one_layer(self) -> _Spec:
-        """The spec without the axis of layers."""
-        return _Spec(PartitionSpec(*self.axes[1:]))
 
     def on_parts(self, function: Callable[[jax.Array], jax.Array]) -> Callable:
         """`function` on what each device of `model` holds of the array."""
@@ -142,15 +146,6 @@ class _Spec:
         return jax.shard_map(
             function, in_specs=along, out_specs=along, axis_names={"model"}, check_vma=False
         )
-
-
-def _reduce_all(gradients: Any, specs: Any, fsdp: bool, dtype: Any) -> Any:
-    """FSDP has reduced its split gradients already, where it fetched what they belong to."""
-
-    def left(g, spec):
-        return g if fsdp and spec.split else _reduce(g, spec, dtype)
-
-    return jax.tree.map(left, gradients, specs)
 
 
 def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:
@@ -161,7 +156,7 @@ def _reduce(gradient: jax.Array, spec: _Spec, dtype: Any) -> jax.Array:
 
     def reduce(part):
         part, axes = part.astype(dtype), BATCH_AXES
-        if spec.split:
+        if spec.dim is not None:
             part = jax.lax.psum_scatter(part, "data", scatter_dimension=spec.dim, tiled=True)
             axes = ("replica",)
         return sum_over(part, axes).astype(jnp.float32)
@@ -174,11 +169,11 @@ def _make_fetch(specs: Any, dtype: Any, reduce_dtype: Any) -> Fetch:
 
     def fetch(group, params):
         def whole(x, spec):
-            if not spec.split:
+            if spec.dim is None:
                 return x.astype(dtype)
-            return _gather(
-                x, spec.of_one_layer() if group == "layers" else spec, dtype, reduce_dtype
-            )
+            if group == "layers":  # one of them, without their axis
+                spec = _Spec(PartitionSpec(*spec.axes[1:]))
+            return _gather(x, spec, dtype, reduce_dtype)
 
         return map_kernels(whole, params, specs[group])
 

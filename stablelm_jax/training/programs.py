@@ -111,7 +111,7 @@ def lower_step(
 
 
 def gradient_options(config: ConfigDict) -> dict[str, Any]:
-    """What `make_state_gradient` takes from `config`, but for objective and accumulation."""
+    """What `make_gradient_function` takes from `config`, but for objective and accumulation."""
     options = {name: config.parallel[name] for name in ("zero1", "fsdp", "float32_reduce")}
     return options | {"compute": compute_of(config), "lora": lora_of(config)}
 

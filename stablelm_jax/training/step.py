@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.loss import Batch
-from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.parallel import sharding
 from stablelm_jax.training import update_guard
 from stablelm_jax.training.gradient import make_gradient_function
@@ -38,16 +35,16 @@ def make_train_step(
     """Compiles-on-first-call `step(state, batch) -> (state, metrics)`; `state` is donated.
 
     `guard` is that of `update_guard.decide`, `gradient_options` are those of
-    `make_state_gradient`.
+    `make_gradient_function`.
 
     The metrics, which every device holds whole. The objective's sums by source, float32 [S].
     Float32 scalars: "grad_norm" before clipping, "param_norm", "learning_rate" of the update. Int32
     scalars: "skipped", APPLIED or why the update was left out; "updates_skipped", how many so far.
     """
-    gradient = make_state_gradient(model, mesh, objective=objective, **gradient_options)
+    gradient = make_gradient_function(model, mesh, objective=objective, **gradient_options)
 
     def train_step(state: TrainState, batch: Batch):
-        gradients, sums = gradient(state, batch)
+        gradients, sums = gradient(state.params, batch, state.frozen)
         grad_norm = optax.tree.norm(gradients)
         loss = mean_loss(objective, sums)
         skipped, guard_after = update_guard.decide(state.guard, loss, grad_norm, guard)
@@ -66,37 +63,6 @@ def make_train_step(
         donate_argnums=0,
         out_shardings=(shardings_of(abstract), sharding.replicated(mesh)),
     )
-
-
-def make_state_gradient(
-    model: ModelConfig,
-    mesh: Mesh,
-    *,
-    compute: Compute,
-    zero1: bool,
-    fsdp: bool = False,
-    lora: Lora | None = None,
-    **options: Any,
-) -> Callable[[TrainState, Batch], tuple[Any, dict[str, jax.Array]]]:
-    """f(state, batch) -> (gradients, sums), as those of `make_gradient_function`.
-
-    `zero1`: gradients are split as the master weights are; `options`: of `make_gradient_function`.
-    """
-    table = lora.table(model) if lora else parameter_table(model)
-    compute_shardings = sharding.named(mesh, sharding.parameter_specs(table))
-    masters = sharding.master_specs(table, mesh, zero1)
-    of_params = make_gradient_function(
-        model, mesh, masters, compute=compute, fsdp=fsdp, lora=lora, **options
-    )
-
-    def gradient(state: TrainState, batch: Batch):
-        params = state.params
-        if lora or not fsdp:  # adapters are small, and stay in float32 until they are multiplied
-            dtype = jnp.float32 if lora else compute.dtype
-            params = sharding.gathered(params, dtype, compute_shardings)
-        return of_params(params, batch, state.frozen)
-
-    return gradient
 
 
 def _update(

@@ -100,9 +100,9 @@ def test_gradient_and_sums_are_those_of_the_mean_over_the_whole_batch(
     gradient = make_gradient_function(
         MODEL,
         mesh,
-        specs,
         objective=TokenObjective(3),
         accumulation=accumulation,
+        zero1=mode != "whole",
         fsdp=mode == "fsdp",
         compute=dataclasses.replace(EXACT, remat=remat, cross_entropy=cross_entropy),
     )
@@ -146,9 +146,9 @@ def test_the_sum_over_replicas_is_one_float32_reduce_scatter_after_the_microbatc
     gradient = make_gradient_function(
         MODEL,
         mesh,
-        specs,
         objective=TokenObjective(3),
         accumulation=1,
+        zero1=True,
         compute=Compute(dtype=jnp.bfloat16, attention="reference"),
     )
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params())

@@ -63,13 +63,12 @@ def test_gradients_of_adapters_are_those_of_the_merged_weights_in_float64(way):
     batch = packed([[document] for document in documents], np.arange(8) % 2)
     data, model, fsdp, accumulation, remat = WAYS[way]
     mesh = make_mesh(data, model, jax.devices()[: data * model])
-    specs = sharding.master_specs(LORA.table(MODEL), mesh, True)
     gradient = make_gradient_function(
         MODEL,
         mesh,
-        specs,
         objective=TokenObjective(2),
         accumulation=accumulation,
+        zero1=True,
         compute=Compute(attention="reference", remat=remat),
         fsdp=fsdp,
         lora=LORA,

@@ -61,9 +61,9 @@ def gradient_of(objective, way, params, batch):
     gradient = make_gradient_function(
         MODEL,
         mesh,
-        specs,
         objective=objective,
         accumulation=accumulation,
+        zero1=mode != "whole",
         fsdp=mode == "fsdp",
         compute=Compute(attention="reference", cross_entropy=cross_entropy, remat=remat),
     )
