@@ -15,13 +15,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.checkpoint import names
 from stablelm_jax.checkpoint.merged import find_parent, parent_of, read_weights
-from stablelm_jax.checkpoint.names import (
-    checkpoint_name,
-    checkpoint_path,
-    find_checkpoint,
-    finished_steps,
-)
 from stablelm_jax.checkpoint.reading import (
     CheckpointError,
     DamagedCheckpoint,
@@ -33,6 +28,7 @@ from stablelm_jax.data.position import DataPosition
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.folder import git_commit
 from stablelm_jax.run.services import Services
+from stablelm_jax.training import state as states
 from stablelm_jax.training.same_run import (
     ResumeError,
     begun_before,
@@ -40,14 +36,8 @@ from stablelm_jax.training.same_run import (
     check_same_weights,
 )
 from stablelm_jax.training.setup import Run, mixture_of, prepare_run
-from stablelm_jax.training.state import (
-    TrainState,
-    from_arrays,
-    init_state,
-    state_of_weights,
-    stored_arrays,
-)
-from stablelm_jax.training.update_guard import IN_A_ROW, guard_to_json, new_guard
+from stablelm_jax.training.state import TrainState
+from stablelm_jax.training.update_guard import guard_to_json, new_guard, without_row
 
 _WEIGHTS_ALONE = "--config.branch.state=weights"
 _COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
@@ -89,6 +79,12 @@ class Progress:
     wandb_id: str | None = None
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     lora_parent: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_checkpoint(cls, run: Mapping[str, Any]) -> Progress:
+        """That of the run which wrote this item `run`."""
+        fields = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: run[name] for name in fields if name in run})
 
     def move(self, run: Run, steps: int) -> None:
         """Counts so many steps more, or fewer, and their rows."""
@@ -144,7 +140,7 @@ def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions
     """Resumes from the newest checkpoint that is whole; damaged ones get another name."""
     store, damaged = services.store, {}
     for step in reversed(store.steps()):
-        path = store.folder / checkpoint_name(step)
+        path = store.folder / names.checkpoint_name(step)
         beginning, error = None, None
         try:
             beginning = resume(config, path, services, options)
@@ -168,7 +164,7 @@ def _newest_whole(config: ConfigDict, services: Services, options: ResumeOptions
         services.events.tell(
             "damaged_checkpoint",
             f"{error}; it is now called {aside}, and the run goes on from the newest whole one",
-            checkpoint=str(store.folder / checkpoint_name(step)),
+            checkpoint=str(store.folder / names.checkpoint_name(step)),
         )
     return beginning
 
@@ -181,9 +177,8 @@ def _fresh(config: ConfigDict, services: Services) -> Beginning:
             f"{_WEIGHTS_ALONE}"
         )
     run = prepare_run(config)
-    _show(services, run)
     services.events.print("starting from fresh weights")
-    state = init_state(run.model, run.optimizer, run.abstract, config.seed)
+    state = states.init_state(run.model, run.optimizer, run.abstract, config.seed)
     return Beginning(run, state, Progress())
 
 
@@ -210,7 +205,6 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     run = prepare_run(config, position, saved)
     remedy = f"take the weights of {parent} alone, with {_WEIGHTS_ALONE}"
     check_same_run(saved, run.identity(), remedy)
-    _show(services, run)
     state, progress = _restore(run, parent, saved)
     _tell_branch(services, run, f"a branch of {parent}, from step {progress.step}")
     state, progress = _without_row(state, progress)
@@ -224,16 +218,16 @@ def _from_weights(
     """The parent's weights as step 0 of a run of its own: all else begins anew."""
     parent, run = position.parent, prepare_run(config, position, saved)
     changed = check_same_weights(parent, saved, run.identity(), run.tokenizer)
-    _show(services, run)
     weights = read_weights(parent, saved, run.abstract.base)
     why = "which holds nothing else, " if "imported" in saved else ""
     also = f"; {config_lib.show_changes(changed)}" if changed else ""
     text = f"a branch of the weights of {parent}, {why}step {saved['step']} there: fresh moments, "
     _tell_branch(services, run, f"{text}from step 0 and the beginning of the data{also}")
     if run.lora is None:
-        return Beginning(run, state_of_weights(run.optimizer, run.abstract, weights), Progress())
+        state = states.state_of_weights(run.optimizer, run.abstract, weights)
+        return Beginning(run, state, Progress())
     made = run.model, run.optimizer, run.abstract, config.seed, run.lora, weights
-    return Beginning(run, init_state(*made), Progress(lora_parent=parent_of(parent, saved)))
+    return Beginning(run, states.init_state(*made), Progress(lora_parent=parent_of(parent, saved)))
 
 
 def _tell_branch(services: Services, run: Run, text: str) -> None:
@@ -242,17 +236,11 @@ def _tell_branch(services: Services, run: Run, text: str) -> None:
     services.events.tell("branch", text, **named)
 
 
-def _show(services: Services, run: Run) -> None:
-    from stablelm_jax.reporting.console import show_decisions  # the core never needs the shell
-
-    show_decisions(services.console, run)
-
-
 def _parent_of(config: ConfigDict) -> str:
     """The whole path of the checkpoint that `branch.parent` names, as `find_checkpoint` has it."""
     parent = config.branch.parent
     try:
-        return str(find_checkpoint(parent))
+        return str(names.find_checkpoint(parent))
     except ValueError as error:
         raise config_lib.ConfigError(f"config.branch.parent={parent!r}: {error}") from error
 
@@ -283,10 +271,10 @@ def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
             return DataPosition()
         parent = _parent_of(config)
         return _branch_position(config, parent, read_run(parent))
-    folder = checkpoint_path(workdir) / "checkpoints"
-    for step in reversed(finished_steps(folder)):
+    folder = names.checkpoint_path(workdir) / "checkpoints"
+    for step in reversed(names.finished_steps(folder)):
         try:
-            return DataPosition.of_checkpoint(read_run(folder / checkpoint_name(step)))
+            return DataPosition.of_checkpoint(read_run(folder / names.checkpoint_name(step)))
         except DamagedCheckpoint:
             continue  # whoever restores it says so
     raise CheckpointError(f"{workdir}: holds no checkpoint that can be read")
@@ -311,12 +299,11 @@ def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOpt
         )
     _check_length(config, services.store.folder, saved)
     position = was = DataPosition.of_checkpoint(saved)
-    if any(key.startswith(_COUNTS_ROWS_ANEW) for key in changes):
-        if not _same_rows_so_far(config, was, saved):
-            position = was.moved(saved)
+    rows_change = any(key.startswith(_COUNTS_ROWS_ANEW) for key in changes)
+    if rows_change and not _same_rows_so_far(config, was, saved):
+        position = was.moved(saved)
     run = prepare_run(config, position, saved)
     check_same_run(saved, run.identity())
-    _show(services, run)
     state, progress = _restore(run, path, saved)
     if position != was:
         state, progress = _without_row(state, progress)
@@ -346,15 +333,11 @@ def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState,
     Raises:
       DamagedCheckpoint: its arrays are not what `saved`, its item `run`, says.
     """
-    arrays = read_arrays(path, stored_arrays(run.abstract), saved)
+    arrays = read_arrays(path, states.stored_arrays(run.abstract), saved)
     guard = {name: jnp.float32(saved.get("guard", {}).get(name, 0.0)) for name in new_guard()}
     step, guard = jax.device_put((jnp.int32(saved["step"]), guard), sharding.replicated(run.mesh))
-    keys = ("step", "rows_consumed", "train_seconds", "loss_sums")
-    progress = Progress(**{key: saved[key] for key in keys})
-    progress.config_changes = list(saved.get("config_changes", []))
-    progress.wandb_id = saved.get("wandb_id")
-    progress.left_out = dict(saved.get("left_out", {}))
-    state = from_arrays(run.abstract, arrays, step, guard)
+    progress = Progress.of_checkpoint(saved)
+    state = states.from_arrays(run.abstract, arrays, step, guard)
     if run.lora:
         state = dataclasses.replace(state, frozen=_under_adapters(run, path, saved, progress))
     return state, progress
@@ -374,35 +357,31 @@ def _without_row(state: TrainState, progress: Progress) -> tuple[TrainState, Pro
     """Forgets updates left out in a row, which would lead back before a run's own first step."""
     row = ("in_a_row", "before_row")  # keys of `LossSums.state()`
     sums = {k: v for k, v in (progress.loss_sums or {}).items() if k not in row}
-    zeros = {name: jnp.zeros_like(state.guard[name]) for name in IN_A_ROW}
-    guard = jax.device_put(state.guard | zeros, jax.tree.leaves(state.guard)[0].sharding)
     return (
-        dataclasses.replace(state, guard=guard),
+        dataclasses.replace(state, guard=without_row(state.guard)),
         dataclasses.replace(progress, loss_sums=sums or None),
     )
 
 
 def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) -> dict[str, Any]:
     """A checkpoint's item `run`: enough to go on, and to use the weights without the run."""
-    chat = {"chat": run.chat.to_json()} if run.chat else {}
-    lora = {"lora": run.lora.to_json() | progress.lora_parent} if run.lora else {}
-    left_out = {"left_out": progress.left_out} if progress.left_out else {}
-    return (
-        run.identity()
-        | chat
-        | lora
-        | left_out
-        | {
-            "step": progress.step,
-            "rows_consumed": progress.rows_consumed,
-            "tokens": progress.ledger(run),
-            "train_seconds": progress.train_seconds,
-            "loss_sums": loss_sums,
-            "guard": guard_to_json(state.guard),
-            "origin": dataclasses.asdict(run.data_position),
-            "config_changes": progress.config_changes,
-            "wandb_id": progress.wandb_id,
-            "config": config_lib.to_dict(run.config),
-            "git_commit": git_commit(),
-        }
-    )
+    item = run.identity() | {
+        "step": progress.step,
+        "rows_consumed": progress.rows_consumed,
+        "tokens": progress.ledger(run),
+        "train_seconds": progress.train_seconds,
+        "loss_sums": loss_sums,
+        "guard": guard_to_json(state.guard),
+        "origin": dataclasses.asdict(run.data_position),
+        "config_changes": progress.config_changes,
+        "wandb_id": progress.wandb_id,
+        "config": config_lib.to_dict(run.config),
+        "git_commit": git_commit(),
+    }
+    if run.chat:
+        item["chat"] = run.chat.to_json()
+    if run.lora:
+        item["lora"] |= progress.lora_parent
+    if progress.left_out:
+        item["left_out"] = progress.left_out
+    return item

@@ -12,8 +12,7 @@ from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.saving import SaveFailed
 from stablelm_jax.run.signals import EXIT_STOPPED
 from stablelm_jax.training.metrics import LossSums
-from stablelm_jax.training.state import TrainState
-from stablelm_jax.training.update_guard import IN_A_ROW
+from stablelm_jax.training.update_guard import without_row
 
 if TYPE_CHECKING:
     from stablelm_jax.training.loop import Trainer
@@ -56,18 +55,13 @@ def _tell_stopped(trainer: Trainer) -> None:
     services, step = trainer.services, trainer.progress.step
     saved = services.store.steps()
     whole = services.folder.checkpoints / checkpoint_name(saved[-1]) if saved else "none"
-    heard = services.stop.name is not None
-    who = services.stop.name or "a signal on another host"
-    seconds = services.stop.seconds_since() if heard else None
-    since = f", {seconds:.1f} s after the signal" if heard else ""
-    services.events.tell(
-        "stopped",
-        f"stopped by {who} after step {step:,}; checkpoint {whole} is whole"
-        f"{since}; run the same command again to go on",
-        step=step,
-        by=who,
-        seconds=seconds,
-    )
+    who, seconds, since = "a signal on another host", None, ""
+    if services.stop.name is not None:
+        who, seconds = services.stop.name, services.stop.seconds_since()
+        since = f", {seconds:.1f} s after the signal"
+    text = f"stopped by {who} after step {step:,}; checkpoint {whole} is whole{since}; run the same"
+    text += " command again to go on"
+    services.events.tell("stopped", text, step=step, by=who, seconds=seconds)
 
 
 def stop_at(trainer: Trainer, stopped: Stopped) -> int:
@@ -88,23 +82,17 @@ def stop_at(trainer: Trainer, stopped: Stopped) -> int:
 
 def _rewind(trainer: Trainer, stopped: Stopped) -> None:
     """Back to before the updates that were left out: they changed nothing but counters."""
-    progress = trainer.progress
-    steps = progress.step - stopped.step
-    trainer.state = _rewound(trainer.state, steps)
-    run = trainer.run
-    trainer.losses = LossSums(run.objective, list(run.sources), stopped.before)
-    progress.move(run, -steps)
+    run, state, steps = trainer.run, trainer.state, trainer.progress.step - stopped.step
 
-
-def _rewound(state: TrainState, steps: int) -> TrainState:
     def less(counter: jax.Array) -> jax.Array:
         value = np.int32(int(jax.device_get(counter)) - steps)
         return jax.device_put(value, counter.sharding)
 
-    zeros = {name: jax.device_put(np.float32(0), state.guard[name].sharding) for name in IN_A_ROW}
-    return dataclasses.replace(
+    trainer.losses = LossSums(run.objective, list(run.sources), stopped.before)
+    trainer.progress.move(run, -steps)
+    trainer.state = dataclasses.replace(
         state,
         step=less(state.step),
         updates_skipped=less(state.updates_skipped),
-        guard=state.guard | zeros,
+        guard=without_row(state.guard),
     )

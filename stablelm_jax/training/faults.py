@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -24,9 +25,8 @@ class Faults:
 
     def __init__(self, run: Run, events: Events):
         self._run, self._events = run, events
-        training = run.config.training
-        self._most = training.stop_after_skipped
-        self._every = training.check_replicas_every
+        self._most = run.config.training.stop_after_skipped
+        self._every = run.config.training.check_replicas_every
         self._compare, self._equal_at = None, None
         self._held = False  # the devices hold all updates back until the run has stopped
 
@@ -66,15 +66,10 @@ class Faults:
             f"{name} {'not finite' if loss is None else format(loss, '.4f')}"
             for name, loss in skipped.sources.items()
         )
-        self._events.tell(
-            "update_skipped",
-            f"step {skipped.step}: update left out ({what}; loss by source: {sources})",
-            step=skipped.step,
-            why="spike" if skipped.why == SPIKE else "not finite",
-            sources=skipped.sources,
-            grad_norm=repr(skipped.grad_norm),
-            in_a_row=skipped.in_a_row,
-        )
+        fields = dataclasses.asdict(skipped) | {"grad_norm": repr(skipped.grad_norm)}
+        fields["why"] = "spike" if skipped.why == SPIKE else "not finite"
+        text = f"step {skipped.step}: update left out ({what}; loss by source: {sources})"
+        self._events.tell("update_skipped", text, **fields)
 
     def compare_replicas(self, state: TrainState, step: int) -> None:
         """Every `training.check_replicas_every` steps: waits for the devices.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -148,29 +147,17 @@ class Trainer:
         self.services.watchdog.step(self.progress.step, metrics["grad_norm"])
         self.losses.add(self.progress.step, metrics)
         self._meter.steps += 1
-        line = None
-        if self.intervals.due(self.run.config.training.log_every, self.progress.step):
-            scalars = {k: v for k, v in metrics.items() if v.ndim == 0}
-            line = self._line(jax.device_get(scalars), began)
-            self._faults.check(self.losses, self.progress.step)
-        else:
-            self._spend(began)
-        self._faults.compare_replicas(self.state, self.progress.step)
-        return line
-
-    def _spend(self, began: float) -> None:
+        is_due = self.intervals.due(self.run.config.training.log_every, self.progress.step)
+        if is_due:
+            scalars = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
+            means = self.losses.take()  # waits for the devices: the time until here is the step's
         self._meter.seconds += time.monotonic() - began
         self.progress.train_seconds += time.monotonic() - began
-
-    def _line(self, scalars: Mapping[str, Any], began: float) -> dict[str, Any]:
-        """Writes the metrics line of this step; docs/reliability.md has its keys."""
-        means = self.losses.take()  # waits for the devices: time after this is the step's
-        self._spend(began)
-        line = {
-            "step": self.progress.step,
-            "time": time.time(),
-            **means,
-            **self._meter.line(scalars, self.progress),
-        }
-        self.services.log.write(line)
+        line = None
+        if is_due:
+            line = {"step": self.progress.step, "time": time.time()}
+            line |= means | self._meter.line(scalars, self.progress)
+            self.services.log.write(line)
+            self._faults.check(self.losses, self.progress.step)
+        self._faults.compare_replicas(self.state, self.progress.step)
         return line

@@ -80,7 +80,7 @@ class LossSums:
 
     def _skip(self, step: int, found: Mapping[str, Any]) -> None:
         if not self.in_a_row:
-            self.before_row = self._state()
+            self.before_row = self._by_source()
         self.in_a_row += 1
         found = {key: np.float64(value) for key, value in found.items()}
         with np.errstate(invalid="ignore"):  # a loss that is not finite
@@ -98,10 +98,10 @@ class LossSums:
     def state(self) -> dict[str, Any]:
         """The sums as JSON values, for the checkpoint."""
         self._fetch()
-        row = {"in_a_row": self.in_a_row, "before_row": self.before_row}
-        return self._state() | row if self.in_a_row else self._state()
+        row = {"in_a_row": self.in_a_row, "before_row": self.before_row} if self.in_a_row else {}
+        return self._by_source() | row
 
-    def _state(self) -> dict[str, Any]:
+    def _by_source(self) -> dict[str, Any]:
         return {key: dict(zip(self._sources, sums.tolist())) for key, sums in self._sums.items()}
 
     def take(self) -> dict[str, float | None]:
@@ -132,16 +132,12 @@ class Meter:
         """
         ledger = progress.ledger(self._run)
         given = self._run.tokens_by_source(progress.rows_consumed)
-        line = {
-            **{key: scalars[key].item() for key in _SCALARS},
-            "tokens_seen": sum(ledger.values()),
-            **{f"tokens/{name}": tokens for name, tokens in ledger.items()},
-            **{
-                f"epochs/{name}": given[name] / tokens
-                for name, tokens in self._run.tokens_per_epoch.items()
-            },
-            **self._speed(),
-        }
+        whole = self._run.tokens_per_epoch.items()
+        line = {key: scalars[key].item() for key in _SCALARS}
+        line["tokens_seen"] = sum(ledger.values())
+        line |= {f"tokens/{name}": tokens for name, tokens in ledger.items()}
+        line |= {f"epochs/{name}": given[name] / tokens for name, tokens in whole}
+        line |= self._speed()
         self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
         return line
 

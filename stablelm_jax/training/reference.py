@@ -138,16 +138,31 @@ def prepare_reference(
     Raises:
       BadReference: the parent is gone or another one, or a pair gets no finite value.
     """
-    reference, folder = run.reference, services.folder.path / "reference"
+    reference, events = run.reference, services.events
+    folder, refused = services.folder.path / "reference", False
+
+    def save() -> None:
+        """Keeps what there is so far; a disk that refuses it is told once, no error."""
+        nonlocal refused
+        try:
+            if distributed.is_first():
+                reference.save(folder)
+                services.folder.upload()
+        except OSError as error:
+            if not refused:
+                text = f"{folder} does not take the reference ({described(error)}); the run "
+                events.tell("disk", text + "goes on, and a later start computes it")
+            refused = True
+        done = reference.total - reference.missing
+        events.print(f"reference: {done:,} of {reference.total:,} pairs")
+
     problem = reference.load(folder) if distributed.is_first() else ""
     if problem:
-        services.events.tell("reference", f"{folder}: {problem}; the reference is computed again")
+        events.tell("reference", f"{folder}: {problem}; the reference is computed again")
     reference.tables = distributed.from_first(reference.tables)
     if not reference.missing:
-        services.events.print(f"the reference of {reference.total:,} pairs is that of {folder}")
+        events.print(f"the reference of {reference.total:,} pairs is that of {folder}")
         return True
-
-    save = _saver(reference, services, folder)
     save()
     if own is None:
         bound = float(run.config.checkpoint.timeout_seconds)
@@ -161,40 +176,21 @@ def prepare_reference(
     return finished
 
 
-def _saver(reference: Reference, services: Services, folder: Path) -> Callable[[], None]:
-    """f(), which keeps what there is so far; a disk that refuses it is told once, no error."""
-    refused: list[OSError] = []
-
-    def save() -> None:
-        if distributed.is_first():
-            try:
-                reference.save(folder)
-                services.folder.upload()
-            except OSError as error:
-                if not refused:
-                    text = f"{folder} does not take the reference ({described(error)}); the run "
-                    services.events.tell("disk", text + "goes on, and a later start computes it")
-                refused.append(error)
-        done = reference.total - reference.missing
-        services.events.print(f"reference: {done:,} of {reference.total:,} pairs")
-
-    return save
-
-
 def compute_held_out(run: Run, workdir: epath.Path) -> None:
     """The held-out pairs of `run.reference`, for who only evaluates: what `workdir` lacks, anew.
 
     Raises:
       NoParent: a pair that is evaluated has no value there, and what would give it is gone.
     """
-    if problem := run.reference.load(workdir / "reference"):
-        print(f"{workdir / 'reference'}: {problem}; it is not used", file=sys.stderr)
+    folder = workdir / "reference"
+    if problem := run.reference.load(folder):
+        print(f"{folder}: {problem}; it is not used", file=sys.stderr)
 
     @functools.cache
     def weights() -> Any:
-        remedy = f"Give it back, or {workdir / 'reference'}, or name its new place as branch.parent"
-        remedy += " in the file of --config"
-        return _parents_weights(run, (*_named(run), run.data_position.parent), remedy)
+        remedy = f"Give it back, or {folder}, or name its new place as branch.parent in the file of"
+        places = *_named(run), run.data_position.parent
+        return _parents_weights(run, places, f"{remedy} --config")
 
     _compute(run, run.eval_step, weights, splits=("held_out",))
 
@@ -231,7 +227,7 @@ def _compute(
 
 def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], batch: Any) -> None:
     """Fills in the pairs of one batch; each process gets those of all."""
-    found = _measured(run, eval_step, params, batch)["parts"]
+    found = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))["parts"]
     there_BP = found["pair_ids"] >= 0
     numbers_N, values_N2 = found["pair_ids"][there_BP], found["logps"][there_BP]
     if not np.isfinite(values_N2).all():
@@ -243,21 +239,6 @@ def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], ba
     run.reference.tables[name][numbers_N] = values_N2
 
 
-def _measured(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> dict[str, Any]:
-    """What the program that evaluates says of a batch."""
-    try:
-        return jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise BadReference(
-            f"config.data.batch_size={run.spec.batch_size}: the devices have too little memory for "
-            "the log-probabilities of so many rows, which are computed without gradients but, "
-            "whatever training.accumulation is, all at once; use a smaller batch or more devices "
-            f"({described(error)})"
-        ) from error
-
-
 def _named(run: Run) -> tuple[str, ...]:
     """`branch.parent`; not where it is a folder, whose newest checkpoint may be another by now."""
     named = run.config.branch.parent
@@ -265,25 +246,25 @@ def _named(run: Run) -> tuple[str, ...]:
 
 
 def _parents_weights(run: Run, places: Sequence[str], remedy: str) -> Any:
-    """From the first place that has them: never of a checkpoint of the run itself, they moved."""
+    """From the first place that has them: never of a checkpoint of the run itself, they moved.
+
+    They are as the evaluation takes them: under LoRA with adapters that add nothing.
+    """
     errors = []
     for path in dict.fromkeys(places):
         try:
             saved = read_run(path)
-            if state_hash(saved["checksums"]) == run.data_position.parent_hash:
-                return _without_adapters(run, read_weights(path, saved, run.abstract.base))
-            errors.append(f"{path} is not the one that this run began with")
+            if state_hash(saved["checksums"]) != run.data_position.parent_hash:
+                raise ValueError(f"{path} is not the one that this run began with")
+            weights = read_weights(path, saved, run.abstract.base)
         except ValueError as error:
             errors.append(str(error))
+            continue
+        if run.lora is None:
+            return weights
+        zero = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)  # noqa: E731
+        return run.lora.join(weights, jax.tree.map(zero, run.abstract.params))
     raise NoParent(f"the reference is computed from {places[-1]}: {'; '.join(errors)}. {remedy}")
-
-
-def _without_adapters(run: Run, weights: Any) -> Any:
-    """The weights as the evaluation takes them: with adapters that add nothing."""
-    if run.lora is None:
-        return weights
-    zero = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)  # noqa: E731
-    return run.lora.join(weights, jax.tree.map(zero, run.abstract.params))
 
 
 def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
@@ -299,7 +280,7 @@ def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
     Raises:
       BadReference: a log-probability is further from its reference than `TOLERANCE` allows.
     """
-    sums = _measured(run, eval_step, params, batch)
+    sums = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))
     parts = sums.pop("parts")
     loss = means(run.objective, list(run.sources), sums)["loss"]
     logps, expected = parts["logps"], parts["reference"]

@@ -33,6 +33,8 @@ def run_training(
     Raises:
       ValueError: config, data or checkpoint do not fit; nothing is lost.
     """
+    from stablelm_jax.reporting.console import show_decisions  # the core never needs the shell
+
     config_lib.validate(config)
     check_workdir(workdir)
     with contextlib.ExitStack() as stack:
@@ -42,6 +44,7 @@ def run_training(
             if jax.process_count() > 1:
                 check_data(config)
             beginning = begin(config, services, options)
+            show_decisions(services.console, beginning.run)
             trainer = Trainer(beginning, services)
         progress = beginning.progress
         progress.wandb_id = services.log.writers.open(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ from stablelm_jax.training.held_out import EvalStep, HeldOut, make_eval_step
 from stablelm_jax.training.objectives import KINDS, Objective, make_objective
 from stablelm_jax.training.reference import Reference
 from stablelm_jax.training.state import TrainState, abstract_frozen, abstract_state
+
+# Fields of a `BatchSpec` that the order of rows follows from.
+ORDER = ("seed", "sequence_length", "loss_on_first_token", "packing", "loss_on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +131,8 @@ class Run:
             "tokenizer_sha256": self.tokenizer.sha256,
             "data_hash": data_hash(self.manifests),
             "source_hashes": {name: data_hash({name: m}) for name, m in self.manifests.items()},
-            "row_order": {
-                "seed": self.spec.seed,
-                "sequence_length": self.spec.sequence_length,
-                "loss_on_first_token": self.spec.loss_on_first_token,
-                "packing": self.spec.packing,
-                "loss_on": self.spec.loss_on,
-                "stages": [list(span) for span in self.mixture.spans()],
-            },
+            "row_order": {name: getattr(self.spec, name) for name in ORDER}
+            | {"stages": [list(span) for span in self.mixture.spans()]},
         }
 
     @property
@@ -179,11 +177,10 @@ class Run:
         """The held-out text of each source."""
         found = {}
         for name, manifest in self.manifests.items():
-            languages, part = manifest.languages, manifest.held_out
-            language = languages[0] if len(languages) == 1 else None
-            batches = self._held_out_batches(name)
-            ratio = part.tokens / part.text_bytes if manifest.kind == "text" else math.nan
-            found[name] = HeldOut(batches, ratio, language)
+            language = manifest.languages[0] if len(manifest.languages) == 1 else None
+            part, is_text = manifest.held_out, manifest.kind == "text"
+            ratio = part.tokens / part.text_bytes if is_text else math.nan
+            found[name] = HeldOut(self._held_out_batches(name), ratio, language)
         return found
 
     def packed_batches(
@@ -197,20 +194,12 @@ class Run:
     def _held_out_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
         (index, count), max_rows = self.share, self.config.evaluation.max_rows
-        if self.packed is not None:
-            batches = self.packed_batches(name, "held_out", max_rows)
-            if self.reference is not None:
-                batches = self.reference.joined(batches, "held_out")
-            yield from batches
+        if self.packed is None:
+            place = {"process_index": index, "process_count": count}
+            yield from held_out_batches(self.sources, name, self.spec, max_rows=max_rows, **place)
             return
-        yield from held_out_batches(
-            self.sources,
-            name,
-            self.spec,
-            max_rows=max_rows,
-            process_index=index,
-            process_count=count,
-        )
+        batches = self.packed_batches(name, "held_out", max_rows)
+        yield from self.reference.joined(batches, "held_out") if self.reference else batches
 
 
 def prepare_run(
@@ -307,8 +296,7 @@ def _chat_of(sources: Mapping[str, Source]) -> ChatTemplate | None:
 
 def spec_of(config: ConfigDict, tokenizer: Tokenizer) -> BatchSpec:
     """What the batches of a run of `config` look like."""
-    names = ("sequence_length", "batch_size", "loss_on_first_token", "packing", "loss_on")
-    fields = {name: config.data[name] for name in names}
+    fields = {name: config.data[name] for name in ("batch_size", *ORDER) if name != "seed"}
     return BatchSpec(seed=config.seed, eod=tokenizer.eod, **fields)
 
 
@@ -356,15 +344,8 @@ def mixture_of(config: ConfigDict, data_position: DataPosition) -> Mixture:
 
 def compute_of(config: ConfigDict) -> Compute:
     """How the forward passes of a run are computed."""
-    training = config.training
-    return Compute(
-        dtype=jnp.dtype(training.dtype),
-        remat=training.remat,
-        attention=training.attention,
-        cross_entropy=training.cross_entropy,
-        num_valid_ids=training.num_valid_ids,
-        unroll=training.unroll,
-    )
+    values = {field.name: config.training[field.name] for field in dataclasses.fields(Compute)}
+    return Compute(**values | {"dtype": jnp.dtype(config.training.dtype)})
 
 
 def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, Source]:
@@ -379,29 +360,25 @@ def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) ->
 
 
 def fingerprints(config: ConfigDict) -> dict[str, dict[str, str]]:
-    """What every process of a run must share besides its data: config and code, by part.
-
-    Where the data lies may differ from host to host.
-    """
-    values = dict(config_lib.flatten(config))
+    """What every process of a run must share besides its data: config and code, by part."""
+    # Where the data lies may differ from host to host.
     places = ("data.root", "data.cache", "data.cache_gb", "data.tokenizer", "evaluation.task_data")
-    for key in places:
-        del values[key]
-    package = Path(__file__).parents[1]
-    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
-    code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {
-        "config": {key: repr(value) for key, value in values.items()},
-        "code": code | {"jax": jax.__version__},
-    }
+    values = {k: repr(value) for k, value in config_lib.flatten(config) if k not in places}
+    package, code = Path(__file__).parents[1], {"jax": jax.__version__}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        code[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"config": values, "code": code}
 
 
 def _document_ends(sources: Mapping[str, Source]) -> dict[str, str]:
     """{"<source>/<split>, ends of documents": their hash}: packed rows follow from them."""
-    splits = [(name, split) for name in sources for split in ("train", "held_out")]
-    ends = [token_stream(sources[name], split).document_offsets() for name, split in splits]
-    hashes = [hashlib.sha256(offsets.tobytes()).hexdigest()[:16] for offsets in ends]
-    return {f"{name}/{split}, ends of documents": h for (name, split), h in zip(splits, hashes)}
+    found = {}
+    for name, split in itertools.product(sources, ("train", "held_out")):
+        offsets = token_stream(sources[name], split).document_offsets()
+        digest = hashlib.sha256(offsets.tobytes()).hexdigest()[:16]
+        found[f"{name}/{split}, ends of documents"] = digest
+    return found
 
 
 def check_data(config: ConfigDict) -> None:
@@ -420,18 +397,13 @@ def check_data(config: ConfigDict) -> None:
     digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
     if len(set(distributed.gathered(digest))) == 1:
         return
-    everyone = distributed.gathered(mine)
-    differ = {
-        index: [
-            key for key in sorted(everyone[0] | other) if everyone[0].get(key) != other.get(key)
-        ]
-        for index, other in enumerate(everyone)
-    }
-    others = [str(index) for index, parts in differ.items() if parts]
+    first, *others = distributed.gathered(mine)
+    differ = {str(n): config_lib.differing(first, other) for n, other in enumerate(others, 1)}
+    who = ", ".join(index for index, parts in differ.items() if parts)
     parts = sorted(set().union(*differ.values()))[:3]
     with distributed.together_or_not():
         check_whole(sources, parts)
     raise distributed.MeetingError(
-        f"data differs: process(es) {', '.join(others)} not as process 0; give every host the same "
+        f"data differs: process(es) {who} not as process 0; give every host the same "
         f"data ({', '.join(parts)})"
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 APPLIED, NOT_FINITE, SPIKE, HELD = 0, 1, 2, 3  # what became of an update
+_IN_A_ROW = ("in_a_row", "held")  # the part of the state that a new run or branch forgets
 NO_GUARD: Mapping[str, Any] = {"kind": "off", "stop_after": float("inf")}
-IN_A_ROW = ("in_a_row", "held")  # the part of the state that a new run or branch forgets
 
 
 def new_guard() -> dict[str, jax.Array]:
@@ -22,7 +23,7 @@ def new_guard() -> dict[str, jax.Array]:
     "mean" and "variance" of the loss over "count" steps; "in_a_row", how many of the last updates
     were left out; "held", 1 once the run is to stop.
     """
-    names = ("mean", "variance", "count", *IN_A_ROW)
+    names = ("mean", "variance", "count", *_IN_A_ROW)
     return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
@@ -73,6 +74,12 @@ def is_spike(
         "count": count + 1,
     }
     return far & (count >= guard["window"]), with_this
+
+
+def without_row(guard: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The guard's state of one that begins here: no update was left out as yet."""
+    fresh = {name: jax.device_put(np.float32(0), guard[name].sharding) for name in _IN_A_ROW}
+    return guard | fresh
 
 
 def guard_to_json(guard: Mapping[str, jax.Array]) -> dict[str, float]:
