@@ -175,21 +175,20 @@ def gathered(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def together_or_not() -> Iterator[None]:
-    """A ValueError or OSError inside, on any process, becomes a MeetingError on all, naming who."""
+def together_or_not(caught: Any = (ValueError, OSError)) -> Iterator[None]:
+    """An error inside on any of several processes becomes a MeetingError on all, naming who."""
     problem = ""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except caught as error:
         if jax.process_count() == 1:
             raise
-        problem = str(error)
+        problem = str(error) or repr(error)
     said: dict[str, list[str]] = {}
     for index, (host, text) in enumerate(gathered([socket.gethostname(), problem])):
         said.setdefault(text, []).append(f"{index} ({host})")
-    said.pop("", None)
-    if said:
-        told = [f"process(es) {', '.join(who[:9])}: {text}" for text, who in said.items()]
+    told = [f"process(es) {', '.join(who[:9])}: {text}" for text, who in said.items() if text]
+    if told:
         raise MeetingError("; ".join(told[:4]))
 
 

@@ -132,14 +132,11 @@ def agreed_batches(batches: Iterable[Batch], what: str) -> Iterator[Batch]:
     """
     iterator = iter(batches)
     while True:
-        batch, error = None, None
         try:
-            batch = next(iterator, None)
-        except (OSError, ValueError) as caught:
-            error = caught
-        if distributed.anywhere(error is not None):
-            text = str(error) if error else "on another host; see its output"
-            raise HeldOutError(f"{what} cannot be read: {text}") from error
+            with distributed.together_or_not():
+                batch = next(iterator, None)
+        except (OSError, ValueError) as error:
+            raise HeldOutError(f"{what} cannot be read: {error}") from error
         if batch is None:
             return
         yield batch

@@ -43,18 +43,14 @@ class Intervals:
         self._programs = programs
         if not self._run.config.evaluation.tasks_every:
             return
-        tasks, error = None, None
         try:
-            from stablelm_jax.evaluation.checkpoint_tasks import TrainingTasks
+            with distributed.together_or_not(Exception):
+                from stablelm_jax.evaluation.checkpoint_tasks import TrainingTasks
 
-            tasks = TrainingTasks(self._run, self.left)
-        except Exception as caught:  # of any library: the run can do without
-            error = caught
-        if distributed.anywhere(error is not None):
-            text = str(error) if error else "another host cannot load them; see its output"
-            self._failed(0, f"tasks will not be evaluated: {text}")
-        else:
+                tasks = TrainingTasks(self._run, self.left)
             self._tasks = tasks
+        except Exception as error:  # of any library: the run can do without
+            self._failed(0, f"tasks will not be evaluated: {error}")
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that is done every so many steps, and after the last, is due."""
