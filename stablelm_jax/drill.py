@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ from stablelm_jax.drilling.phases import PHASES
 from stablelm_jax.run.console import make_console
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
-    config_lib.define_flags(argv)
+def main() -> None:
+    """Leaves with one of the exit codes above."""
+    config_lib.define_flags()
     flags.DEFINE_string("workdir", None, "The drill's folder on this machine.", required=True)
     flags.DEFINE_integer("kills", 10, "How many SIGKILLs.", lower_bound=0)
     flags.DEFINE_integer("signals", 10, "How many SIGTERMs.", lower_bound=0)
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("devices", None, "CPU devices of each process.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "What is drawn depends on it.")
     flags.DEFINE_list("phases", [], f"Which to hit, of {','.join(PHASES)}; default: all.")
-    config_lib.run(lambda rest: _drill(flags.FLAGS), argv)
+    config_lib.run(lambda rest: _drill(flags.FLAGS))
 
 
 def _drill(given: Any) -> int:

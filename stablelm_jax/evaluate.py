@@ -217,7 +217,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     if arguments.config:
         config = config_lib.load(arguments.config)
     elif "config" in saved.run:
-        config = config_lib.from_dict(saved.run["config"], only_known=True)
+        config = config_lib.from_dict(saved.run["config"])
     else:
         raise ValueError(
             f"{saved.path} was imported and names no held-out text: give --config (with "

@@ -32,9 +32,9 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.run.console import make_console
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Leaves with 0, 1 after an error, 2 for bad config or arguments."""
-    config_lib.define_flags(argv, required=False)
+    config_lib.define_flags(required=False)
     flags.DEFINE_integer("step", None, "Which step, from 1.", lower_bound=1)
     flags.DEFINE_string("workdir", None, "The run's folder, where it has begun.")
     flags.DEFINE_integer("rows", None, "Show the first rows of the batch; default: all.")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("seed", 0, "Of the sample.", lower_bound=0)
     flags.DEFINE_string("tokenizer", None, "Of --data; default: the one it was prepared with.")
     flags.DEFINE_string("picture", None, "Draw what --source holds into this PNG.")
-    config_lib.run(_inspect, argv)
+    config_lib.run(_inspect)
 
 
 def _inspect(argv: Sequence[str]) -> int:

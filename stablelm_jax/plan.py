@@ -27,9 +27,9 @@ from absl import flags
 from stablelm_jax import config as config_lib
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Leaves with 0, 1 (does not compile or fit), 2 (bad config or arguments), 130 (Ctrl-C)."""
-    config_lib.define_flags(argv, required=False)
+    config_lib.define_flags(required=False)
     flags.DEFINE_string("target", None, "Machine, as in v5p:4x4x4, a100-40gb:64x8 or h200:1x1.")
     flags.DEFINE_float(
         "mfu", 0.45, "Utilisation for the run's time: model FLOPs, full attention, of the peak."
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags.DEFINE_bool("all", False, "Every config of configs/launch, for its own target.")
     flags.DEFINE_string("recipe", None, "The data instead: a recipe of `prepare`, or FILE.py.")
-    config_lib.run(_plan, argv)
+    config_lib.run(_plan)
 
 
 def _plan(argv: Sequence[str]) -> int:

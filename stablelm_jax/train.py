@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 _TELL_SECONDS = 30.0  # in which the others may come to hear why this process leaves
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Leaves with one of the exit codes above. `argv`: the program's name, then its flags."""
+def main() -> None:
+    """Leaves with one of the exit codes above."""
     with StopRequest(last=True) as stop:  # from here on: importing takes seconds
-        config_lib.define_flags(argv)
+        config_lib.define_flags()
         flags.DEFINE_string("workdir", None, "The run's folder or gs:// URL.", required=True)
         flags.DEFINE_bool("strict", False, "A damaged newest checkpoint is an error.")
         flags.DEFINE_bool(
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags.DEFINE_integer("num_processes", None, several + "how many.")
         flags.DEFINE_integer("process_id", None, several + "which one this is, from 0.")
         try:
-            config_lib.run(lambda rest: _train(rest, stop), argv)
+            config_lib.run(lambda _: _train(stop))
         except BaseException as error:
-            _tell_the_others(sys.argv if argv is None else argv, error)
+            _tell_the_others(error)
             raise
 
 
-def _train(argv: Sequence[str], stop: StopRequest) -> int:
+def _train(stop: StopRequest) -> int:
     config = config_lib.config_from_flags()
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of each of its files
     set_by = config_lib.set_by(config, config_lib.overrides_from_flags())
@@ -111,7 +111,7 @@ def _train_among(
             stop.leave(codes.get(type(error), 1))
 
 
-def _tell_the_others(argv: Sequence[str], error: BaseException) -> None:
+def _tell_the_others(error: BaseException) -> None:
     """A process that fails before it meets the others says why, so that they need not wait for it.
 
     The command line is read once more: what failed may be the reading of its flags.
@@ -124,7 +124,7 @@ def _tell_the_others(argv: Sequence[str], error: BaseException) -> None:
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
     with contextlib.suppress(Exception):  # the error itself is told by whoever caught it
-        given, _ = parser.parse_known_args(argv[1:])
+        given, _ = parser.parse_known_args()
         place = (given.coordinator, given.num_processes, given.process_id)
         if place == (None,) * 3 and not {"SLURM_PROCID", "TPU_WORKER_ID"} & os.environ.keys():
             return

@@ -24,7 +24,6 @@ TEXT = {
     "recipe_150m": "web=0.9,code=0.1",
     "stablelm_3b_4e1t": "web=0.75,code=0.25",
 }
-OVERRIDES = {"stablelm_3b_4e1t": {"data.tokenizer": "tokenizer.json"}}
 STAGES = {name: ("sft", "dpo", "self_knowledge") for name in ("zephyr_1_6b", "demo_chat")}
 STAGES["demo_chat"] += ("random",)
 FILES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
@@ -36,7 +35,10 @@ LAUNCHES = [name for name in NAMES if name.startswith("launch/")]
 def load(name):
     file, colon, text = name.partition(":")
     text = TEXT.get(name, text)
-    return config_lib.load(f"{CONFIGS / file}.py{text and ':' + text}", OVERRIDES.get(name))
+    config = config_lib.load(f"{CONFIGS / file}.py{text and ':' + text}")
+    if name == "stablelm_3b_4e1t":
+        config.data.tokenizer = "tokenizer.json"
+    return config
 
 
 def test_the_configs_of_the_project_are_there():

@@ -113,12 +113,14 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def from_dict(tree: Mapping[str, Any], *, only_known: bool = False) -> ConfigDict:
-    """The inverse of `to_dict`. What `tree` lacks has its default, what is not known is refused."""
+def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`. What `tree`, of another version, lacks has its default.
+
+    What is not known here is left out.
+    """
     config = default_config()
     for key, value in flatten(tree):
-        left_out = only_known and key not in FIELDS and not key.startswith("data.weights.")
-        if key != "data.weights" and not left_out:  # the first: without sources
+        if key in FIELDS or key.startswith("data.weights."):
             set_value(config, key, value)
     return config
 
@@ -144,9 +146,9 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
     defaults = dict(flatten(default_config()))
     origins = {}
     for key, value in flatten(config):
-        as_default = key in defaults and defaults[key] == value
-        otherwise = "default" if as_default else "file"
-        origins[key] = "command line" if _within(key, overrides) else otherwise
+        origins[key] = "default" if key in defaults and defaults[key] == value else "file"
+        if _within(key, overrides):
+            origins[key] = "command line"
     return origins
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
@@ -27,8 +27,8 @@ from stablelm_jax.config.rules import validate
 from stablelm_jax.config.tree import FIELDS, locked
 
 
-def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """The config of `FILE.py` or `FILE.py:text` with `overrides` by dotted key; not validated."""
+def load(path: str | os.PathLike) -> ConfigDict:
+    """The config of `FILE.py` or `FILE.py:text`; not validated."""
     file, colon, text = os.fspath(path).partition(":")
     try:
         spec = importlib.util.spec_from_file_location("config_file", file)
@@ -41,14 +41,11 @@ def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) ->
         config = module.get_config(*([text] if colon else []))
         if not isinstance(config, ConfigDict):
             raise ConfigError(f"config file {file}: get_config() returns no config; return one")
-        config = locked(config)
+        return locked(config)
     except ConfigError:
         raise
     except Exception as error:  # a config file is the user's program: anything may come out of it
         raise ConfigError(f"config file {file}: {_what_failed(file, error)}") from error
-    for key, value in (overrides or {}).items():
-        set_value(config, key, value)
-    return config
 
 
 def _what_failed(file: str, error: Exception) -> str:
@@ -68,18 +65,12 @@ def _what_failed(file: str, error: Exception) -> str:
 class _ConfigFile(flags.ArgumentParser):
     """Reads the file of `--config`, and refuses overrides of fields that it does not have."""
 
-    def __init__(self, argv: Sequence[str]):
-        self._argv = argv
-
     def parse(self, path: str) -> ConfigDict:
         config = load(path)
-        for argument in self._argv:
+        for argument in sys.argv:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
                 field_type(config, override[1])  # raises for an unknown key
         return config
-
-    def flag_type(self) -> str:
-        return "config file"
 
 
 def _or_none(parse: Callable[[Any], Any], text: Any) -> Any:
@@ -87,9 +78,8 @@ def _or_none(parse: Callable[[Any], Any], text: Any) -> Any:
     return None if str(text).lower() == "none" else parse(text)
 
 
-def define_flags(argv: Sequence[str] | None = None, required: bool = True) -> None:
-    """Defines `--config`. `argv`: the command line that will be parsed, if not `sys.argv`."""
-    argv = list(sys.argv if argv is None else argv)
+def define_flags(required: bool = True) -> None:
+    """Defines `--config`."""
     for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
         parser.parse = functools.partial(_or_none, parser.parse)
         config_flags.register_flag_parser_for_type(kind, parser)
@@ -97,17 +87,16 @@ def define_flags(argv: Sequence[str] | None = None, required: bool = True) -> No
     config_flags.DEFINE_config_file(
         "config",
         help_string="FILE.py or FILE.py:text; fields after it as --config.group.field=value.",
-        sys_argv=argv,
     )
-    flags.FLAGS["config"].parser = _ConfigFile(argv)
+    flags.FLAGS["config"].parser = _ConfigFile()
     if required:
         flags.mark_flag_as_required("config")
 
 
-def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[list[str]], int | None]) -> None:
     """`absl.app.run`; every `ConfigError`, of flags or of `main`, is one line and exit code 2."""
     try:
-        app.run(main, None if argv is None else list(argv), flags_parser=_parse)
+        app.run(main, flags_parser=_parse)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -128,9 +117,9 @@ def overrides_from_flags() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS(argv)
     except SystemExit:
         raise SystemExit(0) from None  # absl exits with 1 after --help
     except Exception as error:  # from the user's file, ml_collections or absl

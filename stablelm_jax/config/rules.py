@@ -6,7 +6,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from stablelm_jax.config.access import ConfigError, refuse, unknown_key
+from stablelm_jax.config.access import ConfigError, get, refuse, unknown_key
 from stablelm_jax.config.derived import (
     is_source_name,
     mixture_stages,
@@ -14,7 +14,7 @@ from stablelm_jax.config.derived import (
     profiled_steps,
     transition_step,
 )
-from stablelm_jax.config.tree import FIELDS, flatten
+from stablelm_jax.config.tree import FIELDS, default_config, flatten
 
 ARCADE100K_IDS = 100_289  # ids in use, without the padding rows
 
@@ -31,13 +31,10 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
     _schedule(config)
     _cooldown(config)
     _mesh(config)
-    _dpo(config)
+    _objective(config)
     _lora(config)
-    _saves_and_samples(config)
-    if config.branch.state == "weights" and not config.branch.parent:
-        remedy = "set config.branch.parent to a checkpoint, or leave this at 'all'"
-        refuse(config, "branch.state", f"there is no parent whose weights to take; {remedy}")
-    profiled_steps(config)
+    _intervals(config)
+    _ignored_options(config)
 
 
 def _fields(config: ConfigDict, data: bool) -> None:
@@ -129,10 +126,6 @@ def _cooldown(config: ConfigDict) -> None:
     schedule, num_steps = config.schedule, config.training.num_steps
     start, steps = schedule.cooldown_start, schedule.cooldown_steps
     if start is None:
-        for name in ("cooldown_steps", "cooldown_learning_rate", "cooldown_end"):
-            if schedule[name]:
-                problem = "a cooldown needs its first step; set config.schedule.cooldown_start"
-                refuse(config, f"schedule.{name}", problem)
         return
     if steps is None:
         why = f"the cooldown at config.schedule.cooldown_start={start} needs a length"
@@ -151,9 +144,6 @@ def _cooldown(config: ConfigDict) -> None:
 
 def _mesh(config: ConfigDict) -> None:
     parallel = config.parallel
-    if parallel.data != -1 and parallel.data < 1:
-        remedy = "use -1 (all that the model axis leaves) or a number of devices"
-        refuse(config, "parallel.data", f"is no number of devices; {remedy}")
     for key in ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size"):
         if config.model[key] % parallel.model:
             why = f"does not divide config.model.{key}={config.model[key]}"
@@ -169,28 +159,15 @@ def _mesh(config: ConfigDict) -> None:
         refuse(config, "training.remat", f"{why}; {remedy}")
 
 
-def _dpo(config: ConfigDict) -> None:
-    for name, value in config.dpo.items():
-        if value != FIELDS[f"dpo.{name}"].default and config.training.objective != "dpo":
-            remedy = "set that, or leave this at its default"
-            refuse(config, f"dpo.{name}", f"is for config.training.objective=dpo alone; {remedy}")
+def _objective(config: ConfigDict) -> None:
     if config.training.objective == "dpo" and config.data.loss_on != "answers":
         why = "DPO compares answers, and a prompt is the same in both"
         refuse(config, "data.loss_on", f"{why}: leave it at 'answers'")
-    if config.dpo.loss == "ipo":
-        for name in ("label_smoothing", "length_normalised"):
-            if config.dpo[name]:
-                why = "is of the sigmoid loss; ipo is normalised by length, and never smoothed"
-                refuse(config, f"dpo.{name}", f"{why}: leave it at its default")
 
 
 def _lora(config: ConfigDict) -> None:
     lora = config.lora
     if not lora.rank:
-        for name in ("alpha", "targets"):
-            if lora[name] != FIELDS[f"lora.{name}"].default:
-                why = "is of adapters, and config.lora.rank=0 asks for none"
-                refuse(config, f"lora.{name}", f"{why}; set that too, as to 16")
         return
     from stablelm_jax.model.lora import target_names  # loads jax
 
@@ -207,23 +184,38 @@ def _lora(config: ConfigDict) -> None:
         refuse(config, "lora.rank", f"{why}; use 8 to 64, or 0 to train all weights")
 
 
-def _saves_and_samples(config: ConfigDict) -> None:
+def _intervals(config: ConfigDict) -> None:
     keep_every, every = config.checkpoint.keep_every, config.checkpoint.every
     if keep_every is not None and keep_every % every:
         why = f"steps are saved every config.checkpoint.every={every}"
         refuse(config, "checkpoint.keep_every", f"{why}; use a multiple of that")
-    for key, texts, plural in (
-        ("evaluation.tasks", config.evaluation.tasks, "names"),
-        ("samples.prompts", config.samples.prompts, "texts"),
-    ):
-        if not all(isinstance(text, str) and text for text in texts):
-            refuse(config, key, f"one is empty or no text; give {plural}")
     if config.evaluation.tasks_every and not config.evaluation.tasks:
         problem = "there is no task to evaluate on; name some in config.evaluation.tasks"
         refuse(config, "evaluation.tasks_every", problem)
-    if config.samples.top_p == 0:
-        remedy = "use a number above 0, or samples.temperature=0 for the likeliest token"
-        refuse(config, "samples.top_p", f"leaves no token to choose; {remedy}")
+    profiled_steps(config)
+
+
+def _ignored_options(config: ConfigDict) -> None:
+    """Options that another one switches off: nobody is to believe that they do something."""
+    dpo = config.dpo
+    ignored = {}  # key: what gives it a meaning
+    if config.training.objective != "dpo":
+        ignored |= {f"dpo.{name}": "config.training.objective=dpo" for name in dpo}
+    elif dpo.loss == "ipo":  # which is normalised by length, and never smoothed
+        names = ("label_smoothing", "length_normalised")
+        ignored |= {f"dpo.{name}": "config.dpo.loss=sigmoid" for name in names}
+    if not config.lora.rank:
+        ignored |= dict.fromkeys(("lora.alpha", "lora.targets"), "config.lora.rank")
+    if config.schedule.cooldown_start is None:
+        keys = (f"schedule.cooldown_{name}" for name in ("steps", "learning_rate", "end"))
+        ignored |= dict.fromkeys(keys, "config.schedule.cooldown_start")
+    if not config.branch.parent:
+        ignored["branch.state"] = "config.branch.parent"
+    defaults = default_config()
+    for key, needed in ignored.items():
+        if get(config, key) != get(defaults, key):
+            remedy = "set that, or leave this at its default"
+            refuse(config, key, f"does nothing without {needed}; {remedy}")
 
 
 def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:

@@ -43,16 +43,17 @@ class Field:
             return f"is not known; use one of: {', '.join(choices)}"
         if isinstance(self.default, str) and self.default and not value:
             return "is empty; name one"
+        if self.type is tuple and not all(isinstance(text, str) and text for text in value):
+            return "one is empty or no text; give texts"
         if self.type not in (int, float):
             return ""
         if not math.isfinite(value):
             return "is not a finite number; give one"
         if self.least <= value <= self.most and self.above < value < self.below:
             return ""
-        if self.most < math.inf:
-            return f"is out of range; use {self.least} to {self.most}"
         low = f"{self.least} or more" if self.least > -math.inf else f"a number above {self.above}"
-        high = f" and below {self.below}" if self.below < math.inf else ""
+        bounds = {f"up to {self.most}": self.most, f"below {self.below}": self.below}
+        high = "".join(f" and {text}" for text, bound in bounds.items() if bound < math.inf)
         return f"is out of range; use {low}{high}"
 
 
@@ -146,7 +147,8 @@ TREE = {
         "targets": Field(("query", "key", "value", "out", "gate", "up", "down")),  # matrices
     },
     "parallel": {
-        "data": Field(-1),  # devices along the mesh axis `data`; -1: all that the others leave
+        # Devices along the mesh axis `data`; -1: all that the others leave.
+        "data": Field(-1, least=-1),
         "model": Field(1, least=1),  # devices along the mesh axis `model`
         "replica": Field(1, least=1),  # groups of data x model devices, each with all weights
         "target": Field(str, optional=True),  # the machine that it is for, as `plan` names it
@@ -176,7 +178,7 @@ TREE = {
         "prompts": Field(("A short history of the bicycle:",)),
         "max_new_tokens": Field(64, least=1),
         "temperature": Field(0.7, least=0),  # 0: the likeliest token
-        "top_p": Field(0.95, least=0, most=1),
+        "top_p": Field(0.95, above=0, most=1),  # temperature 0 is the likeliest token alone
     },
     "writers": {  # beside metrics.jsonl, which is always written
         "tensorboard": Field(False),

@@ -114,7 +114,7 @@ def _config_of(workdir: Path, folder: Any, before: int, step: int) -> ConfigDict
         tree = json.loads(path.read_text(encoding="utf-8"))["config"]
     else:
         tree = read_run(folder / checkpoint_name((later or [before])[0]))["config"]
-    return config_lib.from_dict(tree, only_known=True)
+    return config_lib.from_dict(tree)
 
 
 def _begin(config: ConfigDict, path: Any, tell: Callable[[str], None]) -> Beginning:

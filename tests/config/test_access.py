@@ -67,13 +67,6 @@ def test_a_dict_from_before_a_field_existed_takes_its_default():
     assert config_lib.from_dict(tree).training.deterministic is False
 
 
-def test_a_dict_with_an_unknown_field_is_refused():
-    tree = config_lib.to_dict(config_lib.default_config())
-    tree["training"]["stpes"] = 3
-    with pytest.raises(config_lib.ConfigError, match=r"config\.training\.stpes"):
-        config_lib.from_dict(tree)
-
-
 def test_the_fields_come_by_dotted_key_in_the_order_of_names():
     fields = list(config_lib.flatten(config_lib.default_config()))
     assert fields == sorted(fields, key=lambda field: field[0])
@@ -158,7 +151,7 @@ def test_a_field_that_only_the_checkpoint_has_is_shown_and_can_be_left_out():
     changes = config_lib.config_changes(saved, config)
     told = config_lib.show_changes(changes)
     assert told == "config.optimizer.nesterov was True, now None"
-    again = config_lib.from_dict(saved, only_known=True)
+    again = config_lib.from_dict(saved)
     assert config_lib.to_dict(again) == config_lib.to_dict(config)
 
 

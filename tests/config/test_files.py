@@ -18,14 +18,6 @@ def failure(path):
     return message
 
 
-def test_overrides_go_on_top_of_the_file(tmp_path):
-    body = (
-        "def get_config():\n    c = default_config()\n    c.seed, c.name = 5, 'x'\n    return c\n"
-    )
-    config = config_lib.load(write(tmp_path / "a.py", body), {"seed": 6, "data.weights.mine": 1.0})
-    assert (config.seed, config.name, config.data.weights.mine) == (6, "x", 1.0)
-
-
 def test_the_text_after_the_colon_goes_to_get_config(tmp_path):
     body = "def get_config(text):\n    c = default_config()\n    c.name = text\n    return c\n"
     path = write(tmp_path / "a.py", body)

@@ -405,10 +405,9 @@ def test_a_source_that_was_never_public_says_what_to_do_and_the_weights_without_
     assert line.startswith("prepare: restruct_v1: never published")
     assert "--origin 2 or 3" in line and "--input" in line
     flags = dict(re.findall(r"--config\.data\.(weights\.\w+)=(\S+)", out))
-    config = config_lib.load(
-        configs_folder() / STABLELM.config,
-        {f"data.{name}": float(weight) for name, weight in flags.items()},
-    )
+    config = config_lib.load(configs_folder() / STABLELM.config)
+    for name, weight in flags.items():
+        config_lib.set_value(config, f"data.{name}", float(weight))
     weights = config_lib.mixture_weights(config)
     assert set(weights) == set(NAMES) - {"restruct_v1"}
     assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
