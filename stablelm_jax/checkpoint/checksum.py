@@ -8,7 +8,6 @@ sums do not depend on order, hence not on the sharding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,12 +38,6 @@ def flatten(tree: Any) -> dict[str, Any]:
     """{'a/b': leaf} of a nested dict."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def differing(expected: Mapping[str, int], actual: Mapping[str, int]) -> list[str]:
-    """Names whose checksums differ, or which only one side has."""
-    names = expected.keys() | actual.keys()
-    return sorted(name for name in names if expected.get(name) != actual.get(name))
 
 
 def leaf_checksum(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from stablelm_jax.checkpoint.checksum import checksums, differing, host_checksum
+from stablelm_jax.checkpoint.checksum import checksums, host_checksum
 from stablelm_jax.checkpoint.names import REMEDY, checkpoint_path, checkpoint_step
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.storage.files import what_is
@@ -126,7 +126,7 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
 
 
 def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) -> None:
-    if changed := differing({name: recorded.get(name) for name in found}, found):
+    if changed := sorted(name for name in found if found[name] != recorded.get(name)):
         named = ", ".join(changed[:5]) + (" and others" if len(changed) > 5 else "")
         raise DamagedCheckpoint(
             f"{path} is damaged: the bits of {named} do not match their checksums; {_ELSE}"

@@ -95,20 +95,21 @@ class RunFolder:
 
     def _check_shared(self) -> None:
         """Every host has to see what process 0 writes here, and to write: they save together."""
-        file = self.checkpoints.parent / f".start-{distributed.gathered(secrets.token_hex(8))[0]}"
+        name = f".start-{distributed.gathered(secrets.token_hex(8))[0]}"
+        first, own = (self.checkpoints.parent / f"{name}-{n}" for n in (0, jax.process_index()))
+
+        def write() -> None:
+            retried(f"writing {own}", lambda: own.write_bytes(b""))
+
         try:
             with distributed.together_or_not():
                 if distributed.is_first():
-                    retried(f"writing {file}", lambda: file.write_bytes(b""))
+                    write()
             with distributed.together_or_not():
-                if not distributed.is_first():
-                    self._wait_for(file)
-                    own = file.with_name(f"{file.name}-{jax.process_index()}")
-                    retried(f"writing {own}", lambda: own.write_bytes(b""))
-                    own.unlink()
+                self._wait_for(first)
+                write()
         finally:
-            if distributed.is_first():
-                file.unlink(missing_ok=True)
+            own.unlink(missing_ok=True)
 
     def _wait_for(self, file: epath.Path) -> None:
         """Network file systems may show a file of another host some seconds later."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -239,8 +238,8 @@ def means(
 
 def sum_names(objective: Objective) -> list[str]:
     """The sums that its metrics are made of."""
-    ratios = itertools.chain.from_iterable(objective.metrics.values())
-    return list(dict.fromkeys(itertools.chain.from_iterable(ratios)))
+    ratios = [ratio for ratios in objective.metrics.values() for ratio in ratios]
+    return list(dict.fromkeys(name for ratio in ratios for name in ratio))
 
 
 def _by_answer(values_BT: jax.Array, batch: Batch) -> jax.Array:

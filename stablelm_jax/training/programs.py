@@ -124,20 +124,18 @@ def abstract_batch(
 
     `num_pairs`: P, the most preference pairs of a row; None where no data is there to tell.
     """
-    rows, length = config.data.batch_size, config.data.sequence_length
-    place = sharding.batch_sharding(mesh)
-    by_token = {"loss_mask": jnp.float32} | dict.fromkeys(
-        ("tokens", "targets", "segment_ids", "positions"), jnp.int32
-    )
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
-        for name, dtype in by_token.items()
-    }
-    batch["source_ids"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+    place, length = sharding.batch_sharding(mesh), config.data.sequence_length
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.data.batch_size, *shape), dtype, sharding=place)
+
+    by_token = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: array(jnp.int32, length) for name in by_token}
+    batch |= {"loss_mask": array(jnp.float32, length), "source_ids": array(jnp.int32)}
     if config.training.objective == "dpo":
-        pairs = (rows, num_pairs or pairs_of_a_row(config))
-        batch["pair_ids"] = jax.ShapeDtypeStruct(pairs, jnp.int32, sharding=place)
-        batch["reference"] = jax.ShapeDtypeStruct((*pairs, 2), jnp.float32, sharding=place)
+        pairs = num_pairs or pairs_of_a_row(config)
+        batch["pair_ids"] = array(jnp.int32, pairs)
+        batch["reference"] = array(jnp.float32, pairs, 2)
     return batch
 
 
@@ -178,16 +176,8 @@ def try_attention(run: Run) -> str:
 def _prepare_samples(run: Run) -> Callable[[Any], dict[str, str]]:
     from stablelm_jax.generation.text import prepare_texts  # only runs that sample need it
 
-    settings = run.config.samples
-    return prepare_texts(
-        run.model,
-        run.abstract.base,
-        run.tokenizer,
-        settings.prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=run.config.seed,
-        dtype=run.compute.dtype,
-        num_valid_ids=run.compute.num_valid_ids,
-    )
+    samples = run.config.samples
+    sampling = {name: samples[name] for name in ("max_new_tokens", "temperature", "top_p")}
+    sampling |= {"dtype": run.compute.dtype, "num_valid_ids": run.compute.num_valid_ids}
+    sampling["seed"] = run.config.seed
+    return prepare_texts(run.model, run.abstract.base, run.tokenizer, samples.prompts, **sampling)

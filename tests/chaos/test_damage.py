@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import bare_config, events, losses, train
 
-from stablelm_jax.checkpoint.checksum import checksums, differing, flatten
+from stablelm_jax.checkpoint.checksum import checksums, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
 from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
 from stablelm_jax.training.begin import ResumeOptions
@@ -105,7 +105,7 @@ def test_a_flipped_bit_of_any_leaf_changes_its_checksum_and_no_other(saved):
         bits = changed.reshape(-1).view(np.uint32)
         bits[rng.randrange(bits.size)] ^= np.uint32(1 << rng.randrange(32))
         one = {name: jax.numpy.asarray(changed)}
-        assert differing({name: before[name]}, {name: checksums(one)[name]}) == [name]
+        assert checksums(one)[name] != before[name]
 
 
 def damage(file, how, rng):

@@ -17,10 +17,9 @@ from tiny import bare_config, events, losses, metrics, train, write_config, writ
 
 from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint.reading import read_run
-from stablelm_jax.checkpoint.replicas import diverged, make_replica_check
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.training import loop, update_guard
-from stablelm_jax.training.faults import inspection_command
+from stablelm_jax.training.faults import diverged, inspection_command, make_replica_check
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.update_guard import is_spike
 
