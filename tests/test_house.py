@@ -19,13 +19,13 @@ PACKAGE = ROOT / "stablelm_jax"
 # reporting 700. They may shrink to it and never grow.
 # The core, from the top floor down:
 CORE = {
-    "training": 3323,
-    "run": 1465,
-    "checkpoint": 1075,
-    "config": 982,
+    "training": 3121,
+    "run": 1447,
+    "checkpoint": 993,
+    "config": 967,
     "data": 1955,
     "tokenizer": 1015,
-    "parallel": 776,
+    "parallel": 775,
     "optimizer": 320,
     "model": 910,
     "kernels": 1500,
@@ -39,7 +39,7 @@ SHELL = {
     "interop": 1910,
     "planning": 1409,
     "reporting": 1283,
-    "drilling": 379,
+    "drilling": 372,
 }
 ROOMS = CORE | SHELL
 CORE_WITHOUT_KERNELS, EVERYTHING = 12019, 30_059

@@ -33,10 +33,9 @@ class SaveBarrier:
         self._save, self._passed = self._save + 1, 0
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for all; `key`, Orbax's own name of the place, is the same for the next try.
+        """Waits for all; FailedElsewhere where a process came here because it had failed.
 
-        Raises:
-          FailedElsewhere: a process came here because it had failed.
+        `key`, Orbax's own name of the place, is the same for the next try.
         """
         self._wait(self._save, self._passed, timeout_ms)
         self._passed += 1

@@ -30,11 +30,7 @@ from stablelm_jax.model.parameters import nest, parameter_table
 def read_weights(path: epath.PathLike, run: Mapping[str, Any], abstract: Any) -> Any:
     """All weights of the checkpoint `path`, whose item `run` this is; adapters are added.
 
-    Args:
-      abstract: tree of `ShapeDtypeStruct`s: how each of them is placed, and its type.
-
-    Raises:
-      CheckpointError: as `weight_leaves`.
+    `abstract`: tree of `ShapeDtypeStruct`s: how each is placed, and its type. Errors as below.
     """
     wanted, found = flatten(abstract), {}
     if "lora" not in run and all(like.dtype == "float32" for like in wanted.values()):
@@ -86,13 +82,8 @@ def find_parent(
 ) -> tuple[epath.Path, dict[str, Any]]:
     """The checkpoint with the weights under the adapters of `path`, and its item `run`.
 
-    It is looked for where the run had it, and where the run's folder has a link `parent`.
-
-    Args:
-      run: the item `run` of `path`. named: a place to look at first.
-
-    Raises:
-      CheckpointError: it is in none of these places, or not the one that it was.
+    It is looked for at the place `named`, where the run had it, and where the run's folder has a
+    link `parent`. CheckpointError: it is in none of these, or not the one that it was.
     """
     lora, errors = run["lora"], []
     link = checkpoint_path(path).parent.parent / "parent"

@@ -37,8 +37,7 @@ class SavedModel:
     def open(cls, path: str | Path, tokenizer: str | None = None) -> SavedModel:
         """Reads all but the arrays. `tokenizer`: where it lies, if not where the training had it.
 
-        Raises:
-          ValueError: there is no checkpoint, it is damaged, or its tokenizer is not to be found.
+        ValueError: there is no checkpoint, it is damaged, or its tokenizer is not to be found.
         """
         path = find_checkpoint(path)
         run = read_run(path)
@@ -69,8 +68,7 @@ class SavedModel:
     def chat_or_own(self, named: str | None = None) -> ChatTemplate:
         """The template of a name or file, as `chat.chat_template` finds it; by default its own.
 
-        Raises:
-          ValueError: there is none, or it does not go with the tokenizer.
+        ValueError: there is none, or it does not go with the tokenizer.
         """
         if named is None and self.chat is None:
             raise ValueError(

@@ -57,10 +57,7 @@ class Saver:
     """
 
     def __init__(self, config: Any, store: CheckpointStore, events: Any, pages: str = ""):
-        """`config`: the group `checkpoint` of a config. `events`: a `run.events.Events`.
-
-        `pages`: the file with all that Orbax says of a failure.
-        """
+        """`config`: the group `checkpoint`. `pages`: the file with all that Orbax says."""
         self._config, self._store, self._events, self._pages = config, store, events, pages
         self._barrier = SaveBarrier()
         options = ocp.AsyncOptions(config.timeout_seconds, barrier_sync_fn=self._barrier)
@@ -106,11 +103,7 @@ class Saver:
             self._start(step, make)
 
     def finish(self, step: int, make: Callable[[], Checkpoint]) -> None:
-        """Returns when `global_step<step>` is whole; tries twice.
-
-        Raises:
-          SaveFailed: it could not be written. Older checkpoints are untouched.
-        """
+        """Returns when `global_step<step>` is whole; SaveFailed if two tries could not write it."""
         self._settle()
         for _ in range(2):
             if step not in self._store.steps():

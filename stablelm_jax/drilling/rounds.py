@@ -181,11 +181,7 @@ class Drill:
         self.problems: list[str] = []
 
     def train_undisturbed(self) -> None:
-        """Trains what the others are compared with.
-
-        Raises:
-          ValueError: the run does not come to its end.
-        """
+        """Trains what the others are compared with; ValueError: it does not come to its end."""
         for old in [self.folder / "undisturbed", *self.folder.glob("disturbed-*")]:
             shutil.rmtree(old, ignore_errors=True)
         (self.folder / "output").mkdir(parents=True, exist_ok=True)
@@ -198,11 +194,8 @@ class Drill:
     def run(self, kills: int, signals: int, asked: Sequence[str] = ()) -> None:
         """Sends so many SIGKILLs and SIGTERMs, and trains each disturbed run to its end.
 
-        Args:
-          asked: the phases to hit, in turn; by default all that the run goes through.
-
-        Raises:
-          ValueError: the run does not go through a phase that was asked for.
+        `asked`: the phases to hit, in turn; by default all that the run goes through.
+        ValueError: it does not go through one of them.
         """
         there = [phase for phase in PHASES if phase in self.lasted]
         if absent := set(asked) - set(there):

@@ -56,22 +56,15 @@ _SEEN_SECONDS = 5.0  # in which a file of another host has to be seen
 
 
 class RunFolder:
-    """The folder of one run. Only process 0 writes.
-
-    Attributes:
-      where: the path or URL of the run folder.
-      checkpoints: the folder of the checkpoints, which may be a URL.
-      mirror: brings what is written in `path` to a URL; None where the run folder is `path`.
-      path: the folder of this machine that all but the checkpoints are written to.
-      moved_aside: a line for each file there that could not be used and has another name now.
-    """
+    """The folder of one run. Only process 0 writes."""
 
     def __init__(self, workdir: str | os.PathLike[str]):
         """Raises ValueError where no checkpoint can be written to `workdir`."""
-        self.where = str(checkpoint_path(workdir))
+        self.where = str(checkpoint_path(workdir))  # a path, or a URL
         self.checkpoints = checkpoint_path(workdir) / "checkpoints"
-        self.moved_aside: list[str] = []
+        self.moved_aside: list[str] = []  # a line for each file that could not be used
         self.mirror = RemoteMirror(self.where) if is_url(workdir) else None
+        # On this machine; all but the checkpoints are written there, and mirrored to a URL.
         self.path = self.mirror.folder if self.mirror else Path(self.where)
 
     def __str__(self) -> str:

@@ -122,8 +122,7 @@ class MetricsFile:
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes one line; values that are not finite become null.
 
-        Raises:
-          OSError: the disk takes nothing more. The line is written with the next one.
+        After an OSError (a full disk) the line is written with the next one.
         """
         self._unwritten.append(_as_line(finite(dict(line))))
         if len(self._unwritten) > 1:  # the last time left half a line, or none
@@ -154,10 +153,8 @@ class Writers:
     def open(self, step: int = 0, wandb_id: str | None = None, resumed: bool = False) -> str | None:
         """Begins to write: not before the run has begun, since this makes files and a W&B run.
 
-        Args:
-          step: the lines after it are written now, some of them maybe again.
-          wandb_id: the W&B run of the checkpoint that is gone on from; returned for the next ones.
-          resumed: the run has begun earlier.
+        Lines after `step` are written now, some of them maybe again. `wandb_id`: of the checkpoint
+        that is gone on from; returned for the next ones. `resumed`: the run has begun earlier.
         """
         self._writers = self._wanted
         return next(filter(None, self._each("open", step, wandb_id, resumed)), wandb_id)

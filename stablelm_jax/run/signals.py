@@ -31,25 +31,16 @@ _PAUSE_SECONDS = 1.0  # after a server that did not wait, or gave no answer
 
 
 class StopRequest:
-    """While entered, signals and notices set `name` instead of ending the process.
-
-    Attributes:
-      name: the first signal or notice heard, or None.
-      safe: a sentence on the run's state, where there is no whole checkpoint yet.
-      whole: finds the newest checkpoint that is whole, or None.
-      tell: says the last line of a process that leaves at once.
-      leave: ends this process at once with an exit code.
-      phase_name: the phase that the run is in.
-    """
+    """While entered, signals and notices set `name` instead of ending the process."""
 
     def __init__(self, *, last: bool = False) -> None:
         """`last`: the process ends afterwards, and no signal is to change how."""
         self._last = last
-        self.name: str | None = None
-        self.safe = "nothing had begun"
-        self.whole: Callable[[], object | None] = lambda: None
-        self.tell: Callable[[str], None] = _say
-        self.leave: Callable[[int], NoReturn] = os._exit
+        self.name: str | None = None  # the first signal or notice heard
+        self.safe = "nothing had begun"  # as long as there is no whole checkpoint
+        self.whole: Callable[[], object | None] = lambda: None  # finds the newest of these
+        self.tell: Callable[[str], None] = _say  # the last line of a process that leaves at once
+        self.leave: Callable[[int], NoReturn] = os._exit  # at once, with an exit code
         self.phase_name, self._leave = "starting", True
         self._heard_at: float | None = None
         self._lock = threading.RLock()

@@ -45,39 +45,26 @@ _COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
 
 @dataclasses.dataclass(frozen=True)
 class ResumeOptions:
-    """How a run is to be resumed.
+    """How a run is to be resumed."""
 
-    Attributes:
-      strict: a damaged newest checkpoint is an error; else the newest whole one is taken.
-      accept_config_change: a config that differs in more than harmless fields is accepted.
-    """
-
-    strict: bool = False
-    accept_config_change: bool = False
+    strict: bool = False  # a damaged newest checkpoint is an error; else the newest whole is taken
+    accept_config_change: bool = False  # in more than harmless fields
 
 
 @dataclasses.dataclass
 class Progress:
-    """The part of a run's state that lives on the host.
+    """The part of a run's state that lives on the host."""
 
-    Attributes:
-      step: updates done, which is also the N of the checkpoint taken now.
-      rows_consumed: rows of the mixture used so far; with the data hash the whole data state.
-      train_seconds: time spent in steps, over all starts of the run.
-      loss_sums: `LossSums.state()` at the last save, or None.
-      config_changes: what was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
-      wandb_id: the run at Weights & Biases, or None.
-      left_out: tokens of each source in these rows that `data.skip`, as it was then, left out.
-      lora_parent: {"parent", "parent_hash"}: the checkpoint with the weights under the adapters.
-    """
-
-    step: int = 0
-    rows_consumed: int = 0
-    train_seconds: float = 0.0
-    loss_sums: dict[str, Any] | None = None
+    step: int = 0  # updates done, which is also the N of the checkpoint taken now
+    rows_consumed: int = 0  # of the mixture; with the data hash the whole data state
+    train_seconds: float = 0.0  # spent in steps, over all starts of the run
+    loss_sums: dict[str, Any] | None = None  # `LossSums.state()` at the last save
+    # What was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
     config_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    wandb_id: str | None = None
+    wandb_id: str | None = None  # the run at Weights & Biases
+    # Tokens of each source in these rows that `data.skip`, as it was then, left out.
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    # {"parent", "parent_hash"}: the checkpoint with the weights under the adapters.
     lora_parent: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod

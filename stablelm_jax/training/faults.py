@@ -47,11 +47,7 @@ class Faults:
             self._compare = make_replica_check(abstract, self._run.mesh).lower(abstract).compile()
 
     def check(self, losses: LossSums, step: int) -> None:
-        """Tells of each update that was left out.
-
-        Raises:
-          Stopped: too many in a row.
-        """
+        """Tells of each update that was left out; raises Stopped after too many in a row."""
         for skipped in losses.take_skipped():
             if skipped.why == HELD:
                 self._held = True
@@ -82,11 +78,7 @@ class Faults:
         self._events.tell("update_skipped", text, **fields)
 
     def compare_replicas(self, state: TrainState, step: int) -> None:
-        """Every `training.check_replicas_every` steps: waits for the devices.
-
-        Raises:
-          Stopped: devices that should hold the same bits do not.
-        """
+        """Waits for the devices, every so many steps; raises Stopped where their bits differ."""
         if self._compare is None or step % self._every:
             return
         sums = jax.device_get(self._compare(stored_arrays(state)))

@@ -27,18 +27,11 @@ Batch = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The held-out text of one source.
+    """The held-out text of one source."""
 
-    Attributes:
-      batches: this process's part of each batch; the rows of all batches follow one another.
-      tokens_per_byte: tokens (end-of-text counted) for each UTF-8 byte of the text; NaN where not
-        all of them are scored.
-      language: ISO 639-1; None where the text is in several languages, or in none.
-    """
-
-    batches: Iterable[Batch]
-    tokens_per_byte: float
-    language: str | None = None
+    batches: Iterable[Batch]  # this process's part of each; the rows of all follow one another
+    tokens_per_byte: float  # end-of-text counted, of UTF-8; NaN where not all tokens are scored
+    language: str | None = None  # ISO 639-1; None: in several languages, or in none
 
 
 def make_eval_step(

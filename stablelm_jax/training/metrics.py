@@ -21,21 +21,13 @@ _SCALARS = ("learning_rate", "grad_norm", "param_norm", "updates_skipped")
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An update that was left out.
+    """An update that was left out."""
 
-    Attributes:
-      step: of the metrics: the update that would have led to it.
-      why: the step's "skipped".
-      sources: {name: mean loss, or None where not finite} of the sources in its batch.
-      grad_norm: of its gradient.
-      in_a_row: how many were left out without one between them, this one included.
-    """
-
-    step: int
-    why: int
-    sources: dict[str, float | None]
+    step: int  # of the metrics: the update that would have led to it
+    why: int  # the step's "skipped"
+    sources: dict[str, float | None]  # mean loss of those in its batch; None: not finite
     grad_norm: float
-    in_a_row: int
+    in_a_row: int  # how many were left out without one between them, this one included
 
 
 class LossSums:
@@ -114,12 +106,7 @@ class LossSums:
 
 
 class Meter:
-    """Adds up between two lines.
-
-    Attributes:
-      steps: since the last line.
-      seconds, wait_seconds: spent in them, and of these on waiting for data.
-    """
+    """Steps since the last line, seconds spent in them, and of these on waiting for data."""
 
     def __init__(self, run: Run):
         self._run = run

@@ -31,28 +31,19 @@ TOKENS_OF_A_PAIR = 64
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What the loop calls.
-
-    Attributes:
-      step: one update.
-      weights: f(state) -> all weights, placed as those of `TrainState.base`, for samples and tasks:
-        adapters are added, in the type of the weights.
-      eval_step: sums over one batch of held-out data, by the weights that `Run.joined` gives; None
-        where nothing asks for them.
-      samples: f(params) -> {prompt: continuation}; None where the run takes none.
-    """
+    """What the loop calls; None where nothing asks for it."""
 
     step: StepFunction
+    # All weights, placed as `TrainState.base`, for samples and tasks: adapters are added to them.
     weights: Callable[[TrainState], Any]
-    eval_step: EvalStep | None
-    samples: Callable[[Any], dict[str, str]] | None
+    eval_step: EvalStep | None  # of the weights that `Run.joined` gives
+    samples: Callable[[Any], dict[str, str]] | None  # f(weights) -> {prompt: continuation}
 
 
 def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Programs:
     """Tries the attention out, compiles what the config asks for, and says how long that took.
 
-    Raises:
-      WrongKernel: attention is wrong here; a MeetingError where it fails on one host of several.
+    Raises WrongKernel, or a MeetingError where attention fails on one host of several.
     """
     with distributed.together_or_not(Exception):  # else the others would wait for this host
         console.print(try_attention(run), soft_wrap=True)
@@ -92,10 +83,7 @@ def compile_eval_step(run: Run) -> EvalStep:
 def lower_step(
     config: ConfigDict, mesh: Mesh, num_sources: int, num_pairs: int | None = None
 ) -> jax.stages.Lowered:
-    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled.
-
-    `num_pairs`: see `abstract_batch`.
-    """
+    """The train step of `config` for the devices of `mesh`, here or elsewhere, not yet compiled."""
     optimizer, abstract = optimizer_and_state(config, mesh)
     step = make_train_step(
         config_lib.model_config(config),
@@ -159,11 +147,7 @@ def attention_for(config: ConfigDict, device: Any) -> tuple[str, str]:
 
 
 def try_attention(run: Run) -> str:
-    """Says which attention runs here and why; a kernel is first tried out on this device.
-
-    Raises:
-      WrongKernel: its results are not right.
-    """
+    """Says which attention runs here and why; WrongKernel if it is not right on this device."""
     device, sizes = jax.local_devices()[0], run.model
     name, why = attention_for(run.config, device)
     if device.platform == "cpu":

@@ -179,8 +179,7 @@ def prepare_reference(
 def compute_held_out(run: Run, workdir: epath.Path) -> None:
     """The held-out pairs of `run.reference`, for who only evaluates: what `workdir` lacks, anew.
 
-    Raises:
-      NoParent: a pair that is evaluated has no value there, and what would give it is gone.
+    Raises NoParent where a pair has no value there, and what would give it is gone.
     """
     folder = workdir / "reference"
     if problem := run.reference.load(folder):
@@ -268,17 +267,10 @@ def _parents_weights(run: Run, places: Sequence[str], remedy: str) -> Any:
 
 
 def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
-    """Before the first update nothing is preferred yet: every reward is 0, the loss as it follows.
+    """Before the first update every reward is 0, and the loss ln 2; of ipo 1 / (4 beta^2).
 
-    Args:
-      params: the run's weights.
-      batch: its first one, with the reference.
-
-    Returns:
-      A sentence with the loss, which is ln 2 but for ipo, whose is 1 / (4 beta^2), and an SFT term.
-
-    Raises:
-      BadReference: a log-probability is further from its reference than `TOLERANCE` allows.
+    `params` are the run's weights, `batch` is its first one. Returns a sentence with the loss;
+    raises BadReference where a log-probability is further from its reference than `TOLERANCE`.
     """
     sums = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))
     parts = sums.pop("parts")

@@ -39,12 +39,8 @@ def check_same_run(
 ) -> None:
     """Refuses a checkpoint whose model, data or row order is not this run's.
 
-    Args:
-      saved, current: the item `run` of the checkpoint, and what this run would write.
-      remedy: what else can be done than to give back what it started with.
-
-    Raises:
-      ResumeError: naming each difference.
+    `saved` is the checkpoint's item `run`, `current` what this run would write. The ResumeError
+    names each difference; `remedy`: what else can be done than to give back what it started with.
     """
     differences = [
         f"{part}: {config_lib.show_changes(found)}"
@@ -73,15 +69,9 @@ def check_same_weights(
 ) -> dict[str, list[Any]]:
     """Refuses a parent whose weights do not fit this run's model and the ids of its tokens.
 
-    Args:
-      parent, saved: the checkpoint and its item `run`.
-      current, own: what this run would write there, and its tokenizer.
-
-    Returns:
-      {key of the config: [was, now]} of the model's fields that differ, as they may.
-
-    Raises:
-      ConfigError: naming each difference.
+    `saved` is the parent's item `run`, `current` and `own` are what this run would write there and
+    its tokenizer. Returns {key of the config: [was, now]} of what differs in the model, as it may;
+    the ConfigError names each difference that may not be.
     """
     found = config_lib.differing(*(_as_fields("model_config", item) for item in (saved, current)))
     allowed = {key: found.pop(key) for key in _NOT_OF_THE_WEIGHTS if key in found}

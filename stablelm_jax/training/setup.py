@@ -303,9 +303,7 @@ def spec_of(config: ConfigDict, tokenizer: Tokenizer) -> BatchSpec:
 def pack(sources: Mapping[str, Source], spec: BatchSpec, held_out: bool) -> PackedSources | None:
     """The sources as packed rows; None where they are concatenated.
 
-    Raises:
-      ValueError: they cannot be trained on so, or have nothing to train on (or, if `held_out`, to
-        score).
+    Raises ValueError where they cannot be trained on so, or none can (if `held_out`: be scored).
     """
     if spec.packing == "concatenate":
         for name, source in sources.items():
@@ -349,11 +347,7 @@ def compute_of(config: ConfigDict) -> Compute:
 
 
 def open_data(config: ConfigDict, tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, Source]:
-    """The sources of these names, as the config says where they lie.
-
-    Raises:
-      ValueError: one of them is not as it should be.
-    """
+    """The sources of these names; ValueError where one of them is not as it should be."""
     data = config.data
     cache = ShardCache(data.cache, 1e9 * data.cache_gb)
     return open_sources(data.root, names, tokenizer=tokenizer, cache=cache)
@@ -384,8 +378,7 @@ def _document_ends(sources: Mapping[str, Source]) -> dict[str, str]:
 def check_data(config: ConfigDict) -> None:
     """Compares the data of all processes: their manifests, and blocks of every shard.
 
-    Raises:
-      MeetingError: on every process: which of them has other data, and where.
+    The MeetingError, on all, says which of them has other data, and where.
     """
     with distributed.together_or_not():
         tokenizer = load_tokenizer(config.data.tokenizer)

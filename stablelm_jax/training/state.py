@@ -22,23 +22,15 @@ from stablelm_jax.training.update_guard import new_guard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """One pytree, donated to every step.
+    """One pytree, donated to every step."""
 
-    Attributes:
-      step: int32 scalar, updates attempted so far; also the index of the next batch.
-      updates_skipped: int32 scalar, updates that the update guard left out.
-      params: what is trained, float32: all weights under the names of the parameter table, or
-        adapters (model/lora.py).
-      opt_state: optax state; its moments have the shapes and shardings of `params`.
-      guard: state of the update guard, as `new_guard` makes it.
-      frozen: under adapters the weights that they are added to, in the compute type; else empty.
-    """
-
-    step: jax.Array
-    updates_skipped: jax.Array
+    step: jax.Array  # int32 scalar, updates attempted so far; also the index of the next batch
+    updates_skipped: jax.Array  # int32 scalar, updates that the update guard left out
+    # Float32: all weights under the names of the parameter table, or adapters (model/lora.py).
     params: Any
-    opt_state: Any
-    guard: Any
+    opt_state: Any  # of optax; its moments have the shapes and shardings of `params`
+    guard: Any  # of the update guard, as `new_guard` makes it
+    # Under adapters the weights that they are added to, in the compute type.
     frozen: Any = dataclasses.field(default_factory=dict)
 
     @property
