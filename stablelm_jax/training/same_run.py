@@ -12,18 +12,8 @@ from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
 from stablelm_jax.config.tree import FIELDS
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
-# The parts of an item `run` that make it this run, and the fields they follow from.
-_FIELDS_OF = {
-    "model_config": {key.split(".")[1]: key for key in FIELDS if key.startswith("model.")},
-    "row_order": {
-        "seed": "seed",
-        "sequence_length": "data.sequence_length",
-        "loss_on_first_token": "data.loss_on_first_token",
-        "packing": "data.packing",
-        "loss_on": "data.loss_on",
-    },
-    "lora": {name: f"lora.{name}" for name in ("rank", "alpha", "targets")},
-}
+# The fields of the config that make a run this run: an item `run` has them in its parts.
+_FIELDS = ("model.", "lora.", "data.packing", "data.loss_on", "data.sequence_length")
 # Fields of a model that none of its weights depends on.
 _NOT_OF_THE_WEIGHTS = ("model.rotary_theta", "model.init_std")
 
@@ -42,11 +32,8 @@ def check_same_run(
     `saved` is the checkpoint's item `run`, `current` what this run would write. The ResumeError
     names each difference; `remedy`: what else can be done than to give back what it started with.
     """
-    differences = [
-        f"{part}: {config_lib.show_changes(found)}"
-        for part in _FIELDS_OF
-        if (found := config_lib.differing(_as_fields(part, saved), _as_fields(part, current)))
-    ]
+    found = config_lib.differing(_as_fields(saved), _as_fields(current))
+    differences = [config_lib.show_changes(found)] if found else []
     if saved["tokenizer_sha256"] != current["tokenizer_sha256"]:
         was, now = saved["tokenizer_sha256"], current["tokenizer_sha256"]
         differences.append(f"tokenizer_sha256 was {was[:12]}, now {now[:12]}")
@@ -73,7 +60,8 @@ def check_same_weights(
     its tokenizer. Returns {key of the config: [was, now]} of what differs in the model, as it may;
     the ConfigError names each difference that may not be.
     """
-    found = config_lib.differing(*(_as_fields("model_config", item) for item in (saved, current)))
+    found = config_lib.differing(_as_fields(saved), _as_fields(current))
+    found = {key: change for key, change in found.items() if key.startswith("model.")}
     allowed = {key: found.pop(key) for key in _NOT_OF_THE_WEIGHTS if key in found}
     if found:
         raise config_lib.ConfigError(
@@ -112,13 +100,15 @@ def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     ]
 
 
-def _as_fields(part: str, item: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of an item `run` by field of the config; one that it lacks is newer: the default."""
-    left_out = ("stages", "parent", "parent_hash")
-    keys = _FIELDS_OF[part]
-    values = {k: v for k, v in item.get(part, {}).items() if k not in left_out}
-    defaults = {key: FIELDS[key].default for key in keys.values()}
-    return defaults | {keys.get(name, name): value for name, value in values.items()}
+def _as_fields(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What an item `run` is of, by field of the config; one that it lacks is newer: the default."""
+    found = {key: field.default for key, field in FIELDS.items() if key.startswith(_FIELDS)}
+    for group, part in (("model", "model_config"), ("data", "row_order"), ("lora", "lora")):
+        found |= {f"{group}.{name}": value for name, value in item.get(part, {}).items()}
+    for name in ("data.stages", "lora.parent", "lora.parent_hash"):  # compared otherwise
+        found.pop(name, None)
+    found["seed"] = found.pop("data.seed", None)
+    return found
 
 
 def begun_before(stages: Any, rows: int) -> list[Any]:

@@ -88,7 +88,7 @@ def test_a_branch_with_other_weights_goes_on_in_each_source_where_it_was(data, p
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [({"seed": 7}, "row_order"), ({"model.num_layers": 3}, "num_layers")],
+    [({"seed": 7}, "config.seed was 1234, now 7"), ({"model.num_layers": 3}, "num_layers")],
 )
 def test_a_parent_of_another_model_or_order_is_refused(data, parent, tmp_path, override, named):
     with pytest.raises(ValueError, match=named):
@@ -213,8 +213,8 @@ def test_of_another_model_or_order_only_what_differs_is_shown():
     with pytest.raises(ValueError) as refused:
         check_same_run(of_a_checkpoint(model_config__width=64), of_a_checkpoint(row_order__seed=7))
     assert str(refused.value).startswith(
-        "the checkpoint belongs to another run: model_config: config.model.width was 64, now 2048; "
-        "row_order: config.seed was 1234, now 7; give back"
+        "the checkpoint belongs to another run: config.model.width was 64, now 2048; "
+        "config.seed was 1234, now 7; give back"
     )
 
 

@@ -124,7 +124,10 @@ def test_the_mean_between_two_lines_survives_a_restart_between_them(data, tmp_pa
 def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed(data, tmp_path):
     train(tiny_config(data, **{"training.num_steps": 4}), tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
-    for override, named in (({"seed": 7}, "row_order"), ({"model.num_layers": 3}, "num_layers")):
+    for override, named in (
+        ({"seed": 7}, "config.seed was"),
+        ({"model.num_layers": 3}, "num_layers"),
+    ):
         with pytest.raises(ValueError, match=f"belongs to another run.*{named}"):
             train(tiny_config(data, **override), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
