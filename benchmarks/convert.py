@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax.interop import hf_config, tensor_map
-from stablelm_jax.interop.safetensors_files import tensor_writer
+from stablelm_jax.interop.safetensors_files import DTYPES, write_tensors
 from stablelm_jax.model import config as sizes
 
 SIZES = {
@@ -109,11 +110,14 @@ def write_random(folder: Path, sizes: sizes.ModelConfig) -> None:
     rng = np.random.default_rng(0)
     tensors = tensor_map.tensors(model)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    with tensor_writer(folder, shapes, "bfloat16", max_bytes=5_000_000_000) as write:
+
+    def values() -> Iterator[np.ndarray]:
         for tensor in tensors:
             mean = 1.0 if tensor.ours.endswith("scale") else 0.0
-            values = rng.standard_normal(tensor.shape, np.float32) * 0.02 + mean
-            write(tensor.name, values)
+            drawn = rng.standard_normal(tensor.shape, np.float32) * 0.02 + mean
+            yield drawn.astype(DTYPES["bfloat16"][1])
+
+    write_tensors(folder, shapes, values(), "bfloat16", max_bytes=5_000_000_000)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 100257)
     config = hf_config.write_config(model, dtype="bfloat16", max_positions=4096, token_ids=ids)
     (folder / "config.json").write_text(json.dumps(config))

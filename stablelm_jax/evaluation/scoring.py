@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,32 +35,8 @@ Request = tuple[Sequence[int], Sequence[int]]
 Answer = tuple[float, bool]
 
 
-@dataclasses.dataclass
-class _Row:
-    """One input, and what is to be scored on it: (number of the request, its continuation)."""
-
-    tokens: tuple[int, ...]
-    spans: list[tuple[int, Sequence[int]]]
-
-    @property
-    def scored(self) -> int:
-        return sum(len(targets) for _, targets in self.spans)
-
-    def padded_shape(self, max_length: int) -> tuple[int, int]:
-        """T and S, of few sizes: a program is compiled for each. S is a power of 4, T at most."""
-        length, scored = min(padded_length(len(self.tokens)), max_length), 4
-        while scored < self.scored:
-            scored *= 4
-        return length, min(scored, length)
-
-    def answers(self, logprobs_S: np.ndarray, greedy_S: np.ndarray) -> Iterator[tuple[int, Answer]]:
-        """(number of the request, its answer), from the scores of this row's places."""
-        start = 0
-        for number, targets in self.spans:
-            span = slice(start, start + len(targets))
-            logprob = float(logprobs_S[span].sum(dtype=np.float64))
-            yield number, (logprob, bool(greedy_S[span].all()))
-            start = span.stop
+# One input, and what is to be scored on it: (number of the request, its continuation).
+_Row = tuple[tuple[int, ...], list[tuple[int, Sequence[int]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +109,16 @@ class Scorer:
           requests: continuations no longer than their inputs, inputs of `max_length` at most.
           on_answers: called after each batch with the number of requests answered so far.
         """
-        # The largest shapes first: what needs most memory fails first.
+        # One row for all requests of the same input, as the four letters of a question with choices.
+        spans = collections.defaultdict(list)
+        for number, (tokens, targets) in enumerate(requests):
+            if targets:
+                spans[tuple(tokens)].append((number, targets))
         groups = collections.defaultdict(list)
-        for row in _rows(requests):
-            groups[row.padded_shape(self.max_length)].append(row)
+        for row in spans.items():
+            groups[self._padded_shape(row)].append(row)
         answers: dict[int, Answer] = {}
+        # The largest shapes first: what needs most memory fails first.
         for (length, scored), rows in sorted(groups.items(), reverse=True):
             size = self._batch_size(length, len(rows))
             index, count = sharding.process_share(self.mesh, size)
@@ -146,12 +127,19 @@ class Scorer:
                 batch = rows[start : start + size]
                 mine = batch[index * share : (index + 1) * share]
                 arrays = sharding.put_batch(_arrays(mine, share, length, scored), self.mesh)
-                scores = jax.device_get(self._score(params, arrays))
-                for row, logprobs_S, greedy_S in zip(batch, *scores):
-                    answers.update(row.answers(logprobs_S, greedy_S))
+                for row, *scores in zip(batch, *jax.device_get(self._score(params, arrays))):
+                    answers |= _answers(row, *scores)
                 on_answers(len(answers))
         # A continuation of no tokens is certain.
         return [answers.get(number, (0.0, True)) for number in range(len(requests))]
+
+    def _padded_shape(self, row: _Row) -> tuple[int, int]:
+        """T and S, of few sizes: a program is compiled for each. S is a power of 4."""
+        tokens, spans = row
+        count, scored = sum(len(targets) for _, targets in spans), 4
+        while scored < count:
+            scored *= 4
+        return min(padded_length(len(tokens)), self.max_length), scored
 
     def _batch_size(self, length: int, wanted: int) -> int:
         """Rows on the whole mesh; a power of two on each part where fewer are left than fit."""
@@ -161,35 +149,25 @@ class Scorer:
         return min(most, 1 << (needed - 1).bit_length()) * parts
 
 
-def _rows(requests: Sequence[Request]) -> list[_Row]:
-    """One row for all requests of the same input, as the four letters of a question with choices.
-
-    A row takes no more places than its input has tokens; then another one begins. Requests for
-    nothing have no row.
-    """
-    rows: list[_Row] = []
-    open_rows: dict[tuple[int, ...], _Row] = {}
-    for number, (tokens, targets) in enumerate(requests):
-        if not targets:
-            continue
-        key = tuple(tokens)
-        assert len(targets) <= len(key), "CheckpointLM cuts what is too long"
-        row = open_rows.get(key)
-        if row is None or row.scored + len(targets) > len(key):
-            row = open_rows[key] = _Row(key, [])
-            rows.append(row)
-        row.spans.append((number, targets))
-    return rows
-
-
 def _arrays(rows: Sequence[_Row], size: int, length: int, scored: int) -> dict[str, np.ndarray]:
     """Padded to [size, length] and [size, scored]; the padding lies behind, unseen."""
     tokens_BT = np.zeros((size, length), np.int32)
     places_BS, targets_BS = np.zeros((2, size, scored), np.int32)
-    for b, row in enumerate(rows):
-        end = len(row.tokens)
-        tokens_BT[b, :end] = row.tokens
-        places = [np.arange(end - len(targets), end) for _, targets in row.spans]
-        places_BS[b, : row.scored] = np.concatenate(places)
-        targets_BS[b, : row.scored] = np.concatenate([targets for _, targets in row.spans])
+    for b, (tokens, spans) in enumerate(rows):
+        end = len(tokens)
+        tokens_BT[b, :end] = tokens
+        places = np.concatenate([np.arange(end - len(targets), end) for _, targets in spans])
+        places_BS[b, : len(places)] = places
+        targets_BS[b, : len(places)] = np.concatenate([targets for _, targets in spans])
     return {"tokens": tokens_BT, "places": places_BS, "targets": targets_BS}
+
+
+def _answers(row: _Row, logprobs_S: np.ndarray, greedy_S: np.ndarray) -> dict[int, Answer]:
+    """{number of the request: its answer}, from the scores of a row's places."""
+    found, start = {}, 0
+    for number, targets in row[1]:
+        span = slice(start, start + len(targets))
+        logprob = logprobs_S[span].sum(dtype=np.float64)
+        found[number] = float(logprob), bool(greedy_S[span].all())
+        start = span.stop
+    return found

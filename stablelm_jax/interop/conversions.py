@@ -53,7 +53,7 @@ def from_hf(
         with _bar("reading", size) as advance:
             params = reading.load_params(directory, mesh, advance)
         with _console.status("writing"):
-            reading.write_checkpoint(directory, params, target, checkpoint_step(out.name), chat)
+            reading.write_checkpoint(directory, params, target, chat, source=source)
         del params
         if verify:
             ids = prompt_ids(directory.tokenizer)
@@ -139,20 +139,11 @@ def from_peft(
     with new_result(out, force=force, source=source) as target:
         adapters, item = nest(flat), lora.to_json() | parent_of(under.path, under.run)
         reading.write_checkpoint(
-            reading.Directory(
-                path=source,
-                model=under.model,
-                tokenizer=under.tokenizer,
-                max_positions=under.max_positions,
-                dropped=(),
-                end_ids=tuple(under.end_ids),
-                chat_template=under.chat_template,
-                tokenizer_config={},
-            ),
+            under,
             jax.tree.map(jnp.asarray, adapters),
             target,
-            checkpoint_step(out.name),
             under.chat,
+            source=source,
             lora=item,
             num_valid_ids=under.num_valid_ids,
         )

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stablelm_jax.checkpoint import saving
-from stablelm_jax.checkpoint.saved_model import TOKENIZER_FILE
+from stablelm_jax.checkpoint.names import checkpoint_step
+from stablelm_jax.checkpoint.saved_model import TOKENIZER_FILE, SavedModel
 from stablelm_jax.interop import hf_config, tokenizer_files
 from stablelm_jax.interop.safetensors_files import TensorFiles
 from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors
@@ -121,33 +122,36 @@ def load_params(
 
 
 def write_checkpoint(
-    directory: Directory,
+    of: Directory | SavedModel,
     params: Any,
     path: Path,
-    step: int,
-    chat: ChatTemplate | None = None,
+    chat: ChatTemplate | None,
+    *,
+    source: Path,
     **more: Any,
 ) -> None:
     """The checkpoint `path`, with its tokenizer if it is not the one that everybody has.
 
-    `more`: of its item `run`.
+    Args:
+      of: what is known of the model besides its parameters.
+      source: where these come from. more: of the checkpoint's item `run`.
     """
     run = {
-        "step": step,
-        "model_config": dataclasses.asdict(directory.model),
-        "tokenizer_sha256": directory.tokenizer.sha256,
+        "step": checkpoint_step(path.name),
+        "model_config": dataclasses.asdict(of.model),
+        "tokenizer_sha256": of.tokenizer.sha256,
         "imported": {
-            "from": directory.path.resolve().name,
-            "max_positions": directory.max_positions,
-            "end_ids": list(directory.end_ids),
-            "chat_template": directory.chat_template,
+            "from": source.resolve().name,
+            "max_positions": of.max_positions,
+            "end_ids": list(of.end_ids),
+            "chat_template": of.chat_template,
         },
         **({"chat": chat.to_json()} if chat else {}),
         **more,
     }
     saving.write_checkpoint(path, saving.Checkpoint(params, None, run))
-    if isinstance(directory.tokenizer, HuggingFaceTokenizer):
-        (path / TOKENIZER_FILE).write_bytes(directory.tokenizer.content)
+    if isinstance(of.tokenizer, HuggingFaceTokenizer):
+        (path / TOKENIZER_FILE).write_bytes(of.tokenizer.content)
 
 
 def _check_tensors(path: Path, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,22 +1,17 @@
-"""Reading and writing the safetensors files of a Hugging Face directory, one tensor at a time.
-
-Reading is the library's. It writes only what is in memory as a whole, so files of many gigabytes
-are written here: eight bytes of length, a JSON header, the tensors (huggingface/safetensors,
-README). The library reads every file back before it counts.
-"""
+"""Reading and writing the safetensors files of a Hugging Face directory."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,7 +21,6 @@ DTYPES = {
     "float16": ("F16", jnp.dtype(jnp.float16)),
 }
 _READABLE = [code for code, _ in DTYPES.values()]
-_ALIGNMENT = 64  # bytes; where the first tensor begins
 
 Shape = tuple[int, ...]
 
@@ -98,23 +92,23 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     raise ValueError(f"{folder} holds neither {ONE_FILE} nor {INDEX}{hint}")
 
 
-@contextlib.contextmanager
-def tensor_writer(
-    folder: Path, shapes: Mapping[str, Shape], dtype: str, max_bytes: int
-) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Makes the files of tensors that are given one by one, in any order.
-
-    Gives f(name, values), which writes a tensor, rounded to the type; each is to be written once.
+def write_tensors(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    values: Iterator[np.ndarray],
+    dtype: str,
+    max_bytes: int,
+) -> None:
+    """Writes the files of a directory; the host holds the tensors of one file at a time.
 
     Args:
       shapes: {name: shape} in the order of the files.
-      dtype: the type of every tensor, a key of DTYPES.
+      values: of each tensor in that order, of the type `dtype`, a key of DTYPES.
       max_bytes: how large the tensors of a file are together, if it holds more than one.
     """
-    code, numbers = DTYPES[dtype]
-    sizes = {name: math.prod(shape) * numbers.itemsize for name, shape in shapes.items()}
-    groups, missing = _groups(sizes, max_bytes), dict(shapes)
-    names = [ONE_FILE]
+    size = DTYPES[dtype][1].itemsize
+    sizes = {name: math.prod(shape) * size for name, shape in shapes.items()}
+    groups, names = _groups(sizes, max_bytes), [ONE_FILE]
     if len(groups) > 1:
         count = len(groups)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -122,34 +116,8 @@ def tensor_writer(
         index = {"metadata": {"total_size": sum(sizes.values())}}
         index["weight_map"] = dict(sorted(files.items()))
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    places: dict[str, tuple[BinaryIO, int]] = {}  # the file, and where in it a tensor begins
-
-    def write(name: str, values: np.ndarray) -> None:
-        shape, (file, start) = missing.pop(name), places[name]
-        assert values.shape == shape, (name, values.shape, shape)
-        file.seek(start)
-        file.write(np.ascontiguousarray(values, numbers).view(np.uint8).data)
-
-    with contextlib.ExitStack() as opened:
-        for file_name, group in zip(names, groups):
-            file = opened.enter_context((folder / file_name).open("wb"))
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name in group:
-                begin, end = end, end + sizes[name]
-                header[name] = {"dtype": code, "shape": shapes[name], "data_offsets": [begin, end]}
-            start = _write_header(file, header)
-            file.truncate(start + end)
-            places |= {name: (file, start + header[name]["data_offsets"][0]) for name in group}
-        yield write
-        assert not missing, missing
-
-
-def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> int:
-    """Writes it and returns where the first tensor begins."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return file.write(len(text).to_bytes(8, "little") + text)
+    for file_name, group in zip(names, groups):
+        save_file(dict(zip(group, values)), folder / file_name, metadata={"format": "pt"})
 
 
 def _groups(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

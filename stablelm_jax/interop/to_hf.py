@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from stablelm_jax import __version__
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import hf_config, tokenizer_files
-from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, tensor_writer
-from stablelm_jax.interop.tensor_map import Tensor, tensor_values, tensors
+from stablelm_jax.interop.safetensors_files import DTYPES, TensorFiles, write_tensors
+from stablelm_jax.interop.tensor_map import tensor_values, tensors
 from stablelm_jax.model.parameters import count_parameters
 
 
@@ -28,7 +28,7 @@ def write_directory(
 ) -> None:
     """Writes weights, configs, tokenizer and model card into `folder`, which is made.
 
-    The host holds one of our parameters at a time.
+    The host holds one of our parameters and one file at a time.
 
     Args:
       dtype: the type of the weights, a key of DTYPES.
@@ -65,18 +65,14 @@ def write_directory(
 
 def _write_weights(checkpoint, folder, dtype, max_file_bytes, on_parameters) -> None:
     stored = tensors(checkpoint.model)
-    shapes = {tensor.name: tensor.shape for tensor in sorted(stored, key=_in_order_of_use)}
-    with tensor_writer(folder, shapes, dtype, max_file_bytes) as write:
+
+    def rounded() -> Iterator[np.ndarray]:
         for tensor, values in zip(stored, tensor_values(stored, checkpoint.leaves())):
-            write(tensor.name, _rounded(values, dtype, tensor.name))
+            yield _rounded(values, dtype, tensor.name)
             on_parameters(0 if tensor.absent else values.size)
 
-
-def _in_order_of_use(tensor: Tensor) -> tuple[int, ...]:
-    """Embedding, layer by layer, what follows them."""
-    if tensor.index:
-        return (1, tensor.index[0])
-    return (0,) if tensor.ours == "embed/embedding" else (2,)
+    shapes = {tensor.name: tensor.shape for tensor in stored}
+    write_tensors(folder, shapes, rounded(), dtype, max_file_bytes)
 
 
 def _rounded(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
