@@ -51,8 +51,8 @@ from stablelm_jax.data.manifest import (
     unigram_entropy,
     write_manifest,
 )
-from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedSources
+from stablelm_jax.data.position import DataPosition
 from stablelm_jax.data.rows import token_stream
 from stablelm_jax.data.shards import ShardInfo, ShardWriter, TokenFile
 
@@ -125,7 +125,7 @@ def fill_page_cache(sources: dict[str, Source]) -> None:
 
 
 def ours(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
-    mixture = Mixture(dict(zip(sources, WEIGHTS, strict=True)))
+    mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
     with train_batches(sources, mixture, SPEC, prefetch=prefetch) as batches:
         yield from batches
 
@@ -133,7 +133,7 @@ def ours(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
 def ours_without_tables(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
     """As for sources of more than 65,536 rows, whose order grain computes row by row."""
     with mock.patch.object(rows_module, "MAX_TABLE", 0):
-        mixture = Mixture(dict(zip(sources, WEIGHTS, strict=True)))
+        mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
         batches = train_batches(sources, mixture, SPEC, prefetch=prefetch)
     with batches:
         yield from batches
@@ -299,7 +299,7 @@ def show_waits(sources: dict[str, Source], args: argparse.Namespace) -> Table:
     for column in ("a read", "rows a batch", "prefetch", "threads", "a step",
                    "rows x read / threads", "wait predicted", "wait a step"):  # fmt: skip
         table.add_column(column, justify="right")
-    mixture = Mixture(dict(zip(sources, WEIGHTS, strict=True)))
+    mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
     step = args.step_ms
     for rows, prefetch, latency in itertools.product(args.rows, args.prefetch, args.latency_ms):
         threads = (prefetch + 1) // 2
@@ -335,7 +335,7 @@ def show_packing(root: pathlib.Path, lengths: list[int], count: int) -> Table:
         spec = BatchSpec(length, BATCH_SIZE, 1234, source.manifest.tokenizer.eod, packing=packing)
         rows, items = (source.manifest.train.tokens - 1) // length, ""
         cut, lost = documents_cut(source, length, packing)
-        filled, packed, mixture = 1.0, None, Mixture({name: 1.0})
+        filled, packed, mixture = 1.0, None, DataPosition().mixture({name: 1.0}, (), 1)
         if packing == "best_fit":
             began = time.process_time()
             packed = PackedSources({name: source}, spec)

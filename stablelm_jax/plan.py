@@ -59,12 +59,9 @@ def _plan(argv: Sequence[str]) -> int:
     if given.all:
         return report.plan_all()
     config = config_lib.config_from_flags(data=False)  # a plan reads none
-    name = given.target or config.parallel.target
     try:
+        name = given.target or config.parallel.target
         target = parse_target(name) if name else None
-    except TargetError as error:
-        raise config_lib.ConfigError(str(error)) from error
-    try:
         if not given.sweep:
             report.plan(config, target, mfu=given.mfu, watts=given.watts, price=given.price)
         elif config.lora.rank:
@@ -82,6 +79,8 @@ def _plan(argv: Sequence[str]) -> int:
             sweep(config, target)
     except config_lib.ConfigError:
         raise
+    except TargetError as error:
+        raise config_lib.ConfigError(str(error)) from error
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -109,17 +108,15 @@ def _plan_recipe(given: flags.FlagValues) -> int:
 
 def _check_together(given: flags.FlagValues) -> None:
     """Nothing that was asked for is left out without a word."""
-    if given.sweep and given.all:
-        raise config_lib.ConfigError("--sweep: is of one config; leave out --all or --sweep")
-    unused = [name for name in ("mfu", "watts", "price") if given.sweep and given[name].present]
-    if unused:
-        raise config_lib.ConfigError(
-            f"--{unused[0]}: has no effect with --sweep; leave it out, and run plan once more with "
-            "the division that --sweep finds"
-        )
-    others = [name for name in ("target", "all", "sweep") if given[name].present]
-    if given.recipe and others:
-        raise config_lib.ConfigError(f"--{others[0]}: has no effect with --recipe; leave one out")
+    for asked, others in (
+        ("recipe", ("target", "all", "sweep")),
+        ("sweep", ("all", "mfu", "watts", "price")),
+    ):
+        for other in others:
+            if given[asked].value and given[other].present:
+                raise config_lib.ConfigError(
+                    f"--{other}: has no effect with --{asked}; leave one of them out"
+                )
     if given.config is None and not given.all and not given.recipe:
         raise config_lib.ConfigError("--config: is missing; write --config FILE.py, or --all")
 

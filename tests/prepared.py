@@ -22,11 +22,18 @@ from stablelm_jax.data.manifest import (
     unigram_entropy,
     write_manifest,
 )
+from stablelm_jax.data.mixture import Mixture, quantise
 from stablelm_jax.data.shards import ShardWriter, file_sha256
 
 EOD = 7
 TOKENIZER = TokenizerInfo("letters", "a" * 64, 64, EOD)
 CHAT = {"name": "letters", "jinja": "{{ messages }}", "enders": ["<|endoftext|>"]}
+
+
+def mixture_of(weights, stages=()) -> Mixture:
+    """The mixture of these weights from row 0 on; `stages`: (first_row, weights) of later ones."""
+    later = [(row, quantise(weights)) for row, weights in stages]
+    return Mixture([(0, quantise(weights)), *later])
 
 
 def random_documents(rng: np.random.Generator, count: int, longest: int) -> list[list[int]]:

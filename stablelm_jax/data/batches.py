@@ -21,7 +21,6 @@ where P is the most pairs that any row has, and pair k of a row, from 0, is its 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -33,7 +32,7 @@ import numpy as np
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture, SelectionMap
 from stablelm_jax.data.packing import PackedRow, PackedSources
-from stablelm_jax.data.rows import Row, TokenStream, token_stream, train_rows
+from stablelm_jax.data.rows import Row, token_stream, train_rows
 from stablelm_jax.data.skipping import LeftOut, leave_out
 
 Batch = dict[str, np.ndarray]
@@ -93,24 +92,24 @@ def train_batches(
     rows = spec.rows_of_a_process(process_count)
     first = start_row + process_index * rows
     selection = SelectionMap(mixture, first, take=rows, stride=spec.batch_size)
+    skips = [left_out.get(name) for name in mixture.sources]
     if spec.packing == "concatenate":
         datasets = [
             train_rows(sources[name], spec.sequence_length, spec.seed, index)
             for index, name in enumerate(mixture.sources)
         ]
-
-        def batch_of(rows: Sequence[Row]) -> Batch:
-            rows_BR = np.concatenate([row.tokens for row in rows]).reshape(len(rows), -1)
-            return collate(rows_BR, [row.source for row in rows], spec)
-
     else:
         packed = packed or PackedSources({name: sources[name] for name in mixture.sources}, spec)
         datasets = [packed[name, "train"].shuffled() for name in mixture.sources]
-        batch_of = functools.partial(collate_packed, spec=spec, pairs=packed.most_pairs)
-    make, skips = batch_of, [left_out.get(name) for name in mixture.sources]
-    if left_out:
+
+    def batch_of(rows: Sequence[Row | PackedRow]) -> Batch:
+        if packed is None:
+            batch = collate(np.stack([row.tokens for row in rows]), [r.source for r in rows], spec)
+        else:
+            batch = collate_packed(rows, spec, packed.most_pairs)
         # A row of either kind ends with its number in its source.
-        batch_of = lambda rows: leave_out(make(rows), [row[-1] for row in rows], skips)  # noqa: E731
+        return leave_out(batch, [row[-1] for row in rows], skips) if left_out else batch
+
     mixed = grain.MapDataset.select_from_datasets(datasets, selection)
     return BatchIterator(mixed.batch(rows, batch_fn=batch_of), prefetch)
 
@@ -121,55 +120,39 @@ def held_out_batches(
     spec: BatchSpec,
     *,
     max_rows: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> BatchIterator:
-    """This process's part of the batches that score each held-out token of a source once, in order.
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """The batches that score each held-out token of a source once, in order.
 
     Only the first `max_rows` rows are scored. The first token has nothing before it and is no
     target. What is left of the last row, and of the last batch, is filled with `<|endoftext|>`
-    under a loss mask of 0; every process gets the same number of batches. `source_ids` is the
-    source's place among the sorted names of `sources`. The seed plays no part.
+    under a loss mask of 0. `source_ids` is the source's place among the sorted names of `sources`.
+    The seed plays no part. `share` as in `packed_batches`.
 
     Raises:
       ValueError: fewer than two held-out tokens, or a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
-    rows = spec.rows_of_a_process(process_count)
-    stream = token_stream(sources[name], "held_out")
+    (index, count), length = share, spec.sequence_length
+    size, stream = spec.rows_of_a_process(count), token_stream(sources[name], "held_out")
     if stream.num_tokens < 2:
         raise ValueError(
             f"{sources[name].directory}: {stream.num_tokens} held-out tokens, nothing to score;"
             " prepare the source again with a larger held-out fraction"
         )
-    total = min(math.ceil((stream.num_tokens - 1) / spec.sequence_length), max_rows)
-    source_ids = [sorted(sources).index(name)] * rows
-
-    def batch_of(first: int) -> Batch:
-        rows_BR, scored_BT = _held_out_rows(stream, spec, range(first, first + rows), total)
+    total = min(math.ceil((stream.num_tokens - 1) / length), max_rows)
+    source_ids = [sorted(sources).index(name)] * size
+    for first in range(index * size, index * size + total, spec.batch_size):
+        rows_BR = np.full((size, length + 1), spec.eod, np.int32)
+        scored_BT = np.zeros((size, length), np.float32)
+        for place, row in enumerate(range(first, min(first + size, total))):
+            start = row * length
+            tokens = stream.read(start, min(start + length + 1, stream.num_tokens))
+            rows_BR[place, : len(tokens)] = tokens
+            scored_BT[place, : len(tokens) - 1] = 1
         batch = collate(rows_BR, source_ids, spec)
         batch["loss_mask"] *= scored_BT
-        return batch
-
-    first = process_index * rows  # of this process, in the first batch of the job
-    starts = grain.MapDataset.range(first, first + total, spec.batch_size)
-    return BatchIterator(starts.map(batch_of), prefetch=2)
-
-
-def _held_out_rows(
-    stream: TokenStream, spec: BatchSpec, rows: range, total: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a held-out stream, int32 [B, R], and which targets exist, float32 [B, T]."""
-    length = spec.sequence_length
-    rows_BR = np.full((len(rows), length + 1), spec.eod, np.int32)
-    scored_BT = np.zeros((len(rows), length), np.float32)
-    for place, row in enumerate(rows):
-        if row < total:
-            start = row * length
-            part = stream.read(start, min(start + length + 1, stream.num_tokens))
-            rows_BR[place, : len(part)] = part
-            scored_BT[place, : len(part) - 1] = 1
-    return rows_BR, scored_BT
+        yield batch
 
 
 def packed_batches(

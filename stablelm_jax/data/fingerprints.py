@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stablelm_jax.data.manifest import Source, data_hash, open_shard
-from stablelm_jax.data.shards import ShardError, ShardInfo, file_sha256, read_spans, spans_path
+from stablelm_jax.data.manifest import Source, check_shard, data_hash, open_shard
+from stablelm_jax.data.shards import ShardError, ShardInfo, spans_path
 from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath
@@ -41,7 +41,7 @@ def check_whole(sources: Mapping[str, Source], names: Iterable[str]) -> None:
     """Reads these local shards, keys of `shard_samples`; ShardError: not as the manifest says."""
     for name, (path, info) in _shards(sources).items():
         if name in names and not isinstance(path, RemotePath):
-            info.compare(path, sha256=file_sha256(path))
+            check_shard(path, info)
 
 
 def _shards(sources: Mapping[str, Source]) -> dict[str, tuple[Path | RemotePath, ShardInfo]]:
@@ -97,10 +97,7 @@ class FileFingerprints:
                         f"{path}: size or time changed since this run recorded it;"
                         f" reading {info.bytes / 1e6:,.1f} MB to see whether its bytes did"
                     )
-                    open_shard(path, info).check()
-                    info.compare(path, sha256=file_sha256(path))
-                    if info.spans_sha256:
-                        read_spans(path, info)
+                    check_shard(path, info)
                 seen |= now
             except ShardError as error:
                 wrong.append(str(error))

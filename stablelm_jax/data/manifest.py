@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from stablelm_jax.data.shard_cache import RemoteShard, ShardCache
-from stablelm_jax.data.shards import Shard, ShardInfo, read_spans
+from stablelm_jax.data.shards import Shard, ShardInfo, file_sha256, read_spans
 from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import RemotePath, as_path
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
@@ -240,6 +240,14 @@ def open_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> Shard | Remo
     size = shard.num_tokens * shard.dtype.itemsize
     info.compare(path, bytes=size, tokens=shard.num_tokens, documents=shard.num_documents)
     return shard
+
+
+def check_shard(path: pathlib.Path, info: ShardInfo) -> None:
+    """Reads a local shard whole, its index and spans too; ShardError: not as the manifest says."""
+    open_shard(path, info).check()
+    info.compare(path, sha256=file_sha256(path))
+    if info.spans_sha256:
+        read_spans(path, info)
 
 
 def data_hash(manifests: Mapping[str, SourceManifest]) -> str:

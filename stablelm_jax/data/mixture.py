@@ -18,7 +18,7 @@ import dataclasses
 import fractions
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,23 +32,20 @@ def quantise(weights: Mapping[str, float]) -> dict[str, int]:
 
     Decimal weights are kept exactly where the period then fits (0.7 and 0.3 give 7 and 3);
     otherwise the period is 65,536, filled by largest remainder, at least 1 for a positive weight.
+    Sources of weight 0 are left out.
 
     Raises:
-      ValueError: a weight that is negative or not finite, no positive one, or too many of them.
+      ValueError: a weight that is negative or not finite, or no positive one.
     """
-    if len(weights) > MAX_PERIOD:
-        raise ValueError(f"mixture of {len(weights)} sources; at most {MAX_PERIOD}: join some")
     exact = {name: _exact(name, weights[name]) for name in sorted(weights)}
     total = sum(exact.values())
     if not total:
         raise ValueError(f"mixture weights {dict(weights)}: none is positive; give one at least")
-    positive = {name: weight / total for name, weight in exact.items() if weight}
-    period = math.lcm(*(weight.denominator for weight in positive.values()))
+    shares = {name: weight / total for name, weight in exact.items() if weight}
+    period = math.lcm(*(share.denominator for share in shares.values()))
     if period > MAX_PERIOD:
-        counts = _largest_remainder(positive, MAX_PERIOD)
-    else:
-        counts = {name: int(weight * period) for name, weight in positive.items()}
-    return {name: counts.get(name, 0) for name in exact}
+        return _largest_remainder(shares, MAX_PERIOD)
+    return {name: int(share * period) for name, share in shares.items()}
 
 
 def _exact(name: str, weight: float) -> fractions.Fraction:
@@ -105,39 +102,19 @@ class Stage:
 class Mixture:
     """Maps a global row to a source and a row of that source, in stages of fixed weights.
 
-    Args:
-      weights: weight of each source from row 0 on, by name; they need not add up to 1.
-      stages: `(first_row, weights)` of later stages, in order. A source that a stage does not name
-        has weight 0 there; each source goes on where it stopped.
-
     Attributes:
-      sources: names of all sources with a positive weight in some stage, sorted. Source indices
-        refer to this order.
+      spans: `(first_row, rows of each source in a period)` of each stage. A source that a stage
+        does not name has weight 0 there; each source goes on where it stopped.
+      sources: names of all sources, sorted. Source indices refer to this order.
       stages: the stages, tables included.
-
-    Raises:
-      ValueError: weights that `quantise` refuses, or stages out of order.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        stages: Iterable[tuple[int, Mapping[str, float]]] = (),
-    ):
-        self._build([(0, quantise(weights)), *((row, quantise(later)) for row, later in stages)])
-
-    @classmethod
-    def of_counts(cls, spans: Iterable[tuple[int, Mapping[str, int]]]) -> Mixture:
-        """The mixture of `(first_row, rows of each source in a period)`, as `spans` gives them."""
-        mixture = cls.__new__(cls)
-        mixture._build(list(spans))
-        return mixture
-
-    def _build(self, spans: Sequence[tuple[int, Mapping[str, int]]]) -> None:
+    def __init__(self, spans: Sequence[tuple[int, Mapping[str, int]]]):
+        """ValueError: stages out of order."""
         if not spans or spans[0][0] != 0:
             raise ValueError(f"mixture stages {spans}: the first begins at row 0")
-        used = {name for _, counts in spans for name, count in counts.items() if count}
-        self.sources = tuple(sorted(used))
+        self.spans = list(spans)
+        self.sources = tuple(sorted({name for _, counts in spans for name in counts}))
         self.stages: tuple[Stage, ...] = ()
         for first_row, counts in spans:
             self.stages += (self._stage(first_row, counts),)
@@ -175,35 +152,6 @@ class Mixture:
     def rows_before(self, row: int) -> np.ndarray:
         """int64 [sources], rows that each source gave among the global rows [0, row)."""
         return self._stage_of(row).rows_before(row)
-
-    def spans(self) -> list[tuple[int, dict[str, int]]]:
-        """`(first_row, rows of each source in a period)` of each stage: what makes it again."""
-        return [
-            (
-                stage.first_row,
-                {name: n for name, n in zip(self.sources, stage.counts.tolist()) if n},
-            )
-            for stage in self.stages
-        ]
-
-
-def continued(
-    history: Iterable[tuple[int, Mapping[str, int]]],
-    row: int,
-    counts: Mapping[str, int],
-    later: Iterable[tuple[int, Mapping[str, int]]] = (),
-) -> list[tuple[int, dict[str, int]]]:
-    """Spans of a mixture that goes on at `row` with `counts`, after what `history` had before.
-
-    Where `history` has those counts at `row` already, it goes on as if nothing had happened.
-    """
-    spans = [(first, dict(given)) for first, given in history if first < row]
-    counts = {name: count for name, count in counts.items() if count}
-    if not spans or spans[-1][1] != counts:
-        spans.append((row, counts))
-    for first, given in later:
-        spans.append((first, {name: count for name, count in given.items() if count}))
-    return spans
 
 
 class SelectionMap:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stablelm_jax.data.mixture import Mixture, continued, quantise
+from stablelm_jax.data.mixture import Mixture, quantise
 
 Weights = Mapping[str, float]
 
@@ -23,7 +23,7 @@ class DataPosition:
     # Step `step + n` begins at row `row + n * batch_size`.
     step: int = 0
     row: int = 0
-    spans: Sequence[tuple[int, Mapping[str, int]]] = ()  # before `row`, as in `Mixture.spans`
+    spans: Sequence[tuple[int, Mapping[str, int]]] = ()  # before `row`, those of its mixture
     parent: str = ""  # path of the checkpoint that a branch started from; '' for a run of its own
     parent_step: int = 0  # of that checkpoint, as is its `state_hash`
     parent_hash: str = ""
@@ -65,4 +65,7 @@ class DataPosition:
                 now = quantise(new)
             else:
                 later.append((self.first_row(step, batch_size), quantise(new)))
-        return Mixture.of_counts(continued(self.spans, self.row, now, later))
+        spans = [(first, dict(counts)) for first, counts in self.spans if first < self.row]
+        if not spans or spans[-1][1] != now:  # else it goes on as if nothing had happened
+            spans.append((self.row, now))
+        return Mixture(spans + later)

@@ -11,8 +11,8 @@ FOLDER/
   locks/                only one thread of one process fetches a shard
 
 The folder is meant for one process of a machine. Others may use it at the same time and never see
-half a shard, but each keeps to the bound by itself, and may remove what another has open: that one
-still reads it, but has to be started again when it has more than 512 shards and opens it anew.
+half a shard, but each keeps to the bound by itself, and may remove what another reads: that one
+fetches it again.
 """
 
 from __future__ import annotations

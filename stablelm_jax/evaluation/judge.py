@@ -13,19 +13,10 @@ from typing import Any
 from stablelm_jax.storage.remote import described, retry
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP's codes: another try may succeed
-_NO_KEY = (401, 403)
 
 
 class Refusal(ValueError):
-    """The server refuses what it was asked, and will again; `code` is HTTP's."""
-
-    def __init__(self, url: str, error: urllib.error.HTTPError):
-        self.code = error.code
-        remedy = "is --judge the address before /chat/completions, and --judge-model right?"
-        if self.code in _NO_KEY:
-            remedy = "set OPENAI_API_KEY to a key that it takes."
-        said = " ".join(error.read(500).decode(errors="replace").split())
-        super().__init__(f"the judge {url} refuses with {self.code}: {remedy} It says: {said}")
+    """The server refuses what it was asked, and will again."""
 
 
 class Judge:
@@ -51,9 +42,7 @@ class Judge:
     def _only_model(self) -> str:
         try:
             names = [one["id"] for one in self._call("/models")["data"]]
-        except (Refusal, KeyError, TypeError) as error:
-            if getattr(error, "code", 0) in _NO_KEY:
-                raise
+        except (Refusal, KeyError, TypeError):
             names = []
         if len(names) > 1:
             listed = ", ".join(names[:20])
@@ -90,7 +79,14 @@ class Judge:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
-                raise error if error.code in _PASSING else Refusal(url, error) from None
+                if error.code in _PASSING:
+                    raise
+                remedy = "is --judge the address before /chat/completions, and --judge-model right?"
+                if error.code in (401, 403):
+                    remedy = "set OPENAI_API_KEY to a key that it takes."
+                said = " ".join(error.read(500).decode(errors="replace").split())
+                refusal = f"the judge {url} refuses with {error.code}: {remedy} It says: {said}"
+                raise Refusal(refusal) from None
             except ValueError:
                 what = "is it the address of an OpenAI-compatible server?"
                 raise ValueError(f"{url} replies what is no JSON: {what}") from None

@@ -109,7 +109,7 @@ class Scorer:
           requests: continuations no longer than their inputs, inputs of `max_length` at most.
           on_answers: called after each batch with the number of requests answered so far.
         """
-        # One row for all requests of the same input, as the four letters of a question with choices.
+        # One row for all requests of one input, as the four letters of a question with choices.
         spans = collections.defaultdict(list)
         for number, (tokens, targets) in enumerate(requests):
             if targets:

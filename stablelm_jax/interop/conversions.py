@@ -150,9 +150,9 @@ def from_peft(
         if verify:
             ids, mesh = prompt_ids(under.tokenizer), _model_mesh(under.model)
             ours_TV = our_logits(under.model, SavedModel.open(target, tokenizer).load(mesh), ids)
-            added = jax.jit(lora.merge)(under.load(mesh), adapters)
-            theirs_TV = our_logits(under.model, added, ids)
-            _say(f"checked by {check('its parent with A B added', ours_TV, theirs_TV)}")
+            joined = lora.join(under.load(mesh), jax.tree.map(jnp.asarray, adapters))
+            theirs_TV = our_logits(under.model, joined, ids)
+            _say(f"checked by {check('its parent with A and B beside it', ours_TV, theirs_TV)}")
     return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
 
 

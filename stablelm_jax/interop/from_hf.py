@@ -22,7 +22,7 @@ from stablelm_jax.interop.tensor_map import NORM_BIASES, tensors
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.parallel import sharding
-from stablelm_jax.tokenizer.chat import ChatTemplate, folder_template, template_of
+from stablelm_jax.tokenizer.chat import ChatTemplate, chat_template, folder_template
 from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
@@ -37,7 +37,6 @@ class Directory:
     dropped: tuple[str, ...]  # fields of ModelConfig for norm biases that are zero throughout
     end_ids: tuple[int, ...]  # tokens that end a text for its generation
     chat_template: str | None  # as it stands there
-    tokenizer_config: Mapping[str, Any]  # empty where there is none
 
 
 def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
@@ -81,7 +80,6 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         max_positions=int(values.get("max_position_embeddings") or 4096),
         dropped=tuple(dropped),
         end_ids=_end_ids(values | _read_json(path / "generation_config.json"), model.vocab_size),
-        tokenizer_config=_read_json(path / tokenizer_files.CONFIG),
         chat_template=folder_template(path),
     )
 
@@ -94,8 +92,8 @@ def chat_of(directory: Directory) -> ChatTemplate | None:
     """
     if directory.chat_template is None:
         return None
-    own, name = directory.tokenizer, directory.path.resolve().name
-    found = template_of(name, directory.chat_template, own, directory.tokenizer_config)
+    own = directory.tokenizer
+    found = chat_template(str(directory.path.resolve()), own)
     ends = [own.decode([i]) for i in directory.end_ids if i in own.special_ids]
     enders = dict.fromkeys([found.enders[0], *ends, *found.enders])
     return dataclasses.replace(found, enders=tuple(enders))

@@ -66,33 +66,35 @@ def read_adapters(folder: Path, model: ModelConfig) -> tuple[Lora, dict[str, np.
       ValueError: no LoRA, damaged, of another model, or with something that ours do not have.
     """
     config, stored = _read(folder)
-    wanted = {_name(t, part): (key, part) for key, t in _targets(model).items() for part in "AB"}
-    if unknown := sorted(stored.keys() - wanted.keys()):
+    matrices, found = _targets(model), {}
+    for key, tensor in matrices.items():
+        a, b = (stored.pop(_name(tensor, part), None) for part in "AB")
+        if (a is None) != (b is None):
+            lost = _name(tensor, "A" if a is None else "B")
+            raise ValueError(f"{folder / WEIGHTS} holds no {lost}: it is not whole; fetch it again")
+        if a is not None:
+            found[key] = {"A": a, "B": b}
+    if stored:
         raise ValueError(
-            f"{folder / WEIGHTS}: {len(unknown)} tensors, such as {unknown[0]}, are of no matrix "
+            f"{folder / WEIGHTS}: {len(stored)} tensors, such as {min(stored)}, are of no matrix "
             "of this model's layers: they belong to another model, or adapt its embedding or head"
         )
-    pairs = {name: name.replace("lora_A.", "lora_B.") for name in wanted if "lora_A." in name}
-    for one, other in pairs.items():
-        if (one in stored) != (other in stored):
-            lost = other if one in stored else one
-            raise ValueError(f"{folder / WEIGHTS} holds no {lost}: it is not whole; fetch it again")
-    if not stored:
+    if not found:
         raise ValueError(f"{folder / WEIGHTS} is empty: it holds no adapters; fetch it again")
-    targets = tuple(dict.fromkeys(wanted[name][0][0] for name in wanted if name in stored))
     rank, alpha = config["r"], float(config["lora_alpha"])
     if config.get("use_rslora"):  # scaled by alpha / sqrt(rank): Kalajdzievski 2023, 2312.03732
         alpha *= math.sqrt(rank)
-    lora = Lora(rank, alpha, targets)
+    lora = Lora(rank, alpha, tuple(dict.fromkeys(target for target, _ in found)))
     flat = {row.name: np.zeros(row.shape, np.float32) for row in lora.table(model)}
-    for name, values in stored.items():
-        (target, layer), part = wanted[name]
-        tensor = _targets(model)[target, layer]
-        ours = flat[tensor.ours.removesuffix("kernel") + (A if part == "A" else B)]
-        shape = (rank, tensor.shape[1]) if part == "A" else (tensor.shape[0], rank)
-        if values.shape != shape:
-            raise ValueError(f"{folder}: {name} is {list(values.shape)}, not {list(shape)}")
-        ours[tensor.index] = values.T.reshape(ours.shape[1:])
+    for key, halves in found.items():
+        tensor = matrices[key]
+        shapes = {"A": (rank, tensor.shape[1]), "B": (tensor.shape[0], rank)}
+        for part, values in halves.items():
+            if values.shape != shapes[part]:
+                told = f"{list(values.shape)}, not {list(shapes[part])}"
+                raise ValueError(f"{folder}: {_name(tensor, part)} is {told}")
+            ours = flat[tensor.ours.removesuffix("kernel") + (A if part == "A" else B)]
+            ours[tensor.index] = values.T.reshape(ours.shape[1:])
     return lora, flat
 
 

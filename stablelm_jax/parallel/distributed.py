@@ -143,12 +143,6 @@ def is_first() -> bool:
 # `multihost_utils` gives back what it was given where there is one process alone.
 
 
-def agreed(value: bool) -> bool:
-    """Process 0's value, on every process."""
-    with _together():
-        return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
-
-
 def from_first(arrays: Any) -> Any:
     """Process 0's arrays (a tree of them, of shapes that all have), on every process."""
     with _together():

@@ -9,7 +9,6 @@ import time
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
-from stablelm_jax import configs_folder
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.parallel.sharding import batch_parts
 from stablelm_jax.planning.program import Collective, collectives
@@ -36,10 +35,6 @@ class CompiledStep:
     collectives: list[Collective]
     pairs: int | None = None  # of a row, at most; None where there are none
     text: str = dataclasses.field(default="", repr=False)  # the compiled program
-
-    @property
-    def available_bytes(self) -> int:
-        return self.target.available_bytes
 
 
 def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
@@ -78,7 +73,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
         text=text,
     )
     # The compiler of GPUs lets a program pass that cannot run.
-    if step.peak_bytes > step.available_bytes:
+    if step.peak_bytes > target.available_bytes:
         raise DoesNotFit(_too_much(config, target, f"{step.peak_bytes / 2**30:.1f} GiB"))
     return step
 
@@ -97,15 +92,5 @@ def _too_much(config: ConfigDict, target: Target, needed: str) -> str:
     ]
     return (
         f"{target}: a device needs {needed} and has {target.available_bytes / 2**30:.1f} GiB; try "
-        f"{', '.join(filter(None, remedies))}{_made_for(target, config)}"
+        f"{', '.join(filter(None, remedies))}"
     )
-
-
-def _made_for(target: Target, config: ConfigDict) -> str:
-    """Names the launch config that divides this model on this target, where there is one."""
-    for path in sorted((configs_folder() / "launch").glob("*.py")):
-        other = config_lib.load(path)
-        alike = other.model == config.model and other.parallel.target == str(target)
-        if alike and other.name != config.name:
-            return f"; made for this machine: --config configs/launch/{path.name}"
-    return ""

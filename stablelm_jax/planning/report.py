@@ -74,7 +74,7 @@ def plan_all() -> int:
             console.print(f"{path.stem}: {error}", style="red", soft_wrap=True)
             continue
         mesh, mode = mesh_text(step.mesh, names=False), mode_text(config.parallel)
-        memory = (f"{size / GIB:.1f}" for size in (step.peak_bytes, step.available_bytes))
+        memory = (f"{size / GIB:.1f}" for size in (step.peak_bytes, step.target.available_bytes))
         sent = f"{sum(c.sent for c in step.collectives) / 1e9:.2f} GB"
         how = (mesh, step.rows, config.training.remat, step.attention, mode)
         rows.append((path.stem, step.target, *how, *memory, sent, f"{step.seconds:.0f}"))
@@ -279,7 +279,7 @@ def _memory(config: ConfigDict, step: CompiledStep) -> Table:
         ("weights, moments, batch", f"{step.argument_bytes / GIB:.2f}"),
         ("temporaries, room reserved for them", f"{step.temporary_bytes / GIB:.2f}"),
         ("peak, in use at one moment", f"{step.peak_bytes / GIB:.2f}"),
-        ("available", f"{step.available_bytes / GIB:.2f}"),
+        ("available", f"{step.target.available_bytes / GIB:.2f}"),
         (f"compiled in {step.seconds:.0f} s", ""),
     ]
     return table(f"memory of a device of {step.target}, by its compiler", ("what", "GiB"), rows)

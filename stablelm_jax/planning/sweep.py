@@ -193,7 +193,7 @@ def _line(number: int, candidate: Candidate) -> str:
         result = str(candidate.problem).splitlines()[0].split("; try ")[0][:200]
     else:
         result = (
-            f"{step.peak_bytes / GIB:6.1f} of {step.available_bytes / GIB:.1f} GiB  "
+            f"{step.peak_bytes / GIB:6.1f} of {step.target.available_bytes / GIB:.1f} GiB  "
             f"{sum(candidate.time):8.4g} s estimated  (compiled in {step.seconds:.0f} s)"
         )
     return (

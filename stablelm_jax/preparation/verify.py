@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
-from stablelm_jax.data.manifest import SourceManifest, open_shard
-from stablelm_jax.data.shards import Shard, ShardError, ShardInfo, file_sha256, read_spans
+from stablelm_jax.data.manifest import SourceManifest, check_shard, open_shard
+from stablelm_jax.data.shards import ShardError, ShardInfo, read_spans
 from stablelm_jax.preparation.recipes import Recipe
 from stablelm_jax.storage.remote import RemotePath, as_path
 
@@ -76,17 +76,14 @@ def verify_root(data: str, recipe: Recipe | None, workers: int, console: Console
 def _of_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> str:
     """How a shard differs from its manifest: sizes, counts, index and sha256; "" if it does not."""
     try:
-        shard = open_shard(path, info)
-        if isinstance(shard, Shard):
-            shard.check()
-            sha256 = file_sha256(path)
-        else:
-            documents, digest = len(shard.document_offsets) - 1, hashlib.sha256()
-            for first in range(0, info.tokens, _BLOCK_TOKENS):
-                digest.update(shard.read(first, min(first + _BLOCK_TOKENS, info.tokens)))
-            info.compare(path, documents=documents)
-            sha256 = digest.hexdigest()
-        info.compare(path, sha256=sha256)
+        if not isinstance(path, RemotePath):
+            check_shard(path, info)
+            return ""
+        shard, digest = open_shard(path, info), hashlib.sha256()
+        info.compare(path, documents=len(shard.document_offsets) - 1)
+        for first in range(0, info.tokens, _BLOCK_TOKENS):
+            digest.update(shard.read(first, min(first + _BLOCK_TOKENS, info.tokens)))
+        info.compare(path, sha256=digest.hexdigest())
         if info.spans_sha256:
             read_spans(path, info)
     except ShardError as error:

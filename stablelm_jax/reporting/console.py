@@ -92,7 +92,7 @@ def _cached(run: Run) -> str:
 
 def _source_table(run: Run) -> Table:
     given, whole = run.tokens_by_source(run.last_row()), run.tokens_per_epoch
-    spans = run.mixture.spans()
+    spans = run.mixture.spans
     periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
     later = [f"from row {row:,}" for row, _ in spans[1:]]
     columns = ("weight", *later, "tokens in it", "tokens of the run", "epochs", "unigram entropy")

@@ -308,7 +308,7 @@ def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOpt
 def _same_rows_so_far(config: ConfigDict, position: DataPosition, saved: Mapping[str, Any]) -> bool:
     """Whether rows are counted as before and only weights of later steps are new."""
     rows = saved["rows_consumed"]
-    spans = [list(span) for span in mixture_of(config, position).spans()]
+    spans = [list(span) for span in mixture_of(config, position).spans]
     return config.data.batch_size == saved["config"]["data"]["batch_size"] and begun_before(
         spans, rows
     ) == begun_before(saved["row_order"]["stages"], rows)

@@ -63,7 +63,7 @@ class Intervals:
             ("held_out", settings.every, 0.0, self._held_out),
             ("tasks", settings.tasks_every, PATIENCE, self._task_scores),
         ):
-            if not self.due(every, step) or distributed.agreed(step in self._done[kind]):
+            if not self.due(every, step) or distributed.gathered(step in self._done[kind])[0]:
                 continue
             if not self._done[kind]:  # later ones come as no surprise
                 services.events.print(f"step {step}: evaluating ({kind.replace('_', '-')})")

@@ -132,7 +132,7 @@ class Run:
             "data_hash": data_hash(self.manifests),
             "source_hashes": {name: data_hash({name: m}) for name, m in self.manifests.items()},
             "row_order": {name: getattr(self.spec, name) for name in ORDER}
-            | {"stages": [list(span) for span in self.mixture.spans()]},
+            | {"stages": [list(span) for span in self.mixture.spans]},
         }
 
     @property
@@ -193,13 +193,11 @@ class Run:
 
     def _held_out_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
-        (index, count), max_rows = self.share, self.config.evaluation.max_rows
+        how = {"max_rows": self.config.evaluation.max_rows, "share": self.share}
         if self.packed is None:
-            place = {"process_index": index, "process_count": count}
-            yield from held_out_batches(self.sources, name, self.spec, max_rows=max_rows, **place)
-            return
-        batches = self.packed_batches(name, "held_out", max_rows)
-        yield from self.reference.joined(batches, "held_out") if self.reference else batches
+            return held_out_batches(self.sources, name, self.spec, **how)
+        batches = packed_batches(self.packed, name, "held_out", self.spec, **how)
+        return batches if self.reference is None else self.reference.joined(batches, "held_out")
 
 
 def prepare_run(

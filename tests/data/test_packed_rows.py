@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared import EOD, random_documents, slow_mixture, write_source
+from prepared import EOD, mixture_of, random_documents, slow_mixture, write_source
 
 from stablelm_jax.data import rows as rows_module
 from stablelm_jax.data.batches import BatchSpec, packed_batches, train_batches
 from stablelm_jax.data.manifest import data_hash
-from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import epoch_order, source_seed
 from stablelm_jax.data.shards import ShardError, spans_path
@@ -110,7 +109,7 @@ def test_batches_equal_the_rules_spelt_out_on_any_hosts_from_any_row(
     for host in range(hosts):
         with train_batches(
             sources,
-            Mixture(STAGES[0][1], STAGES[1:]),
+            mixture_of(STAGES[0][1], STAGES[1:]),
             spec,
             start_row=start_row,
             process_index=host,

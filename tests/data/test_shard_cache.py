@@ -11,11 +11,10 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from prepared import EOD, TOKENIZER, random_documents, write_source
+from prepared import EOD, TOKENIZER, mixture_of, random_documents, write_source
 
 from stablelm_jax.data.batches import BatchSpec, packed_batches, train_batches
 from stablelm_jax.data.manifest import ManifestError, data_hash, open_sources
-from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import SourceRows, token_stream
 from stablelm_jax.data.shard_cache import ShardCache
@@ -134,7 +133,7 @@ def test_packed_rows_behind_a_url_are_those_of_local_files(tmp_path, max_bytes):
 
 
 def test_batches_made_by_several_threads_are_those_of_local_files(local, stored, tmp_path):
-    mixture, spec = Mixture({"arxiv": 0.5, "books": 0.5}), BatchSpec(16, 4, 0, EOD)
+    mixture, spec = mixture_of({"arxiv": 0.5, "books": 0.5}), BatchSpec(16, 4, 0, EOD)
     bound = size_of(open_sources(local, NAMES)["books"])  # some shards whole, others by range
     with (
         train_batches(opened(stored, tmp_path, bound), mixture, spec, prefetch=8) as ours,

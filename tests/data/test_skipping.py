@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from prepared import EOD, random_documents, write_source
+from prepared import EOD, mixture_of, random_documents, write_source
 
 from stablelm_jax.data.batches import BatchSpec, train_batches
-from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.rows import epoch_order, source_seed
 from stablelm_jax.data.skipping import open_skip, parse_skip
@@ -31,7 +30,7 @@ def sources(tmp_path_factory):
 def batches(sources, weights, packing, entries, count=24):
     """The batches of so many steps, as they are and with `entries` left out; what leaves them."""
     spec = BatchSpec(LENGTH, ROWS, SEED, EOD, packing=packing)
-    chosen, mixture = {name: sources[name] for name in weights}, Mixture(weights)
+    chosen, mixture = {name: sources[name] for name in weights}, mixture_of(weights)
     packed = None if packing == "concatenate" else PackedSources(chosen, spec)
     left_out = open_skip(entries, chosen, LENGTH, SEED, packed)
     found = []

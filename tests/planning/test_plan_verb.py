@@ -43,7 +43,7 @@ BAD = {
     ("--recipe=stablelm_2", "--target=h200:1x1"): "--target: has no effect with --recipe",
     ("--recipe=none_such",): "no such recipe; there are demo, stablelm_2",
     (CONFIG, "--sweep"): "--sweep: needs the machine to compile for; write --target",
-    ("--all", "--sweep"): "--sweep: is of one config",
+    ("--all", "--sweep"): "--all: has no effect with --sweep",
     (CONFIG, "--sweep", "--target=h200:1x1", "--mfu=0.4"): "--mfu: has no effect with",
     (CONFIG, "--sweep", "--target=h200:1x7"): "config.data.batch_size=2048: does not divide",
 }

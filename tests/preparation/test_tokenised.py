@@ -5,12 +5,12 @@ import struct
 
 import numpy as np
 import pytest
+from prepared import mixture_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.data.batches import BatchSpec, train_batches
-from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def test_a_run_reads_batches_of_an_adopted_source(tokenizer, tmp_path):
     assert adopt(f"{prefix}.bin", tmp_path / "data", tokenizer) == 0
     sources = manifest.open_sources(tmp_path / "data", ["a"], tokenizer=tokenizer)
     spec = BatchSpec(sequence_length=16, batch_size=2, seed=1, eod=tokenizer.eod)
-    batch = next(iter(train_batches(sources, Mixture({"a": 1}), spec)))
+    batch = next(iter(train_batches(sources, mixture_of({"a": 1}), spec)))
     assert batch["tokens"].shape == (2, 16)
     assert tokenizer.decode(batch["tokens"][0]) in "<|endoftext|>".join(TEXTS)
 
