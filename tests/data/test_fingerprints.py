@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from prepared import EOD, write_source
 
-from stablelm_jax.data import fingerprints
+from stablelm_jax.data import fingerprints, manifest
 from stablelm_jax.data.fingerprints import FileFingerprints
 from stablelm_jax.data.manifest import open_sources
 from stablelm_jax.data.shards import ShardError
@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_read_while_it_is_compared_is_named(
     def fails(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(fingerprints, "file_sha256", fails)
+    monkeypatch.setattr(manifest, "file_sha256", fails)
     assert f"{root / FILES[0]}: Input/output error" in refused(sources, record)
 
 
