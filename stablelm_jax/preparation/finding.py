@@ -6,6 +6,7 @@ What is found and not to be read is left out by name: hidden files, what `prepar
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import functools
@@ -15,6 +16,7 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterator
+from itertools import filterfalse
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -89,18 +91,17 @@ def files_of(
       InputError: there is nothing to read.
       OSError: the Hub refuses or fails.
     """
-    before, path = len(left_out), _local_path(written)
-    if hub.PINNED.match(written):
-        found, unread = _pinned_files(written)
-        left_out += unread
-    elif path is None:
-        found = list(_remote_files(written, left_out))
+    path = _local_path(written)
+    if path is not None:
+        walk = _LocalWalk()
+        found, unread = list(walk.files(path, earlier)), walk.left_out
     else:
-        found = _LocalWalk(left_out, earlier).files(path)
+        found, unread = (_pinned if hub.PINNED.match(written) else _remote)(written)
+    left_out += unread
     if found:
         return found
     why = "nothing there; check the path"
-    if reasons := sorted({item.reason.partition(":")[0] for item in left_out[before:]}):
+    if reasons := sorted({item.reason.partition(":")[0] for item in unread}):
         why = f"nothing to read there, left out: {', '.join(reasons)}"
     elif path and os.path.isdir(path):
         why = "an empty folder"
@@ -118,45 +119,86 @@ def _local_path(written: str) -> str | None:
 
 
 class _LocalWalk:
-    """The files below one input on this machine, every folder and every file once.
+    """The files below one input on this machine, every folder and every file once."""
 
-    Links to folders are followed when all else was seen, so a folder goes by its own name where it
-    has one here.
-    """
-
-    def __init__(self, left_out: list[LeftOut], earlier: dict[tuple[int, int], str]):
-        self._left_out, self._earlier = left_out, earlier
+    def __init__(self):
+        self.left_out: list[LeftOut] = []
         self._found: dict[str, tuple[str, os.stat_result]] = {}  # by absolute path
-        self._folders: list[str] = []  # to be listed, the next one last
-        self._links: list[str] = []  # to folders
         self._listed: dict[tuple[int, int], str] = {}
 
-    def files(self, path: str) -> list[InputFile]:
-        """What `path`, a file, a folder or a pattern, stands for, in order."""
-        if os.path.lexists(path) or "**" not in path:
-            self._walk([path] if os.path.lexists(path) else sorted(glob.glob(path)))
-            return list(self._once_each())
-        # All below the folder, then what fits: `glob` would go round and round in loops of links.
-        folder, before = os.path.dirname(path.partition("**")[0]) or ".", len(self._left_out)
-        self._walk(sorted(glob.glob(folder)))
-        fits = re.compile("|".join(map(glob_translate, (path, f"{path}/**")))).fullmatch
+    def files(self, path: str, earlier: dict[tuple[int, int], str]) -> Iterator[InputFile]:
+        """What `path`, a file, a folder or a pattern, stands for, in order; `earlier`: `files_of`.
+
+        Of several names of one file it is the one that tells its kind, and no link's if it can be.
+        """
+        if os.path.lexists(path):
+            self._walk([path])
+        elif "**" in path:
+            self._walk_and_match(path)
+        else:
+            self._walk(sorted(glob.glob(path)))
+        names = collections.defaultdict(list)
+        for full, (_, status) in self._found.items():
+            names[_identity(status)].append(full)
+        for full, (path, status) in self._found.items():
+            identity = _identity(status)
+            known = earlier.setdefault(identity, min(names[identity], key=_rank))
+            if known == full:
+                yield InputFile(full, shown(path), status.st_size, str(status.st_mtime_ns))
+            else:
+                self._leave_out(path, f"another name of a file that is read: {known}")
+
+    def _walk_and_match(self, pattern: str) -> None:
+        """All below its folder, then what fits: `glob` would go round in loops of links."""
+        self._walk(sorted(glob.glob(os.path.dirname(pattern.partition("**")[0]) or ".")))
+        fits = re.compile("|".join(map(glob_translate, (pattern, f"{pattern}/**")))).fullmatch
         self._found = {full: found for full, found in self._found.items() if fits(found[0])}
-        self._left_out[before:] = filter(lambda item: fits(item.name), self._left_out[before:])
-        return list(self._once_each())
+        self.left_out = [item for item in self.left_out if fits(item.name)]
 
     def _walk(self, starts: list[str]) -> None:
-        for start in starts:
-            if os.path.isfile(start) and _is_prepared(os.path.dirname(_absolute(start))):
-                self._leave_out_whole(start, _OURS)
-            else:
-                self._take(start)
-            self._list_folders()
-        while self._links:
-            self._folders.append(self._links.pop(0))
-            self._list_folders()
+        """Links to folders come last, so a folder goes by its own name where it has one here."""
+        links = [start for start in starts if os.path.islink(start) and os.path.isdir(start)]
+        waiting = collections.deque([start for start in starts if start not in links] + links)
+        while waiting:
+            start = waiting.popleft()
+            if not os.path.isdir(start):
+                is_ours = _is_prepared(os.path.dirname(_absolute(start)))
+                self._leave_out_whole(start, _OURS) if is_ours else self._take(start)
+                continue
+            for folder, inner, names in os.walk(start, onerror=self._cannot_be_listed):
+                waiting.extend(self._list(folder, inner, names))
+
+    def _list(self, folder: str, inner: list[str], names: list[str]) -> list[str]:
+        """Takes the files of a folder, leaves in `inner` what to walk next; links to folders."""
+        if not self._is_new(folder):
+            inner.clear()
+            return []
+        for name in sorted(filterfalse(_is_wanted, names + inner)):
+            self._leave_out_whole(os.path.join(folder, name), _HIDDEN)
+        for name in sorted(filter(_is_wanted, names)):
+            self._take(os.path.join(folder, name))
+        inner[:] = sorted(filter(_is_wanted, inner))
+        paths = [os.path.join(folder, name) for name in inner]
+        return [path for path in paths if os.path.islink(path)]  # os.walk goes into none
+
+    def _is_new(self, folder: str) -> bool:
+        """Whether a folder is to be read; else it is left out."""
+        full = _absolute(folder)
+        known = self._listed.setdefault(_identity(os.stat(folder)), full)
+        if known != full:
+            self._leave_out(folder, f"a link to a folder that is read already: {known}")
+        elif _is_prepared(folder):
+            self._leave_out_whole(folder, _OURS)
+        else:
+            return True
+        return False
+
+    def _cannot_be_listed(self, error: OSError) -> None:
+        reason = f"cannot be listed: {error.strerror}"
+        self._leave_out(error.filename, reason, size=None, is_loss=True)
 
     def _take(self, path: str) -> None:
-        """Puts what lies at a path among the files, the folders, or what is left out."""
+        """Puts what lies at a path among the files, or what is left out."""
         try:
             status = os.stat(path)
         except OSError as error:
@@ -164,74 +206,30 @@ class _LocalWalk:
                 is_link = os.path.islink(path)
                 self._leave_out(path, "a link that leads nowhere" if is_link else "gone again")
             else:
-                self._leave_out(
-                    path, f"cannot be looked at: {error.strerror}", size=None, is_loss=True
-                )
+                reason = f"cannot be looked at: {error.strerror}"
+                self._leave_out(path, reason, size=None, is_loss=True)
             return
-        if stat.S_ISDIR(status.st_mode):
-            (self._links if os.path.islink(path) else self._folders).append(path)
-        elif not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             self._leave_out(path, "a pipe, socket or device")
         elif not os.access(path, os.R_OK):
             self._leave_out(path, "no permission to read it", size=status.st_size, is_loss=True)
         else:
             self._found[_absolute(path)] = path, status
 
-    def _list_folders(self) -> None:
-        while self._folders:
-            folder = self._folders.pop()
-            identity, full = _identity(os.stat(folder)), _absolute(folder)
-            earlier = self._listed.get(identity)
-            self._listed.setdefault(identity, full)
-            if earlier == full:
-                continue
-            if earlier:
-                self._leave_out(folder, f"a link to a folder that is read already: {earlier}")
-            elif _is_prepared(folder):
-                self._leave_out_whole(folder, _OURS)
-            else:
-                self._list(folder)
-
-    def _list(self, folder: str) -> None:
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            self._leave_out(folder, f"cannot be listed: {error.strerror}", size=None, is_loss=True)
-            return
-        first = len(self._folders)
-        for name in names:
-            path = os.path.join(folder, name)
-            if _is_wanted(name):
-                self._take(path)
-            else:
-                self._leave_out_whole(path, _HIDDEN)
-        self._folders[first:] = reversed(self._folders[first:])
-
-    def _once_each(self) -> Iterator[InputFile]:
-        """Of several names of one file the one that tells its kind, and no link's if it can be."""
-        chosen: dict[tuple[int, int], str] = {}
-        for full, (_, status) in self._found.items():
-            other = chosen.setdefault(_identity(status), full)
-            if other != full and _rank(full) < _rank(other):
-                chosen[_identity(status)] = full
-        for full, (path, status) in self._found.items():
-            known = self._earlier.get(_identity(status), chosen[_identity(status)])
-            if known == full:
-                self._earlier[_identity(status)] = full
-                yield InputFile(full, shown(path), status.st_size, str(status.st_mtime_ns))
-            else:
-                self._leave_out(path, f"another name of a file that is read: {known}")
-
     def _leave_out(self, path: str, reason: str, **more) -> None:
-        self._left_out.append(LeftOut(shown(path), shown(reason), **more))
+        self.left_out.append(LeftOut(shown(path), shown(reason), **more))
 
     def _leave_out_whole(self, path: str, reason: str) -> None:
         sizes = list(_sizes(path))
-        self._left_out.append(LeftOut(shown(path), reason, sum(sizes), len(sizes)))
+        self._leave_out(path, reason, size=sum(sizes), files=len(sizes))
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
+
+
+def _rank(path: str) -> tuple[bool, bool]:
+    return not os.path.splitext(path)[1], os.path.islink(path)
 
 
 def _absolute(path: str) -> str:
@@ -249,10 +247,6 @@ def _is_prepared(folder: str) -> bool:
     return os.path.exists(inside(MANIFEST_NAME)) or os.path.exists(inside("rejected.jsonl"))
 
 
-def _rank(path: str) -> tuple[bool, bool]:
-    return not os.path.splitext(path)[1], os.path.islink(path)
-
-
 def _sizes(path: str) -> Iterator[int]:
     """The size of a file, or of every file in a folder; links are not followed."""
     paths = [path]
@@ -268,37 +262,17 @@ def _is_wanted(name: str) -> bool:
 
 
 @functools.cache  # for good, as a revision does not change
-def _pinned_files(url: str) -> tuple[list[InputFile], list[LeftOut]]:
-    left_out: list[LeftOut] = []
-
-    def listed() -> list[InputFile]:
-        left_out.clear()
-        return list(_listed(url, left_out))
-
-    files = hub.asked(listed, url)
+def _pinned(url: str) -> tuple[list[InputFile], list[LeftOut]]:
+    files, left_out = hub.asked(lambda: _listed(url), url)
     # What a set holds may be listed by anybody, and read by those alone who were let in.
     for file in filter(lambda file: file.size, files[:1]):
         hub.HubFile(file.path, file.size).read(1)
     return files, left_out
 
 
-def _listed(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
-    fs, path = filesystem(url)
-    fs.invalidate_cache()  # what was listed before may have changed
-    first, *outer = url.split("::", 1)  # zip://a.txt::s3://bucket/b.zip
-    chain = f"::{outer[0]}" if outer and is_url(first) else ""
-    for name in _remote_names(fs, path, left_out):
-        full, info = fs.unstrip_protocol(name) + chain, fs.info(name)
-        version = info.get("blob_id") or info.get("ETag") or info.get("Last-Modified")
-        file = InputFile(full, shown(full), info.get("size"), str(version or fs.ukey(name)))
-        if info.get("mimetype") == "text/html" and _DATA.fullmatch(file.last_name.lower()):
-            raise ValueError(f"{file.name}: the server sends a web page, perhaps to log in")
-        yield file._replace(divisible=_gives_ranges(fs, name))
-
-
-def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
+def _remote(url: str) -> tuple[list[InputFile], list[LeftOut]]:
     try:
-        yield from _listed(url, left_out)
+        return _listed(url)
     except FileNotFoundError as error:
         raise InputError(f"--input {url}: {why_not_there(error)}") from error
     except ValueError as error:
@@ -307,8 +281,40 @@ def _remote_files(url: str, left_out: list[LeftOut]) -> Iterator[InputFile]:
         raise InputError(f"--input {url}: cannot be listed, {described(error)}") from error
 
 
-def _remote_names(fs, path: str, left_out: list[LeftOut]) -> list[str]:
-    """The files that a path or a pattern stands for."""
+def _listed(url: str) -> tuple[list[InputFile], list[LeftOut]]:
+    """The files that a URL, or a pattern of them, stands for; and those that are left out."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()  # what was listed before may have changed
+    first, *outer = url.split("::", 1)  # zip://a.txt::s3://bucket/b.zip
+    chain = f"::{outer[0]}" if outer and is_url(first) else ""
+    above, sizes = _below(fs, path)
+    folders = {posixpath.dirname(name) for name in sizes if name.endswith(f"/{_FIRST_SHARD}")}
+    prepared = {folder for folder in folders if f"{folder}/{MANIFEST_NAME}" in sizes}
+    files, left_out = [], []
+    for name, size in sizes.items():
+        reason = _OURS if posixpath.dirname(name) in prepared else ""
+        if name != path and _CARD_NAME.search(name):
+            reason = _CARD
+        elif not all(map(_is_wanted, name[len(above) :].strip("/").split("/"))):
+            reason = _HIDDEN
+        if reason:
+            left_out.append(LeftOut(shown(fs.unstrip_protocol(name)), reason, size))
+        else:
+            files.append(_remote_file(fs, name, fs.unstrip_protocol(name) + chain))
+    return files, left_out
+
+
+def _remote_file(fs, name: str, url: str) -> InputFile:
+    info = fs.info(name)
+    version = info.get("blob_id") or info.get("ETag") or info.get("Last-Modified")
+    file = InputFile(url, shown(url), info.get("size"), str(version or fs.ukey(name)))
+    if info.get("mimetype") == "text/html" and _DATA.fullmatch(file.last_name.lower()):
+        raise ValueError(f"{file.name}: the server sends a web page, perhaps to log in")
+    return file._replace(divisible=_gives_ranges(fs, name))
+
+
+def _below(fs, path: str) -> tuple[str, dict[str, int | None]]:
+    """The folder that a path or a pattern begins at; and the files that it stands for, by size."""
     above, matches = path, [path]
     try:
         fs.info(path)  # the characters of patterns are allowed in names and URLs
@@ -317,22 +323,11 @@ def _remote_names(fs, path: str, left_out: list[LeftOut]) -> list[str]:
             above = posixpath.dirname(re.split(r"[*?\[]", path)[0])
             matches = sorted(fs.glob(path)) or matches
     infos: dict[str, dict] = {}
-    for found in matches:
-        info = fs.info(found)  # not `isdir`: over http that fetches the file to look for links
+    for match in matches:
+        info = fs.info(match)  # not `isdir`: over http that fetches the file to look for links
         is_folder = info["type"] == "directory"
-        infos |= sorted(fs.find(found, detail=True).items()) if is_folder else {found: info}
-    folders = {posixpath.dirname(name) for name in infos if name.endswith(f"/{_FIRST_SHARD}")}
-    prepared = {folder for folder in folders if f"{folder}/{MANIFEST_NAME}" in infos}
-    names = []
-    for name, info in infos.items():
-        is_wanted = all(map(_is_wanted, name[len(above) :].strip("/").split("/")))
-        is_card = name != path and bool(_CARD_NAME.search(name))
-        if is_wanted and not is_card and posixpath.dirname(name) not in prepared:
-            names.append(name)
-        else:
-            reason = _CARD if is_card else _OURS if is_wanted else _HIDDEN
-            left_out.append(LeftOut(shown(fs.unstrip_protocol(name)), reason, info.get("size")))
-    return names
+        infos |= sorted(fs.find(match, detail=True).items()) if is_folder else {match: info}
+    return above, {name: info.get("size") for name, info in infos.items()}
 
 
 def _gives_ranges(fs, path: str) -> bool:

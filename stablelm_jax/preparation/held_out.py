@@ -11,6 +11,7 @@ one. docs/data.md shows what this gives.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -57,12 +58,30 @@ class HeldOutRule(NamedTuple):
         return value < self.threshold and value not in self.passed_over
 
 
-class Look(NamedTuple):
+@dataclasses.dataclass
+class Look:
     """What the first look saw of a source."""
 
-    found: dict[int, list[int]]  # content hash: [copies, bytes of text of all copies]
+    # content hash: [copies, bytes of text of all copies]
+    found: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     share: float = 1.0  # how much of the input was read, 0 to 1
     whole: bool = True  # whether nothing follows
+    text_bytes: int = 0
+
+    def add(self, text: str) -> None:
+        """Adds a document."""
+        size = len(text.encode())
+        self.text_bytes += size
+        copies = self.found.setdefault(hash_of(text), [0, 0])
+        copies[0] += 1
+        copies[1] += size
+
+    def is_enough(self, kept_from: int) -> bool:
+        """Whether it may end here; `kept_from`: bytes of the files read, of a part of them."""
+        documents = len(self.found)
+        is_long = self.text_bytes >= _LOOK_BYTES and documents >= _LOOK_DOCUMENTS
+        is_far = kept_from >= _LOOK_INPUT_BYTES and documents >= _LOOK_KEPT_DOCUMENTS
+        return is_long or is_far or documents >= _LOOK_DOCUMENTS_MOST
 
 
 def look(
@@ -87,42 +106,22 @@ def look_at_several(
 ) -> list[Look]:
     """The first look at several sources in the same files, one for each of `keeps`."""
     reading, earlier_bytes = reading._replace(keep=for_all(keeps)), 0
-    seen = [_Beginning(keep) for keep in keeps]
+    looks = [Look() for _ in keeps]
     for chunk in chunks:
         for record in read_chunk(chunk, reading, ids=ids):
-            for beginning in seen:
-                text = for_source(record.content, beginning.keep)
-                if beginning.looked is None and isinstance(text, str) and usable(text):
-                    beginning.add(text, earlier_bytes + record.consumed, chunks)
-            if all(beginning.looked for beginning in seen):
-                return [beginning.looked for beginning in seen]
+            consumed = earlier_bytes + record.consumed
+            for keep, seen in zip(keeps, looks):
+                text = for_source(record.content, keep)
+                if seen.whole and isinstance(text, str) and usable(text):
+                    seen.add(text)
+                    if seen.is_enough(consumed if keep else 0):
+                        # Some servers tell no size: then nothing is known of what follows.
+                        total = max(consumed, sum(chunk.size for chunk in chunks))
+                        seen.share, seen.whole = consumed / total, False
+            if not any(seen.whole for seen in looks):
+                return looks
         earlier_bytes += chunk.size
-    return [beginning.looked or Look(beginning.found) for beginning in seen]
-
-
-class _Beginning:
-    """The beginning of a source; `looked` is set once it is long enough."""
-
-    looked: Look | None = None
-
-    def __init__(self, keep: Keep | None):
-        self.keep, self.text_bytes = keep, 0
-        self.found: dict[int, list[int]] = {}
-
-    def add(self, text: str, consumed: int, chunks: Sequence[Chunk]) -> None:
-        """Adds a document; `consumed`: bytes of the chunks read so far."""
-        size = len(text.encode())
-        self.text_bytes += size
-        copies = self.found.setdefault(hash_of(text), [0, 0])
-        copies[0] += 1
-        copies[1] += size
-        is_long = self.text_bytes >= _LOOK_BYTES and len(self.found) >= _LOOK_DOCUMENTS
-        is_far = self.keep and consumed >= _LOOK_INPUT_BYTES
-        is_far = is_far and len(self.found) >= _LOOK_KEPT_DOCUMENTS
-        if is_long or is_far or len(self.found) >= _LOOK_DOCUMENTS_MOST:
-            # Some servers tell no size: then nothing is known of what follows.
-            total = max(consumed, sum(chunk.size for chunk in chunks))
-            self.looked = Look(self.found, consumed / total, whole=False)
+    return looks
 
 
 def choose(seen: Look, fraction: float, by_topic: bool = False) -> HeldOutRule:

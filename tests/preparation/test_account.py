@@ -277,15 +277,15 @@ def test_a_name_that_is_no_text_is_written_as_text_wherever_names_are_written(fo
 def test_a_folder_that_cannot_be_listed_is_refused_unless_one_can_do_without(
     folder, call, monkeypatch
 ):
-    listdir = os.listdir
+    scandir = os.scandir
 
     def forbidden(place="."):
-        if os.path.basename(place) == "secret":
-            raise PermissionError(13, "Permission denied")
-        return listdir(place)
+        if str(place).endswith("secret"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
 
     (folder / "in/secret").mkdir()
-    monkeypatch.setattr(os, "listdir", forbidden)
+    monkeypatch.setattr(os, "scandir", forbidden)
     code, _, err = call()
     assert code == 2
     assert "secret cannot be listed: Permission denied" in err and "--allow-unread" in err

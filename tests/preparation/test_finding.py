@@ -262,12 +262,12 @@ def test_what_prepare_wrote_is_left_out_locally_and_remotely(tree):
 
 
 def test_folders_and_files_without_permission_are_named_as_a_loss(tree, monkeypatch):
-    listdir, access = os.listdir, os.access
+    scandir, access = os.scandir, os.access
 
     def forbidden(folder):
         if os.path.basename(folder) == "sub":
-            raise PermissionError(13, "Permission denied")
-        return listdir(folder)
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
 
     looked = os.stat
 
@@ -278,7 +278,7 @@ def test_folders_and_files_without_permission_are_named_as_a_loss(tree, monkeypa
 
     link(tree, "in/unseen", "a.jsonl")
     monkeypatch.setattr(os, "stat", unseen)
-    monkeypatch.setattr(os, "listdir", forbidden)
+    monkeypatch.setattr(os, "scandir", forbidden)
     monkeypatch.setattr(os, "access", lambda path, *rest: path[-1] != "l" and access(path, *rest))
     (tree / "in/c.txt").write_text("c")
     left_out = []
