@@ -41,11 +41,12 @@ def holds_conversation(keys: Iterable[str]) -> bool:
     return is_answered or bool(keys & set(_LISTS)) or {"chosen", "rejected"} <= keys
 
 
-def no_text(keys: Iterable[str]) -> Rejected | None:
-    """What to do with a record of these keys, which has no text; None where it is anything else."""
-    if not holds_conversation(keys):
-        return None
-    return Rejected("a conversation, no text: prepare --template zephyr, or another, takes it")
+def no_text(text_key: str, keys: Iterable[str], what: str = "key") -> Rejected:
+    """Why a record of these keys, or columns, gives no text; and what to do where it is a chat."""
+    keys = list(keys)
+    if holds_conversation(keys):
+        return Rejected("a conversation, no text: prepare --template zephyr, or another, takes it")
+    return Rejected(f"no {what} {text_key!r} ({what}s: {', '.join(keys[:8])[:120] or 'none'})")
 
 
 def canonical(record: Mapping[str, Any]) -> str | Rejected:

@@ -20,7 +20,7 @@ import orjson
 from stablelm_jax.preparation import conversations, streams
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.keeping import NotKept, is_kept, value_text
-from stablelm_jax.preparation.streams import Blocks, Rejected, cut_at, peek, too_long
+from stablelm_jax.preparation.streams import Blocks, Held, Rejected, cut_at, peek
 from stablelm_jax.preparation.texts import Noted, decode, not_empty
 
 _NAMES = {
@@ -39,27 +39,18 @@ def read_json(blocks: Blocks, reading: Reading, *, lines: bool = False) -> Itera
     `lines`: what is not JSON at its beginning is taken for damaged lines; otherwise for no JSON.
     """
     is_lines, blocks = lies_in_lines(blocks, lines)
-    records = read_lines(blocks, reading) if is_lines else _parsed(values(blocks), reading)
-    for number, record in enumerate(records):
+    found = cut_at(blocks, b"\n") if is_lines else values(blocks)
+    for number, data in enumerate(found):
+        record = parse(data, reading)
         if number == 0 and not lines and isinstance(record, Rejected) and record != _EMPTY:
             reason = f"{record.reason} (--format text takes the file as it is)"
             record = dataclasses.replace(record, reason=reason)
         yield record
 
 
-def read_lines(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
-    """One document a line."""
-    return _parsed(cut_at(blocks, b"\n"), reading)
-
-
-def _parsed(records: Iterator[bytes | Rejected], reading: Reading) -> Iterator[str | Rejected]:
-    for record in records:
-        yield record if isinstance(record, Rejected) else parse(record, reading)
-
-
-def parse(data: bytes, reading: Reading) -> str | Rejected:
+def parse(data: bytes | Rejected, reading: Reading) -> str | Rejected | NotKept:
     """The document of one record."""
-    record = _loads(data)
+    record = data if isinstance(data, Rejected) else _loads(data)
     if isinstance(record, Rejected):
         return record
     if not isinstance(record, dict):
@@ -111,8 +102,7 @@ def _text(record: dict, text_key: str) -> str | Rejected:
     try:
         text = _reach(record, text_key)
     except KeyError:
-        keys = ", ".join(list(record)[:8])[:120] or "none"
-        return conversations.no_text(record) or Rejected(f"no key {text_key!r} (keys: {keys})")
+        return conversations.no_text(text_key, record)
     if isinstance(text, str):
         return text
     return Rejected(f"{text_key!r} is a JSON {_NAMES.get(type(text), 'value')}, not a string")
@@ -221,8 +211,7 @@ class _Scanner:
     def __init__(self):
         self.lost = ""  # why it cannot go on
         self._state, self._depth, self._in_array = _BETWEEN, 0, False
-        self._held: list[bytes] = []  # the record so far, without what lies in the block at hand
-        self._size = 0  # its bytes
+        self._held = Held()  # the record so far, without what lies in the block at hand
         self._begin = 0  # where in the stream it begins
         self._position = 0  # where the block at hand does
         self._skip = 0  # 1 where the block before ended with a backslash
@@ -255,7 +244,7 @@ class _Scanner:
                 yield record
         self._skip = max(place - len(block), 0)
         if self._state is not _BETWEEN:
-            self._hold(block[start:])
+            self._held.add(block[start:])
         self._position += len(block)
 
     def end(self) -> Iterator[bytes | Rejected]:
@@ -282,21 +271,17 @@ class _Scanner:
             return _NESTED
         return _STRING if char == b'"' else _WORD
 
-    def _hold(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > streams.MAX_DOCUMENT_BYTES:
-            self._held.clear()
-        self._held.append(data)
-
     def _ended(self, last: bytes) -> bytes | Rejected:
         """The whole record."""
-        self._hold(last)
-        record: bytes | Rejected = b"".join(self._held)
-        if self._size > streams.MAX_DOCUMENT_BYTES:
-            record = too_long()
-        elif self._state is _WORD and isinstance(_loads(record), Rejected):
+        self._held.add(last)
+        record = self._held.take()
+        if (
+            self._state is _WORD
+            and isinstance(record, bytes)
+            and isinstance(_loads(record), Rejected)
+        ):
             self._lose(f"{record[:20].decode(errors='replace')!r} is no JSON", self._begin)
-        self._held, self._size, self._state = [], 0, _BETWEEN
+        self._state = _BETWEEN
         return record
 
     def _lose(self, reason: str, at: int) -> None:

@@ -21,7 +21,7 @@ from stablelm_jax.preparation.archives import read_tar, read_warc, read_zip
 from stablelm_jax.preparation.finding import InputFile
 from stablelm_jax.preparation.formats import HEAD, Reading, kind_of, missing_package, what_is
 from stablelm_jax.preparation.hub import PINNED
-from stablelm_jax.preparation.json_records import lies_in_lines, read_json, read_lines
+from stablelm_jax.preparation.json_records import lies_in_lines, parse, read_json
 from stablelm_jax.preparation.streams import Blocks, Damaged, Meter, Rejected, as_utf8, blocks_of
 from stablelm_jax.preparation.tables import read_arrow, read_csv, read_parquet
 from stablelm_jax.preparation.texts import read_html, read_text, whole
@@ -96,7 +96,8 @@ def _records(
             yield Rejected(f"a compressed {file.kind} file: decompress it first")
         elif is_range and file.kind != "parquet":
             blocks = blocks_of(opened, meter, *line_range(opened, start, end))
-            yield from read_lines(blocks if start else as_utf8(blocks), reading)
+            lines = streams.cut_at(blocks if start else as_utf8(blocks), b"\n")
+            yield from (parse(line, reading) for line in lines)
         elif file.kind in _SEEKING:
             problem = _why_not(file.kind, opened.read(HEAD), reading)
             opened.seek(0)

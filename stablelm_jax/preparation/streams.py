@@ -69,6 +69,31 @@ def too_long(hint: str = "") -> Rejected:
     return Rejected(f"longer than {limit} MiB; split it into smaller documents{hint}")
 
 
+class Held:
+    """The bytes of a document so far; of one that is too long they are let go."""
+
+    def __init__(self):
+        self.size, self._parts = 0, []
+
+    def add(self, part: bytes) -> None:
+        """Adds what follows."""
+        self.size += len(part)
+        if self.is_too_long:
+            self._parts.clear()
+        else:
+            self._parts.append(part)
+
+    @property
+    def is_too_long(self) -> bool:
+        return self.size > MAX_DOCUMENT_BYTES
+
+    def take(self, hint: str = "") -> bytes | Rejected:
+        """The whole of it; then a new one begins."""
+        taken = too_long(hint) if self.is_too_long else b"".join(self._parts)
+        self.__init__()
+        return taken
+
+
 @dataclasses.dataclass
 class Meter:
     """Bytes of the input read so far, as they lie on disk: what progress is measured in."""
@@ -263,22 +288,16 @@ def as_utf8(blocks: Blocks) -> Blocks:
 
 def cut_at(blocks: Blocks, separator: bytes) -> Iterator[bytes | Rejected]:
     """Cuts blocks at each separator; a piece beyond MAX_DOCUMENT_BYTES becomes one `Rejected`."""
-    held: list[bytes] = []
-    size, tail = 0, b""
-
-    def piece(last: bytes) -> bytes | Rejected:
-        return too_long() if size + len(last) > MAX_DOCUMENT_BYTES else b"".join([*held, last])
-
+    held, tail = Held(), b""
     for block in blocks:
         *ended, rest = (tail + block).split(separator)
-        for last in ended:
-            yield piece(last)
-            held, size = [], 0
+        for piece in ended:
+            held.add(piece)
+            yield held.take()
         # The end of a block may be the beginning of a separator.
         cut = max(len(rest) - len(separator) + 1, 0)
-        size += cut
-        held = [] if size > MAX_DOCUMENT_BYTES else held
-        held.append(rest[:cut])
+        held.add(rest[:cut])
         tail = rest[cut:]
-    if size or tail:
-        yield piece(tail)
+    if held.size or tail:
+        held.add(tail)
+        yield held.take()

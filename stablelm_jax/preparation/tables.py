@@ -142,9 +142,7 @@ def _steps(schema: pa.Schema, text_key: str) -> list[str] | Rejected:
         heads = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
         step = next((head for head in heads if head in names), None)
         if step is None:
-            listed = ", ".join(schema.names)[:120] or "none"
-            missing = Rejected(f"no column {text_key!r} (columns: {listed})")
-            return no_text(schema.names) or missing
+            return no_text(text_key, schema.names, "column")
         if names.count(step) > 1:
             return Rejected(f"{names.count(step)} columns are named {step!r}")
         kind, rest = kind.field(step).type, rest[len(step) + 1 :]
@@ -194,15 +192,11 @@ def _lines(blocks: Blocks, lost: list[Rejected]) -> Iterator[str]:
 
 
 def _cell(row: list[str], header: list[str], reading: Reading) -> str | Rejected:
-    text_key = reading.text_key
-    if header.count(text_key) != 1 and not reading.chat:
-        listed = ", ".join(header)[:120]
-        count = header.count(text_key)
-        problem = f"{count} columns are named" if count else "no column"
-        missing = Rejected(f"{problem} {text_key!r} (columns: {listed})")
-        return missing if count else no_text(header) or missing
+    if not reading.chat and (count := header.count(reading.text_key)) != 1:
+        twice = Rejected(f"{count} columns are named {reading.text_key!r}")
+        return twice if count else no_text(reading.text_key, header, "column")
     if len(row) != len(header):
         return Rejected(f"a row with another number of columns than the header: {len(row)}")
     if reading.wants_records:
         return document({key: cell for key, cell in zip(header, row) if cell}, reading)
-    return decode(codecs.encode(row[header.index(text_key)], errors="surrogateescape"))
+    return decode(codecs.encode(row[header.index(reading.text_key)], errors="surrogateescape"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from stablelm_jax.preparation import streams
 from stablelm_jax.preparation.formats import HEAD, Reading, why_no_text
-from stablelm_jax.preparation.streams import Blocks, Rejected, cut_at, peek, too_long
+from stablelm_jax.preparation.streams import Blocks, Held, Rejected, cut_at, peek
 
 BLANK_LINES = "blank-lines"
 _UNITS = {"k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -15,8 +15,10 @@ _BLANK_START = re.compile(rb"\A\s*\n")
 _NAVIGATION = ("header", "footer", "aside", "nav")
 
 
-def decode(data: bytes) -> str | Rejected:
-    """The text of UTF-8 bytes, unless it is empty."""
+def decode(data: bytes | Rejected) -> str | Rejected:
+    """The text of UTF-8 bytes, unless it is empty; what is rejected already as it is."""
+    if isinstance(data, Rejected):
+        return data
     try:
         return not_empty(data.decode())
     except UnicodeDecodeError as error:
@@ -47,22 +49,19 @@ def read_text(blocks: Blocks, reading: Reading) -> Iterator[str | Rejected]:
     if problem := why_no_text(head):  # before reading on: libraries and films are large
         yield Rejected(problem)
     elif reading.split_on:
-        for piece in _pieces(blocks, reading.split_on):
-            yield piece if isinstance(piece, Rejected) else decode(piece)
+        yield from map(decode, _pieces(blocks, reading.split_on))
     else:
-        data = whole(blocks, " with --split-on")
-        yield data if isinstance(data, Rejected) else decode(data)
+        yield decode(whole(blocks, " with --split-on"))
 
 
 def whole(blocks: Blocks, hint: str = "") -> bytes | Rejected:
     """All bytes; why not, where they are too many."""
-    pieces, size = [], 0
+    held = Held()
     for block in blocks:
-        pieces.append(block)
-        size += len(block)
-        if size > streams.MAX_DOCUMENT_BYTES:
-            return too_long(hint)
-    return b"".join(pieces)
+        held.add(block)
+        if held.is_too_long:
+            break
+    return held.take(hint)
 
 
 # splitting
@@ -104,24 +103,16 @@ def _gathered(
     lines: Iterator[bytes | Rejected], is_next: Callable[[int, bytes], bool]
 ) -> Iterator[bytes | Rejected]:
     """Puts lines together until `is_next(bytes held, line)` says that a new piece begins."""
-    held: list[bytes] = []
-    size = 0
-
-    def piece() -> bytes | Rejected:
-        return too_long() if size > streams.MAX_DOCUMENT_BYTES else b"\n".join(held)
-
+    held = Held()
     for line in lines:
-        if held and (isinstance(line, Rejected) or is_next(size, line)):
-            yield piece()
-            held, size = [], 0
+        if held.size and (isinstance(line, Rejected) or is_next(held.size, line)):
+            yield held.take()
         if isinstance(line, Rejected):
             yield line
-            continue
-        size += len(line) + 1
-        held = [] if size > streams.MAX_DOCUMENT_BYTES else held
-        held.append(line)
-    if held:
-        yield piece()
+        else:
+            held.add(line + b"\n")
+    if held.size:
+        yield held.take()
 
 
 # HTML

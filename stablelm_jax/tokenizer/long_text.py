@@ -34,10 +34,7 @@ def normalise(text: str) -> str:
     """NFC of a text, in linear time; ASCII and text that is NFC already cost a look."""
     if text.isascii():
         return text
-    # LONG_MARKS marks that follow one another fill an aligned block of half that.
-    step = LONG_MARKS // 2
-    starts = range(0, len(text) - step + 1, step)
-    if any(all(map(unicodedata.combining, text[i : i + step])) for i in starts):
+    if any(all(map(unicodedata.combining, block)) for block in _blocks(text, LONG_MARKS)):
         text = sort_marks(text)
     return unicodedata.normalize("NFC", text)
 
@@ -68,25 +65,21 @@ def split_long_runs(text: str, limit: int = LONG_RUN) -> Iterator[tuple[int, int
     A run with a line end behind it belongs to `\\s*[\\r\\n]+`, which needs no stack.
     """
     position = 0
-    for start, end in _long_blanks(text, limit):
-        end -= end < len(text)
-        if start > position:
-            yield position, start, False
-        yield start, end, True
-        position = end
+    if any(map(str.isspace, _blocks(text, limit))):
+        for run in re.finditer(f"(?<!{BLANK}){BLANK}{{{limit},}}+(?![\\r\\n])", text):
+            start, end = run.start(), run.end() - (run.end() < len(text))
+            if start > position:
+                yield position, start, False
+            yield start, end, True
+            position = end
     if position < len(text):
         yield position, len(text), False
 
 
-def _long_blanks(text: str, limit: int) -> list[tuple[int, int]]:
-    """Where `limit` (2 at least) or more blanks stand that no line end follows."""
-    # A run this long fills an aligned block of half its length: a cheap look for most texts.
-    step = limit // 2
-    starts = range(0, len(text) - step + 1, step)
-    if not any(text[i : i + step].isspace() for i in starts):
-        return []
-    runs = f"(?<!{BLANK}){BLANK}{{{limit},}}+(?![\\r\\n])"
-    return [match.span() for match in re.finditer(runs, text)]
+def _blocks(text: str, length: int) -> Iterator[str]:
+    """Blocks of a text one of which is filled by any run so long: a cheap look for most texts."""
+    step = length // 2
+    return (text[i : i + step] for i in range(0, len(text) - step + 1, step))
 
 
 def encode_in_parts(encode: Callable[[str], Any], text: str) -> Iterator[list[int]]:

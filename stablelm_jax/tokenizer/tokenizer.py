@@ -9,13 +9,14 @@ from __future__ import annotations
 import abc
 import base64
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -79,15 +80,19 @@ class Tokenizer(abc.ABC):
         return -(-(self.largest_id + 1) // 128) * 128
 
     @abc.abstractmethod
+    def _ids(self, text: str, specials: bool) -> np.ndarray:
+        """What `encode` gives, as int32 [tokens]."""
+
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of a text; only with `specials` is the spelling of a special token more than text.
 
         Raises TokenizerError if this text cannot be encoded (a lone surrogate, an engine failure).
         """
+        return self._ids(text, specials).tolist()
 
     def encode_document(self, text: str) -> np.ndarray:
         """`encode(text)` as an array, int32 [tokens]."""
-        return np.asarray(self.encode(text), np.int32)
+        return self._ids(text, specials=False)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray | TokenizerError]:
         """Ids of each text, with `eod` at their end; or the error of one that cannot be encoded."""
@@ -160,14 +165,9 @@ class Arcade100k(Tokenizer):
         """Takes a whole run of whitespace as one piece: only merges, no look-ahead."""
         return self._engine(r"\s+")
 
-    def encode_document(self, text: str) -> np.ndarray:
-        return self._encode_normal(normalise(text))
-
     def use_fast_engine(self, wanted: bool = True) -> None:
-        self._fast = None
-        if wanted:
-            found = fast_engine(PATTERN, self.ranks, self.encode_document)
-            self._fast, self.engine_problem = found
+        found = fast_engine(PATTERN, self.ranks, self.encode_document) if wanted else (None, "")
+        self._fast, self.engine_problem = found
         self.engine = self._fast.name if self._fast else self._reference_engine
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray | TokenizerError]:
@@ -181,14 +181,18 @@ class Arcade100k(Tokenizer):
     def agrees(self, text: str, ids: np.ndarray) -> bool:
         return not self._fast or np.array_equal(ids, self._encode_ended(text))
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+    def _ids(self, text: str, specials: bool) -> np.ndarray:
+        text = normalise(text)
         if not specials:
-            return self.encode_document(text).tolist()
-        ids: list[int] = []
-        for part in self._any_special.split(normalise(text)):
-            known = self.specials.get(part)
-            ids.extend(self._encode_normal(part).tolist() if known is None else [known])
-        return ids
+            return self._encode_normal(text)
+        parts = self._any_special.split(text)
+        ids = [self.specials.get(part) for part in parts]
+        return np.concatenate(
+            [
+                self._encode_normal(part) if known is None else np.array([known], np.int32)
+                for part, known in zip(parts, ids)
+            ]
+        )
 
     def vocabulary(self) -> dict[str, int]:
         return {spelled(token): rank for token, rank in self.ranks.items()} | self.specials
@@ -214,8 +218,8 @@ class Arcade100k(Tokenizer):
         return np.concatenate(parts)
 
     def _run(self, engine, text: str) -> np.ndarray:
-        ids = _guarded(lambda: engine.encode_to_numpy(text, disallowed_special=()), text)
-        return ids.view(np.int32)
+        with _failing_alone(text):
+            return engine.encode_to_numpy(text, disallowed_special=()).view(np.int32)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -260,20 +264,12 @@ class HuggingFaceTokenizer(Tokenizer):
         # Pickled by itself the engine forgets `encode_special_tokens`, and text could forge an eod.
         return HuggingFaceTokenizer, (self.content, self.name)
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        return self._run(self._with_specials if specials else self._ordinary, text).tolist()
-
-    def encode_document(self, text: str) -> np.ndarray:
-        return self._run(self._ordinary, text)
-
-    def _run(self, engine, text: str) -> np.ndarray:
-        def encode(part: str):
-            return engine.encode(part, add_special_tokens=False)
-
-        def arrays():
-            return [np.asarray(ids, np.int32) for ids in encode_in_parts(encode, text)]
-
-        return np.concatenate(_guarded(arrays, text))
+    def _ids(self, text: str, specials: bool) -> np.ndarray:
+        engine = self._with_specials if specials else self._ordinary
+        encode = functools.partial(engine.encode, add_special_tokens=False)
+        with _failing_alone(text):
+            parts = [np.asarray(ids, np.int32) for ids in encode_in_parts(encode, text)]
+        return np.concatenate(parts)
 
     def vocabulary(self) -> dict[str, int]:
         return self._ordinary.get_vocab(with_added_tokens=True)
@@ -314,10 +310,11 @@ def _or_error(encode: Callable[[str], np.ndarray], text: str) -> np.ndarray | To
         return error
 
 
-def _guarded(encode: Callable, text: str):
-    """Result of encode(); every way the engines have of failing on a text is a TokenizerError."""
+@contextlib.contextmanager
+def _failing_alone(text: str) -> Iterator[None]:
+    """Every way that the engines have of failing on a text is a TokenizerError."""
     try:
-        return encode()
+        yield
     except BaseException as error:
         # A Rust panic arrives as pyo3's PanicException: no Exception, and no module to import it
         # from. `tokenizers` raises bare Exception, and TypeError for a lone surrogate.

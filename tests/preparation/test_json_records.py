@@ -121,14 +121,13 @@ def test_a_bad_record_of_an_array_costs_no_other(tmp_path):
 def test_a_record_too_long_for_memory_is_one_rejected_record(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "MAX_DOCUMENT_BYTES", 300_000)
     held = []
-    monkeypatch.setattr(
-        json_records._Scanner,
-        "_hold",
-        lambda self, data, hold=json_records._Scanner._hold: (
-            hold(self, data),
-            held.append(sum(map(len, self._held))),
-        ),
-    )
+
+    class Watched(streams.Held):
+        def add(self, part):
+            super().add(part)
+            held.append(sum(map(len, self._parts)))
+
+    monkeypatch.setattr(json_records, "Held", Watched)
     records = [{"text": "a"}, {"text": "x" * 5_000_000}, {"text": "b"}]
     first, rejected, last = read(write(tmp_path / "a.json", json.dumps(records)))
     assert (first, last) == ("a", "b")

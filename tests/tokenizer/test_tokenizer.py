@@ -182,7 +182,8 @@ def test_a_panic_of_the_engine_rejects_the_document(published, capfd):
         published.encode_ordinary(text)
     assert not isinstance(raised.value, Exception)
     with pytest.raises(TokenizerError, match="cannot be encoded"):
-        module._guarded(lambda: published.encode_ordinary(text), text)
+        with module._failing_alone(text):
+            published.encode_ordinary(text)
 
 
 def test_a_document_is_rejected_and_the_next_one_encoded(arcade):
@@ -192,11 +193,9 @@ def test_a_document_is_rejected_and_the_next_one_encoded(arcade):
 
 
 def test_what_is_no_fault_of_the_text_is_not_called_one(arcade):
-    def interrupted():
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        module._guarded(interrupted, "text")
+        with module._failing_alone("text"):
+            raise KeyboardInterrupt
     with pytest.raises((TypeError, AttributeError)):
         arcade.encode(b"bytes")
 
