@@ -183,7 +183,10 @@ class OutputWriter:
         if items:
             self._hits += [Hit(record.file.name, record.line, item) for item in items]
         reason = made.reason if isinstance(made, Rejected) else None
-        output.files.setdefault(record.file.path, Tally()).add(reason, record.left)
+        tally = output.files.get(record.file.path)
+        if tally is None:
+            tally = output.files[record.file.path] = Tally()
+        tally.add(reason, record.left)
         output.records += 1
         output.consumed = record.consumed
         return True

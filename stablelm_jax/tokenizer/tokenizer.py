@@ -117,9 +117,9 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; U+FFFD for bytes that are no UTF-8 and for ids that stand for nothing."""
 
-    def lost_characters(self, text: str) -> collections.Counter[str]:
-        """How many of each character of a text, in NFC, do not come back from its ids."""
-        ids = [i for i in self.encode(text) if i != self.unknown_id]
+    def lost_characters(self, text: str, ids: Sequence[int]) -> collections.Counter[str]:
+        """How many of each character of a text, in NFC, do not come back from its `ids`."""
+        ids = [i for i in ids if i != self.unknown_id]
         text, found = normalise(text), normalise(self.decode(ids))
         if text == found:  # by far the most: counting takes ten times as long
             return collections.Counter()
@@ -199,9 +199,12 @@ class Arcade100k(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         # 0xff is never UTF-8: an id without text (the hole, the padding) is replaced, too.
-        table = self._token_bytes
-        tokens = [table.get(i, b"\xff") for i in map(int, ids)]
-        return b"".join(tokens).decode("utf-8", errors="replace")
+        ids = list(map(int, ids))
+        try:
+            text = self._encoding.decode_bytes(ids)
+        except (KeyError, OverflowError):  # an id without text
+            text = b"".join([self._token_bytes.get(i, b"\xff") for i in ids])
+        return text.decode("utf-8", errors="replace")
 
     @functools.cached_property
     def _token_bytes(self) -> dict[int, bytes]:
