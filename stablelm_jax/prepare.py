@@ -29,26 +29,31 @@ from datatrove.utils.logging import logger
 from rich.console import Console
 
 from stablelm_jax.data import manifest
-from stablelm_jax.preparation import data_roots, hub, recipe_flags, store, summary, together
-from stablelm_jax.preparation.conversations import MAX_TURNS
+from stablelm_jax.preparation import hub, recipe_flags, store, summary, together
 from stablelm_jax.preparation.executors import EXECUTORS, Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import InputError
 from stablelm_jax.preparation.flags import (
     add_chat_flags,
+    add_data_root_flags,
     add_input_flags,
     add_recipe_flags,
     add_screening_flags,
     add_slurm_flags,
+    check_together,
     pair,
 )
-from stablelm_jax.preparation.formats import Reading
-from stablelm_jax.preparation.held_out import MAX_FRACTION
-from stablelm_jax.preparation.prepare_source import RECIPE, SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.job import RECIPE, job_of
+from stablelm_jax.preparation.lock import only_one
+from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.progress import progress
 from stablelm_jax.preparation.recipe_table import show
-from stablelm_jax.preparation.recipes import Recipe, load_recipe
+from stablelm_jax.preparation.recipes import SUBSTITUTE, Recipe, load_recipe
+from stablelm_jax.preparation.show_dropped import show_dropped
+from stablelm_jax.preparation.verify import verify_root
 from stablelm_jax.run.console import make_console
-from stablelm_jax.storage.remote import is_url
+
+# 1 GiB of int32: large files for a file system, small ones for a copy or a retry.
+_SHARD_TOKENS = 1 << 28
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,25 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console(highlight=False, soft_wrap=True)
     failures: list[_Failure] = []
     try:
-        executor, is_about_roots = Executor.of(flags), data_roots.is_asked_for(parser, flags)
+        check_together(parser, flags)
+        executor = Executor.of(flags)
         recipe = load_recipe(flags.recipe) if flags.recipe else None
-        if is_about_roots:
-            return data_roots.run(flags, recipe, executor, console)
-        if flags.list:
-            show(_listed(flags, recipe), console, in_full=bool(flags.source))
-            return 0
-        jobs = _jobs(parser, arguments, flags, recipe, failures)
+        if flags.show_dropped:
+            show_dropped(flags.show_dropped, console)
+        elif flags.list:
+            names = recipe_flags.names_asked(recipe, flags.source or [recipe_flags.ALL])
+            listed = dataclasses.replace(recipe, sources=tuple(map(recipe.source, names)))
+            show(listed, console, in_full=bool(flags.source))
+        elif flags.verify:
+            failures = _verify(flags, recipe, console)
+        elif flags.dedup:
+            failures = _deduplicate(flags, recipe, executor, console)
+        else:
+            jobs, failures = _jobs(parser, arguments, flags, recipe, console)
+            for group in together.groups(jobs):
+                failures += _prepare_group(group, executor, console)
     except ValueError as error:
-        print("prepare:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    for group in together.groups(jobs):
-        failures += _prepare_group(group, executor, console)
-    missing = [each for each in failures if recipe and each.is_missing and not flags.inputs]
+        failures = [_Failure.of([], error, begun=False)]
+    missing = [each for each in failures if each.is_missing and flags.recipe and not flags.inputs]
     if missing:
         names = [name for each in missing for name in each.sources]
         console.print(recipe_flags.weights_without(recipe, names))
     for failure in failures:
-        text = f"{', '.join(failure.sources)}: {failure.text}" if recipe else failure.text
+        named = [", ".join(failure.sources)] if flags.recipe and failure.sources else []
+        text = ": ".join([*named, failure.text])
         if failure in missing:
             text += f"; {recipe_flags.elsewhere(recipe, failure.sources[0], flags.origin)}"
         print("prepare:", text, file=sys.stderr)
@@ -88,7 +100,7 @@ class _Failure(NamedTuple):
     sources: tuple[str, ...]
     code: int  # of the exit: 1 where it was begun, else 2
     text: str
-    is_missing: bool  # nothing is to be read
+    is_missing: bool = False  # nothing is to be read
 
     @classmethod
     def of(cls, sources: Sequence[str], error: Exception, begun: bool) -> _Failure:
@@ -99,15 +111,38 @@ class _Failure(NamedTuple):
         return cls(tuple(sources), 1 if begun else 2, text, is_missing)
 
 
+def _verify(flags: argparse.Namespace, recipe: Recipe | None, console: Console) -> list[_Failure]:
+    differences = verify_root(flags.verify, recipe, flags.workers, console)
+    count = "1 thing differs" if differences == 1 else f"{differences:,} things differ"
+    return [_Failure((), 1, f"{count}, named above")] if differences else []
+
+
+def _deduplicate(
+    flags: argparse.Namespace, recipe: Recipe | None, executor: Executor, console: Console
+) -> list[_Failure]:
+    from stablelm_jax.preparation.dedup import Deduplication, deduplicate  # slow to import
+
+    work = Deduplication(flags, recipe)
+    try:
+        work.output.mkdir(parents=True, exist_ok=True)
+        with only_one(work.output / ".lock"):
+            deduplicate(work, executor, console)
+    except (ValueError, OSError, TasksFailed) as error:
+        return [_Failure.of([], error, begun=True)]
+    return []
+
+
 def _jobs(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     flags: argparse.Namespace,
     recipe: Recipe | None,
-    failures: list[_Failure],
-) -> list[Job]:
-    """A job for each source that is asked for; ValueError for what is wrong with the flags."""
-    names, jobs = flags.source or [], []
+    console: Console,
+) -> tuple[list[argparse.Namespace], list[_Failure]]:
+    """A job, or why there is none, for each source; ValueError for what is wrong with the flags."""
+    names, jobs, failures = flags.source or [], [], []
+    if not names:
+        raise ValueError("--source: is missing; give its name")
     if recipe is None and len(names) > 1:
         raise ValueError("--source: several only out of a --recipe; else one after the other")
     for name in names if recipe is None else recipe_flags.names_asked(recipe, names):
@@ -118,26 +153,19 @@ def _jobs(
             continue
         # What is given by hand wins.
         one = parser.parse_args(arguments, argparse.Namespace(**known))
-        one.source = name
         if recipe:
             one.filters = recipe_flags.filters_asked(recipe.source(name), one.filters)
-        jobs.append(_job(one))
-    if not (jobs or failures):
-        raise ValueError("--source: is missing; give its name")
-    return jobs
+            if flags.origin == SUBSTITUTE and one.facts["state"] != SUBSTITUTE:
+                console.print(f"{name}: has no substitute; its first place is read, as published")
+        jobs.append(job_of(one, name))
+    return jobs, failures
 
 
-def _listed(flags: argparse.Namespace, recipe: Recipe | None) -> Recipe:
-    """The recipe, or the sources of it that are named."""
-    if recipe is None:
-        raise ValueError("--list: of which recipe? --recipe stablelm_2 --list")
-    names = recipe_flags.names_asked(recipe, flags.source or [recipe_flags.ALL])
-    return dataclasses.replace(recipe, sources=tuple(map(recipe.source, names)))
-
-
-def _prepare_group(jobs: Sequence[Job], executor: Executor, console: Console) -> list[_Failure]:
+def _prepare_group(
+    jobs: Sequence[argparse.Namespace], executor: Executor, console: Console
+) -> list[_Failure]:
     """Prepares sources, those that lie in the same files in one read; returns what failed."""
-    names = [job.recipe["source"] if job.recipe else job.source for job in jobs]
+    names = [job.facts["source"] if job.facts else job.source for job in jobs]
     begun, failures = False, []
     try:
         preparations = [Preparation(job) for job in jobs]
@@ -232,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", metavar="FILE", help="cl100k ranks for arcade100k, if not found by themselves")
     add('--held-out', type=float, default=0.001, metavar='FRACTION',
         help='of the text, kept out of training at least (default 0.001)')  # fmt: skip
-    add('--shard-tokens', type=int, default=SHARD_TOKENS, metavar='N',
-        help=f'tokens a shard at most (default {SHARD_TOKENS:,})')  # fmt: skip
+    add('--shard-tokens', type=int, default=_SHARD_TOKENS, metavar='N',
+        help=f'tokens a shard at most (default {_SHARD_TOKENS:,})')  # fmt: skip
     add('--language', dest='languages', nargs='+', default=[], metavar='CODE',
         help='ISO 639-1, for the manifest and for --filters')  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="of the text, for the manifest")
@@ -254,61 +282,6 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe_flags(parser)
     add_screening_flags(parser)
     add_chat_flags(parser)
-    data_roots.add_flags(parser)
+    add_data_root_flags(parser)
     add_slurm_flags(parser)
     return parser
-
-
-def _job(flags: argparse.Namespace) -> Job:
-    """The job that the flags ask for; ValueError for what argparse cannot see."""
-    reads_texts = Reading.of(vars(flags)) != Reading()  # other than by default
-    has_name = manifest.SOURCE_NAME.fullmatch(flags.source)
-    for is_wrong, problem in [
-        (bool(flags.inputs) == bool(flags.adopt), "give --input, or --adopt in its place"),
-        (flags.append_eod and not flags.adopt, "--append-eod: only with --adopt"),
-        (flags.adopt and flags.template, "--adopt: tokens have no conversations, no --template"),
-        (
-            flags.template
-            and Reading.of({**vars(flags), "format": "auto", "held_out_by": None, "keep": None})
-            != Reading(),
-            "--template: conversations have keys of their own, no --text-key, --split-on",
-        ),
-        (
-            flags.filters and (flags.template or flags.adopt),
-            "--filters: they judge texts, not conversations (--template) or tokens (--adopt)",
-        ),
-        (
-            flags.drop_contaminated and not flags.benchmarks,
-            "--drop-contaminated: of which --benchmarks?",
-        ),
-        (flags.max_tokens is not None and not flags.template, "--max-tokens: with --template"),
-        (flags.max_turns != MAX_TURNS and not flags.template, "--max-turns: with --template"),
-        (flags.max_turns < 1, "--max-turns: from 1 up"),
-        (flags.max_tokens is not None and flags.max_tokens < 1, "--max-tokens: from 1 up"),
-        (
-            flags.adopt and reads_texts,
-            "--adopt: no --format, --text-key, --split-on, --keep for tokens",
-        ),
-        (not flags.output, "--output: is missing; give the folder that is to hold the source"),
-        (flags.origin and not flags.recipe, "--origin: a place of a --recipe"),
-        (flags.sample is not None and flags.sample < 2, "--sample: from 2 documents up"),
-        (flags.sample and flags.adopt, "--adopt: tokens are taken whole, no --sample"),
-        (not has_name, "--source: use lower case letters, digits and _, a letter first"),
-        (
-            flags.work_folder and not is_url(flags.output),
-            "--work-folder: --output is a folder of this machine, where the work lies too",
-        ),
-        (not 0 <= flags.held_out <= MAX_FRACTION, f"--held-out: give 0 to {MAX_FRACTION}"),
-        (flags.shard_tokens < 1, "--shard-tokens: give a number from 1 up"),
-    ]:
-        if is_wrong:
-            raise ValueError(problem)
-    fields = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Job)}
-    fields |= {"inputs": flags.inputs or flags.adopt, "adopt": bool(flags.adopt)}
-    # Another name, and it is no source of the config: never taken for the whole.
-    fields |= {"source": f"{flags.source}_sample" if flags.sample else flags.source}
-    fields["recipe"] = flags.facts
-    if is_url(flags.output):
-        fields["store"] = flags.output
-        fields["output"] = flags.work_folder or str(store.work_folder(flags.output))
-    return Job(**{**fields, "provenance": dict(flags.provenance)})

@@ -68,7 +68,7 @@ class Deduplication:
         manifest.open_sources(self.root, texts)  # whole, and of one tokenizer: tokens are compared
         for name in {*flags.order, *flags.exact_only} - self.sources.keys():
             raise ValueError(f"no source {name} in {data}; there are {', '.join(self.sources)}")
-        wanted = flags.order or (recipe.dedup_order() if recipe else ())
+        wanted = flags.order or [source.name for source in (recipe.sources if recipe else ())]
         self.order = [name for name in dict.fromkeys([*wanted, *texts]) if name in texts]
         unfiltered = [each.name for each in recipe.sources if each.unfiltered] if recipe else []
         exact_only = {*flags.exact_only, *unfiltered} & self.sources.keys()

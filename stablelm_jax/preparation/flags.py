@@ -3,12 +3,63 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.filters import FILTERS, SEVERAL
 from stablelm_jax.preparation.formats import FORMATS
-from stablelm_jax.preparation.show_dropped import ShowDropped
 from stablelm_jax.preparation.texts import split_bytes
+
+# FineWeb's (datatrove's examples/fineweb.py): 5-grams of words, 112 hashes in 14 bands of 8 rows.
+# Two documents of similarity s are found with a probability of 1 - (1 - s^8)^14.
+FINEWEB = {"ngram": 5, "bands": 14, "rows": 8, "seed": 1}
+
+# Beside a flag: those that mean nothing there, those alone that mean something, and those that mean
+# nothing without it.
+_NOT_WITH = {
+    "adopt": {
+        *("format", "text_key", "split_on", "keep", "held_out_by", "sample", "template", "filters"),
+    },
+    "template": {"text_key", "split_on", "filters"},
+    "recipe": {"order"},
+}
+_ALONE_WITH = {
+    "show_dropped": set(),
+    "verify": {"recipe", "workers"},
+    "dedup": {
+        *("output", "recipe", "tokenizer", "ranks", "near", "order", "exact_only"),
+        *("executor", "workers", "slurm_partition", "slurm_time", "slurm_option"),
+    },
+}
+_ONLY_WITH = {
+    "adopt": {"append_eod"},
+    "benchmarks": {"drop_contaminated"},
+    "template": {"max_turns", "max_tokens"},
+    "recipe": {"list", "origin"},
+    "dedup": {"near", "order"},
+    "near": {"exact_only"},
+}
+
+
+def check_together(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """ValueError for flags that mean nothing beside the others: none is left out without a word."""
+    given = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
+    for flag, names in _NOT_WITH.items():
+        _refuse(given & names if flag in given else (), "not with", flag)
+    for flag, names in _ALONE_WITH.items():
+        _refuse(given - names - {flag} if flag in given else (), "not with", flag)
+    for flag, names in _ONLY_WITH.items():
+        _refuse(given & names if flag not in given else (), "only with", flag)
+    if not given & {"output", "show_dropped", "verify", "list"}:
+        raise ValueError("--output: is missing; give the folder that is to hold what is made")
+
+
+def _refuse(names: Iterable[str], how: str, flag: str) -> None:
+    def spelt(name: str) -> str:
+        return "--" + {"inputs": "input", "languages": "language"}.get(name, name).replace("_", "-")
+
+    if names:
+        raise ValueError(f"{' '.join(map(spelt, sorted(names)))}: {how} {spelt(flag)}")
 
 
 def add_input_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -51,8 +102,23 @@ def add_screening_flags(parser: argparse.ArgumentParser) -> None:
         ' manifest counts those that are found')  # fmt: skip
     add('--drop-contaminated', action='store_true',
         help='with --benchmarks: documents that hold such items are left out')  # fmt: skip
-    add('--show-dropped', action=ShowDropped, metavar='DATA/NAME',
-        help='show documents that the filters dropped of a prepared source, and end')  # fmt: skip
+    add('--show-dropped', metavar='DATA/NAME',
+        help='show documents that the filters dropped of a source, do no more')  # fmt: skip
+
+
+def add_data_root_flags(parser: argparse.ArgumentParser) -> None:
+    """What is done with whole data roots."""
+    add = parser.add_argument_group("data roots, in place of --source and --input").add_argument
+    add("--verify", metavar="DATA", help="compare the sources below DATA with their manifests")
+    add('--dedup', metavar='DATA',
+        help='write the sources below DATA to --output without the copies in them')  # fmt: skip
+    add('--near', nargs='?', const=FINEWEB, type=_near, metavar='NAME=N,...',
+        help='near copies too, by MinHash; without a value by the parameters of FineWeb, '
+        + ','.join(f'{name}={value}' for name, value in FINEWEB.items()))  # fmt: skip
+    add('--order', nargs='+', default=[], metavar='NAME',
+        help='of copies the source named first keeps one; the others follow by name')  # fmt: skip
+    add('--exact-only', nargs='+', default=[], metavar='NAME',
+        help='sources, such as code, whose near copies stay')  # fmt: skip
 
 
 def add_chat_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +157,17 @@ def _keep(text: str) -> list[str]:
     if not (key and equals and pattern):
         raise argparse.ArgumentTypeError(f"{text}: write KEY=PATTERN, as in source=OSCAR*")
     return [key, pattern]
+
+
+def _near(text: str) -> dict[str, int]:
+    near = dict(FINEWEB)
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in near or not value.isdecimal() or not 1 <= int(value) <= 1000:
+            usual = ",".join(f"{name}={value}" for name, value in FINEWEB.items())
+            raise argparse.ArgumentTypeError(f"{part}: write any of {usual}, numbers up to 1000")
+        near[name] = int(value)
+    return near
 
 
 def _split_on(text: str) -> str:

@@ -10,14 +10,14 @@ DATA/NAME/manifest.json    written last
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,7 @@ from datatrove.pipeline.base import PipelineStep
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
-from stablelm_jax.preparation import (
-    chunks,
-    filters,
-    held_out,
-    hub,
-    inputs,
-    keeping,
-    streams,
-)
+from stablelm_jax.preparation import chunks, held_out, hub, inputs, streams
 from stablelm_jax.preparation.account import Account, list_left_out
 from stablelm_jax.preparation.contamination import (
     CONTAMINATED_NAME,
@@ -43,10 +35,11 @@ from stablelm_jax.preparation.contamination import (
     certificate,
     write_hits,
 )
-from stablelm_jax.preparation.conversations import MAX_TURNS, ChatEncoder, Documents, kind_of_form
+from stablelm_jax.preparation.conversations import ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
-from stablelm_jax.preparation.finding import LeftOut, shown
+from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
+from stablelm_jax.preparation.job import RECIPE, difference, settings_of
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.outputs import (
     SCRATCH,
@@ -62,23 +55,13 @@ from stablelm_jax.preparation.outputs import (
 from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample, Screen
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import TokenizeChunk, documents_of
+from stablelm_jax.preparation.why_empty import why_empty
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.storage.remote import as_path, described, is_url
-from stablelm_jax.tokenizer.chat import chat_template
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-# Changes when the same inputs and settings would give other bytes.
-RECIPE = 3
-# 1 GiB of int32: large files for a file system, small ones for a copy or a retry.
-SHARD_TOKENS = 1 << 28
-
 _ALLOW_UNREAD = "--allow-unread"
-_NOT_IN_THE_BYTES = (
-    'source', 'inputs', 'output', 'tokenizer', 'ranks', 'allow_unread', 'adopt', 'recipe',
-    'drop_contaminated', 'store',
-)  # fmt: skip
-# Settings that the others lack.
-_WHERE_ASKED_FOR = ("append_eod", "held_out_by", "keep", "sample", "filters", "benchmarks")
+_INPUT_FILES = "input files (names, sizes or dates)"
 # Of a source of fewer bytes of text, what is held out is chosen among the documents that the
 # filters keep: they judge it twice, which takes them seconds.
 _FILTERED_TWICE = 4_000_000
@@ -86,39 +69,6 @@ _FILTERED_TWICE = 4_000_000
 
 class PreparationError(ValueError):
     """The source cannot be made as things stand; the message says why and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What to prepare; the flags of `prepare` say what each field means."""
-
-    source: str
-    inputs: list[str]
-    output: str
-    tokenizer: str
-    ranks: str | None
-    format: str
-    text_key: str
-    split_on: str | None
-    held_out: float
-    shard_tokens: int
-    languages: list[str]
-    licence: str
-    provenance: dict[str, str]
-    allow_unread: bool = False
-    adopt: bool = False  # the inputs are prefixes of tokenised files
-    append_eod: bool = False
-    template: str | None = None
-    max_turns: int = MAX_TURNS
-    max_tokens: int | None = None
-    held_out_by: str | None = None
-    keep: list[list[str]] | None = None
-    sample: int | None = None  # documents that are read, in place of all
-    recipe: Mapping[str, Any] | None = None  # what a recipe says of the place, for the manifest
-    filters: Sequence[str] = ()
-    benchmarks: str | None = None
-    drop_contaminated: bool = False
-    store: str = ""  # URL that the source is sent to once it is made in `output`
 
 
 class Preparation:
@@ -139,9 +89,8 @@ class Preparation:
 
     plan: Plan
     account: Account
-    look = staticmethod(held_out.look)  # of several sources in the same files, one for all
 
-    def __init__(self, job: Job):
+    def __init__(self, job: argparse.Namespace):
         self.job = job
         self.directory = pathlib.Path(os.path.abspath(job.output)) / job.source
         self.place = as_path(job.store) / job.source if job.store else None
@@ -149,69 +98,66 @@ class Preparation:
         self._plan_path, self.outputs = self._work / "plan.json", self._work / "outputs"
         self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer, ranks=job.ranks)
         self._ids = TokenisedReader(self.tokenizer, job.append_eod)
-        self.left_out: list[inputs.LeftOut] = []
-        # What was begun goes on at the revisions that its repositories of the Hub had then.
-        path = self._work / "revisions.json"
-        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self._begun_at = begun.get("revisions", {})
-        self.revisions = dict(self._begun_at) if begun.get("inputs") == job.inputs else {}
+        self.revisions = self._begun_at()
+        self.left_out: list[LeftOut] = []
         self.files = self._find(self.left_out)
-        for file in self.files:
-            if file.path.startswith(f"{self.directory}{os.sep}"):
-                raise inputs.InputError(
-                    f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
-                )
-        inputs.check_split(job.split_on, self.files)
-        unknown = [item for item in self.left_out if item.size is None]
-        if unknown and not job.allow_unread:
-            raise inputs.InputError(
-                f"--input: {unknown[0].name} {unknown[0].reason}; give yourself the permission, or"
-                f" pass {_ALLOW_UNREAD} to do without"
-            )
+        self._check_files()
         self.input_bytes = sum(file.size or 0 for file in self.files)
         self.reasons: collections.Counter = collections.Counter()
         self.dropped: collections.Counter = collections.Counter()
-        # All that the bytes of the source follow from.
-        self._settings = {
-            "recipe": RECIPE,
-            "inputs_sha256": inputs.fingerprint(self.files),
-            "tokenizer_sha256": self.tokenizer.sha256,
-            **dataclasses.asdict(job),
-        }
-        for name in _NOT_IN_THE_BYTES:
-            del self._settings[name]
-        self._settings["filters"] = filters.in_full(job.filters, job.languages)
         self._benchmarks = Benchmarks(job.benchmarks) if job.benchmarks else None
-        if self._benchmarks:
-            asked = {"sha256": self._benchmarks.sha256, "drop": job.drop_contaminated}
-            self._settings["benchmarks"] = asked
-        for name in _WHERE_ASKED_FOR:  # as those of earlier releases
-            if not self._settings[name]:
-                del self._settings[name]
-        if self._settings.pop("template"):
-            self._settings["chat"] = chat_template(job.template, self.tokenizer).to_json()
-        else:
-            del self._settings["max_turns"], self._settings["max_tokens"]
+        self._settings = settings_of(job, self.files, self.tokenizer, self._benchmarks)
         self._screen = Screen.of(self._settings)
 
-    def _find(self, left_out: list[inputs.LeftOut] | None = None) -> list[inputs.InputFile]:
-        if self.job.adopt:
-            return find_tokenised(self.job.inputs, self._ids)
+    def _begun_at(self) -> dict[str, str]:
+        """The revisions of the Hub at which the same inputs were begun, to go on with."""
+        path = self._work / "revisions.json"
+        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return begun.get("revisions", {}) if begun.get("inputs") == self.job.inputs else {}
+
+    def _find(self, left_out: list[LeftOut]) -> list[InputFile]:
+        """What is to be read; `left_out` gets what is not."""
         job = self.job
+        if job.adopt:
+            return find_tokenised(job.inputs, self._ids)
         files = inputs.find_files(job.inputs, job.format, left_out, job.tokenizer, self.revisions)
         if not job.sample:
             return files
         chosen = chunks.spread(files, chunks.SAMPLE_PLACES)
         others = [file for file in files if file not in chosen]
-        if left_out is not None:
-            left_out += [LeftOut(file.name, "not in the sample", file.size) for file in others]
+        left_out += [LeftOut(file.name, "not in the sample", file.size) for file in others]
         return chosen
+
+    def _check_files(self) -> None:
+        for file in self.files:
+            if file.path.startswith(f"{self.directory}{os.sep}"):
+                raise InputError(
+                    f"--input: {file.name} lies in the output {self.directory}; write elsewhere"
+                )
+        inputs.check_split(self.job.split_on, self.files)
+        unknown = [item for item in self.left_out if item.size is None]
+        if unknown and not self.job.allow_unread:
+            raise InputError(
+                f"--input: {unknown[0].name} {unknown[0].reason}; give yourself the permission, or"
+                f" pass {_ALLOW_UNREAD} to do without"
+            )
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps a second process from working on the same source at the same time.
+
+        Entering it raises BlockingIOError, which names the other one.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        is_made = (self.directory / manifest.MANIFEST_NAME).exists()
+        if is_made and not os.access(self.directory, os.W_OK):
+            return contextlib.nullcontext()  # it may only be read
+        return only_one(self.directory / ".lock")
 
     def finished(self) -> SourceManifest | None:
         """The manifest if this very job was done before and its shards are all there.
 
         Raises:
-          PreparationError: something else was prepared, or is being prepared, under this name.
+          PreparationError: something else was prepared under this name.
           ManifestError, ShardError: what was prepared is damaged.
         """
         for place in filter(None, (self.directory, self.place)):
@@ -220,108 +166,66 @@ class Preparation:
                 break
         else:
             return None
+        files, then = _INPUT_FILES, found.provenance.get("revisions", {})
+        if then and self.revisions and then != self.revisions:
+            names = hub.pinned_names(then), hub.pinned_names(self.revisions)
+            files = "files of the Hub, {} (now it is {})".format(*names)
         # Shards of an earlier recipe are others, but no worse for a run.
         settings = {**found.provenance.get("settings", {}), "recipe": RECIPE}
-        revisions = found.provenance.get("revisions", {})
-        self._compare(settings, f"{place} was prepared", revisions)
+        if differs := difference(self._settings, settings, files):
+            raise self._other(f"{place} was prepared", differs)
         manifest.verify(place, found)
         shutil.rmtree(self._work, ignore_errors=True)
         return found
 
-    def _differing(self, theirs: Mapping) -> list[str]:
-        """The settings that are not `theirs`. Some are there only where they are asked for."""
-        names = dict.fromkeys([*self._settings, "chat", *_WHERE_ASKED_FOR])
-        return [name for name in names if theirs.get(name) != self._settings.get(name)]
-
-    def _compare(self, theirs: Mapping, what: str, revisions: Mapping[str, str]) -> None:
-        files = "input files (names, sizes or dates)"
-        if revisions and self.revisions and revisions != self.revisions:
-            then, now = hub.pinned_names(revisions), hub.pinned_names(self.revisions)
-            files = f"files of the Hub, {then} (now it is {now})"
-        for key in self._differing(theirs):
-            differs = {
-                "inputs_sha256": files,
-                "tokenizer_sha256": "tokenizer",
-                "chat": "chat template",
-                "filters": "filters, parameters of them, or versions of what they run on",
-            }.get(key, f"{key} ({theirs.get(key)!r}, not {self._settings.get(key)!r})")
-            raise PreparationError(
-                f"{what} with other {differs}: ask for the same, choose another --source, or remove"
-                f" {self.directory}"
-            )
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps a second process from working on the same source at the same time.
-
-        Raises BlockingIOError, which names the other one.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(only_one(self.directory / ".lock"))
-            except OSError as error:
-                # A finished source that may only be read has nothing to protect.
-                is_finished = (self.directory / manifest.MANIFEST_NAME).exists()
-                if isinstance(error, BlockingIOError) or not is_finished:
-                    raise
-            yield
-
-    def begin(self) -> bool:
-        """Cuts the inputs and decides what is held out; True if earlier work is gone on with."""
-        resumed = self._plan_path.exists()
-        if resumed:
-            self.plan = Plan.read(self._plan_path)
-            resumed = not self._is_of_no_use()
-        if resumed:
-            what = f"{self.directory} was begun, not finished,"
-            self._compare(self.plan.settings, what, self._begun_at)
-        else:
-            if (self._work / "settings.json").exists():
-                raise PreparationError(
-                    f"{self._work} was begun by an earlier release: finish it with that one, or "
-                    "remove it to begin anew"
-                )
-            shutil.rmtree(self._work, ignore_errors=True)
-            # Shards of a preparation whose manifest somebody deleted to make it anew.
-            for split in SPLITS:
-                for path in self.directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].*"):
-                    path.unlink()
-            self._work.mkdir()
-            cut, seen, kind = self._first_look()
-            rule = held_out.choose(seen, self.job.held_out, bool(self.job.held_out_by))
-            settings = self._settings | ({"kind": kind} if "chat" in self._settings else {})
-            self.plan = Plan(settings, rule, cut)
-            if self.revisions:
-                begun = {"inputs": self.job.inputs, "revisions": self.revisions}
-                write_json(self._work / "revisions.json", begun)
-            write_json(self._plan_path, self.plan)
-        self.outputs.mkdir(exist_ok=True)
-        return resumed
-
-    def _is_of_no_use(self) -> bool:
-        """Whether what other settings, or other inputs, left behind is nothing to keep."""
-        differs = set(self._differing(self.plan.settings))
-        if not differs:
-            return False
-        if (self._work / "logs" / "slurm_job").exists():  # which may still run
-            return False
-        now = {file.path: (file.size, file.version) for file in self.files}
-        for file in {file for chunk in self.plan.chunks for file in chunk.files}:
-            as_now = now.get(file.path, (file.size, file.version))
-            is_gone = not is_url(file.path) and not os.path.exists(file.path)
-            if is_gone or as_now != (file.size, file.version):
-                return True
-        outputs = list(map(read_output, self.outputs.glob("[0-9]*-*")))
-        filled = {split for output in outputs for split in output.shards}
-        # All was read, and refused or not as it was meant; or there is nothing yet.
-        is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
-        is_read_anew = not differs.isdisjoint({*Reading._fields, "filters", "benchmarks"})
-        return (is_done and (is_read_anew or len(filled) < len(SPLITS))) or not any(
-            sum(output.tokens.values()) for output in outputs
+    def _other(self, what: str, differs: str) -> PreparationError:
+        return PreparationError(
+            f"{what} with other {differs}: ask for the same, choose another"
+            f" --source, or remove {self.directory}"
         )
 
-    def _first_look(self) -> tuple[list[chunks.Chunk], held_out.Look, str]:
+    def begin(self, look: Callable[..., held_out.Look] | None = None) -> bool:
+        """Cuts the inputs and decides what is held out; True if earlier work is gone on with.
+
+        `look`: in place of `held_out.look`. PreparationError: other work was begun here.
+        """
+        if self._plan_path.exists():
+            self.plan = Plan.read(self._plan_path)
+            differs = difference(self._settings, self.plan.settings, _INPUT_FILES)
+            if not differs:
+                return True
+            if not self._is_of_no_use():
+                raise self._other(f"{self.directory} was begun, not finished,", differs)
+        shutil.rmtree(self._work, ignore_errors=True)
+        # What a preparation left that was refused, or whose manifest somebody deleted.
+        for pattern in (*(f"{split}-[0-9]*" for split in SPLITS), "*.jsonl"):
+            for path in self.directory.glob(pattern):
+                path.unlink()
+        self.outputs.mkdir(parents=True)
+        cut, seen, kind = self._first_look(look or held_out.look)
+        rule = held_out.choose(seen, self.job.held_out, bool(self.job.held_out_by))
+        settings = self._settings | ({"kind": kind} if "chat" in self._settings else {})
+        self.plan = Plan(settings, rule, cut)
+        if self.revisions:
+            begun = {"inputs": self.job.inputs, "revisions": self.revisions}
+            write_json(self._work / "revisions.json", begun)
+        write_json(self._plan_path, self.plan)
+        return False
+
+    def _is_of_no_use(self) -> bool:
+        """Whether what was begun with other settings was refused once all was read, or is nothing.
+
+        What is half done is somebody's work, and a job of SLURM may still run.
+        """
+        if (self._work / "logs" / "slurm_job").exists():
+            return False
+        outputs = list(map(read_output, self.outputs.glob("[0-9]*-*")))
+        is_done = sum(output.last for output in outputs) == len(self.plan.chunks)
+        return is_done or not any(sum(output.tokens.values()) for output in outputs)
+
+    def _first_look(
+        self, look: Callable[..., held_out.Look]
+    ) -> tuple[list[chunks.Chunk], held_out.Look, str]:
         """How the input is cut, what was seen of it, and what most of its conversations are."""
         reading, kinds = Reading.of(self._settings), collections.Counter()
 
@@ -329,28 +233,51 @@ class Preparation:
             kinds[kind_of_form(text)] += 1
             return True
 
+        def usable(text: str) -> bool:
+            (made,) = documents_of([text], self.tokenizer, chats, self._screen)
+            return isinstance(made, Documents)
+
         try:
             sample = self.job.sample
             cut = chunks.cut_sample(self.files, sample) if sample else chunks.cut(self.files)
-            seen = self.look(cut, reading, count, self._ids)
+            seen = look(cut, reading, count, self._ids)
             kind = max(sorted(kinds), key=kinds.get, default="")
-            is_small = sum(size for _, size in seen.found.values()) < _FILTERED_TWICE
-            is_small = is_small and bool(self._screen)
+            size = sum(size for _, size in seen.found.values())
+            is_small = bool(self._screen) and size < _FILTERED_TWICE
             if seen.whole and (len(seen.found) < held_out.FEW_DOCUMENTS or is_small):
                 # The few that are held out must not be such that are refused.
                 chats = ChatEncoder.of({**self._settings, "kind": kind}, self.tokenizer)
-
-                def usable(text: str) -> bool:
-                    (made,) = documents_of([text], self.tokenizer, chats, self._screen)
-                    return isinstance(made, Documents)
-
                 seen = held_out.look(cut, reading, usable, self._ids)
+        except (ValueError, OSError):
+            raise
         except Exception as error:  # of a driver: each raises its own
-            if isinstance(error, ValueError | OSError):
-                raise
             text = f"reading the input failed, {described(error)}; {remedy(error)}"
             raise PreparationError(text) from error
         return cut, seen, kind
+
+    def step(self) -> TokenizeChunk:
+        """What a worker, which may have another working directory, does for this source."""
+        job, name = self.job, self.job.tokenizer
+        name = os.path.abspath(name) if os.path.exists(name) else name
+        ranks = job.ranks and os.path.abspath(job.ranks)
+        benchmarks = job.benchmarks and os.path.abspath(job.benchmarks)
+        return TokenizeChunk(self._plan_path, self.outputs, name, ranks, benchmarks)
+
+    def run(self, executor: Executor, step: PipelineStep, logs: str) -> None:
+        """Runs a step for every chunk; TasksFailed, with the place if it is known, if one fails."""
+        try:
+            executor.run(step, len(self.plan.chunks), self._work / logs)
+        except TasksFailed as error:
+            self._look_again()  # a file that went away may be the reason
+            at = "; ".join(filter(None, map(self._place_of, error.killed)))
+            raise TasksFailed(f"{error}" + (f". It was at work near {at}" if at else "")) from error
+
+    def _place_of(self, process: int) -> str:
+        """Where in the input a local worker was, which was killed."""
+        for path in self.outputs.glob(f"{SCRATCH}*-{process}-*"):
+            with contextlib.suppress(OSError, ValueError):
+                return read_output(path).place
+        return ""
 
     def tokenize(self, executor: Executor) -> list[Output]:
         """The outputs of every chunk, in order, made where they are not there yet.
@@ -376,9 +303,10 @@ class Preparation:
         self._list_rejected(outputs)
         self._list_dropped(outputs)
         list_left_out(self.directory / "left_out.jsonl", self.left_out)
-        self._check_documents(outputs)
         read = "read from its beginnings as" if self.job.sample else "read as"
         self.account = Account.of(self.files, [each.files for each in outputs], self.left_out, read)
+        if why := why_empty(self.job, outputs, self.reasons, self.dropped, self.directory):
+            raise PreparationError(why)
         if (refusal := self.account.refusal()) and not self.job.allow_unread:
             raise PreparationError(
                 f"{refusal}; all is listed in {self.directory} (rejected.jsonl, left_out.jsonl);"
@@ -387,49 +315,23 @@ class Preparation:
             )
         return outputs
 
-    def step(self) -> TokenizeChunk:
-        """What a worker does for this source."""
-        job, name = self.job, self.job.tokenizer
-        # Workers may have another working directory.
-        name = os.path.abspath(name) if os.path.exists(name) else name
-        ranks = job.ranks and os.path.abspath(job.ranks)
-        benchmarks = job.benchmarks and os.path.abspath(job.benchmarks)
-        return TokenizeChunk(self._plan_path, self.outputs, name, ranks, benchmarks)
-
-    def run(self, executor: Executor, step: PipelineStep, logs: str) -> None:
-        """Runs a step for every chunk; TasksFailed, with the place if it is known, if one fails."""
-        try:
-            executor.run(step, len(self.plan.chunks), self._work / logs)
-        except TasksFailed as error:
-            self._look_again()  # a file that went away may be the reason
-            at = "; ".join(filter(None, map(self._place_of, error.killed)))
-            raise TasksFailed(f"{error}" + (f". It was at work near {at}" if at else "")) from error
-
-    def _place_of(self, process: int) -> str:
-        """Where in the input a local worker was, which was killed."""
-        for path in self.outputs.glob(f"{SCRATCH}*-{process}-*"):
-            with contextlib.suppress(OSError, ValueError):
-                return read_output(path).place
-        return ""
-
     def _look_again(self) -> None:
         """PreparationError if an input is not what was read any more; notes files that came."""
         try:
-            now = {file.path: file for file in self._find()}
-        except inputs.InputError:
+            now = {file.path: file for file in self._find([])}
+        except InputError:
             if any(map(is_url, self.job.inputs)):  # perhaps only a network that fails
                 raise
             now = {}
         for file in self.files:
-            then, seen = (file.size, file.version), now.pop(file.path, None)
-            if seen is not None and then == (seen.size, seen.version):
-                continue
-            self._plan_path.unlink()  # what was made of it is worth nothing
-            what = "changed" if seen else "went away"
-            raise PreparationError(
-                f"{file.name} {what} while it was read: wait until nothing writes to the input any"
-                " more, then run the same command again, which begins anew"
-            )
+            seen = now.pop(file.path, None)
+            if seen is None or (file.size, file.version) != (seen.size, seen.version):
+                self._plan_path.unlink()  # what was made of it is worth nothing
+                raise PreparationError(
+                    f"{file.name} {'changed' if seen else 'went away'} while it was read: wait"
+                    " until nothing writes to the input any more, then run the same command again,"
+                    " which begins anew"
+                )
         for file in now.values():
             self.left_out.append(LeftOut(file.name, "came while others were read", file.size or 0))
 
@@ -445,51 +347,12 @@ class Preparation:
     def _list_dropped(self, outputs: list[Output]) -> None:
         """Writes some of the documents that the filters dropped, and counts all of them."""
         self.dropped, sample = dropped_by(outputs), DroppedSample()
-        listed = rows_of(self.outputs, outputs, self.plan, DROPPED_NAME) if self._screen else ()
-        for row in listed:
+        if not self._screen:
+            return
+        for row in rows_of(self.outputs, outputs, self.plan, DROPPED_NAME):
             kind = str(Dropped(row["by"], row["reason"]))
             sample.add_row({**row, "of": self.dropped[kind]})
-        path = self.directory / DROPPED_NAME
-        sample.write(path) if self._screen else path.unlink(missing_ok=True)
-
-    def _check_documents(self, outputs: list[Output]) -> None:
-        filled = {split for output in outputs for split in output.shards}
-        if len(filled) == len(SPLITS):
-            return
-        if filled:
-            side = "train on" if "held_out" in filled else "hold out"
-            problem = f"no document to {side}: it needs two different ones, one of them held out"
-            if self.job.held_out_by:
-                problem = f"no usable document to {side}; change --held-out {self.job.held_out:g}"
-            elif not self.job.template:
-                problem += "; add documents, or cut long texts: --split-on blank-lines, or 64kB"
-        elif self.job.keep and not any(output.kept for output in outputs):
-            problem = f"no record is kept by --keep {' '.join(map('='.join, self.job.keep))}"
-            seen = keeping.total(output.not_kept for output in outputs)
-            problem += f"; there are: {', '.join(seen) or 'no records at all'}"
-        elif self.dropped:
-            kind, count = self.dropped.most_common(1)[0]
-            problem = (
-                f"no document is left: the filters dropped {self.dropped.total():,}, {count:,} of"
-                f' them by "{kind}"; look at some with --show-dropped {self.directory}, and give'
-                " --language or other parameters"
-            )
-        elif not self.reasons:
-            problem = f"no document in {len(self.files)} files: all are empty"
-        else:
-            reason, count = self.reasons.most_common(1)[0]
-            problem = (
-                f'no usable document: {self.reasons.total()} rejected, {count} of them "{reason}"'
-            )
-            if reason.startswith("no key to hold out by"):
-                problem += f"; --held-out-by {self.job.held_out_by} is no key of the records"
-            elif reason.startswith(("no key", "no column")):
-                problem += "; --text-key names the key"
-            if reason.startswith("a conversation"):
-                problem += "; --template zephyr, chatml, tokenizer or a Jinja file takes them"
-        if self.reasons:
-            problem += f" (what was rejected is listed in {self.directory / 'rejected.jsonl'})"
-        raise PreparationError(problem)
+        sample.write(self.directory / DROPPED_NAME)
 
     def collate(self, outputs: list[Output]) -> SourceManifest:
         """Gives the shards their names, writes the manifest, removes what only the work needed."""
@@ -505,23 +368,7 @@ class Preparation:
             unigram_entropy=manifest.unigram_entropy(counts),
             languages=tuple(job.languages),
             licence=job.licence,
-            provenance={
-                **job.provenance,
-                "inputs": [shown(name) for name in job.inputs],
-                "input_files": len(self.files),
-                "input_bytes": self.input_bytes,
-                **({"revisions": self.revisions} if self.revisions else {}),
-                "found": {
-                    end: {"files": files, "bytes": size}
-                    for end, (files, size) in self.account.ends.items()
-                },
-                "unread_bytes": self.account.unread_bytes,
-                "settings": self._settings,
-                "held_out": self.plan.held_out._asdict(),
-                **provenance_of(outputs, self._settings),
-                **({"recipe": job.recipe} if job.recipe else {}),
-                **self._contaminated(outputs),
-            },
+            provenance=self._provenance(outputs),
             rejected=self.reasons.total(),
             kind=self.plan.settings.get("kind", "text"),
             chat=self._settings.get("chat", {}),
@@ -530,6 +377,25 @@ class Preparation:
         manifest.write_manifest(self.directory, made)
         shutil.rmtree(self._work, ignore_errors=True)
         return made
+
+    def _provenance(self, outputs: list[Output]) -> dict[str, Any]:
+        return {
+            **self.job.provenance,
+            "inputs": [shown(name) for name in self.job.inputs],
+            "input_files": len(self.files),
+            "input_bytes": self.input_bytes,
+            **({"revisions": self.revisions} if self.revisions else {}),
+            "found": {
+                end: {"files": files, "bytes": size}
+                for end, (files, size) in self.account.ends.items()
+            },
+            "unread_bytes": self.account.unread_bytes,
+            "settings": self._settings,
+            "held_out": self.plan.held_out._asdict(),
+            **provenance_of(outputs, self._settings),
+            **({"recipe": self.job.facts} if self.job.facts else {}),
+            **self._contaminated(outputs),
+        }
 
     def _contaminated(self, outputs: list[Output]) -> dict[str, Any]:
         """The certificate, and the list that it counts beside the manifest."""

@@ -71,10 +71,10 @@ def filters_asked(source: RecipeSource, asked: Sequence[str]) -> Sequence[str]:
 
 
 def _place(source: RecipeSource, asked: str | None) -> int:
-    """The number of the place that `--origin` asks for, from 1; by default the first one."""
+    """The number of the place that `--origin` asks for, from 1; else, and for want of it, 1."""
     states = [origin.state for origin in source.origins]
-    if asked == SUBSTITUTE and SUBSTITUTE in states:
-        return states.index(SUBSTITUTE) + 1
+    if asked == SUBSTITUTE:
+        return states.index(SUBSTITUTE) + 1 if SUBSTITUTE in states else 1
     if asked is None or (asked.isdecimal() and 0 < int(asked) <= len(states)):
         return int(asked or 1)
     known = ", ".join(f"{number} ({state})" for number, state in enumerate(states, 1))
@@ -107,20 +107,18 @@ def elsewhere(recipe: Recipe, name: str, asked: str | None) -> str:
     return f"{take}read a copy of yours, --input; or train without it, with the weights above"
 
 
-def weights(recipe: Recipe) -> dict[str, float]:
-    """Source -> weight in the recipe's config; by the tokens that were reported if it has none."""
-    if not recipe.config:
-        return {source.name: float(source.tokens) for source in recipe.sources}
-    from stablelm_jax.config import load  # a second, which few need
-
-    return load(config_path(recipe)).data.weights.to_dict()
-
-
 def weights_without(recipe: Recipe, missing: Sequence[str]) -> str:
-    """The flags that train without these sources, the weights of the others adding up to 1."""
-    left = {name: w for name, w in weights(recipe).items() if name not in missing}
-    whole = sum(left.values())
-    if not whole:
+    """The flags that train without these sources, the weights of the others adding up to 1.
+
+    The weights are those of the recipe's config; without one, they follow the reported tokens.
+    """
+    weights = {source.name: float(source.tokens) for source in recipe.sources}
+    if recipe.config:
+        from stablelm_jax.config import load  # a second, which few need
+
+        weights = load(config_path(recipe)).data.weights.to_dict()
+    left = {name: weight for name, weight in weights.items() if name not in missing}
+    if not (whole := sum(left.values())):
         return ""
     now = dict.fromkeys(missing, 0.0) | {name: weight / whole for name, weight in left.items()}
     flags = " \\\n".join(f"  --config.data.weights.{name}={now[name]:.5f}" for name in now)

@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
-import collections
+import itertools
 import json
 import pathlib
-import sys
+
+from rich.console import Console
 
 from stablelm_jax.preparation.finding import shown
 from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped
-from stablelm_jax.run.console import make_console
 
 
-class ShowDropped(argparse.Action):
-    """Shows and ends the program, as --help does, whatever else is missing."""
+def show_dropped(directory: str, console: Console) -> None:
+    """Prints the sample of each filter and reason, the most frequent first.
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            _show(pathlib.Path(values))
-        except OSError as error:
-            print(
-                f"prepare: --show-dropped {values}: {error}; name the folder of a source that was"
-                " prepared with --filters",
-                file=sys.stderr,
-            )
-            raise SystemExit(2) from None
-        raise SystemExit(0)
-
-
-def _show(directory: pathlib.Path) -> None:
-    """Prints the sample of each filter and reason, the most frequent first."""
-    rows = collections.defaultdict(list)
-    with open(directory / DROPPED_NAME, encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            rows[str(Dropped(row["by"], row["reason"]))].append(row)
-    console = make_console(highlight=False, soft_wrap=True)
-    for kind, sample in sorted(rows.items(), key=lambda item: -item[1][0]["of"]):
-        console.print(f"{kind}: {sample[0]['of']:,} documents, {len(sample)} of them:\n")
+    ValueError where the source has none.
+    """
+    try:
+        with open(pathlib.Path(directory) / DROPPED_NAME, encoding="utf-8") as lines:
+            rows = list(map(json.loads, lines))
+    except OSError as error:
+        raise ValueError(
+            f"--show-dropped {directory}: {error}; name the folder of a source that was prepared"
+            " with --filters"
+        ) from error
+    total, kinds = 0, itertools.groupby(rows, key=lambda row: (row["by"], row["reason"]))
+    for sample in sorted((list(of) for _, of in kinds), key=lambda sample: -sample[0]["of"]):
+        kind, count = Dropped(sample[0]["by"], sample[0]["reason"]), sample[0]["of"]
+        console.print(f"{kind}: {count:,} documents, {len(sample)} of them:\n")
         for row in sample:
-            console.print(
-                f"  {row['file']}, line {row['line']:,}: {row['characters']:,} characters"
-            )
-            text = "\n".join(f"    {shown(line)}" for line in row["beginning"].splitlines() if line)
-            console.print(f"{text}\n")
-    total = sum(sample[0]["of"] for sample in rows.values())
+            place = f"{row['file']}, line {row['line']:,}: {row['characters']:,} characters"
+            text = (f"    {shown(line)}\n" for line in row["beginning"].splitlines() if line)
+            console.print(f"  {place}\n{''.join(text)}")
+        total += count
     console.print(f"dropped by filters: {total:,} documents of {directory}")

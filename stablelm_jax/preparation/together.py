@@ -8,18 +8,19 @@ killed is gone on with, together or one by one.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from stablelm_jax.preparation import held_out
 from stablelm_jax.preparation.executors import Executor
-from stablelm_jax.preparation.prepare_source import Job, Preparation, PreparationError
+from stablelm_jax.preparation.prepare_source import Preparation, PreparationError
 from stablelm_jax.preparation.tokenize_chunk import TokenizeTogether
 
 
-def groups(jobs: Sequence[Job]) -> list[list[Job]]:
+def groups(jobs: Sequence[argparse.Namespace]) -> list[list[argparse.Namespace]]:
     """The jobs, those together that may read their files at once."""
-    found: dict[Any, list[Job]] = {}
+    found: dict[Any, list[argparse.Namespace]] = {}
     for job in jobs:
         keys = tuple(dict.fromkeys(key for key, _ in job.keep or ()))
         files = (tuple(job.inputs), job.format, job.text_key, job.split_on, keys)
@@ -30,10 +31,14 @@ def groups(jobs: Sequence[Job]) -> list[list[Job]]:
 
 def begin(preparations: Sequence[Preparation]) -> None:
     """Cuts the files and decides what is held out of each source; one first look serves all."""
-    look = _Look(preparations)
+    keeps, seen = [preparation.job.keep for preparation in preparations], []
+
+    def look(cut, reading, *_) -> held_out.Look:
+        seen[:] = seen or held_out.look_at_several(cut, reading, keeps)
+        return seen[keeps.index(reading.keep)]
+
     for preparation in preparations:
-        preparation.look = look
-        preparation.begin()
+        preparation.begin(look)
     if any(other.plan.chunks != preparations[0].plan.chunks for other in preparations):
         names = ", ".join(preparation.job.source for preparation in preparations)
         raise PreparationError(
@@ -45,16 +50,3 @@ def tokenize(preparations: Sequence[Preparation], executor: Executor) -> None:
     """Makes the outputs of all; TasksFailed where some chunk was not done."""
     step = TokenizeTogether([preparation.step() for preparation in preparations])
     preparations[0].run(executor, step, "logs_together")
-
-
-class _Look:
-    """The first look at the sources, taken when the first of them needs it."""
-
-    def __init__(self, preparations: Sequence[Preparation]):
-        self._keeps = [preparation.job.keep for preparation in preparations]
-        self._seen: list[held_out.Look] = []
-
-    def __call__(self, chunks, reading, usable=None, ids=None) -> held_out.Look:
-        if not self._seen:
-            self._seen = held_out.look_at_several(chunks, reading, self._keeps)
-        return self._seen[self._keeps.index(reading.keep)]

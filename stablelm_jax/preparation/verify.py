@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
 from stablelm_jax.data import manifest
-from stablelm_jax.data.manifest import SourceManifest, check_shard, open_shard
-from stablelm_jax.data.shards import ShardError, ShardInfo, read_spans
+from stablelm_jax.data.manifest import SourceManifest, open_shard
+from stablelm_jax.data.shards import Shard, ShardError, ShardInfo, read_spans
 from stablelm_jax.preparation.recipes import Recipe
 from stablelm_jax.storage.remote import RemotePath, as_path
 
-_BLOCK_TOKENS = 1 << 24  # of a shard behind a URL, read at once
+_BLOCK_TOKENS = 1 << 24  # read at once, and the rest of the document that they end in
 # Reported sizes are rounded, and what lies at their place today is not quite what lay there.
 _TOLERANCE = 0.1
 
@@ -58,7 +62,11 @@ def verify_root(data: str, recipe: Recipe | None, workers: int, console: Console
             differences += _of_folder(root / name, name, found[name])
         except manifest.ManifestError as error:
             differences.append(str(error))
-    shards = [(root / name / info.file, info) for name in found for info in found[name].shards]
+    shards = []
+    for name, made in found.items():
+        held_out = _held_out(root / name, made)
+        shards += [(root / name / info.file, info, {}) for info in made.held_out.shards]
+        shards += [(root / name / info.file, info, held_out) for info in made.train.shards]
     with ThreadPoolExecutor(workers) as pool:  # sha256 lets other threads work
         differences += filter(None, pool.map(lambda shard: _of_shard(*shard), shards))
     if len({(made.tokenizer.sha256, made.tokenizer.eod) for made in found.values()}) > 1:
@@ -68,21 +76,31 @@ def verify_root(data: str, recipe: Recipe | None, workers: int, console: Console
     console.print(_table(found, reported))
     for difference in differences:
         console.print(f"differs: {difference}")
-    size = sum(info.bytes for _, info in shards)
+    size = sum(info.bytes for _, info, _ in shards)
     console.print(f"{len(found):,} sources, {len(shards):,} shards, {size:,} bytes read")
     return len(differences)
 
 
-def _of_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> str:
-    """How a shard differs from its manifest: sizes, counts, index and sha256; "" if it does not."""
+def _of_shard(
+    path: pathlib.Path | RemotePath, info: ShardInfo, held_out: Mapping[bytes, int]
+) -> str:
+    """How a shard differs from its manifest: sizes, counts, index and sha256; "" if it does not.
+
+    `held_out`: as of `_held_out`; a train shard that has one of these documents differs too.
+    """
+    copies, digest = 0, hashlib.sha256()
     try:
-        if not isinstance(path, RemotePath):
-            check_shard(path, info)
-            return ""
-        shard, digest = open_shard(path, info), hashlib.sha256()
-        info.compare(path, documents=len(shard.document_offsets) - 1)
-        for first in range(0, info.tokens, _BLOCK_TOKENS):
-            digest.update(shard.read(first, min(first + _BLOCK_TOKENS, info.tokens)))
+        shard = open_shard(path, info)
+        if isinstance(shard, Shard):
+            shard.check()
+        dtype = shard.dtype if isinstance(shard, Shard) else np.dtype("<i4")
+        for tokens, ends in _blocks(shard):
+            digest.update(np.ascontiguousarray(tokens, dtype))
+            lengths = np.diff(ends, prepend=0)
+            # Of nearly all documents the length tells that they are none of those.
+            for number in np.flatnonzero(np.isin(lengths, list(held_out.values()))).tolist():
+                ids = tokens[ends[number] - lengths[number] : ends[number]]
+                copies += _hash(ids) in held_out
         info.compare(path, sha256=digest.hexdigest())
         if info.spans_sha256:
             read_spans(path, info)
@@ -90,7 +108,31 @@ def _of_shard(path: pathlib.Path | RemotePath, info: ShardInfo) -> str:
         return str(error)
     except OSError as error:
         return f"{path}: {error}"
-    return ""
+    remedy = "train on what --dedup makes of it, or prepare it again"
+    return f"{path}: documents that its source holds out too: {copies:,}; {remedy}" * bool(copies)
+
+
+def _held_out(folder: pathlib.Path | RemotePath, made: SourceManifest) -> dict[bytes, int]:
+    """{hash: tokens} of the documents that a source holds out, as far as they can be read."""
+    found = {}
+    for info in made.held_out.shards:
+        with contextlib.suppress(ShardError, OSError):  # told where all shards are looked at
+            for tokens, ends in _blocks(open_shard(folder / info.file, info)):
+                found |= {_hash(ids): len(ids) for ids in np.split(tokens, ends[:-1])}
+    return found
+
+
+def _hash(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids, digest_size=16).digest()
+
+
+def _blocks(shard: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of a shard, some whole documents at a time, and where each of these ends."""
+    offsets = shard.document_offsets
+    starts = np.searchsorted(offsets, np.arange(0, offsets[-1], _BLOCK_TOKENS))
+    for first, last in itertools.pairwise(np.unique([*starts, len(offsets) - 1]).tolist()):
+        ends = offsets[first + 1 : last + 1] - offsets[first]
+        yield shard.read(int(offsets[first]), int(offsets[last])), ends
 
 
 def _of_folder(folder: pathlib.Path | RemotePath, name: str, made: SourceManifest) -> Iterator[str]:

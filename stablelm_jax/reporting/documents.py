@@ -6,14 +6,13 @@ MAX_TOKENS of each document of the sample are kept.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -30,22 +29,15 @@ MAX_LANGUAGES, LANGUAGE_CHARS = 500, 1000  # documents whose language is told, b
 _QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A train document of a source.
+class Found(NamedTuple):
+    """A train document of a source."""
 
-    Attributes:
-      number: in the source, from 0, as `data.skip` counts them; `within`: in its shard.
-      offset: of its first token in the shard; there are `tokens`.
-      ids: the first MAX_TOKENS of them.
-    """
-
-    number: int
-    info: ShardInfo
-    within: int
-    offset: int
+    number: int  # in the source, from 0, as `data.skip` counts them
+    info: ShardInfo  # of its shard
+    within: int  # its number there
+    offset: int  # of its first token there
     tokens: int
-    ids: np.ndarray
+    ids: np.ndarray  # the first MAX_TOKENS of them
 
     def shown(self, source: Source, tokenizer: Tokenizer, note: str) -> Document:
         """For a person, under its number and a note; of a conversation, with its trained spans."""
@@ -60,21 +52,13 @@ class Found:
         return Document(*place, tokenizer.decode(self.ids.tolist()), item, parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What was seen of a source.
+class Sample(NamedTuple):
+    """What was seen of a source."""
 
-    Attributes:
-      shards: how many were opened; all their documents gave `octaves` and `longest`.
-      octaves: int64 [48], how many documents have 2**i to 2**(i + 1) - 1 tokens.
-      longest: the longest documents, longest first.
-      drawn: a random sample, in random order.
-    """
-
-    shards: int
-    octaves: np.ndarray
-    longest: list[Found]
-    drawn: list[Found]
+    shards: int  # how many were opened; all their documents gave `octaves` and `longest`
+    octaves: np.ndarray  # int64 [48], how many documents have 2**i to 2**(i + 1) - 1 tokens
+    longest: list[Found]  # longest first
+    drawn: list[Found]  # a random sample, in random order
 
 
 def open_source(root: str, name: str, tokenizer: str | None) -> tuple[Source, Tokenizer]:

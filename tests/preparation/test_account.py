@@ -168,16 +168,27 @@ def test_a_source_of_which_too_much_was_not_read_is_refused_and_goes_on_with_the
     assert code == 0 and "already prepared" in out
 
 
-def test_what_was_begun_with_files_that_are_gone_or_read_nothing_is_begun_anew(folder, call):
+def test_what_was_refused_is_begun_anew_with_other_files_and_what_was_stopped_is_not(
+    folder, call, monkeypatch
+):
     odd = folder / "in/library.so"
     odd.write_bytes(b"\x7fELF\0\0" + random.Random(0).randbytes(6000))
     assert call()[0] == 1
-    code, _, err = call(inputs=[folder / "in/1.txt", folder / "in/2.txt"])
-    assert code == 1 and "was begun, not finished, with other input files" in err  # it can go on
     odd.unlink()  # as the refusal advises
     code, out, err = call()
     assert code == 0, err
     assert "going on" not in out
+
+    def stopped(executor, step, tasks, logs):
+        step.run(None, 0, tasks)
+        raise executors.TasksFailed("stopped")
+
+    monkeypatch.setattr(chunks, "_MIN_CHUNK_BYTES", 200)
+    monkeypatch.setattr(executors.Executor, "run", stopped)
+    elsewhere = folder / "elsewhere"
+    assert "stopped" in call(output=elsewhere)[2]
+    code, _, err = call(inputs=[folder / "in/1.txt", folder / "in/2.txt"], output=elsewhere)
+    assert code == 1 and "was begun, not finished, with other input files" in err  # it can go on
 
 
 def test_after_a_wrong_key_the_same_command_with_the_right_one_works(folder, call):

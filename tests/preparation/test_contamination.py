@@ -144,4 +144,4 @@ def test_prepare_counts_the_items_in_a_source_and_drops_them_where_asked(
 def test_what_is_to_be_dropped_has_to_be_named(tmp_path, capsys):
     flags = ["--source=a", "--input=x", f"--output={tmp_path}", "--drop-contaminated"]
     assert prepare.main(flags) == 2
-    assert "of which --benchmarks?" in capsys.readouterr().err
+    assert "--drop-contaminated: only with --benchmarks" in capsys.readouterr().err

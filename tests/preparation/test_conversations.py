@@ -468,9 +468,9 @@ def test_a_key_to_hold_out_by_that_no_record_has_is_named_as_such(tmp_path, toke
         (["--template", "alpaca"], "chat template 'alpaca' is unknown: choose one of zephyr"),
         (["--template", "chatml"], "has no special token in '<|im_end|>"),
         (["--template", "tokenizer"], "came with no chat template"),
-        (["--template", "zephyr", "--text-key", "body"], "no --text-key"),
+        (["--template", "zephyr", "--text-key", "body"], "--text-key: not with --template"),
         (["--template", "zephyr", "--max-turns", "0"], "from 1 up"),
-        (["--max-tokens", "5"], "--max-tokens: with --template"),
+        (["--max-tokens", "5"], "--max-tokens: only with --template"),
         (["--template", "zephyr", "--max-tokens", "0"], "from 1 up"),
     ],
 )  # fmt: skip

@@ -351,9 +351,9 @@ def test_sources_named_exact_only_keep_their_near_copies(tmp_path, tokenizer, ca
 RECIPE_OF_OURS = """
 from stablelm_jax.preparation.recipes import Recipe, RecipeSource
 RECIPE = Recipe("ours", (
-    RecipeSource("a", (), dedup_priority=3),
-    RecipeSource("b", (), dedup_priority=1, unfiltered="code"),
-    RecipeSource("not_prepared", (), dedup_priority=0),
+    RecipeSource("not_prepared", ()),
+    RecipeSource("b", (), unfiltered="code"),
+    RecipeSource("a", ()),
 ))
 """
 
@@ -375,7 +375,7 @@ def test_a_recipe_gives_the_order_and_names_what_is_compared_exactly_alone(
     assert texts_of(tmp_path / "out", "b", tokenizer)[0] == [other, text, "y"]
     code, _, error = call(*flags, "--recipe", recipe, "--order", "a")
     assert code == 2
-    assert "--order: a --recipe has one already" in error
+    assert "--order: not with --recipe" in error
 
 
 # stopped, begun again, refused
@@ -443,8 +443,8 @@ def test_what_cannot_be_done_is_refused_by_name(small_root, tmp_path, tokenizer,
             [*good, "--licence", "MIT", "--held-out", "0.1"],
             "--held-out --licence: not with --dedup",
         ),
-        (["--source", "a", "--output", out, "--near"], "--near: with --dedup"),
-        ([*good, "--exact-only", "a"], "--exact-only: without --near"),
+        (["--source", "a", "--output", out, "--near"], "--near: only with --dedup"),
+        ([*good, "--exact-only", "a"], "--exact-only: only with --near"),
     ]:
         code, _, error = call(*arguments)
         assert code == 2

@@ -8,6 +8,7 @@ import pytest
 from stablelm_jax import prepare
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import tokenize_chunk
+from stablelm_jax.preparation.job import job_of
 from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -48,9 +49,7 @@ def prepared(tmp_path, plain, monkeypatch):
         output = tmp_path / f"data_{len(list(tmp_path.iterdir()))}"
         flags = ["--source", "a", "--input", str(tmp_path / "a.jsonl"), "--output", str(output)]
         flags += ["--shard-tokens", str(shard_tokens)]
-        parser = prepare._parser()
-        (job,) = prepare._jobs(parser, flags, parser.parse_args(flags), None, [])
-        preparation = Preparation(job)
+        preparation = Preparation(job_of(prepare._parser().parse_args(flags), "a"))
         monkeypatch.setattr(Preparation, "run", lambda *_: None)  # it is done in this process
         with preparation.locked():
             preparation.begin()

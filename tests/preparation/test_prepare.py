@@ -33,6 +33,7 @@ from stablelm_jax.data.shards import Shard
 from stablelm_jax.preparation import chunks, executors, held_out, tokenize_chunk
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.inputs import find_files
+from stablelm_jax.preparation.job import job_of
 from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.tokenizer.tokenizer import TokenizerError, load_tokenizer
 
@@ -399,7 +400,7 @@ def test_bad_arguments_exit_with_2_and_one_line_that_says_what_to_do(
     for flag, value, message in [
         ("--source", "A-b", "lower case letters"),
         ("--input", tmp_path / "missing.jsonl", "nothing there; check the path"),
-        ("--output", "s3://bucket/data", "give a local folder"),
+        ("--work-folder", tmp_path, "--output is a folder of this machine"),
         ("--output", tmp_path.parent, ""),
         ("--tokenizer", "nonsense", "no tokenizer 'nonsense'"),
         ("--executor", "slurm", "--slurm-partition"),
@@ -558,9 +559,7 @@ def test_an_output_made_twice_is_kept_once(tmp_path):
 def test_a_chunk_whose_last_output_is_gone_is_noticed(tmp_path, tokenizer_file):
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     arguments = command("a", [tmp_path / "a.jsonl"], tmp_path, "--tokenizer", tokenizer_file)[3:]
-    parser = prepare._parser()
-    (job,) = prepare._jobs(parser, arguments, parser.parse_args(arguments), None, [])
-    preparation = Preparation(job)
+    preparation = Preparation(job_of(prepare._parser().parse_args(arguments), "a"))
     with preparation.locked():
         preparation.begin()
         preparation.tokenize(executors.Executor())

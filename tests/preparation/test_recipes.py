@@ -22,6 +22,7 @@ from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.inputs import find_files
 from stablelm_jax.preparation.keeping import NotKept
 from stablelm_jax.preparation.recipes import load_recipe
+from stablelm_jax.run.console import make_console
 
 STABLELM = load_recipe("stablelm_2")
 NAMES = [source.name for source in STABLELM.sources]
@@ -259,17 +260,22 @@ def here(root, apart=False):
 
 
 def job_of(recipe, name, *more):
-    parser, failures = prepare._parser(), []
-    arguments = ["--recipe", "stablelm_2", "--source", name, "--output", "data", *more]
-    jobs = prepare._jobs(parser, arguments, parser.parse_args(arguments), recipe, failures)
+    (job,) = jobs_of(recipe, "--source", name, "--output", "data", *more)
+    return job
+
+
+def jobs_of(recipe, *arguments):
+    parser, arguments = prepare._parser(), ["--recipe", recipe.name, *arguments]
+    flags = parser.parse_args(arguments)
+    jobs, failures = prepare._jobs(parser, arguments, flags, recipe, make_console())
     assert not failures
-    return jobs[0]
+    return jobs
 
 
 def contents(job):
     """What `prepare` reads for a job: texts, and what becomes of the other records."""
     cut = chunks.cut(find_files(job.inputs, job.format))
-    reading = Reading.of(dataclasses.asdict(job))
+    reading = Reading.of(vars(job))
     return [record.content for chunk in cut for record in chunks.read_chunk(chunk, reading)]
 
 
@@ -335,22 +341,31 @@ def test_what_is_given_by_hand_wins_over_the_recipe():
     job = job_of(STABLELM, "culturax_en", *flags)
     assert (job.inputs, job.text_key, job.keep) == (["mine.jsonl"], "body", [["a", "b"]])
     assert (job.licence, job.languages) == ("MIT", ["fr"])
-    assert job.recipe["inputs"] == "given by hand"
+    assert job.facts["inputs"] == "given by hand"
     plain = job_of(STABLELM, "culturax_en")
     assert plain.inputs == ["hf://datasets/uonlp/CulturaX/en/*.parquet"]
     assert (plain.keep, plain.languages) == ([["source", "OSCAR*"]], ["en"])
-    assert (plain.recipe["state"], plain.recipe["certainty"]) == ("as published", "seen")
+    assert (plain.facts["state"], plain.facts["certainty"]) == ("as published", "seen")
+
+
+def test_of_a_source_without_a_substitute_the_first_place_is_read_and_that_is_said(capsys):
+    names = ("culturax_de", "hackernews", "restruct_v1")
+    jobs = jobs_of(STABLELM, "--source", *names, "--origin", "substitute", "--output", "data")
+    assert "fineweb-2/data/deu_Latn" in jobs[0].inputs[0]
+    assert [job.facts["place"] for job in jobs] == [2, 1, 2]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("hackernews: has no substitute; its first place is read")
 
 
 def test_a_whole_commit_is_pinned_and_no_other():
     pinned = {
-        source.name: origin.revision
+        source.name: re.findall("@([^/]+)/", "".join(origin.inputs))
         for source in STABLELM.sources
         for origin in source.origins
-        if origin.revision
+        if "@" in "".join(origin.inputs)
     }
     assert set(pinned) == {"europarl", "pile_of_law"}
-    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in pinned.values())
+    assert all(re.fullmatch("[0-9a-f]{40}", found[0]) for found in pinned.values())
 
 
 # the list
@@ -434,12 +449,12 @@ def test_files_that_are_not_there_and_a_list_that_cannot_be_read_say_so_too(
     ("arguments", "said"),
     [
         (["--recipe", "stablelm_3", "--list"], "there are demo, stablelm_2, and any Python file"),
-        (["--list"], "--recipe stablelm_2 --list"),
+        (["--list"], "--list: only with --recipe"),
         (["--recipe", "stablelm_2", "--source", "C5"], "did you mean c4?"),
         (["--recipe", "stablelm_2", "--source", "c4", "--origin", "9"], "1 (as published)"),
         (["--recipe", "stablelm_2"], "--source: is missing"),
         (["--source", "a", "b", "--input", "x"], "several only out of a --recipe"),
-        (["--source", "a", "--input", "x", "--origin", "2"], "a place of a --recipe"),
+        (["--source", "a", "--input", "x", "--origin", "2"], "--origin: only with --recipe"),
         (["--source", "a", "--input", "x", "--sample", "1"], "--sample: from 2"),
     ],
 )
@@ -480,9 +495,7 @@ def test_the_demo_has_the_sources_of_its_config_where_its_script_leaves_them():
     demo = load_recipe("demo")
     config = config_lib.load(configs_folder() / demo.config)
     assert {source.name for source in demo.sources} == set(config.data.weights)
-    parser, failures = prepare._parser(), []
-    arguments = ["--recipe", "demo", "--source", "all", "--output", "D"]
-    jobs = prepare._jobs(parser, arguments, parser.parse_args(arguments), demo, failures)
+    jobs = jobs_of(demo, "--source", "all", "--output", "D")
     assert [job.inputs for job in jobs][0] == ["D/downloads/libreoffice_help_en.jsonl"]
     assert jobs[1].languages == ["de"] and jobs[1].licence == "MPL-2.0"
 

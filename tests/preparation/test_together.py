@@ -22,6 +22,7 @@ from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.inputs import find_files
 from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.tokenize_chunk import TokenizeTogether
+from stablelm_jax.run.console import make_console
 
 SETS = {"philpapers": "PhilPapers", "hackernews": "HackerNews", "dm_math": "DM Mathematics"}
 SMALL_CHUNKS = str(Path(__file__).with_name("in_small_chunks.py"))
@@ -101,7 +102,7 @@ def test_sources_prepared_together_are_the_bytes_of_each_alone_and_each_shard_is
 def preparations(shards, output, tokenizer_file):
     parser, flags = prepare._parser(), arguments(shards, output, tokenizer_file, *SETS)
     recipe = prepare.load_recipe("stablelm_2")
-    jobs = prepare._jobs(parser, flags, parser.parse_args(flags), recipe, [])
+    jobs, _ = prepare._jobs(parser, flags, parser.parse_args(flags), recipe, make_console())
     (group,) = together.groups(jobs)
     return list(map(Preparation, group))
 

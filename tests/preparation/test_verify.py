@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import fsspec
 import numpy as np
 import pytest
-from prepared import random_documents, write_source
+from prepared import EOD, random_documents, write_source
 from rich.console import Console
 
 from stablelm_jax import prepare
 from stablelm_jax.data import manifest
+from stablelm_jax.preparation import verify as verifying
 from stablelm_jax.preparation.verify import verify_root
 
 
@@ -20,7 +21,8 @@ def root(tmp_path):
     rng = np.random.default_rng(0)
     for name in "ab":
         shards = [random_documents(rng, 20, 9) for _ in range(2)]
-        write_source(tmp_path / "data", name, shards, random_documents(rng, 3, 9))
+        held_out = [[*range(8, last), EOD] for last in (20, 25, 30)]  # longer than the others
+        write_source(tmp_path / "data", name, shards, held_out)
     documents = random_documents(rng, 4, 9)
     write_source(
         tmp_path / "data", "chats", [documents], kind="conversations",
@@ -78,6 +80,24 @@ DAMAGES = {
     ),
     "begun": (lambda root: (root / "d" / ".work").mkdir(parents=True), "d/manifest.json: missing"),
 }
+
+
+def test_documents_that_are_held_out_and_trained_on_too_are_counted(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(1)
+    held_out = [[*rng.integers(8, 64, length).tolist(), EOD] for length in (3, 12, 12, 30)]
+    shards = [[[*rng.integers(8, 64, 12).tolist(), EOD] for _ in range(40)] for _ in range(3)]
+    write_source(tmp_path, "a", shards, held_out)
+    write_source(tmp_path, "b", [held_out], [[8, 8, EOD]])  # another source's are not meant
+    assert verify(capsys, tmp_path)[0] == 0
+    shutil.rmtree(tmp_path / "a")
+    shards[1][7], shards[1][9], shards[2][39] = held_out[1], held_out[3], held_out[1]
+    write_source(tmp_path, "a", shards, held_out)
+    for block in (1 << 24, 50, 1):
+        monkeypatch.setattr(verifying, "_BLOCK_TOKENS", block)
+        code, said, _ = verify(capsys, tmp_path)
+        assert code == 1 and said.count("differs: ") == 2
+        for shard, count in (("train-00001", 2), ("train-00002", 1)):
+            assert f"{shard}.bin: documents that its source holds out too: {count}; train" in said
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -12,14 +12,13 @@ import importlib
 import importlib.util
 import os
 import pathlib
-import re
 
 from stablelm_jax import configs_folder
 
-PUBLISHED, SUBSTITUTE, GONE = STATES = ("as published", "substitute", "gone")
+PUBLISHED, SUBSTITUTE, GONE = ("as published", "substitute", "gone")
 # How sure a fact is: read in code or on a card that opens this very path, told by somebody who saw
 # it, concluded from other facts, or only remembered.
-SEEN, TOLD, INFERRED, MEMORY = CERTAINTIES = ("seen", "second hand", "inferred", "memory")
+SEEN, TOLD, INFERRED, MEMORY = ("seen", "second hand", "inferred", "memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Origin:
 
     Attributes:
       inputs: what `--input` takes; {output} in it stands for the folder of `--output`.
-      state: one of STATES: what was trained on as far as is known, a stand-in for it, or a place
+      state: what was trained on as far as is known, a stand-in for it, or a place
         where nothing is any more.
       listed: (URL of a text that holds the URL of a file a line, pattern of those to read), in
         place of `inputs` where a server lists no files.
@@ -36,7 +35,7 @@ class Origin:
       licence: of the texts.
       gate: the page where access is asked for; empty where anybody may read.
       likely: how likely it is what was trained on: high, medium or low; empty for a substitute.
-      certainty: how sure path and keys are, one of CERTAINTIES.
+      certainty: how sure path and keys are.
       gigabytes: to download, compressed as they are; None where it is not known.
       note: what else to know before it is read.
     """
@@ -55,12 +54,6 @@ class Origin:
     gigabytes: float | None = None
     note: str = ""
 
-    @property
-    def revision(self) -> str:
-        """The commit that `hf://` inputs name; empty where the first listing finds and pins it."""
-        found = re.match(r"hf://(?:\w+/)?[^/]+/[^/@]+@([^/]+)/", "".join(self.inputs[:1]))
-        return found[1] if found else ""
-
 
 @dataclasses.dataclass(frozen=True)
 class RecipeSource:
@@ -73,7 +66,6 @@ class RecipeSource:
       tokens, epochs: of the whole run, as they were reported; 0 where nothing was.
       filters: those that make sense for it, as `--filters` takes them. None is applied unasked.
       unfiltered: why it must not be filtered.
-      dedup_priority: of copies in several sources the one of the lowest number keeps its own.
       note: what else to know of it.
     """
 
@@ -84,7 +76,6 @@ class RecipeSource:
     epochs: float = 0.0
     filters: tuple[str, ...] = ()
     unfiltered: str = ""
-    dedup_priority: int = 0
     note: str = ""
 
     @property
@@ -94,7 +85,7 @@ class RecipeSource:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The sources of a mixture.
+    """The sources of a mixture; of copies in several of them, the first one keeps its own.
 
     Attributes:
       config: the config file that weighs the sources: its name in the shipped folder, or a path.
@@ -116,10 +107,6 @@ class Recipe:
                 f"--source {name}: recipe {self.name} has no such source; {meant}--list shows them"
             )
         return self.sources[names.index(name)]
-
-    def dedup_order(self) -> list[str]:
-        """Names of the sources: of a copy in several of them, the first one keeps its own."""
-        return [s.name for s in sorted(self.sources, key=lambda s: (s.dedup_priority, s.name))]
 
 
 def config_path(recipe: Recipe) -> pathlib.Path:

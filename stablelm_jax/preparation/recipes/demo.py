@@ -11,27 +11,22 @@ must not take a page's translations for copies of it.
 
 from stablelm_jax.preparation.recipes import Origin, Recipe, RecipeSource
 
-_LANGUAGES = ("en", "de", "es", "fr", "it", "nl", "pt")
 
-
-def _help(language: str, priority: int) -> RecipeSource:
+def _help(language: str) -> RecipeSource:
     name = f"libreoffice_help_{language}"
     place = Origin(("{output}/downloads/" + name + ".jsonl",), licence="MPL-2.0", likely="high")
-    return RecipeSource(
-        name, (place,), (language,), filters=("gopher", "language"), dedup_priority=priority
-    )
+    return RecipeSource(name, (place,), (language,), filters=("gopher", "language"))
 
 
 _CODE = RecipeSource(
     "stdlib_code",
     (Origin(("{output}/downloads/stdlib_code.jsonl",), licence="PSF-2.0", likely="high"),),
     unfiltered="code",
-    dedup_priority=len(_LANGUAGES),
 )
 
 RECIPE = Recipe(
     name="demo",
     config="demo_multilingual.py",
     about="LibreOffice's help and Python's standard library, as launch/demo_corpus.sh gets them",
-    sources=(*map(_help, _LANGUAGES, range(len(_LANGUAGES))), _CODE),
+    sources=(*map(_help, ("en", "de", "es", "fr", "it", "nl", "pt")), _CODE),
 )

@@ -7,7 +7,8 @@ report's (arXiv 2402.17834), not re-verified; the epochs have no checksum. Facts
 November 2026 without a request to any of these servers.
 
 Revisions are pinned here only where a whole commit was seen. Of the others the note gives the
-beginning, and the first listing pins what it finds in the manifest.
+beginning, and the first listing pins what it finds in the manifest. Of copies in several sources
+the one that stands first keeps its own: edited texts before books, law, talk, and pages of the web.
 """
 
 import dataclasses
@@ -101,7 +102,6 @@ def _culturax(language: str, script: str, tokens: int, epochs: float, gigabytes:
         tokens=tokens,
         epochs=epochs,
         filters=("gopher", *english, "language"),
-        dedup_priority=90,
     )
 
 
@@ -111,7 +111,30 @@ _PAPERS_TERMS = "of each paper"
 
 # The facts of a place stand in few lines.
 # fmt: off
-_ACADEMIC = (
+_WIKIPEDIAS = "bg ca cs da de en es fr hr hu it nl pl pt ro ru sl sr sv uk".split()
+
+_KNOWLEDGE = (
+    RecipeSource(
+        "redpajama_wiki",
+        (
+            _redpajama("wikipedia", licence="CC BY-SA", likely="high", gigabytes=111),  # memory
+            Origin(
+                _hub(
+                    "wikimedia/wikipedia",
+                    *(f"20231101.{language}/train-*.parquet" for language in _WIKIPEDIAS),
+                ),
+                state=SUBSTITUTE, licence="CC BY-SA", certainty=MEMORY, note="eight months younger",
+            ),
+        ),
+        languages=tuple(_WIKIPEDIAS), tokens=72_866_870_472, epochs=3.0,
+        unfiltered="edited text, 20 languages in one source",
+    ),
+    RecipeSource(
+        "philpapers",
+        _pile("PhilPapers", _PAPERS_TERMS, likely="high"),
+        languages=("en",), tokens=2_591_115_796, epochs=4.0, unfiltered=_BOOK,
+        note="several languages, English most of all",
+    ),
     RecipeSource(
         "arxiv",
         (
@@ -120,7 +143,7 @@ _ACADEMIC = (
             _dolma("arxiv-*.json.gz"),
             _pile("ArXiv", _PAPERS_TERMS, state=SUBSTITUTE)[0],
         ),
-        languages=("en",), tokens=15_852_446_656, epochs=0.75, unfiltered=_LATEX, dedup_priority=12,
+        languages=("en",), tokens=15_852_446_656, epochs=0.75, unfiltered=_LATEX,
     ),
     RecipeSource(
         "pubmed",
@@ -136,7 +159,7 @@ _ACADEMIC = (
             _pile("PubMed*", _PAPERS_TERMS, state=SUBSTITUTE)[0],
         ),
         languages=("en",), tokens=24_126_600_626, epochs=1.0,
-        unfiltered="tables and references break rules about words and lines", dedup_priority=13,
+        unfiltered="tables and references break rules about words and lines",
     ),
     RecipeSource(
         "s2orc",
@@ -153,17 +176,24 @@ _ACADEMIC = (
             _dolma("pes2o-*.json.gz"),
             _common_pile("peS2o", "2977475", "open, of each paper"),
         ),
-        languages=("en",), tokens=63_910_567_858, epochs=1.0, unfiltered=_LATEX, dedup_priority=14,
-    ),
-    RecipeSource(
-        "philpapers",
-        _pile("PhilPapers", _PAPERS_TERMS, likely="high"),
-        languages=("en",), tokens=2_591_115_796, epochs=4.0, unfiltered=_BOOK, dedup_priority=11,
-        note="several languages, English most of all",
+        languages=("en",), tokens=63_910_567_858, epochs=1.0, unfiltered=_LATEX,
     ),
 )
 
 _BOOKS = (
+    RecipeSource(
+        "pg19",
+        (
+            Origin(
+                _hub("emozilla/pg19", "data/train-*-of-00023-*.parquet"),
+                licence="public domain (US)", likely="medium", gigabytes=6.5,
+                note="2.9 B tokens (memory) where the report implies 4.6 B an epoch",
+            ),
+            _common_pile("project_gutenberg", "3cdf687", "public domain (US)"),
+            _common_pile("pre_1929_books", "", "public domain (US)", note="scanned books"),
+        ),
+        languages=("en",), tokens=18_293_226_468, epochs=4.0, unfiltered=_BOOK,
+    ),
     RecipeSource(
         "bookcorpus_open",
         (
@@ -179,20 +209,7 @@ _BOOKS = (
                 note="bookcorpusopen, the script of the original: its host gives nothing any more",
             ),
         ),
-        languages=("en",), tokens=9_135_954_810, epochs=6.0, unfiltered=_BOOK, dedup_priority=21,
-    ),
-    RecipeSource(
-        "pg19",
-        (
-            Origin(
-                _hub("emozilla/pg19", "data/train-*-of-00023-*.parquet"),
-                licence="public domain (US)", likely="medium", gigabytes=6.5,
-                note="2.9 B tokens (memory) where the report implies 4.6 B an epoch",
-            ),
-            _common_pile("project_gutenberg", "3cdf687", "public domain (US)"),
-            _common_pile("pre_1929_books", "", "public domain (US)", note="scanned books"),
-        ),
-        languages=("en",), tokens=18_293_226_468, epochs=4.0, unfiltered=_BOOK, dedup_priority=20,
+        languages=("en",), tokens=9_135_954_810, epochs=6.0, unfiltered=_BOOK,
     ),
     RecipeSource(
         "fanfics",
@@ -209,88 +226,8 @@ _BOOKS = (
             ),
         ),
         languages=("en",), tokens=3_644_583_700, epochs=4.0,
-        unfiltered="chosen by perplexity already (report); long stories", dedup_priority=22,
+        unfiltered="chosen by perplexity already (report); long stories",
         note="the authors keep their rights: think before you take it",
-    ),
-)
-
-_WEB = (
-    # Gigabytes: 16 TB in all, of which 45 % English (seen, second hand); 2.5 bytes a token of the
-    # languages' counts (memory), which gives German's 0.9 TB.
-    _culturax("en", "eng_Latn", 506_625_211_049, 0.72, 7000),
-    _culturax("es", "spa_Latn", 31_241_701_156, 0.4, 940),
-    _culturax("de", "deu_Latn", 30_628_813_934, 0.32, 900),
-    _culturax("fr", "fra_Latn", 19_466_611_808, 0.26, 800),
-    _culturax("it", "ita_Latn", 19_202_903_491, 0.4, 415),
-    _culturax("nl", "nld_Latn", 19_511_322_386, 0.62, 200),
-    _culturax("pt", "por_Latn", 20_063_968_694, 0.78, 345),
-    RecipeSource(
-        "c4",
-        (
-            Origin(
-                _hub("allenai/c4", "en/c4-train.*-of-01024.json.gz"),
-                licence="ODC-By, and Common Crawl's terms", likely="high", gigabytes=305,
-            ),
-            _redpajama("c4", state=SUBSTITUTE, licence="ODC-By", gigabytes=806),  # memory
-            _dolma("c4-*.json.gz"),
-        ),
-        languages=("en",), tokens=171_782_178_108, epochs=1.0, filters=("gopher",),
-        dedup_priority=81, note="C4's own rules were applied to it",
-    ),
-    RecipeSource(
-        "openwebtext2",
-        (
-            Origin(
-                _hub("segyges/OpenWebText2", "openwebtext2.jsonl.zst.tar"),
-                licence="none stated: web pages", likely="high",
-                gigabytes=27,  # inferred: 62.8 GiB of text
-                note="one archive is one task: the parquet files of place 2 are read in parallel",
-            ),
-            Origin(
-                _hub("vietgpt/the_pile_openwebtext2", "data/train-*-of-00035-*.parquet"),
-                licence="none stated: web pages", likely="high",
-                gigabytes=35,  # inferred
-                note="seen at 1de27c6",
-            ),
-        ),
-        languages=("en",), tokens=26_161_864_434, epochs=3.0, filters=("gopher",),
-        dedup_priority=80,
-        note="the report's epoch is 60 % of it: a deduplicated copy was trained on",
-    ),
-    RecipeSource(
-        "refinedweb",
-        (
-            Origin(
-                _hub("tiiuae/falcon-refinedweb", "data/train-*-of-05534-*.parquet"),
-                text_key="content", licence="ODC-By", likely="high", gigabytes=500,
-                note="968,000,015 rows; seen at c735840",
-            ),
-            _dolma("falcon-*.json.gz"),
-        ),
-        languages=("en",), tokens=661_591_178_339, epochs=1.15,
-        unfiltered="Gopher's rules, language and near copies were seen to already",
-        dedup_priority=82,
-    ),
-)
-
-_SOCIAL = (
-    RecipeSource(
-        "stackexchange",
-        (
-            _redpajama("stackexchange", licence="CC BY-SA", likely="medium", gigabytes=80),
-            _common_pile("stackexchange", "c0ac737", "CC BY-SA", note="27.5 M documents, 105 GB"),
-            _dolma("stackexchange-*.json.gz"),
-            _pile("StackExchange", "CC BY-SA", state=SUBSTITUTE)[0],
-        ),
-        languages=("en",), tokens=46_302_993_820, epochs=2.5,
-        unfiltered="code and formulas stand among the words", dedup_priority=40,
-    ),
-    RecipeSource(
-        "hackernews",
-        _pile("HackerNews", "the site's terms", likely="medium"),
-        languages=("en",), tokens=3_817_060_582, epochs=2.0,
-        unfiltered="short lines of a discussion", dedup_priority=41,
-        note="the report implies twice the Pile's size: a later copy, or other epochs",
     ),
 )
 
@@ -309,7 +246,7 @@ _LAW = (
             ),
         ),
         languages=tuple(_EURO), tokens=4_678_506_882, epochs=3.0,
-        unfiltered="edited proceedings, 21 languages in one source", dedup_priority=30,
+        unfiltered="edited proceedings, 21 languages in one source",
     ),
     RecipeSource(
         "freelaw",
@@ -318,7 +255,7 @@ _LAW = (
             _common_pile("caselaw_access_project", "50e1961", "public domain"),
         ),
         languages=("en",), tokens=17_694_697_577, epochs=1.2,
-        unfiltered="citations and headings break rules about lines", dedup_priority=31,
+        unfiltered="citations and headings break rules about lines",
         note="the Pile holds its first build, 3.6 M opinions; a second had 4.9 M",
     ),
     RecipeSource(
@@ -332,12 +269,47 @@ _LAW = (
             ),
         ),
         languages=("en",), tokens=12_663_061_642, epochs=0.75,
-        unfiltered="citations and headings break rules about lines", dedup_priority=32,
+        unfiltered="citations and headings break rules about lines",
         note="256 GB of text, of which the report's epoch is about 30 %",
     ),
 )
 
+_SOCIAL = (
+    RecipeSource(
+        "stackexchange",
+        (
+            _redpajama("stackexchange", licence="CC BY-SA", likely="medium", gigabytes=80),
+            _common_pile("stackexchange", "c0ac737", "CC BY-SA", note="27.5 M documents, 105 GB"),
+            _dolma("stackexchange-*.json.gz"),
+            _pile("StackExchange", "CC BY-SA", state=SUBSTITUTE)[0],
+        ),
+        languages=("en",), tokens=46_302_993_820, epochs=2.5,
+        unfiltered="code and formulas stand among the words",
+    ),
+    RecipeSource(
+        "hackernews",
+        _pile("HackerNews", "the site's terms", likely="medium"),
+        languages=("en",), tokens=3_817_060_582, epochs=2.0,
+        unfiltered="short lines of a discussion",
+        note="the report implies twice the Pile's size: a later copy, or other epochs",
+    ),
+)
+
 _MATHEMATICS = (
+    RecipeSource(
+        "openwebmath",
+        (
+            Origin(
+                _hub("open-web-math/open-web-math", "data/*.parquet"), licence="ODC-By",
+                likely="high",
+                gigabytes=27,  # memory
+                note="6.3 M documents, 14.7 B tokens",
+            ),
+            _dolma("open-web-math-train-*.json.gz"),
+        ),
+        languages=("en",), tokens=26_530_341_292, epochs=2.0,
+        unfiltered="formulas; its own rules were applied to it",
+    ),
     RecipeSource(
         "dm_math",
         (
@@ -353,7 +325,6 @@ _MATHEMATICS = (
             ),
         ),
         languages=("en",), tokens=13_321_872_138, epochs=3.0, unfiltered="exercises without prose",
-        dedup_priority=51,
     ),
     RecipeSource(
         "amps",
@@ -370,42 +341,10 @@ _MATHEMATICS = (
             ),
         ),
         languages=("en",), tokens=2_126_719_278, epochs=6.0, unfiltered="exercises without prose",
-        dedup_priority=52,
-    ),
-    RecipeSource(
-        "openwebmath",
-        (
-            Origin(
-                _hub("open-web-math/open-web-math", "data/*.parquet"), licence="ODC-By",
-                likely="high",
-                gigabytes=27,  # memory
-                note="6.3 M documents, 14.7 B tokens",
-            ),
-            _dolma("open-web-math-train-*.json.gz"),
-        ),
-        languages=("en",), tokens=26_530_341_292, epochs=2.0,
-        unfiltered="formulas; its own rules were applied to it", dedup_priority=50,
     ),
 )
 
-_WIKIPEDIAS = "bg ca cs da de en es fr hr hu it nl pl pt ro ru sl sr sv uk".split()
-
 _OTHERS = (
-    RecipeSource(
-        "redpajama_wiki",
-        (
-            _redpajama("wikipedia", licence="CC BY-SA", likely="high", gigabytes=111),  # memory
-            Origin(
-                _hub(
-                    "wikimedia/wikipedia",
-                    *(f"20231101.{language}/train-*.parquet" for language in _WIKIPEDIAS),
-                ),
-                state=SUBSTITUTE, licence="CC BY-SA", certainty=MEMORY, note="eight months younger",
-            ),
-        ),
-        languages=tuple(_WIKIPEDIAS), tokens=72_866_870_472, epochs=3.0,
-        unfiltered="edited text, 20 languages in one source", dedup_priority=10,
-    ),
     RecipeSource(
         "starcoder",
         (
@@ -418,7 +357,7 @@ _OTHERS = (
             ),
             _dolma("starcoder-*.json.gz"),
         ),
-        tokens=145_586_775_301, epochs=0.74, unfiltered="code", dedup_priority=60,
+        tokens=145_586_775_301, epochs=0.74, unfiltered="code",
     ),
     RecipeSource(
         "restruct_v1",
@@ -433,8 +372,65 @@ _OTHERS = (
             ),
         ),
         languages=("en",), tokens=20_412_655_632, epochs=3.0,
-        unfiltered="prompts and answers, no pages", dedup_priority=70,
+        unfiltered="prompts and answers, no pages",
     ),
+)
+
+_WEB = (
+    RecipeSource(
+        "openwebtext2",
+        (
+            Origin(
+                _hub("segyges/OpenWebText2", "openwebtext2.jsonl.zst.tar"),
+                licence="none stated: web pages", likely="high",
+                gigabytes=27,  # inferred: 62.8 GiB of text
+                note="one archive is one task: the parquet files of place 2 are read in parallel",
+            ),
+            Origin(
+                _hub("vietgpt/the_pile_openwebtext2", "data/train-*-of-00035-*.parquet"),
+                licence="none stated: web pages", likely="high",
+                gigabytes=35,  # inferred
+                note="seen at 1de27c6",
+            ),
+        ),
+        languages=("en",), tokens=26_161_864_434, epochs=3.0, filters=("gopher",),
+        note="the report's epoch is 60 % of it: a deduplicated copy was trained on",
+    ),
+    RecipeSource(
+        "c4",
+        (
+            Origin(
+                _hub("allenai/c4", "en/c4-train.*-of-01024.json.gz"),
+                licence="ODC-By, and Common Crawl's terms", likely="high", gigabytes=305,
+            ),
+            _redpajama("c4", state=SUBSTITUTE, licence="ODC-By", gigabytes=806),  # memory
+            _dolma("c4-*.json.gz"),
+        ),
+        languages=("en",), tokens=171_782_178_108, epochs=1.0, filters=("gopher",),
+        note="C4's own rules were applied to it",
+    ),
+    RecipeSource(
+        "refinedweb",
+        (
+            Origin(
+                _hub("tiiuae/falcon-refinedweb", "data/train-*-of-05534-*.parquet"),
+                text_key="content", licence="ODC-By", likely="high", gigabytes=500,
+                note="968,000,015 rows; seen at c735840",
+            ),
+            _dolma("falcon-*.json.gz"),
+        ),
+        languages=("en",), tokens=661_591_178_339, epochs=1.15,
+        unfiltered="Gopher's rules, language and near copies were seen to already",
+    ),
+    # Gigabytes: 16 TB in all, of which 45 % English (seen, second hand); 2.5 bytes a token of the
+    # languages' counts (memory), which gives German's 0.9 TB.
+    _culturax("de", "deu_Latn", 30_628_813_934, 0.32, 900),
+    _culturax("en", "eng_Latn", 506_625_211_049, 0.72, 7000),
+    _culturax("es", "spa_Latn", 31_241_701_156, 0.4, 940),
+    _culturax("fr", "fra_Latn", 19_466_611_808, 0.26, 800),
+    _culturax("it", "ita_Latn", 19_202_903_491, 0.4, 415),
+    _culturax("nl", "nld_Latn", 19_511_322_386, 0.62, 200),
+    _culturax("pt", "por_Latn", 20_063_968_694, 0.78, 345),
 )
 
 RECIPE = Recipe(
@@ -442,5 +438,5 @@ RECIPE = Recipe(
     config="stablelm_2_1_6b.py",
     about="tokens and epochs: the technical report's table, not re-verified; which place holds what"
     " was trained on is concluded from names and sizes",
-    sources=(*_ACADEMIC, *_BOOKS, *_WEB, *_SOCIAL, *_LAW, *_MATHEMATICS, *_OTHERS),
+    sources=(*_KNOWLEDGE, *_BOOKS, *_LAW, *_SOCIAL, *_MATHEMATICS, *_OTHERS, *_WEB),
 )
