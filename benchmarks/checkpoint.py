@@ -52,7 +52,7 @@ from stablelm_jax.checkpoint.saving import Checkpoint, Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
-from stablelm_jax.optimizer.adamw import make_optimizer
+from stablelm_jax.optimizer.adamw import adamw, decay_mask
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.training.state import abstract_state, init_state
 
@@ -142,7 +142,7 @@ def _check_space(folder: Path, arrays: Arrays) -> None:
 def train_state(model: ModelConfig) -> Arrays:
     """A fresh state's arrays; the moments hold noise, as zeros would be compressed to nothing."""
     mesh = make_mesh()
-    optimizer = make_optimizer(ADAMW, lambda _: jnp.float32(0), parameter_table(model))
+    optimizer = adamw(lambda _: jnp.float32(0), decay_mask(parameter_table(model)), **ADAMW)
     abstract = abstract_state(model, optimizer, mesh, zero1=True)
     state = init_state(model, optimizer, abstract, seed=0)
     get = optax.tree_utils.tree_get

@@ -54,7 +54,7 @@ from stablelm_jax.data.manifest import (
 from stablelm_jax.data.packing import PackedSources
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.data.rows import token_stream
-from stablelm_jax.data.shards import ShardInfo, ShardWriter, TokenFile
+from stablelm_jax.data.shards import Shard, ShardInfo, ShardWriter
 
 # The reported weights of Stable LM 2's 28 sources, in the order of its table.
 WEIGHTS = [
@@ -272,13 +272,13 @@ def watch_memory(sources: dict[str, Source], count: int) -> Table:
 @contextlib.contextmanager
 def slow_reads(latency: float) -> Iterator[None]:
     """Every read of a shard takes `latency` seconds more, as on storage that is far away."""
-    read = TokenFile.read
+    read = Shard.read
 
-    def slow(file: TokenFile, start: int, stop: int) -> np.ndarray:
+    def slow(shard: Shard, start: int, stop: int) -> np.ndarray:
         time.sleep(latency)
-        return read(file, start, stop)
+        return read(shard, start, stop)
 
-    with mock.patch.object(TokenFile, "read", slow if latency else read):
+    with mock.patch.object(Shard, "read", slow if latency else read):
         yield
 
 

@@ -127,8 +127,7 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
     ours_TV = our_logits(own.model, params, ids)
     greedy = our_greedy(own.model, params, ids) if types == "float32" else []
     for dtype in DTYPES if types == "all" else ("float32",):
-        told = hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
-        yield dtype, hf_reference.reference_name(), *told
+        yield dtype, *hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
     if not gguf_reference.installed():
         return
     for file_type in FILE_TYPES if types == "all" else ("f32",):
@@ -140,8 +139,9 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
 
 def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ...]:
     to_hf.write_directory(own, folder, dtype, 5_000_000_000, own.name)
-    difference = compare(ours_TV, hf_reference.reference_logits(folder, ids))
-    told = shown(difference, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    who, theirs_TV = hf_reference.reference_logits(folder, ids)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    told = who, *shown(compare(ours_TV, theirs_TV), size)
     if not greedy:
         return *told, "", ""
     back = from_hf.load_params(from_hf.open_directory(folder), make_mesh())

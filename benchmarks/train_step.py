@@ -45,7 +45,7 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters, parameter_table
-from stablelm_jax.optimizer.adamw import make_optimizer
+from stablelm_jax.optimizer.adamw import adamw, decay_mask
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
@@ -322,7 +322,7 @@ def _ours(case: Case) -> tuple[Step, int | None]:
     """The step, and the peak of its memory as the compiler predicts it."""
     mesh = make_mesh(1, 1, jax.devices()[:1])
     schedule = lambda _: jnp.float32(LEARNING_RATE)  # noqa: E731
-    optimizer = make_optimizer(ADAMW, schedule, parameter_table(case.model))
+    optimizer = adamw(schedule, decay_mask(parameter_table(case.model)), **ADAMW)
     abstract = abstract_state(case.model, optimizer, mesh, zero1=True)
     state = init_state(case.model, optimizer, abstract, seed=0)
     step_function = make_train_step(
@@ -352,7 +352,9 @@ def _transformers(case: Case) -> Step:
     from transformers_reference import make_step
 
     with jax.default_device(jax.devices("cpu")[0]):
-        optimizer = make_optimizer(ADAMW, lambda _: jnp.float32(0), parameter_table(case.model))
+        optimizer = adamw(
+            lambda _: jnp.float32(0), decay_mask(parameter_table(case.model)), **ADAMW
+        )
         mesh = make_mesh(1, 1, jax.devices("cpu")[:1])
         abstract = abstract_state(case.model, optimizer, mesh, zero1=True)
         params = jax.device_get(init_state(case.model, optimizer, abstract, seed=0).params)

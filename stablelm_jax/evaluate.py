@@ -263,8 +263,11 @@ def _answers(
     arguments: argparse.Namespace, saved: SavedModel, template: ChatTemplate, run: Run
 ) -> dict[str, Any]:
     """What the model answers to held-out conversations of the run's data, where there are some."""
-    from stablelm_jax.evaluation.answers import MAX_NEW_TOKENS, Question, measure_answers
-    from stablelm_jax.evaluation.prompts import held_out_prompts
+    from stablelm_jax.evaluation.answers import (
+        MAX_NEW_TOKENS,
+        held_out_questions,
+        measure_answers,
+    )
     from stablelm_jax.reporting.evaluations import table_of_answers
 
     chats = [source.manifest.chat for source in run.sources.values()]
@@ -276,8 +279,7 @@ def _answers(
         )
         return {}
     tokenizer, limit = saved.tokenizer, arguments.limit or _CONVERSATIONS
-    prompts = held_out_prompts(run.sources.values(), tokenizer, limit)
-    questions = [Question(prompt, tokenizer.decode(prompt), code) for prompt, code in prompts]
+    questions = held_out_questions(run.sources.values(), tokenizer, limit)
     if not questions:
         print("no held-out conversations in the run's data: none are answered", file=sys.stderr)
         return {}

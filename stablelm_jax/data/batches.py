@@ -32,7 +32,7 @@ import numpy as np
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture, SelectionMap
 from stablelm_jax.data.packing import PackedRow, PackedSources
-from stablelm_jax.data.rows import Row, token_stream, train_rows
+from stablelm_jax.data.rows import Row, SourceRows, shuffled, source_seed, token_stream
 from stablelm_jax.data.skipping import LeftOut, leave_out
 
 Batch = dict[str, np.ndarray]
@@ -95,7 +95,10 @@ def train_batches(
     skips = [left_out.get(name) for name in mixture.sources]
     if spec.packing == "concatenate":
         datasets = [
-            train_rows(sources[name], spec.sequence_length, spec.seed, index)
+            shuffled(
+                SourceRows(sources[name], spec.sequence_length, index),
+                source_seed(spec.seed, name),
+            )
             for index, name in enumerate(mixture.sources)
         ]
     else:

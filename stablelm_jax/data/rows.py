@@ -105,18 +105,6 @@ def source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
-def train_rows(
-    source: Source, sequence_length: int, seed: int, source_index: int = 0
-) -> grain.MapDataset[Row]:
-    """A source's rows without end: element n is row n % rows of epoch n // rows, shuffled.
-
-    Each source derives its own seed from `seed`, that of the run; `source_index` is `Row.source`.
-    Raises ValueError where the source does not fill a row, ShardError where a shard is not whole.
-    """
-    rows = SourceRows(source, sequence_length, source_index)
-    return shuffled(rows, source_seed(seed, source.name))
-
-
 def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
     """A dataset's elements without end, in another order every epoch."""
     return TableShuffle(dataset, seed) if len(dataset) <= MAX_TABLE else dataset.shuffle(seed)

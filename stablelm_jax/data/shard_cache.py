@@ -30,8 +30,8 @@ from stablelm_jax.data.shards import (
     ShardError,
     ShardIndex,
     ShardInfo,
-    TokenFile,
     file_sha256,
+    read_tokens,
     shard_error,
 )
 from stablelm_jax.storage.files import replacing
@@ -97,7 +97,7 @@ class RemoteShard:
     def __init__(self, path: RemotePath, info: ShardInfo):
         """Reads nothing; ShardError: missing, not of the manifest's size, or not of int32."""
         self.path, self.num_tokens, self._info = path, info.tokens, info
-        self._file: TokenFile | None = None
+        self._local: Path | None = None
         self._by_range = path.cache is None
         if info.bytes != 4 * info.tokens:
             raise ShardError(
@@ -131,18 +131,17 @@ class RemoteShard:
         Thread-safe. What is read by range cannot be checked by sha256, only by its length.
         """
         try:
-            if self._file is None and not self._by_range:
-                local = self.path.cache.fetch(self.path, self._info)
-                self._file = local and TokenFile(local)
-                self._by_range = local is None
-            if self._file is not None:
+            if self._local is None and not self._by_range:
+                self._local = self.path.cache.fetch(self.path, self._info)
+                self._by_range = self._local is None
+            if local := self._local:
                 try:
-                    return self._file.read(start, stop)
+                    return read_tokens(local, start, stop)
                 except ShardError:
-                    if self._file.path.exists():
+                    if local.exists():
                         raise
                 # Another run removed it from the cache: once more, as at the first read.
-                self._file = None
+                self._local = None
                 return self.read(start, stop)
             data = self.path.read_range(4 * start, 4 * stop)
         except OSError as error:

@@ -201,54 +201,45 @@ def _index_bytes(lengths: np.ndarray) -> bytes:
     return header + lengths.astype("<i4").tobytes() + starts.tobytes() + documents.tobytes()
 
 
-class TokenFile:
-    """A file of nothing but tokens of one type, for reading."""
+def read_tokens(path: pathlib.Path, start: int, stop: int, dtype: np.dtype = _INT32) -> np.ndarray:
+    """Tokens [start, stop) of a file of nothing but tokens, as a fresh int32 array. Thread-safe.
 
-    def __init__(self, path: pathlib.Path, dtype: np.dtype = _INT32):
-        self.path, self.dtype = path, dtype
+    Reads with pread and not through a map: a file cut short or a failing disk becomes a ShardError
+    that names the file, where a map would end the process with SIGBUS, and the memory of the
+    process stays flat. The file is opened for each read, 8 us beside the 10 us that a row of 16 kB
+    takes, so a run of thousands of shards needs no limit of open files.
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a fresh int32 array; 0 <= start <= stop <= tokens. Thread-safe.
+    A network mount may come back, so most errors are tried again for 15 seconds: NFS gives EIO or
+    ETIMEDOUT where its server is silent and ESTALE after it began anew, FUSE gives ENOTCONN while
+    its process is down, Lustre ESHUTDOWN, SMB the errors of its socket.
+    """
+    tokens = np.empty(stop - start, dtype)
 
-        Reads with pread and not through a map: a file cut short or a failing disk becomes a
-        ShardError that names the file, where a map would end the process with SIGBUS, and the
-        memory of the process stays flat. A file is opened for each read, 8 us beside the 10 us
-        that a row of 16 kB takes, so a run of thousands of shards needs no limit of open files.
-
-        A network mount may come back, so most errors are tried again for 15 seconds: NFS gives EIO
-        or ETIMEDOUT where its server is silent and ESTALE after it began anew, FUSE gives ENOTCONN
-        while its process is down, Lustre ESHUTDOWN, SMB the errors of its socket.
-        """
-
-        def warn(error: OSError) -> None:
-            message = "%s: cannot be read (%s); trying again for up to 15 seconds"
-            logging.warning(message, self.path, error.strerror)
-
-        tokens = np.empty(stop - start, self.dtype)
-        offset = start * self.dtype.itemsize
+    def read() -> int:
+        rest, offset = tokens.view(np.uint8), start * dtype.itemsize
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            size = retry(lambda: self._read_into(tokens, offset), warn)
-        except OSError as error:
-            raise shard_error(self.path, error) from error
-        if size != tokens.nbytes:
-            raise ShardError(
-                f"{self.path}: ends before token {stop}; it was cut short after it was opened,"
-                " restore it or prepare the source again"
-            )
-        return tokens if self.dtype == np.int32 else tokens.astype(np.int32)
-
-    def _read_into(self, tokens: np.ndarray, offset: int) -> int:
-        """Fills `tokens` from byte `offset` on; returns the bytes read, fewer at the file's end."""
-        rest, descriptor = tokens.view(np.uint8), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while len(rest):  # again where a signal interrupts it, or past 2 GiB
-                size = os.preadv(descriptor, [rest], offset)
-                if not size:
-                    break
+            # Again where a signal interrupts it, or past 2 GiB.
+            while len(rest) and (size := os.preadv(descriptor, [rest], offset)):
                 rest, offset = rest[size:], offset + size
         finally:
             os.close(descriptor)
-        return tokens.nbytes - len(rest)
+        return len(rest)
+
+    def warn(error: OSError) -> None:
+        message = "%s: cannot be read (%s); trying again for up to 15 seconds"
+        logging.warning(message, path, error.strerror)
+
+    try:
+        missing = retry(read, warn)
+    except OSError as error:
+        raise shard_error(path, error) from error
+    if missing:
+        raise ShardError(
+            f"{path}: ends before token {stop}; it was cut short after it was opened,"
+            " restore it or prepare the source again"
+        )
+    return tokens if dtype == np.int32 else tokens.astype(np.int32)
 
 
 class ShardIndex:
@@ -301,21 +292,25 @@ class ShardIndex:
             raise ShardError(f"{self._idx}: a document or a sequence of negative length")
 
 
-class Shard(TokenFile, ShardIndex):
+class Shard(ShardIndex):
     """A shard for reading. Opening it checks header and sizes; `check` checks the whole index."""
 
     def __init__(self, path: str | os.PathLike):
-        TokenFile.__init__(self, pathlib.Path(path).with_suffix(".bin"))
+        self.path = pathlib.Path(path).with_suffix(".bin")
         index = self.path.with_suffix(".idx")
         try:
             data = np.memmap(index, np.uint8, "r") if index.stat().st_size else np.zeros(0, "u1")
             size = self.path.stat().st_size
         except OSError as error:
             raise shard_error(error.filename or index, error) from error
-        ShardIndex.__init__(self, index, data.view(np.ndarray))
+        super().__init__(index, data.view(np.ndarray))
         self.num_tokens = size // self.dtype.itemsize
         if size != self.num_bytes:
             raise ShardError(
                 f"{self.path}: {size} bytes where its index asks for {self.num_bytes};"
                 " the file is damaged, write it again"
             )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as `read_tokens` gives them."""
+        return read_tokens(self.path, start, stop, self.dtype)

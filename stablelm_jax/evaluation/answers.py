@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+import os.path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from stablelm_jax.data.manifest import Source, open_shard
+from stablelm_jax.data.shards import read_spans
 from stablelm_jax.generation.generator import Generator
-from stablelm_jax.tokenizer.chat import ChatTemplate, stop_ids
+from stablelm_jax.tokenizer.chat import ChatTemplate, render_chat, stop_ids
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
@@ -36,6 +40,47 @@ class Question:
     prompt: Sequence[int]  # as `encode_chat` gives it
     said: str  # the user's last message; the template's words around it do no harm
     language: str = ""  # that the answer should be in, ISO 639-1; "" where it is not known
+
+
+def held_out_questions(
+    sources: Iterable[Source], tokenizer: Tokenizer, limit: int
+) -> list[Question]:
+    """The beginnings, up to the first trained token, of held-out conversations and pairs.
+
+    `limit` of a source at most; text has none, and both sides of a pair have the same. What is
+    trained as a bad answer is not asked for. Errors are those of `open_shard`.
+    """
+    found = []
+    for source in sources:
+        languages = source.manifest.languages
+        language = languages[0] if len(languages) == 1 else ""
+        for prompt in itertools.islice(_prompts(source, tokenizer), limit):
+            found.append(Question(prompt, tokenizer.decode(prompt), language))
+    return found
+
+
+def _prompts(source: Source, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    kind = source.manifest.kind
+    if kind == "text":
+        return
+    # What the template writes where an answer is asked for.
+    template, said = (
+        ChatTemplate.from_json(source.manifest.chat),
+        [{"role": "user", "content": "Hi"}],
+    )
+    asked, bare = (render_chat(said, template, answer=answer) for answer in (True, False))
+    opening = asked[len(os.path.commonprefix([asked, bare])) :]
+    for info in source.manifest.held_out.shards:
+        path = source.directory / info.file
+        shard, lengths = open_shard(path, info), {}
+        for document, first, _ in read_spans(path, info).tolist():
+            lengths.setdefault(document, first)
+        for document, length in lengths.items():
+            if kind != "pairs" or document % 2 == 0:
+                begin = int(shard.document_offsets[document])
+                prompt = shard.read(begin, begin + length).tolist()
+                if tokenizer.decode(prompt).endswith(opening):  # and not the negative marker
+                    yield prompt
 
 
 def answer_all(

@@ -198,7 +198,18 @@ class CheckpointLM(TemplateLM):
             draw = {k: settings[k] for k in ("temperature", "top_p", "top_k") if k in settings}
         prompts = [self.tok_encode(text) for text in texts]
         self.cut += sum(len(prompt) > room for prompt in prompts)
-        self._generator = self._generator or self._make_generator()
+        if self._generator is None:
+            scorer = self._scorer
+            rows = max(1, scorer.batch_tokens // scorer.max_length)
+            self._generator = Generator(
+                scorer.model,
+                self._params,
+                mesh=scorer.mesh,
+                dtype=scorer.compute.dtype,
+                batch_size=rows * sharding.batch_parts(scorer.mesh),
+                max_length=scorer.max_length,
+                num_valid_ids=scorer.compute.num_valid_ids,
+            )
         done = self._generator.generate(
             [prompt[-room:] for prompt in prompts],
             max_new_tokens=count,
@@ -207,16 +218,3 @@ class CheckpointLM(TemplateLM):
             **draw,
         )
         return [postprocess_generated_text(self._decoded(new), until, None) for new in done]
-
-    def _make_generator(self) -> Generator:
-        scorer = self._scorer
-        rows = max(1, scorer.batch_tokens // scorer.max_length)
-        return Generator(
-            scorer.model,
-            self._params,
-            mesh=scorer.mesh,
-            dtype=scorer.compute.dtype,
-            batch_size=rows * sharding.batch_parts(scorer.mesh),
-            max_length=scorer.max_length,
-            num_valid_ids=scorer.compute.num_valid_ids,
-        )

@@ -23,8 +23,9 @@ from stablelm_jax.checkpoint.merged import adapter_leaves, parent_of
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import from_hf as reading
-from stablelm_jax.interop import gguf_export, gguf_reference, hf_reference, peft_files
+from stablelm_jax.interop import gguf_export, gguf_reference, peft_files
 from stablelm_jax.interop import to_hf as writing
+from stablelm_jax.interop.hf_reference import reference_logits
 from stablelm_jax.interop.safetensors_files import DTYPES
 from stablelm_jax.interop.verify import check, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
@@ -59,8 +60,8 @@ def from_hf(
             ids = prompt_ids(directory.tokenizer)
             own = SavedModel.open(target)
             ours_TV = our_logits(own.model, own.load(mesh), ids)
-            theirs_TV = hf_reference.reference_logits(directory.path, ids)
-            _say(f"checked by {check(hf_reference.reference_name(), ours_TV, theirs_TV)}")
+            who, theirs_TV = reference_logits(directory.path, ids)
+            _say(f"checked by {check(who, ours_TV, theirs_TV)}")
     return f"{out} is whole: generate, evaluate and convert take it as --checkpoint"
 
 
@@ -175,8 +176,8 @@ def _checked_directory(own: SavedModel, target: Path, dtype: str) -> str:
     if dtype != "float32":
         stored_TV = our_logits(own.model, _rounded(params, dtype), ids)
     del params
-    theirs_TV = hf_reference.reference_logits(target, ids)
-    told = check(hf_reference.reference_name(), stored_TV, theirs_TV)
+    who, theirs_TV = reference_logits(target, ids)
+    told = check(who, stored_TV, theirs_TV)
     if dtype != "float32":
         told += f"\n{check(f'{dtype} costs', trained_TV, theirs_TV, DTYPES[dtype][0])}"
     return told

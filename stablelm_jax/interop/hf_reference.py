@@ -5,8 +5,6 @@ T positions, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,26 +18,16 @@ from stablelm_jax.interop.verify import our_logits
 from stablelm_jax.parallel.mesh import make_mesh
 
 
-def _installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-def reference_name() -> str:
-    """Who reads it, for a person."""
-    if not _installed():
-        return "our own reader (pip install -e '.[parity]' for transformers')"
-    return f"transformers {importlib.metadata.version('transformers')}"
-
-
-def reference_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
-    """Logits [T, V] of a directory's weights, computed in float32."""
-    if not _installed():
+def reference_logits(folder: Path, ids: Sequence[int]) -> tuple[str, np.ndarray]:
+    """Who reads it, and logits [T, V] of a directory's weights, computed in float32."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
         directory = from_hf.open_directory(folder)
         params = from_hf.load_params(directory, make_mesh(devices=jax.local_devices()[:1]))
-        return our_logits(directory.model, params, ids)
-    import torch
-    import transformers
-
+        name = "our own reader (pip install -e '.[parity]' for transformers)"
+        return name, our_logits(directory.model, params, ids)
     transformers.utils.logging.disable_progress_bar()  # ours says what is done
     config = None
     if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "stablelm":
@@ -55,4 +43,5 @@ def reference_logits(folder: Path, ids: Sequence[int]) -> np.ndarray:
         local_files_only=True,
     )
     with torch.no_grad():
-        return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+        logits_TV = model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+    return f"transformers {transformers.__version__}", logits_TV

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,13 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from stablelm_jax.model.parameters import ParameterSpec, nest
-
-
-def make_optimizer(
-    settings: Mapping[str, float], schedule: optax.Schedule, table: Iterable[ParameterSpec]
-) -> optax.GradientTransformation:
-    """AdamW for the parameters of `table`, with the fields of a config's group `optimizer`."""
-    return adamw(schedule, decay_mask(table), **settings)
 
 
 def adamw(
@@ -34,7 +27,8 @@ def adamw(
         g <- g * min(1, clip_norm / |g|)
         p <- p - schedule(count) * (m^ / (sqrt(v^) + epsilon) + weight_decay * mask * p)
 
-    `mask` is a tree of bools like the parameters. Parameters and both moments are float32. The
+    Numbers are the fields of a config's group `optimizer`; `mask` is a tree of bools like the
+    parameters, as `decay_mask` gives it. Parameters and both moments are float32. The
     state holds one `mu`, `nu` and `count` (updates so far), which also drives the schedule, so a
     checkpoint of the three is all of it.
 

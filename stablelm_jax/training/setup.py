@@ -34,7 +34,7 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.parameters import ParameterSpec, parameter_table
-from stablelm_jax.optimizer.adamw import make_optimizer
+from stablelm_jax.optimizer.adamw import adamw, decay_mask
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.parallel.mesh import make_mesh
@@ -274,7 +274,7 @@ def optimizer_and_state(
     """The optimizer of a run of `config`, and its state as `abstract_state` gives it."""
     model, parallel, lora = config_lib.model_config(config), config.parallel, lora_of(config)
     schedule = make_schedule(config.schedule)
-    optimizer = make_optimizer(config.optimizer, schedule, trained_table(config))
+    optimizer = adamw(schedule, decay_mask(trained_table(config)), **config.optimizer)
     frozen = lora and abstract_frozen(model, mesh, compute_of(config).dtype, parallel.fsdp)
     return optimizer, abstract_state(model, optimizer, mesh, parallel.zero1, lora, frozen)
 

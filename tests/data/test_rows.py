@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from prepared import EOD, random_documents, slow_rows, write_source
 
 from stablelm_jax.data import rows as rows_module
-from stablelm_jax.data.rows import SourceRows, epoch_order, source_seed, token_stream, train_rows
+from stablelm_jax.data.rows import SourceRows, epoch_order, shuffled, source_seed, token_stream
 from stablelm_jax.data.shards import ShardError
+
+
+def train_rows(source, sequence_length, seed):
+    """The rows of a source as a run with this seed draws them."""
+    return shuffled(SourceRows(source, sequence_length), source_seed(seed, source.name))
 
 
 def random_source(root, name="books", shards=3, documents=12, longest=15, seed=0):

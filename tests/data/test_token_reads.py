@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from absl import logging
 
-from stablelm_jax.data.shards import ShardError, TokenFile
+from stablelm_jax.data.shards import ShardError, read_tokens
 from stablelm_jax.storage import remote
 
 
 def file_of(path, tokens):
-    """A file of these tokens, opened for reading."""
+    """A file of these tokens, to read from."""
     np.asarray(tokens, np.int32).tofile(path)
-    return TokenFile(path)
+    return types.SimpleNamespace(path=path, read=functools.partial(read_tokens, path))
 
 
 def test_reads_agree_with_the_map_at_every_position(tmp_path):

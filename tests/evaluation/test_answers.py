@@ -16,10 +16,10 @@ from stablelm_jax.evaluation.answers import (
     Question,
     answer_all,
     distinct_pairs,
+    held_out_questions,
     measure_answers,
     repeats,
 )
-from stablelm_jax.evaluation.prompts import held_out_prompts
 from stablelm_jax.tokenizer.chat import CHAT_TEMPLATES, NEGATIVE, ChatTemplate
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -126,13 +126,13 @@ def test_questions_are_what_stands_before_the_first_answer_of_held_out_items(cha
         (info,) = sources[name].manifest.held_out.shards
         path = chats / name / info.file
         shard, spans = open_shard(path, info), read_spans(path, info)
-        found = [prompt for prompt, _ in held_out_prompts([sources[name]], tokenizer, 99)]
+        found = [q.prompt for q in held_out_questions([sources[name]], tokenizer, 99)]
         assert len(found) == info.documents / step == 9
         for document, prompt in zip(range(0, info.documents, step), found):
             begin = shard.document_offsets[document]
             first = spans[np.searchsorted(spans[:, 0], document), 1]
             assert prompt == shard.read(begin, begin + first).tolist()
-    assert len(list(held_out_prompts(sources.values(), tokenizer, 4))) == 8
+    assert len(held_out_questions(sources.values(), tokenizer, 4)) == 8
 
 
 def test_what_was_trained_as_a_bad_answer_is_not_asked_for(tmp_path):
@@ -149,7 +149,7 @@ def test_what_was_trained_as_a_bad_answer_is_not_asked_for(tmp_path):
     source = write_source(tmp_path, "names", [documents], documents[::-1], **how)
     manifest = dataclasses.replace(source.manifest, chat=template.to_json())
     source = dataclasses.replace(source, manifest=manifest)
-    found = [letters.decode(prompt) for prompt, _ in held_out_prompts([source], letters, 1)]
+    found = [q.said for q in held_out_questions([source], letters, 1)]
     assert found == heads[:1]
 
 

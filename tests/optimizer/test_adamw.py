@@ -9,7 +9,7 @@ import pytest
 from stablelm_jax import config as config_lib
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
-from stablelm_jax.optimizer.adamw import adamw, decay_mask, make_optimizer
+from stablelm_jax.optimizer.adamw import adamw, decay_mask
 
 SETTINGS = dict(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0)
 MASK = {"a": {"kernel": True, "bias": False}, "norm": {"scale": False}, "embedding": True}
@@ -135,15 +135,15 @@ def test_everything_but_norms_and_biases_decays(parallel_residual):
         assert decayed == (last in ("kernel", "embedding")), path
 
 
-def test_make_optimizer_takes_the_config_group_and_the_parameters_of_the_model():
+def test_it_takes_the_config_group_and_the_parameters_of_the_model():
     model = ModelConfig(
         vocab_size=16, num_layers=1, width=16, num_heads=2, num_kv_heads=2, feed_forward_width=8,
         rotary_fraction=0.5,
     )  # fmt: skip
     settings = config_lib.default_config().optimizer
     settings.weight_decay = 0.25
-    optimizer = make_optimizer(settings, lambda count: 1.0, parameter_table(model))
     mask = decay_mask(parameter_table(model))
+    optimizer = adamw(lambda count: 1.0, mask, **settings)
     params = jax.tree.map(lambda _: np.ones(2, np.float32), mask)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, state = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
