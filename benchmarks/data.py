@@ -126,8 +126,7 @@ def fill_page_cache(sources: dict[str, Source]) -> None:
 
 def ours(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
     mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
-    with train_batches(sources, mixture, SPEC, prefetch=prefetch) as batches:
-        yield from batches
+    yield from train_batches(sources, mixture, SPEC, prefetch=prefetch)
 
 
 def ours_without_tables(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
@@ -135,8 +134,7 @@ def ours_without_tables(sources: dict[str, Source], prefetch: int) -> Iterator[B
     with mock.patch.object(rows_module, "MAX_TABLE", 0):
         mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
         batches = train_batches(sources, mixture, SPEC, prefetch=prefetch)
-    with batches:
-        yield from batches
+    yield from batches
 
 
 class MappedRows:
@@ -308,7 +306,7 @@ def show_waits(sources: dict[str, Source], args: argparse.Namespace) -> Table:
         spec = dataclasses.replace(SPEC, batch_size=rows)
         with (
             slow_reads(latency / 1000),
-            train_batches(sources, mixture, spec, prefetch=prefetch) as batches,
+            contextlib.closing(train_batches(sources, mixture, spec, prefetch=prefetch)) as batches,
         ):
             mean_wait(batches, step / 1000, 2 * prefetch + 2)  # past what is made ahead at first
             wait = 1000 * mean_wait(batches, step / 1000, args.steps)
@@ -342,7 +340,8 @@ def show_packing(root: pathlib.Path, lengths: list[int], count: int) -> Table:
             took, train = time.process_time() - began, packed[name, "train"]
             rows, items = len(train), f"{len(train.lengths) / took / 1e6:.2f}"
             filled = train.lengths.sum(dtype=np.int64) / (rows * length)
-        with train_batches({name: source}, mixture, spec, packed=packed) as batches:
+        batches = train_batches({name: source}, mixture, spec, packed=packed)
+        with contextlib.closing(batches):
             speed(batches, 20)
             rate = max(speed(batches, count)[1] for _ in range(3)) * length / SEQUENCE_LENGTH
         table.add_row(name, f"{length:,}", packing, f"{rows:,}", f"{filled:.2%}", f"{cut:.2%}",

@@ -24,18 +24,18 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Self
 
 import grain
 import numpy as np
 
 from stablelm_jax.data.manifest import Source
-from stablelm_jax.data.mixture import Mixture, SelectionMap
+from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedRow, PackedSources
-from stablelm_jax.data.rows import Row, SourceRows, shuffled, source_seed, token_stream
+from stablelm_jax.data.rows import SourceRows, token_stream
 from stablelm_jax.data.skipping import LeftOut, leave_out
 
 Batch = dict[str, np.ndarray]
+_ENDLESS = 2**53  # batches; grain divides lengths as floats, and this is the last exact one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train_batches(
     prefetch: int = 2,
     packed: PackedSources | None = None,
     left_out: Mapping[str, LeftOut] = MappingProxyType({}),
-) -> BatchIterator:
+) -> Iterator[Batch]:
     """This process's part of the batches from global row `start_row` on, without end.
 
     Batch n of the job is the global rows [start_row + n * batch_size, + batch_size); process p of
@@ -83,38 +83,55 @@ def train_batches(
     thread reads the B rows of its batch one by one: a step waits for slow storage where
     B * seconds a read / threads is more than its own time (`benchmarks/data.py --latency-ms`).
 
+    An error in making a batch ends them, and so does `close`, which returns when the threads are
+    gone: no batch is skipped.
+
     `packed`: the sources of the mixture; None: they are packed here, where `spec` says so.
 
     Raises:
       ValueError: a source that does not fill a row; a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
-    rows = spec.rows_of_a_process(process_count)
-    first = start_row + process_index * rows
-    selection = SelectionMap(mixture, first, take=rows, stride=spec.batch_size)
+    size = spec.rows_of_a_process(process_count)
     skips = [left_out.get(name) for name in mixture.sources]
     if spec.packing == "concatenate":
-        datasets = [
-            shuffled(
-                SourceRows(sources[name], spec.sequence_length, index),
-                source_seed(spec.seed, name),
-            )
-            for index, name in enumerate(mixture.sources)
+        all_rows = [
+            SourceRows(sources[name], spec.sequence_length, spec.seed, number)
+            for number, name in enumerate(mixture.sources)
         ]
     else:
         packed = packed or PackedSources({name: sources[name] for name in mixture.sources}, spec)
-        datasets = [packed[name, "train"].shuffled() for name in mixture.sources]
+        all_rows = [packed[name, "train"] for name in mixture.sources]
 
-    def batch_of(rows: Sequence[Row | PackedRow]) -> Batch:
+    def batch_from(first: int) -> Batch:
+        drawn = [mixture.locate(row) for row in range(first, first + size)]
+        chosen = [(all_rows[number], all_rows[number].order(index)) for number, index in drawn]
         if packed is None:
-            batch = collate(np.stack([row.tokens for row in rows]), [r.source for r in rows], spec)
+            rows_BR = np.stack([rows.tokens(row) for rows, row in chosen])
+            batch = collate(rows_BR, [rows.source_id for rows, _ in chosen], spec)
         else:
-            batch = collate_packed(rows, spec, packed.most_pairs)
-        # A row of either kind ends with its number in its source.
-        return leave_out(batch, [row[-1] for row in rows], skips) if left_out else batch
+            batch = collate_packed(chosen, spec, packed.most_pairs)
+        return leave_out(batch, [row for _, row in chosen], skips) if left_out else batch
 
-    mixed = grain.MapDataset.select_from_datasets(datasets, selection)
-    return BatchIterator(mixed.batch(rows, batch_fn=batch_of), prefetch)
+    first = start_row + process_index * size
+    numbers = grain.MapDataset.range(_ENDLESS)
+    return _made_ahead(numbers.map(lambda n: batch_from(first + n * spec.batch_size)), prefetch)
+
+
+def _made_ahead(batches: grain.MapDataset[Batch], prefetch: int) -> Iterator[Batch]:
+    """Batches in order, made ahead by grain's threads; an error or `close` stops these."""
+    # Few threads: they share the interpreter, and only waiting for a disk is done in parallel.
+    # On one core, 2 threads instead of 1 cost 15 % of the speed.
+    threads = (prefetch + 1) // 2
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    iterator = iter(batches.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+        # grain tells its threads to stop, but does not wait for them.
+        if (executor := getattr(iterator, "_executor", None)) is not None:
+            executor.shutdown(wait=True)
 
 
 def held_out_batches(
@@ -177,51 +194,6 @@ def packed_batches(
     for first in range(index * size, index * size + total, spec.batch_size):
         chosen = [(rows, n if n < total else None) for n in range(first, first + size)]
         yield collate_packed(chosen, spec, packed.most_pairs)
-
-
-class BatchIterator(Iterator[Batch]):
-    """Batches of a grain dataset in order, made ahead by grain's threads.
-
-    An error in making a batch is raised by `next`, and again by every later one: no batch is
-    skipped. `close`, leaving a `with` block, an error or the end stop the threads.
-    """
-
-    def __init__(self, dataset: grain.MapDataset[Batch], prefetch: int):
-        # Few threads: they share the interpreter, and only waiting for a disk is done in parallel.
-        # On one core, 2 threads instead of 1 cost 15 % of the speed.
-        threads = (prefetch + 1) // 2
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        self._iterator = iter(dataset.to_iter_dataset(options))
-        self._ended: Exception | None = None
-
-    def __next__(self) -> Batch:
-        if self._ended is not None:
-            raise self._ended
-        try:
-            return next(self._iterator)
-        except BaseException as error:
-            # Also when interrupted: grain has let go of the batch, and would give the one after it.
-            self.close()
-            if isinstance(error, Exception):
-                self._ended = error
-            raise
-
-    def close(self) -> None:
-        """Stops making batches and returns when the threads are gone. May be called again."""
-        if self._ended is not None:
-            return
-        self._ended = ValueError("the batch iterator is closed; make a new one")
-        self._iterator.close()
-        # grain tells its threads to stop, but does not wait for them.
-        executor = getattr(self._iterator, "_executor", None)
-        if executor is not None:
-            executor.shutdown(wait=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
 
 
 def collate(rows_BR: np.ndarray, source_ids: Sequence[int], spec: BatchSpec) -> Batch:

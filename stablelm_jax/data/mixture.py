@@ -23,8 +23,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 MAX_PERIOD = 65_536
-# Length of a dataset without end. grain divides lengths as floats: 2**53 is the last exact one.
-ENDLESS = 2**53
 
 
 def quantise(weights: Mapping[str, float]) -> dict[str, int]:
@@ -152,27 +150,6 @@ class Mixture:
     def rows_before(self, row: int) -> np.ndarray:
         """int64 [sources], rows that each source gave among the global rows [0, row)."""
         return self._stage_of(row).rows_before(row)
-
-
-class SelectionMap:
-    """A grain `DatasetSelectionMap` of the rows that a consumer takes from the mixture.
-
-    Row n of the consumer is global row `first + n // take * stride + n % take`: `take` rows out of
-    every `stride`. With the defaults, every row.
-    """
-
-    def __init__(self, mixture: Mixture, first: int = 0, take: int = 1, stride: int = 1):
-        self._mixture = mixture
-        self._first = first
-        self._take = take
-        self._stride = stride
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        group, place = divmod(index, self._take)
-        return self._mixture.locate(self._first + group * self._stride + place)
 
 
 def _selection_table(counts: np.ndarray) -> np.ndarray:

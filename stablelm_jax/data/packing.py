@@ -11,11 +11,10 @@ import collections
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from stablelm_jax.data.manifest import Source
-from stablelm_jax.data.rows import shuffled, source_seed, token_stream
+from stablelm_jax.data.rows import row_order, source_seed, token_stream
 from stablelm_jax.data.shards import read_spans
 
 if TYPE_CHECKING:
@@ -73,6 +72,7 @@ class PackedRows:
       lengths: int32 [items], places that each takes.
       trained: how many targets count in an epoch.
       most_pairs: the most preference pairs that a row holds.
+      order: f(n): which row is drawn as the n-th, see `row_order`.
     """
 
     def __init__(self, source: Source, split: str, spec: BatchSpec, source_id: int):
@@ -97,20 +97,16 @@ class PackedRows:
             self._edges = _trained_edges(source, split, offsets)
             firsts, lasts = self._edges[::2], self._edges[1::2]  # what opens a document: no target
             self.trained = int((lasts - firsts).sum() - np.isin(firsts, offsets).sum())
-        self._seed, count = source_seed(spec.seed, source.name), len(self.lengths)
+        count = len(self.lengths)
         self._items, self._starts = np.arange(count), np.arange(count + 1)
         if spec.packing == "best_fit":
             seed = source_seed(spec.seed, f"{source.name}/packing") if split == "train" else 0
             self._items, self._starts = best_fit(np.maximum(self.lengths, 1), self.length, seed)
         self.most_pairs = int(np.diff(self._starts).max(initial=0)) if kind == "pairs" else 0
+        self.order = row_order(len(self), source_seed(spec.seed, source.name))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
-
-    def shuffled(self) -> grain.MapDataset[PackedRow]:
-        """The rows without end, in another order every epoch."""
-        numbers = shuffled(grain.MapDataset.range(len(self)), self._seed)
-        return numbers.map(lambda number: (self, number))
 
     def items(self, row: int) -> np.ndarray:
         """The numbers of a row's items; of pairs, as `pair_ids` has them."""

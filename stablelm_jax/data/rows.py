@@ -10,8 +10,7 @@ import bisect
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -23,14 +22,6 @@ from stablelm_jax.data.shards import Shard
 # Up to this many rows an epoch's order is a table (65,536 rows sort in 5 ms), beyond it is grain's
 # index shuffle, which needs no table but takes 0.05 ms an index for 1,000 rows and 4 ms for 10.
 MAX_TABLE = 65_536
-
-
-class Row(NamedTuple):
-    """`tokens` int32 [S + 1], the index of the source they come from, the row's number there."""
-
-    tokens: np.ndarray
-    source: int
-    number: int
 
 
 class TokenStream:
@@ -67,33 +58,33 @@ def token_stream(source: Source, split: str) -> TokenStream:
     return TokenStream([open_shard(source.directory / info.file, info) for info in infos])
 
 
-class SourceRows(grain.MapDataset[Row]):
-    """The rows of a source's train split in order, over and over; `stream` is what they cut.
+class SourceRows:
+    """The rows of a source's train split.
 
-    A dataset of its own and not a `MapDataset.source`, whose metrics cost 20 us a row, more than
-    everything else together.
+    Attributes:
+      source_id: what a batch calls the source.
+      length: tokens of a row, the one shared with the next not counted.
+      stream: what the rows are cut from.
+      order: f(n): which row is drawn as the n-th, see `row_order`.
     """
 
-    def __init__(self, source: Source, sequence_length: int, source_index: int = 0):
-        super().__init__()
+    def __init__(self, source: Source, sequence_length: int, seed: int, source_id: int = 0):
+        """`seed`: of the run. ValueError: no row is filled; ShardError: a shard is not whole."""
+        self.source_id, self.length = source_id, sequence_length
         self.stream = token_stream(source, "train")
-        self.length, self._index = sequence_length, source_index
-        self._rows = (self.stream.num_tokens - 1) // sequence_length
-        if self._rows < 1:
+        if len(self) < 1:
             raise ValueError(
                 f"{source.directory}: {self.stream.num_tokens} train tokens do not fill one row of"
                 f" {sequence_length} + 1; use a shorter data.sequence_length or more data"
             )
+        self.order = row_order(len(self), source_seed(seed, source.name))
 
     def __len__(self) -> int:
-        return self._rows
+        return (self.stream.num_tokens - 1) // self.length
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        number = index % self._rows
-        ((start, places),) = self.extents(number)
-        return Row(self.stream.read(start, start + places + 1), self._index, number)
+    def tokens(self, row: int) -> np.ndarray:
+        """int32 [S + 1]."""
+        return self.stream.read(row * self.length, (row + 1) * self.length + 1)
 
     def extents(self, row: int) -> list[tuple[int, int]]:
         """First token and number of places of each part of a row: it is a single one."""
@@ -105,28 +96,14 @@ def source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
-def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """A dataset's elements without end, in another order every epoch."""
-    return TableShuffle(dataset, seed) if len(dataset) <= MAX_TABLE else dataset.shuffle(seed)
-
-
-class TableShuffle(grain.MapDataset[Row]):
-    """Shuffles a small dataset anew every epoch, by a table of the epoch's order."""
-
-    def __init__(self, parent: grain.MapDataset, seed: int):
-        super().__init__(parent)
-        order = functools.partial(epoch_order, len(parent), seed)
-        # Two epochs, as a batch may straddle them. The cache lives and dies with the dataset.
-        self._order = functools.lru_cache(maxsize=2)(order)
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        epoch, place = divmod(index, len(self._parent))
-        return self._parent[self._order(epoch).item(place)]
+def row_order(rows: int, seed: int) -> Callable[[int], int]:
+    """f(n): the row that is drawn as the n-th: all of them every epoch, each in another order."""
+    if rows > MAX_TABLE:
+        shuffled = grain.MapDataset.range(rows).shuffle(seed)
+        return lambda n: int(shuffled[n])
+    # Two epochs, as a batch may straddle them.
+    order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, rows, seed))
+    return lambda n: order(n // rows).item(n % rows)
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:

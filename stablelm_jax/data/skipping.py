@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-import grain
 import numpy as np
 
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.packing import PackedRows, PackedSources
-from stablelm_jax.data.rows import SourceRows, shuffled, source_seed
+from stablelm_jax.data.rows import SourceRows
 
 _ENTRY = re.compile(r"([a-z][a-z0-9_]*):(row|document)s?:(\d+)(?:-(\d+))?")
 Spans = dict[str, list[tuple[int, int]]]  # by 'row' and 'document': first, and the one after last
@@ -38,8 +37,8 @@ def parse_skip(entries: Sequence[str]) -> dict[str, Spans]:
 class LeftOut:
     """What is left out of the train split of one source. T places of a row."""
 
-    def __init__(self, rows: SourceRows | PackedRows, spans: Spans, seed: int):
-        """`seed`: of the source's shuffle. ValueError: a row or document that is not there."""
+    def __init__(self, rows: SourceRows | PackedRows, spans: Spans):
+        """ValueError: a row or document that is not there."""
         self._rows, offsets = rows, np.zeros(1, np.int64)
         if spans["document"]:
             offsets = rows.stream.document_offsets()
@@ -48,7 +47,6 @@ class LeftOut:
                 raise ValueError(f"there is no {kind} {last - 1}: it has {count} {kind}s to train")
         self._numbers = np.array(spans["row"], np.int64).reshape(-1, 2)
         self._tokens = offsets[np.array(spans["document"], np.int64).reshape(-1, 2)]
-        self._order = shuffled(grain.MapDataset.range(len(rows)), seed)
 
     def places(self, row: int) -> np.ndarray | None:
         """bool [T]: which places of a row of the source are left out; None where none is.
@@ -67,7 +65,7 @@ class LeftOut:
 
     def tokens(self, drawn: range) -> int:
         """Places left out of the rows drawn from the source, numbered in the order of training."""
-        places = (self.places(int(self._order[number])) for number in drawn)
+        places = (self.places(self._rows.order(number)) for number in drawn)
         return sum(int(found.sum()) for found in places if found is not None)
 
 
@@ -87,9 +85,9 @@ def open_skip(
     for name, spans in parse_skip(entries).items():
         if name not in sources:
             raise ValueError(f"{name!r} is no source of the run, which has {', '.join(sources)}")
-        rows = packed[name, "train"] if packed else SourceRows(sources[name], length)
+        rows = packed[name, "train"] if packed else SourceRows(sources[name], length, seed)
         try:
-            found[name] = LeftOut(rows, spans, source_seed(seed, name))
+            found[name] = LeftOut(rows, spans)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return found

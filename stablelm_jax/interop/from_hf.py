@@ -67,6 +67,7 @@ def open_directory(path: Path, tokenizer: str | None = None) -> Directory:
         if not any(files.read(name).view(np.uint32).any() for name in names):
             dropped.append(switch)
             model = dataclasses.replace(model, **{switch: False})
+    _read_json(path / tokenizer_files.CONFIG)  # a damaged one may be needed later
     own = tokenizer_files.read_tokenizer(path, tokenizer)
     if own.largest_id >= model.vocab_size:
         raise ValueError(

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-import grain
 import numpy as np
 
 from stablelm_jax.data.batches import BatchSpec
 from stablelm_jax.data.manifest import Source
 from stablelm_jax.data.mixture import Mixture
 from stablelm_jax.data.packing import PackedSources
-from stablelm_jax.data.rows import SourceRows, shuffled, source_seed
+from stablelm_jax.data.rows import SourceRows
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.data.skipping import LeftOut
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
@@ -107,14 +106,11 @@ class _SourceReader:
         self._name, self._kind = source.name, source.manifest.kind
         self._length, self._tokenizer = spec.sequence_length, tokenizer
         self._packed = packed and packed[source.name, "train"]
-        rows = self._packed or SourceRows(source, self._length)
-        self._stream, self._rows = rows.stream, len(rows)
-        self._numbers = shuffled(
-            grain.MapDataset.range(len(rows)), source_seed(spec.seed, self._name)
-        )
+        rows = self._packed or SourceRows(source, self._length, spec.seed)
+        self._stream, self._rows, self._order = rows.stream, len(rows), rows.order
 
     def place(self, row: int, index: int) -> RowPlace:
-        number = int(self._numbers[index])
+        number = self._order(index)
         found = self._items(number) if self._packed else self._documents(number * self._length)
         return RowPlace(row, self._name, index // self._rows, number, self._rows, tuple(found))
 

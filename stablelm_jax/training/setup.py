@@ -195,9 +195,10 @@ class Run:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
         how = {"max_rows": self.config.evaluation.max_rows, "share": self.share}
         if self.packed is None:
-            return held_out_batches(self.sources, name, self.spec, **how)
+            yield from held_out_batches(self.sources, name, self.spec, **how)
+            return
         batches = packed_batches(self.packed, name, "held_out", self.spec, **how)
-        return batches if self.reference is None else self.reference.joined(batches, "held_out")
+        yield from self.reference.joined(batches, "held_out") if self.reference else batches
 
 
 def prepare_run(

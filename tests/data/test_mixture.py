@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import mixture_of, slow_mixture, slow_selection
 
-from stablelm_jax.data.mixture import MAX_PERIOD, SelectionMap, quantise
+from stablelm_jax.data.mixture import MAX_PERIOD, quantise
 
 # The 28 reported weights of Stable LM 2's data table; they add up to 1.0001.
 PUBLISHED = [
@@ -167,10 +167,3 @@ def test_rows_far_beyond_any_run_are_located_without_overflow():
     source, index = mixture.locate(row)
     share = mixture.stages[0].counts[source] / mixture.stages[0].period
     assert index == pytest.approx(row * share, rel=1e-12)
-
-
-def test_the_selection_map_takes_a_part_of_every_batch():
-    mixture = mixture_of({"a": 2, "b": 3, "c": 1})
-    selection = SelectionMap(mixture, first=7, take=3, stride=12)
-    rows = [7, 8, 9, 19, 20, 21, 31, 32]
-    assert [selection[n] for n in range(8)] == [mixture.locate(row) for row in rows]

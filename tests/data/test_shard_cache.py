@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,11 +78,11 @@ def size_of(source) -> int:
 
 def assert_same_rows(one, other):
     for name in NAMES:
-        rows, expected = SourceRows(one[name], 16), SourceRows(other[name], 16)
+        rows, expected = SourceRows(one[name], 16, 0), SourceRows(other[name], 16, 0)
         assert len(rows) == len(expected) > 10
         for number in range(len(rows)):
-            assert rows[number].tokens.dtype == np.int32
-            np.testing.assert_array_equal(rows[number].tokens, expected[number].tokens)
+            assert rows.tokens(number).dtype == np.int32
+            np.testing.assert_array_equal(rows.tokens(number), expected.tokens(number))
         held, of = token_stream(one[name], "held_out"), token_stream(other[name], "held_out")
         np.testing.assert_array_equal(held.read(0, held.num_tokens), of.read(0, of.num_tokens))
 
@@ -136,8 +137,10 @@ def test_batches_made_by_several_threads_are_those_of_local_files(local, stored,
     mixture, spec = mixture_of({"arxiv": 0.5, "books": 0.5}), BatchSpec(16, 4, 0, EOD)
     bound = size_of(open_sources(local, NAMES)["books"])  # some shards whole, others by range
     with (
-        train_batches(opened(stored, tmp_path, bound), mixture, spec, prefetch=8) as ours,
-        train_batches(open_sources(local, NAMES), mixture, spec) as theirs,
+        contextlib.closing(
+            train_batches(opened(stored, tmp_path, bound), mixture, spec, prefetch=8)
+        ) as ours,
+        contextlib.closing(train_batches(open_sources(local, NAMES), mixture, spec)) as theirs,
     ):
         for _ in range(20):
             one, other = next(ours), next(theirs)

@@ -1,5 +1,7 @@
 """Rows and documents that are left out: they alone change, and they are counted."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from prepared import EOD, mixture_of, random_documents, write_source
@@ -35,7 +37,8 @@ def batches(sources, weights, packing, entries, count=24):
     left_out = open_skip(entries, chosen, LENGTH, SEED, packed)
     found = []
     for skips in ({}, left_out):
-        with train_batches(chosen, mixture, spec, packed=packed, left_out=skips) as made:
+        made = train_batches(chosen, mixture, spec, packed=packed, left_out=skips)
+        with contextlib.closing(made):
             found.append([next(made) for _ in range(count)])
     return *found, left_out, mixture, packed
 

@@ -121,7 +121,7 @@ def test_there_and_back_every_bit_is_the_same(parent, tmp_path):
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which may"),
         ({"lora_alpha": None}, "lora_alpha is None, no number above 0"),
-        ({"r": 4}, r"lora_A.weight is \[3, 96\], not \[4, 96\]"),
+        ({"r": 4}, r"lora_A.weight is \[3, 64\], not \[4, 64\]"),
     ],
 )
 def test_adapters_that_ours_cannot_be_are_refused_by_name(tmp_path, changed, told):

@@ -1,5 +1,6 @@
 """Continued pretraining of an import begins where transformers' StableLM stands."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_the_first_loss_is_that_of_transformers_on_the_same_rows(data, theirs, t
     values = {"branch.parent": str(imported), "model.block_norm_bias": True}
     config = bare_config(data, **values, **{"training.num_steps": 3})
     _, lines = train(config, tmp_path / "run")
-    with prepare_run(config).batches(0) as batches:
+    with contextlib.closing(prepare_run(config).batches(0)) as batches:
         expected = loss_of_transformers(model, next(batches))
     assert expected > 4.5  # random weights: about ln 128, and more
     # Sums of float32 in another order: logits differ by 1e-5 at most, the mean of 256 by less.
