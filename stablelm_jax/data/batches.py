@@ -67,17 +67,17 @@ def train_batches(
     spec: BatchSpec,
     *,
     start_row: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: tuple[int, int] = (0, 1),
     prefetch: int = 2,
     packed: PackedSources | None = None,
     left_out: Mapping[str, LeftOut] = MappingProxyType({}),
 ) -> Iterator[Batch]:
     """This process's part of the batches from global row `start_row` on, without end.
 
-    Batch n of the job is the global rows [start_row + n * batch_size, + batch_size); process p of
-    P takes the p-th of its P equal parts. Row i depends on the data, the sequence length, the seed,
-    the mixture and what is `left_out` of it alone: neither hosts nor restarts change it.
+    Batch n of the job is the global rows [start_row + n * batch_size, + batch_size); `share` is
+    (p, P): of P equal parts of each batch, the p-th. Row i depends on the data, the sequence
+    length, the seed, the mixture and what is `left_out` of it alone: neither hosts nor restarts
+    change it.
 
     `prefetch` batches are made ahead, by a thread for every two of them; 0 makes them in `next`. A
     thread reads the B rows of its batch one by one: a step waits for slow storage where
@@ -92,7 +92,7 @@ def train_batches(
       ValueError: a source that does not fill a row; a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
-    size = spec.rows_of_a_process(process_count)
+    size = spec.rows_of_a_process(share[1])
     skips = [left_out.get(name) for name in mixture.sources]
     if spec.packing == "concatenate":
         all_rows = [
@@ -113,7 +113,7 @@ def train_batches(
             batch = collate_packed(chosen, spec, packed.most_pairs)
         return leave_out(batch, [row for _, row in chosen], skips) if left_out else batch
 
-    first = start_row + process_index * size
+    first = start_row + share[0] * size
     numbers = grain.MapDataset.range(_ENDLESS)
     return _made_ahead(numbers.map(lambda n: batch_from(first + n * spec.batch_size)), prefetch)
 

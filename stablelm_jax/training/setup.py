@@ -165,8 +165,7 @@ class Run:
             self.mixture,
             self.spec,
             start_row=start_row,
-            process_index=self.share[0],
-            process_count=self.share[1],
+            share=self.share,
             prefetch=self.config.data.prefetch_batches,
             packed=self.packed,
             left_out=self.left_out,
@@ -195,9 +194,9 @@ class Run:
         """Opens the shards when the first batch is asked for, so that all errors are met there."""
         how = {"max_rows": self.config.evaluation.max_rows, "share": self.share}
         if self.packed is None:
-            yield from held_out_batches(self.sources, name, self.spec, **how)
-            return
-        batches = packed_batches(self.packed, name, "held_out", self.spec, **how)
+            batches = held_out_batches(self.sources, name, self.spec, **how)
+        else:
+            batches = packed_batches(self.packed, name, "held_out", self.spec, **how)
         yield from self.reference.joined(batches, "held_out") if self.reference else batches
 
 

@@ -106,8 +106,7 @@ def test_batches_equal_the_rules_spelt_out_on_any_hosts_from_any_row(
                 mixture,
                 spec,
                 start_row=start_row,
-                process_index=host,
-                process_count=hosts,
+                share=(host, hosts),
                 prefetch=prefetch,
             ),
             steps,
@@ -132,8 +131,7 @@ def test_a_restart_on_half_the_hosts_continues_the_same_rows(corpus, mixture, sl
                     mixture,
                     spec,
                     start_row=start,
-                    process_index=host,
-                    process_count=hosts,
+                    share=(host, hosts),
                 ),
                 steps,
             )
@@ -255,7 +253,7 @@ def test_a_held_out_split_of_one_token_is_refused(tmp_path):
 def test_a_batch_that_cannot_be_is_refused(corpus, mixture, changes, hosts, message):
     spec = dataclasses.replace(SPEC, **changes)
     with pytest.raises(ValueError, match=message):
-        train_batches(corpus[0], mixture, spec, process_count=hosts)
+        train_batches(corpus[0], mixture, spec, share=(0, hosts))
 
 
 def test_closing_leaves_no_thread_behind(corpus, mixture):

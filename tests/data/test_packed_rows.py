@@ -112,8 +112,7 @@ def test_batches_equal_the_rules_spelt_out_on_any_hosts_from_any_row(
             mixture_of(STAGES[0][1], STAGES[1:]),
             spec,
             start_row=start_row,
-            process_index=host,
-            process_count=hosts,
+            share=(host, hosts),
             prefetch=prefetch,
             packed=ready,
         )
