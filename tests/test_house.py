@@ -23,11 +23,7 @@ CORE = {
     "run": 1447,
     "checkpoint": 993,
     "config": 967,
-<<<<<<< HEAD
     "data": 1768,
-=======
-    "data": 1767,
->>>>>>> c2d4b84 (One way to name a process's share of the batches)
     "tokenizer": 1008,
     "parallel": 769,
     "optimizer": 223,
