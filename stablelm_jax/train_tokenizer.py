@@ -21,10 +21,10 @@ from stablelm_jax.run_verb import run_verb
 if __name__ == "__main__":  # what is imported below takes seconds, in which Ctrl-C may come
     run_verb(None, "train_tokenizer")
 
-from stablelm_jax.preparation import chunks, hub, inputs, streams
+from stablelm_jax.preparation import chunks, hub, inputs
 from stablelm_jax.preparation.flags import add_input_flags
 from stablelm_jax.preparation.formats import Reading
-from stablelm_jax.preparation.keeping import NotKept
+from stablelm_jax.preparation.streams import Rejected, reason_kind
 from stablelm_jax.storage.files import check_writable, replacing, write_json
 from stablelm_jax.storage.remote import described, is_url
 from stablelm_jax.tokenizer.train_tokenizer import train
@@ -51,26 +51,25 @@ class _Documents:
         sizes = [chunk.size or _SIZE_UNKNOWN for chunk in cut]
         for number, chunk in enumerate(cut):
             left = self._max_bytes - self.text_bytes  # what earlier chunks lack is for later ones
-            share = left * sizes[number] / sum(sizes[number:])
-            yield from self._beginning(chunk, self.text_bytes + share)
+            until = self.text_bytes + left * sizes[number] / sum(sizes[number:])
+            for record in chunks.read_chunk(chunk, self._reading):
+                if isinstance(record.content, Rejected):
+                    self._note(record)
+                elif isinstance(record.content, str):
+                    if self.text_bytes >= until:
+                        self.is_sample = True
+                        break
+                    yield from self._parts(record.content)
 
-    def _beginning(self, chunk: chunks.Chunk, until: float) -> Iterator[str]:
-        for record in chunks.read_chunk(chunk, self._reading):
-            if isinstance(record.content, str):
-                if self.text_bytes >= until:
-                    self.is_sample = True
-                    return
-                self.count += 1
-                self.text_bytes += len(record.content.encode())
-                for start in range(0, len(record.content), _AT_ONCE):
-                    yield record.content[start : start + _AT_ONCE]
-                continue
-            if isinstance(record.content, NotKept):
-                continue
-            reason = record.content.reason
-            place = f"{record.file.name}, line {record.line}"
-            self.first_rejected = self.first_rejected or f"{place}: {reason}"
-            self.reasons[streams.reason_kind(reason)] += 1
+    def _parts(self, text: str) -> Iterator[str]:
+        self.count += 1
+        self.text_bytes += len(text.encode())
+        return (text[start : start + _AT_ONCE] for start in range(0, len(text), _AT_ONCE))
+
+    def _note(self, record: chunks.Record) -> None:
+        place, reason = f"{record.file.name}, line {record.line}", record.content.reason
+        self.first_rejected = self.first_rejected or f"{place}: {reason}"
+        self.reasons[reason_kind(reason)] += 1
 
     def rejected(self) -> str:
         """What gave no document: how many, why, and where the first of them is."""

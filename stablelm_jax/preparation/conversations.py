@@ -53,17 +53,16 @@ def canonical(record: Mapping[str, Any]) -> str | Rejected:
     """The JSON text of a record's conversation or pair, keys sorted; or why it holds none."""
     record = {key: value for key, value in record.items() if value is not None}
     try:
-        form = _pair(record) if {"chosen", "rejected"} <= record.keys() else _labelled(record)
+        if {"chosen", "rejected"} <= record.keys():
+            form = _pair(record)
+        else:
+            form = {"messages": _checked(_conversation(record))}
+            # Labels of other data sets have other meanings.
+            if str(record.get("label")).strip().lower() == "negative":
+                form["label"] = "negative"
     except ValueError as error:
         return Rejected(str(error)[:200])
     return json.dumps(form, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
-    form = {"messages": _checked(_conversation(record))}
-    # Labels of other data sets have other meanings.
-    is_negative = str(record.get("label")).strip().lower() == "negative"
-    return form | ({"label": "negative"} if is_negative else {})
 
 
 def _first(record: Mapping[str, Any], keys: Iterable[str]) -> Any:

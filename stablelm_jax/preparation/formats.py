@@ -109,15 +109,8 @@ def what_is(head: bytes) -> str | None:
     return next(matches, None)
 
 
-# (?> keeps a beginning with many comments from being matched in all the ways there are.
-_PAGE = re.compile(
-    rb"\s*(<\?xml[^>]*>\s*|(?><!--.*?-->)\s*)*<(!doctype\s+html|html)\b", re.S | re.I
-)
-
-
-def is_page(head: bytes) -> bool:
-    """Whether a text begins as pages of HTML do."""
-    return bool(_PAGE.match(head))
+# How pages of HTML begin. (?> keeps many comments from being matched in all the ways there are.
+PAGE = re.compile(rb"\s*(<\?xml[^>]*>\s*|(?><!--.*?-->)\s*)*<(!doctype\s+html|html)\b", re.S | re.I)
 
 
 def why_no_text(head: bytes) -> str | None:

@@ -24,9 +24,6 @@ def find_files(
 ) -> list[InputFile]:
     """All files to read under `inputs` (files, folders, patterns; local or any fsspec URL).
 
-    In a folder every file counts except hidden ones, those in `__pycache__`, and what `prepare`
-    wrote. A file is read once, whatever links lead to it.
-
     Args:
       left_out: gets what is found and not read.
       tokenizer: a tokenizer.json that is no text: it is left out, with what it was made from.
@@ -53,7 +50,10 @@ def find_files(
             if os.path.realpath(file.path) in ours:
                 left_out.append(LeftOut(file.name, "the tokenizer", file.size))
             else:
-                files[file.path] = _classified(file, file_format)
+                kind, compression = kind_of(file.last_name, file_format)
+                if missing := missing_package(kind):
+                    raise InputError(f"{file.name}: {missing}")
+                files[file.path] = file._replace(kind=kind, compression=compression)
     return _without_metadata(list(files.values()), left_out)
 
 
@@ -68,13 +68,6 @@ def _without_metadata(files: list[InputFile], left_out: list[LeftOut]) -> list[I
         else:
             kept.append(file)
     return kept
-
-
-def _classified(file: InputFile, file_format: str) -> InputFile:
-    kind, compression = kind_of(file.last_name, file_format)
-    if missing := missing_package(kind):
-        raise InputError(f"{file.name}: {missing}")
-    return file._replace(kind=kind, compression=compression)
 
 
 def check_split(split_on: str | None, files: Sequence[InputFile]) -> None:

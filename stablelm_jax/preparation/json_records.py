@@ -28,6 +28,7 @@ _NAMES = {
     bool: 'boolean', type(None): 'null',
 }  # fmt: skip
 _EMPTY = Rejected("empty line")
+_NOTHING = object()  # where a record lacks a key
 _CUT_SHORT = "JSON cut short"
 # Bytes that are looked at, more each time, to tell the forms apart.
 _LOOKS = (1 << 16, 1 << 20, 1 << 24)
@@ -62,7 +63,8 @@ def document(record: dict, reading: Reading) -> str | Rejected | NotKept:
     """The text of a record, or its conversation; a `Noted` one where more of it is asked for."""
     if not reading.keep:
         return _content(record, reading)
-    values = {key: _value(record, key) for key, _ in reading.keep}
+    found = {key: _reach(record, key) for key, _ in reading.keep}
+    values = {key: None if v is _NOTHING else value_text(v) for key, v in found.items()}
     if not is_kept(reading.keep, values):
         return NotKept(values)
     content = _content(record, reading)
@@ -71,13 +73,6 @@ def document(record: dict, reading: Reading) -> str | Rejected | NotKept:
     noted = content if isinstance(content, Noted) else Noted(content)
     noted.values = values
     return noted
-
-
-def _value(record: dict, key: str) -> str | None:
-    try:
-        return value_text(_reach(record, key))
-    except KeyError:
-        return None
 
 
 def _content(record: dict, reading: Reading) -> str | Rejected:
@@ -90,18 +85,17 @@ def _content(record: dict, reading: Reading) -> str | Rejected:
         return Rejected("not Unicode: an unpaired surrogate (\\ud800 to \\udfff)")
     if not reading.held_out_by or not text.strip():
         return not_empty(text)
-    text = Noted(text)
-    try:
-        text.topic = json.dumps(_reach(record, reading.held_out_by), sort_keys=True, default=str)
-    except KeyError:
+    topic = _reach(record, reading.held_out_by)
+    if topic is _NOTHING:
         return Rejected(f"no key to hold out by: {reading.held_out_by!r}")
-    return text
+    noted = Noted(text)
+    noted.topic = json.dumps(topic, sort_keys=True, default=str)
+    return noted
 
 
 def _text(record: dict, text_key: str) -> str | Rejected:
-    try:
-        text = _reach(record, text_key)
-    except KeyError:
+    text = _reach(record, text_key)
+    if text is _NOTHING:
         return conversations.no_text(text_key, record)
     if isinstance(text, str):
         return text
@@ -109,14 +103,14 @@ def _text(record: dict, text_key: str) -> str | Rejected:
 
 
 def _reach(record: dict, key: str) -> Any:
-    """What stands under `key`, or under 'b' in the record 'a' if the key is 'a.b'."""
+    """What stands under `key`, or under 'b' in the record 'a' if it is 'a.b'; else _NOTHING."""
     if key in record:
         return record[key]
     for dot in re.finditer(r"\.", key):
         inner = record.get(key[: dot.start()])
         if isinstance(inner, dict):
             return _reach(inner, key[dot.end() :])
-    raise KeyError(key)
+    return _NOTHING
 
 
 def _loads(data: bytes) -> Any | Rejected:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
-import functools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 Keep = Sequence[tuple[str, str]]  # (key, pattern) pairs
@@ -42,13 +40,8 @@ def is_kept(keep: Keep, values: Values) -> bool:
     fits = dict.fromkeys((key for key, _ in keep), False)
     for key, pattern in keep:
         value = values.get(key)
-        fits[key] |= value is not None and bool(_regex(pattern).fullmatch(value))
+        fits[key] |= value is not None and fnmatchcase(value.lower(), pattern.lower())
     return all(fits.values())
-
-
-@functools.lru_cache(maxsize=256)
-def _regex(pattern: str) -> re.Pattern:
-    return re.compile(fnmatch.translate(pattern), re.IGNORECASE)
 
 
 def for_all(keeps: Sequence[Keep | None]) -> Keep | None:

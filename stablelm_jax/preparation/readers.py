@@ -127,7 +127,7 @@ def _streamed(kind: str, blocks: Blocks, reading: Reading) -> Iterator[str | Rej
 def _why_not(kind: str, head: bytes, reading: Reading) -> Rejected | None:
     """Why a kind cannot be read: it is known to be another, or a package is missing."""
     if kind == "text" and reading.format == "auto" and not reading.split_on:
-        what = "html" if formats.is_page(head) else ""
+        what = "html" if formats.PAGE.match(head) else ""
         what = "json" if json_records.are_records(head, reading) else what
         if what:
             text = f"a text that holds {what.upper()}"

@@ -226,7 +226,9 @@ def _decompressed(blocks: Blocks, compression: str) -> Blocks:
     """What can be read of a stream of one or many frames."""
     decoder = None
     padding = b"\0" if compression in ("gzip", "xz") else b""  # tapes pad files with zeros
-    for piece in (part for block in blocks for part in _parts(block)):
+    starts = ((block, start) for block in blocks for start in range(0, len(block), _PIECE))
+    for block, start in starts:
+        piece = block[start : start + _PIECE]
         while piece:
             if decoder is None:
                 piece = piece.lstrip(padding)
@@ -242,10 +244,6 @@ def _decompressed(blocks: Blocks, compression: str) -> Blocks:
             decoder = None if decoder.eof else decoder
     if decoder is not None:
         raise Damaged(f"{compression} stream cut short, the rest of the file is lost")
-
-
-def _parts(block: bytes) -> Iterator[bytes]:
-    return (block[start : start + _PIECE] for start in range(0, len(block), _PIECE))
 
 
 def _bounded(blocks: Blocks, meter: Meter) -> Blocks:
@@ -264,20 +262,21 @@ def expands_without_measure(compressed_bytes: int, expanded_bytes: int) -> bool:
 
 # text
 
-_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8"}
 # Those of UTF-32 first: in part they look like those of UTF-16.
-_BYTE_ORDER_MARKS |= dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")
-_BYTE_ORDER_MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
+_BYTE_ORDER_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 
 def as_utf8(blocks: Blocks) -> Blocks:
     """Text as UTF-8 without a byte order mark; what begins with one of UTF-16 or -32 is decoded."""
     head, blocks = peek(blocks, 4)
-    mark = next((mark for mark in _BYTE_ORDER_MARKS if head.startswith(mark)), b"")
-    if mark in (b"", codecs.BOM_UTF8):
-        yield from without_first(blocks, len(mark))
+    named = (name for name, marks in _BYTE_ORDER_MARKS.items() if head.startswith(marks))
+    encoding = next(named, None)
+    if encoding is None:
+        yield from without_first(blocks, 3 if head.startswith(codecs.BOM_UTF8) else 0)
         return
-    encoding = _BYTE_ORDER_MARKS[mark]
     try:
         for text in codecs.iterdecode(blocks, encoding):
             yield text.encode()

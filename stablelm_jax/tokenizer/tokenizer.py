@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,7 +96,13 @@ class Tokenizer(abc.ABC):
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray | TokenizerError]:
         """Ids of each text, with `eod` at their end; or the error of one that cannot be encoded."""
-        return [_or_error(self._encode_ended, text) for text in texts]
+        found = []
+        for text in texts:
+            try:
+                found.append(self._encode_ended(text))
+            except TokenizerError as error:
+                found.append(error)
+        return found
 
     def _encode_ended(self, text: str) -> np.ndarray:
         return np.append(self.encode_document(text), np.int32(self.eod))
@@ -304,13 +310,6 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, ranks: str | None = None)
     if ranks is not None:
         raise ValueError(f"ranks are for {ARCADE100K!r}; {path} brings its own: leave them out")
     return HuggingFaceTokenizer(path.read_bytes(), str(name_or_path))
-
-
-def _or_error(encode: Callable[[str], np.ndarray], text: str) -> np.ndarray | TokenizerError:
-    try:
-        return encode(text)
-    except TokenizerError as error:
-        return error
 
 
 @contextlib.contextmanager
