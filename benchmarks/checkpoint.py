@@ -48,7 +48,7 @@ from train_step import ADAMW, MODEL
 from stablelm_jax.checkpoint.checksum import checksums, flatten
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import read_arrays, read_run
-from stablelm_jax.checkpoint.saving import Checkpoint, Saver
+from stablelm_jax.checkpoint.saving import Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
@@ -191,7 +191,7 @@ def _ours(folder: Path, arrays: Arrays, *, asynchronous: bool = True) -> Iterato
     saver = Saver(settings, CheckpointStore(folder, keep_latest=1), _Teller())
 
     def make():
-        return Checkpoint(arrays["params"], arrays["optimizer"], run={})
+        return arrays, {}
 
     with contextlib.closing(saver):
         save, wait = (functools.partial(f, STEP, make) for f in (saver.save, saver.finish))

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
+from stablelm_jax.checkpoint.saving import write_checkpoint
 from stablelm_jax.interop import from_hf, gguf_export, gguf_reference, hf_reference, to_hf
 from stablelm_jax.interop.gguf_export import FILE_TYPES
 from stablelm_jax.interop.safetensors_files import DTYPES
@@ -116,7 +116,7 @@ def write_random(
     }
     path = folder / "global_step0"
     path.parent.mkdir()
-    write_checkpoint(path, Checkpoint(nest(flat), None, run))
+    write_checkpoint(path, {"params": nest(flat)}, run)
     (path / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return SavedModel.open(path)
 

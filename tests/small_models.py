@@ -83,7 +83,7 @@ def write_checkpoint(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = nest({name: jnp.asarray(x) for name, x in params.items()})
-    saving.write_checkpoint(path, saving.Checkpoint(weights, None, run))
+    saving.write_checkpoint(path, {"params": weights}, run)
     (path / "tokenizer.json").write_bytes(content)
     return path
 

@@ -9,7 +9,6 @@ Nothing in it depends on classes of flax or optax, on the mesh or on the number 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import time
@@ -34,16 +33,9 @@ class SaveFailed(ValueError):
     """The last checkpoint of a run could not be written."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What is saved: `params` and `optimizer` arrays, `run` plain JSON values.
-
-    Without an optimizer (None) it holds weights alone: enough for all but to go on.
-    """
-
-    params: Any
-    optimizer: Any
-    run: dict[str, Any]
+# The items `params` and `optimizer` as trees of arrays, and the item `run` as plain JSON values.
+# Without an optimizer a checkpoint holds weights alone: enough for all but to go on.
+Content = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Saver:
@@ -80,7 +72,7 @@ class Saver:
         if self._writing and self._has_ended():
             self._settle()
 
-    def save(self, step: int, make: Callable[[], Checkpoint]) -> None:
+    def save(self, step: int, make: Callable[[], Content]) -> None:
         """Starts to save a step that is due, unless it is saved; a failure is told, not raised.
 
         The arrays are free for donation on return. It waits for the save before it, which takes
@@ -102,7 +94,7 @@ class Saver:
         if step not in self._store.steps():
             self._start(step, make)
 
-    def finish(self, step: int, make: Callable[[], Checkpoint]) -> None:
+    def finish(self, step: int, make: Callable[[], Content]) -> None:
         """Returns when `global_step<step>` is whole; SaveFailed if two tries could not write it."""
         self._settle()
         for _ in range(2):
@@ -123,12 +115,12 @@ class Saver:
         with contextlib.suppress(Exception):  # it was told above
             self._writer.close()
 
-    def _start(self, step: int, make: Callable[[], Checkpoint]) -> None:
+    def _start(self, step: int, make: Callable[[], Content]) -> None:
         self.last_step, self._began_at, self._retry_at = step, time.monotonic(), None
         self._barrier.begin()
-        checkpoint = make()
+        content = make()
         try:
-            start_writing(self._writer, self._store.folder / checkpoint_name(step), checkpoint)
+            start_writing(self._writer, self._store.folder / checkpoint_name(step), *content)
         except Exception as error:  # from the disk, the network or the store's driver
             self._fail(error)
             return
@@ -174,18 +166,17 @@ class Saver:
         self._events.tell("save_failed", text, style="bold red", step=self.last_step)
 
 
-def write_checkpoint(path: epath.PathLike, checkpoint: Checkpoint) -> None:
+def write_checkpoint(path: epath.PathLike, arrays: dict[str, Any], run: dict[str, Any]) -> None:
     """One checkpoint outside a run, whole on return. `path`: named global_step<N>."""
     with ocp.Checkpointer(_handlers()) as writer:
-        start_writing(writer, epath.Path(path).resolve(), checkpoint)
+        start_writing(writer, epath.Path(path).resolve(), arrays, run)
 
 
-def start_writing(writer: ocp.Checkpointer, path: epath.Path, checkpoint: Checkpoint) -> None:
+def start_writing(
+    writer: ocp.Checkpointer, path: epath.Path, arrays: dict[str, Any], run: dict[str, Any]
+) -> None:
     """Gives Orbax the items of a checkpoint, with a checksum for every leaf."""
-    arrays = {"params": checkpoint.params}
-    if checkpoint.optimizer is not None:
-        arrays["optimizer"] = checkpoint.optimizer
-    recorded = {"format_version": FORMAT_VERSION, **checkpoint.run, "checksums": checksums(arrays)}
+    recorded = {"format_version": FORMAT_VERSION, **run, "checksums": checksums(arrays)}
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
     items["run"] = ocp.args.JsonSave(sealed(recorded))
     writer.save(path, args=ocp.args.Composite(**items))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from orbax.checkpoint.path import step as orbax_step
 
 from stablelm_jax.checkpoint import names
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
+from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.files import flush_to_disk, free_name, what_is
 from stablelm_jax.storage.remote import described, is_url
 
@@ -40,7 +41,6 @@ class CheckpointStore:
         *,
         keep_latest: int,
         keep_every: int | None = None,
-        first_process: bool = True,
         tell: Callable[..., None] = lambda event, text: logging.error(text),
     ):
         """Opens `folder`, or makes it; ValueError if a file or a link into nothing is there.
@@ -48,18 +48,19 @@ class CheckpointStore:
         `keep_latest` and `keep_every` are those of the config, `tell` is `Events.tell`.
         """
         self.folder = names.checkpoint_path(folder)
-        self._keep_latest, self._keep_every, self._first = keep_latest, keep_every, first_process
+        self._keep_latest, self._keep_every, self._tell = keep_latest, keep_every, tell
+        self._first, self._kept = distributed.is_first(), set()
         self.unfinished: list[str] = []  # saves that an earlier start did not finish: now removed
-        self._steps: set[int] = set()
-        self._kept: set[int] = set()
-        self._tell = tell
-        if first_process:
-            if (what := what_is(self.folder)) not in ("", "a folder"):
-                remedy = "give the folder back (is a disk not mounted?), or use another --workdir"
-                raise ValueError(f"{self.folder} is {what}; {remedy}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean_up()
-            self._steps = set(names.finished_steps(self.folder))
+        found = []
+        with distributed.together_or_not():
+            if self._first:
+                if (what := what_is(self.folder)) not in ("", "a folder"):
+                    remedy = "give the folder back (is a disk not mounted?), or another --workdir"
+                    raise ValueError(f"{self.folder} is {what}; {remedy}")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._clean_up()
+                found = names.finished_steps(self.folder)
+        self._steps = set(distributed.gathered(found)[0])
 
     def _clean_up(self) -> None:
         """Removes what an interrupted save or deletion left."""
@@ -85,10 +86,6 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
         return sorted(self._steps)
-
-    def agree(self, steps: Iterable[int]) -> None:
-        """Tells the other processes which finished checkpoints process 0 has found."""
-        self._steps = set(steps)
 
     def keep(self, step: int) -> None:
         """This step is never deleted by this store, however many newer ones there are."""

@@ -19,7 +19,6 @@ from stablelm_jax.config.access import (
     to_dict,
 )
 from stablelm_jax.config.derived import (
-    format_stages,
     mixture_stages,
     mixture_weights,
     model_config,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -38,14 +37,6 @@ def mixture_stages(config: ConfigDict) -> list[tuple[int, dict[str, float]]]:
             )
         stages.append((int(step), parse_weights(weights)))
     return stages
-
-
-def format_stages(stages: Mapping[int, Mapping[str, float]]) -> str:
-    """{step: weights} as `data.stages` spells it, for config files."""
-    return "; ".join(
-        f"{step}:{','.join(f'{name}={weight!r}' for name, weight in weights.items())}"
-        for step, weights in stages.items()
-    )
 
 
 def is_source_name(name: str) -> bool:

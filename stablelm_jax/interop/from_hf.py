@@ -148,7 +148,7 @@ def write_checkpoint(
         **({"chat": chat.to_json()} if chat else {}),
         **more,
     }
-    saving.write_checkpoint(path, saving.Checkpoint(params, None, run))
+    saving.write_checkpoint(path, {"params": params}, run)
     if isinstance(of.tokenizer, HuggingFaceTokenizer):
         (path / TOKENIZER_FILE).write_bytes(of.tokenizer.content)
 

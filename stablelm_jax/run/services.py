@@ -82,7 +82,6 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
             folder.checkpoints,
             keep_latest=config.checkpoint.keep_latest,
             keep_every=config.checkpoint.keep_every,
-            first_process=first,
             tell=events.tell,
         )
         pages = folder.path / f"orbax-process{jax.process_index()}.log"

@@ -107,7 +107,6 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
     for name in store.unfinished:
         text = f"{name} was never finished; removed"
         services.events.tell("unfinished_checkpoint", text, name=name)
-    store.agree(distributed.gathered(store.steps())[0])
     if store.steps():
         return _newest_whole(config, services, options)
     return _branch(config, services) if config.branch.parent else _fresh(config, services)

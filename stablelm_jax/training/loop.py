@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from stablelm_jax.checkpoint.saving import Checkpoint
+from stablelm_jax.checkpoint.saving import Content
 from stablelm_jax.data.fingerprints import FileFingerprints
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.events import ProgressLine
@@ -25,7 +25,7 @@ from stablelm_jax.training.intervals import Intervals
 from stablelm_jax.training.metrics import LossSums, Meter
 from stablelm_jax.training.programs import compile_programs
 from stablelm_jax.training.reference import check_start, prepare_reference
-from stablelm_jax.training.state import to_checkpoint
+from stablelm_jax.training.state import stored_arrays
 
 
 class Trainer:
@@ -131,11 +131,11 @@ class Trainer:
                 services.log.flush()  # a checkpoint's lines are there before it
                 services.saver.save(step, self.checkpoint)
 
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Content:
         """The present state, for the saver."""
         self._shards.check()
         item = run_item(self.run, self.state, self.progress, self.losses.state())
-        return to_checkpoint(self.state, item)
+        return stored_arrays(self.state), item
 
     def _step(self, batches) -> dict[str, Any] | None:
         """One update; returns the metrics line if one is due."""

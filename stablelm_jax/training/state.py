@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from stablelm_jax.checkpoint.saving import Checkpoint
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.parameters import nest, parameter_table
@@ -133,8 +132,11 @@ def _new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainSta
     )
 
 
-def to_checkpoint(state: TrainState, run: dict[str, Any]) -> Checkpoint:
-    """Plain trees: Adam's `mu` and `nu` are stored as `m` and `v` under the parameters' names."""
+def stored_arrays(state: TrainState) -> dict[str, Any]:
+    """The items `params` and `optimizer` of a checkpoint of `state`, which may be abstract.
+
+    Plain trees: Adam's `mu` and `nu` are stored as `m` and `v` under the parameters' names.
+    """
     get = optax.tree_utils.tree_get
     optimizer = {
         "m": get(state.opt_state, "mu"),
@@ -142,13 +144,7 @@ def to_checkpoint(state: TrainState, run: dict[str, Any]) -> Checkpoint:
         "count": get(state.opt_state, "count"),
         "updates_skipped": state.updates_skipped,
     }
-    return Checkpoint(params=state.params, optimizer=optimizer, run=run)
-
-
-def stored_arrays(state: TrainState) -> dict[str, Any]:
-    """The items `params` and `optimizer` of a checkpoint of `state`, which may be abstract."""
-    found = to_checkpoint(state, {})
-    return {"params": found.params, "optimizer": found.optimizer}
+    return {"params": state.params, "optimizer": optimizer}
 
 
 def from_arrays(

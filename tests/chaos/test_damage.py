@@ -11,7 +11,7 @@ from tiny import bare_config, events, losses, train
 
 from stablelm_jax.checkpoint.checksum import checksums, flatten
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
-from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
+from stablelm_jax.checkpoint.saving import write_checkpoint
 from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
 
@@ -23,16 +23,16 @@ def state(seed=0):
     params = jax.tree.map(jax.numpy.asarray, {"layers": leaves, "norm": {"scale": scale}})
     moments = jax.tree.map(lambda x: x * 3, params)
     optimizer = {"m": moments, "v": moments, "count": jax.numpy.int32(7)}
-    return Checkpoint(params, optimizer, {"step": 1})
+    return {"params": params, "optimizer": optimizer}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A whole checkpoint and what it holds."""
     path = tmp_path_factory.mktemp("whole") / "global_step1"
-    checkpoint = state()
-    write_checkpoint(path, checkpoint)
-    return path, {"params": checkpoint.params, "optimizer": checkpoint.optimizer}
+    arrays = state()
+    write_checkpoint(path, arrays, {"step": 1})
+    return path, arrays
 
 
 def restored(path, arrays):

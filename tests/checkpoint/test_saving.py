@@ -8,7 +8,7 @@ import pytest
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint.reading import read_arrays, read_run
-from stablelm_jax.checkpoint.saving import Checkpoint, SaveFailed, Saver
+from stablelm_jax.checkpoint.saving import SaveFailed, Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 
 
@@ -18,7 +18,8 @@ class Told(list):
 
 
 def small(value=1.0):
-    return Checkpoint({"kernel": jnp.full((8, 16), value)}, {"count": jnp.int32(3)}, {})
+    arrays = {"params": {"kernel": jnp.full((8, 16), value)}, "optimizer": {"count": jnp.int32(3)}}
+    return arrays, {}
 
 
 @pytest.fixture
@@ -61,12 +62,12 @@ def fails(monkeypatch, *steps):
     """Saves of these steps fail, the first as often as it is named."""
     write, left = saving.start_writing, list(steps)
 
-    def failing(writer, path, checkpoint):
+    def failing(writer, path, *content):
         step = int(path.name.removeprefix("global_step"))
         if step in left:
             left.remove(step)
             raise OSError("no space left")
-        write(writer, path, checkpoint)
+        write(writer, path, *content)
 
     monkeypatch.setattr(saving, "start_writing", failing)
 
@@ -75,9 +76,9 @@ def test_donating_the_arrays_right_after_save_does_not_change_what_is_stored(sav
     saver = saver()
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     saved = small(5.0)
-    copy = jax.device_get(saved.params)
+    copy = jax.device_get(saved[0]["params"])
     saver.save(1, lambda: saved)
-    step(saved.params)
+    step(saved[0]["params"])
     saver.close()
     path = saver.store.folder / "global_step1"
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

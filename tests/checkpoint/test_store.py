@@ -19,7 +19,7 @@ from stablelm_jax.checkpoint.reading import (
     read_arrays,
     read_run,
 )
-from stablelm_jax.checkpoint.saving import Checkpoint, write_checkpoint
+from stablelm_jax.checkpoint.saving import write_checkpoint
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.parallel.mesh import make_mesh
 
@@ -30,14 +30,14 @@ def random_checkpoint(seed=0, run=None, shape=(8, 16)):
     moments = {"layers": {"kernel": jax.random.normal(keys[1], shape)}}
     v = jax.tree.map(jnp.square, moments)
     optimizer = {"m": moments, "v": v, "count": jnp.int32(seed)}
-    return Checkpoint(params, optimizer, run or {"rows_consumed": seed})
+    return {"params": params, "optimizer": optimizer}, run or {"rows_consumed": seed}
 
 
-def as_abstract(checkpoint):
+def as_abstract(arrays):
     def leaf(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-    return jax.tree.map(leaf, {"params": checkpoint.params, "optimizer": checkpoint.optimizer})
+    return jax.tree.map(leaf, arrays)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def written(tmp_path):
     def write(checkpoint):
         path = tmp_path / "checkpoints" / "global_step1"
         path.parent.mkdir()
-        write_checkpoint(path, checkpoint)
+        write_checkpoint(path, *checkpoint)
         return path
 
     return write
@@ -58,9 +58,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_run_item(written):
     path = written(saved)
     run = read_run(path)
     assert run["rows_consumed"] == 24 and run["text"] == "ü" and run["format_version"] == 2
-    arrays = read_arrays(path, as_abstract(saved), run)
-    expected = {"params": saved.params, "optimizer": saved.optimizer}
-    jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+    arrays = read_arrays(path, as_abstract(saved[0]), run)
+    jax.tree.map(np.testing.assert_array_equal, arrays, saved[0])
 
 
 def test_a_checkpoint_is_restored_on_another_mesh(written):
@@ -71,7 +70,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(written):
     arrays = read_arrays(path, {"params": wanted}, read_run(path))
     kernel = arrays["params"]["layers"]["kernel"]
     assert kernel.sharding == place
-    np.testing.assert_array_equal(kernel, saved.params["layers"]["kernel"])
+    np.testing.assert_array_equal(kernel, saved[0]["params"]["layers"]["kernel"])
 
 
 @pytest.mark.parametrize("leaf", ["params/layers/kernel", "optimizer/m/layers/kernel"])
@@ -79,7 +78,7 @@ def test_a_flipped_bit_in_a_data_file_is_refused_and_the_leaf_is_named(written, 
     saved = random_checkpoint(2, shape=(64, 64))  # large enough to lie outside Orbax's index
     path = written(saved)
     item = leaf.split("/")[0]
-    arrays = flatten({"params": saved.params, "optimizer": saved.optimizer})
+    arrays = flatten(saved[0])
     content = np.asarray(arrays[leaf]).tobytes()
     flipped = 0
     for file in (file for file in Path(path / item).rglob("*") if file.is_file()):
@@ -91,7 +90,7 @@ def test_a_flipped_bit_in_a_data_file_is_refused_and_the_leaf_is_named(written, 
             flipped += 1
     assert flipped
     with pytest.raises(DamagedCheckpoint, match=f"is damaged: the bits of {leaf}"):
-        read_arrays(path, {item: as_abstract(saved)[item]}, read_run(path))
+        read_arrays(path, {item: as_abstract(saved[0])[item]}, read_run(path))
 
 
 def test_a_changed_digit_in_the_record_is_refused(written):
@@ -115,7 +114,7 @@ def test_a_missing_file_is_an_error_that_names_the_checkpoint(written, lost):
     path = written(saved)
     (path / lost).unlink()
     with pytest.raises(CheckpointError, match="global_step1 cannot be read"):
-        read_arrays(path, as_abstract(saved), read_run(path))
+        read_arrays(path, as_abstract(saved[0]), read_run(path))
 
 
 @pytest.mark.parametrize(
@@ -214,9 +213,9 @@ def test_a_moved_checkpoint_is_read_where_it_is(written, tmp_path):
     moved_with_a_link(path, tmp_path / "elsewhere")
     run = read_run(path)
     assert run["rows_consumed"] == 5
-    arrays = read_arrays(path, as_abstract(saved), run)
+    arrays = read_arrays(path, as_abstract(saved[0]), run)
     np.testing.assert_array_equal(
-        arrays["params"]["layers"]["kernel"], saved.params["layers"]["kernel"]
+        arrays["params"]["layers"]["kernel"], saved[0]["params"]["layers"]["kernel"]
     )
 
 

@@ -272,10 +272,10 @@ def test_a_save_that_fails_lets_the_run_go_on_loudly_and_is_tried_again(
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     write = saving.start_writing
 
-    def full_for_step_4(writer, path, checkpoint):
+    def full_for_step_4(writer, path, *content):
         if path.name == "global_step4":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(writer, path, checkpoint)
+        write(writer, path, *content)
 
     monkeypatch.setattr(saving, "start_writing", full_for_step_4)
     code, lines = train(bare_config(data), tmp_path)
@@ -293,9 +293,9 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(
 ):
     write = saving.start_writing
 
-    def full_for_step_4(writer, path, checkpoint):
+    def full_for_step_4(writer, path, *content):
         small_disk(20_000 if path.name == "global_step4" else None)
-        write(writer, path, checkpoint)
+        write(writer, path, *content)
 
     monkeypatch.setattr(saving, "start_writing", full_for_step_4)
     code, lines = train(bare_config(data), tmp_path)
@@ -310,9 +310,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_the_older_one_
 ):
     write = saving.start_writing
 
-    def full_at_the_end(writer, path, checkpoint):
+    def full_at_the_end(writer, path, *content):
         small_disk(20_000 if path.name == "global_step12" else None)
-        write(writer, path, checkpoint)
+        write(writer, path, *content)
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "start_writing", full_at_the_end)

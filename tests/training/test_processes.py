@@ -172,10 +172,10 @@ import resource, signal
 from stablelm_jax.checkpoint import saving
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 write, endless = saving.start_writing, resource.RLIM_INFINITY
-def full(writer, path, checkpoint):
+def full(writer, path, *content):
     most = 2000 if index == 1 and path.name == "global_step2" else endless
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, endless))
-    write(writer, path, checkpoint)
+    write(writer, path, *content)
 saving.start_writing, saving.RETRY_SECONDS = full, 0.0
 """
 
