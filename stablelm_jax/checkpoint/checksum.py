@@ -27,10 +27,8 @@ def checksums(tree: Any) -> dict[str, int]:
 def host_checksum(x: np.ndarray) -> int:
     """As `leaf_checksum`, of an array in the host's memory: it is copied a part at a time."""
     flat = x.reshape(-1)
-    parts = (
-        _part_checksum(flat[start : start + _PART], np.uint32(start % 2**32))
-        for start in range(0, flat.size, _PART)
-    )
+    starts = range(0, flat.size, _PART)
+    parts = (_checksum(flat[start : start + _PART], np.uint32(start % 2**32)) for start in starts)
     return sum(map(int, parts)) % 2**32
 
 
@@ -40,14 +38,8 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def leaf_checksum(x: jax.Array) -> jax.Array:
-    """uint32 scalar of one array, inside jit."""
-    return jnp.sum(_bits(x) * _weights(_positions(x.shape)), dtype=jnp.uint32)
-
-
-@jax.jit
-def _part_checksum(x: jax.Array, start: jax.Array) -> jax.Array:
-    """Of the elements from flat position `start` on."""
+def leaf_checksum(x: jax.Array, start: Any = 0) -> jax.Array:
+    """uint32 scalar of one array, inside jit; its elements are those from position `start` on."""
     return jnp.sum(_bits(x) * _weights(_positions(x.shape) + start), dtype=jnp.uint32)
 
 

@@ -13,15 +13,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from stablelm_jax.checkpoint import reading
 from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.names import checkpoint_path, find_checkpoint
-from stablelm_jax.checkpoint.reading import (
-    CheckpointError,
-    read_arrays,
-    read_leaves,
-    read_run,
-    state_hash,
-)
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import A, B, Lora
 from stablelm_jax.model.parameters import nest, parameter_table
@@ -34,7 +28,7 @@ def read_weights(path: epath.PathLike, run: Mapping[str, Any], abstract: Any) ->
     """
     wanted, found = flatten(abstract), {}
     if "lora" not in run and all(like.dtype == "float32" for like in wanted.values()):
-        return read_arrays(path, {"params": abstract}, dict(run))["params"]
+        return reading.read_arrays(path, {"params": abstract}, dict(run))["params"]
     for name, leaf in weight_leaves(path, run):
         like, leaf = wanted[name], leaf.astype(wanted[name].dtype)
         placed = jax.make_array_from_callback(like.shape, like.sharding, leaf.__getitem__)
@@ -52,7 +46,7 @@ def weight_leaves(path: epath.PathLike, run: Mapping[str, Any]) -> Iterator[tupl
     model = ModelConfig(**run["model_config"])
     if "lora" not in run:
         shapes = {row.name: row.shape for row in parameter_table(model)}
-        yield from read_leaves(path, shapes, dict(run))
+        yield from reading.read_leaves(path, shapes, dict(run))
         return
     adapters = dict(adapter_leaves(path, run))
     lora = Lora.from_json(run["lora"])
@@ -68,12 +62,12 @@ def adapter_leaves(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The adapters of a checkpoint that holds such, by name; errors: `read_leaves`."""
     table = Lora.from_json(run["lora"]).table(ModelConfig(**run["model_config"]))
-    return read_leaves(path, {row.name: row.shape for row in table}, dict(run))
+    return reading.read_leaves(path, {row.name: row.shape for row in table}, dict(run))
 
 
 def parent_of(path: epath.PathLike, run: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint of adapters keeps of the one, `path`, whose weights they are added to."""
-    hashed = state_hash(run["checksums"])
+    hashed = reading.state_hash(run["checksums"])
     return {"parent": str(checkpoint_path(path)), "parent_hash": hashed}
 
 
@@ -90,14 +84,14 @@ def find_parent(
     for place in filter(None, (named, lora["parent"], str(link) if link.exists() else "")):
         try:
             found = find_checkpoint(place)
-            saved = read_run(found)
+            saved = reading.read_run(found)
         except ValueError as error:
             errors.append(str(error))
             continue
-        if state_hash(saved["checksums"]) == lora["parent_hash"]:
+        if reading.state_hash(saved["checksums"]) == lora["parent_hash"]:
             return found, saved
         errors.append(f"{found} holds other weights")
-    raise CheckpointError(
+    raise reading.CheckpointError(
         f"{path} holds adapters alone, for the weights of {lora['parent']}, which are not to be "
         f"found: {'; '.join(errors)}. Put that checkpoint back, or a link {link} to where it is"
     )

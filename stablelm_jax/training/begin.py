@@ -15,26 +15,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.checkpoint import names
+from stablelm_jax.checkpoint import names, reading
 from stablelm_jax.checkpoint.merged import find_parent, parent_of, read_weights
-from stablelm_jax.checkpoint.reading import (
-    CheckpointError,
-    DamagedCheckpoint,
-    read_arrays,
-    read_run,
-    state_hash,
-)
+from stablelm_jax.checkpoint.reading import CheckpointError, DamagedCheckpoint
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.folder import git_commit
 from stablelm_jax.run.services import Services
+from stablelm_jax.training import same_run
 from stablelm_jax.training import state as states
-from stablelm_jax.training.same_run import (
-    ResumeError,
-    begun_before,
-    check_same_run,
-    check_same_weights,
-)
+from stablelm_jax.training.same_run import ResumeError
 from stablelm_jax.training.setup import Run, mixture_of, prepare_run
 from stablelm_jax.training.state import TrainState
 from stablelm_jax.training.update_guard import guard_to_json, new_guard, without_row
@@ -171,7 +161,7 @@ def _fresh(config: ConfigDict, services: Services) -> Beginning:
 def _branch(config: ConfigDict, services: Services) -> Beginning:
     """From `branch.parent`: all of its state, or its weights alone."""
     parent = distributed.gathered(_parent_of(config))[0]
-    saved = read_run(parent)
+    saved = reading.read_run(parent)
     position = _branch_position(config, parent, saved)
     if _weights_alone(config, saved):
         return _from_weights(config, services, position, saved)
@@ -190,7 +180,7 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     _check_length(config, parent, saved)
     run = prepare_run(config, position, saved)
     remedy = f"take the weights of {parent} alone, with {_WEIGHTS_ALONE}"
-    check_same_run(saved, run.identity(), remedy)
+    same_run.check_same_run(saved, run.identity(), remedy)
     state, progress = _restore(run, parent, saved)
     _tell_branch(services, run, f"a branch of {parent}, from step {progress.step}")
     state, progress = _without_row(state, progress)
@@ -203,7 +193,7 @@ def _from_weights(
 ) -> Beginning:
     """The parent's weights as step 0 of a run of its own: all else begins anew."""
     parent, run = position.parent, prepare_run(config, position, saved)
-    changed = check_same_weights(parent, saved, run.identity(), run.tokenizer)
+    changed = same_run.check_same_weights(parent, saved, run.identity(), run.tokenizer)
     weights = read_weights(parent, saved, run.abstract.base)
     why = "which holds nothing else, " if "imported" in saved else ""
     also = f"; {config_lib.show_changes(changed)}" if changed else ""
@@ -237,7 +227,7 @@ def _weights_alone(config: ConfigDict, saved: Mapping[str, Any]) -> bool:
 
 
 def _branch_position(config: ConfigDict, parent: str, saved: Mapping[str, Any]) -> DataPosition:
-    hashed = state_hash(saved["checksums"])
+    hashed = reading.state_hash(saved["checksums"])
     named = {"parent": parent, "parent_step": saved["step"], "parent_hash": hashed}
     if _weights_alone(config, saved):
         return DataPosition(**named)
@@ -256,11 +246,13 @@ def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
         if not config.branch.parent:
             return DataPosition()
         parent = _parent_of(config)
-        return _branch_position(config, parent, read_run(parent))
+        return _branch_position(config, parent, reading.read_run(parent))
     folder = names.checkpoint_path(workdir) / "checkpoints"
     for step in reversed(names.finished_steps(folder)):
         try:
-            return DataPosition.of_checkpoint(read_run(folder / names.checkpoint_name(step)))
+            return DataPosition.of_checkpoint(
+                reading.read_run(folder / names.checkpoint_name(step))
+            )
         except DamagedCheckpoint:
             continue  # whoever restores it says so
     raise CheckpointError(f"{workdir}: holds no checkpoint that can be read")
@@ -271,7 +263,7 @@ def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOpt
 
     Raises DamagedCheckpoint, or another ValueError where config, data and run do not fit.
     """
-    saved = read_run(path)
+    saved = reading.read_run(path)
     if "config" not in saved:
         remedy = "no run can go on from it; move it away"
         raise ResumeError(f"{path} was imported and holds weights alone: {remedy}")
@@ -289,7 +281,7 @@ def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOpt
     if rows_change and not _same_rows_so_far(config, was, saved):
         position = was.moved(saved)
     run = prepare_run(config, position, saved)
-    check_same_run(saved, run.identity())
+    same_run.check_same_run(saved, run.identity())
     state, progress = _restore(run, path, saved)
     if position != was:
         state, progress = _without_row(state, progress)
@@ -308,9 +300,8 @@ def _same_rows_so_far(config: ConfigDict, position: DataPosition, saved: Mapping
     """Whether rows are counted as before and only weights of later steps are new."""
     rows = saved["rows_consumed"]
     spans = [list(span) for span in mixture_of(config, position).spans]
-    return config.data.batch_size == saved["config"]["data"]["batch_size"] and begun_before(
-        spans, rows
-    ) == begun_before(saved["row_order"]["stages"], rows)
+    before, after = (same_run.begun_before(s, rows) for s in (saved["row_order"]["stages"], spans))
+    return config.data.batch_size == saved["config"]["data"]["batch_size"] and before == after
 
 
 def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState, Progress]:
@@ -319,7 +310,7 @@ def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState,
     Raises:
       DamagedCheckpoint: its arrays are not what `saved`, its item `run`, says.
     """
-    arrays = read_arrays(path, states.stored_arrays(run.abstract), saved)
+    arrays = reading.read_arrays(path, states.stored_arrays(run.abstract), saved)
     guard = {name: jnp.float32(saved.get("guard", {}).get(name, 0.0)) for name in new_guard()}
     step, guard = jax.device_put((jnp.int32(saved["step"]), guard), sharding.replicated(run.mesh))
     progress = Progress.of_checkpoint(saved)

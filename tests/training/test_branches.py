@@ -12,8 +12,9 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.reading import read_run, state_hash
 from stablelm_jax.config import ConfigError
 from stablelm_jax.model.config import STABLELM_2_1_6B
-from stablelm_jax.training.begin import ResumeOptions, check_same_run
+from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
+from stablelm_jax.training.same_run import check_same_run
 
 
 @pytest.fixture(scope="module")
