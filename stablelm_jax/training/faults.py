@@ -34,17 +34,15 @@ class Faults:
     """Looks at what steps have left; every process sees the same and raises alike."""
 
     def __init__(self, run: Run, events: Events):
+        """Compiles what the run will need."""
         self._run, self._events = run, events
         self._most = run.config.training.stop_after_skipped
+        self._held = False  # the devices hold all updates back until the run has stopped
         self._every = run.config.training.check_replicas_every
         self._compare, self._equal_at = None, None
-        self._held = False  # the devices hold all updates back until the run has stopped
-
-    def compile(self) -> None:
-        """Makes ready what the run will need."""
         if self._every:
-            abstract = stored_arrays(self._run.abstract)
-            self._compare = make_replica_check(abstract, self._run.mesh).lower(abstract).compile()
+            abstract = stored_arrays(run.abstract)
+            self._compare = make_replica_check(abstract, run.mesh).lower(abstract).compile()
 
     def check(self, losses: LossSums, step: int) -> None:
         """Tells of each update that was left out; raises Stopped after too many in a row."""

@@ -170,7 +170,7 @@ def held_out_line(
     counts, variances = np.array([_count_and_variance(found) for found in documents]).T
     sums = np.stack([nll, tokens, bytes_, counts, variances], axis=1)
     line: dict[str, float | None] = {"eval/loss": None, "eval/perplexity": None}
-    line |= _means("", (nll.sum(), tokens.sum(), None, counts.sum(), variances.sum()))
+    line |= _means("", (nll.sum(), tokens.sum(), math.nan, counts.sum(), variances.sum()))
     for name, of_source in zip(sources, sums):
         line |= _means(f"/{name}", of_source)
     languages = [source.language for source in sources.values()]
@@ -197,14 +197,14 @@ def _count_and_variance(documents_2D: np.ndarray) -> tuple[int, float]:
 
 
 def _means(suffix: str, sums: Sequence[Any]) -> dict[str, float | None]:
-    """`sums`: nats, tokens, bytes (None: not told), documents, variance."""
+    """`sums`: nats, tokens, bytes (NaN: not told), documents, variance."""
     nll, tokens, bytes_, documents, variance = sums
     if not tokens:
         return {}
     loss = float(nll / tokens)
     perplexity = math.exp(loss) if loss < 709 else None  # too large for a float
     line = {f"eval/loss{suffix}": loss, f"eval/perplexity{suffix}": perplexity}
-    if bytes_ is not None and math.isfinite(bytes_):
+    if math.isfinite(bytes_):
         line[f"eval/bits_per_byte{suffix}"] = float(nll / math.log(2) / bytes_)
     line[f"eval/documents{suffix}"] = int(documents)
     if math.isfinite(variance):

@@ -43,18 +43,12 @@ class Trainer:
         self.losses = LossSums(self.run.objective, list(self.run.sources), self.progress.loss_sums)
         self.intervals = Intervals(self.run, services, self.progress.step)
         self._meter = Meter(self.run)
-        self._faults = Faults(self.run, services.events)
         self._agreement = distributed.Agreement()
-
-    def save_first(self) -> None:
-        """Saves what a run that is stopped while it compiles goes on from."""
-        with self.services.stop.phase("saving"):
-            self.services.saver.finish(self.progress.step, self.checkpoint)
 
     def compile(self) -> None:
         """Makes all programs ready, on every process: once the loop runs, nothing is compiled."""
         self._programs = compile_programs(self.run, self.services.console, self.services.cache)
-        self._faults.compile()
+        self._faults = Faults(self.run, self.services.events)
         self.intervals.prepare(self._programs)
         # To a watchdog, a first step that waits for one who still compiles would be a hang.
         distributed.anywhere(False)

@@ -51,7 +51,8 @@ def run_training(
             progress.step, progress.wandb_id, beginning.resumed
         )
         if not beginning.resumed and config.checkpoint.save_initial:
-            trainer.save_first()
+            with stop.phase("saving"):  # what a run that is stopped while it compiles goes on from
+                services.saver.finish(progress.step, trainer.checkpoint)
         if distributed.is_first():
             values, tokenizer = config_lib.to_dict(config), beginning.run.tokenizer
             services.folder.describe(values, set_by, tokenizer, services.events.tell)

@@ -43,7 +43,13 @@ def check_same_run(
         for name, was in saved["source_hashes"].items()
         if now.get(name) != was
     ]
-    differences += _changed_order(saved, current)
+    rows = saved["rows_consumed"]  # which weights come after them is a field like others
+    before, after = (begun_before(item["row_order"]["stages"], rows) for item in (saved, current))
+    if before != after:
+        differences.append(
+            f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; "
+            "new weights begin at a later step: config.data.stages)"
+        )
     if differences:
         raise ResumeError(
             f"the checkpoint belongs to another run: {'; '.join(differences)}; give back the "
@@ -86,18 +92,6 @@ def _check_ids(parent: epath.PathLike, saved: Mapping[str, Any], own: Tokenizer)
             f"config.data.tokenizer={own.name!r}: {len(changed)} tokens have other ids than in the "
             f"tokenizer of {parent} ({some}); name that one, and prepare the data with it"
         )
-
-
-def _changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """In the rows consumed so far; which weights come later is a field like others."""
-    rows = saved["rows_consumed"]
-    before, after = (begun_before(order["row_order"]["stages"], rows) for order in (saved, current))
-    if before == after:
-        return []
-    return [
-        f"row_order of the first {rows} rows was {before}, now {after} (rows of each source; new "
-        "weights begin at a later step: config.data.stages)"
-    ]
 
 
 def _as_fields(item: Mapping[str, Any]) -> dict[str, Any]:
