@@ -30,8 +30,7 @@ def checkpoint_step(name: str) -> int | None:
 def checkpoint_path(path: epath.PathLike) -> epath.Path:
     """A path of this machine made absolute, or a `gs://` URL: what Orbax can write.
 
-    Raises:
-      ValueError: a URL of another store, or its driver is missing.
+    ValueError: a URL of another store, or its driver is missing.
     """
     text = str(path).rstrip("/")
     if not remote.is_url(text):
@@ -75,10 +74,8 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     """The checkpoint that a path stands for, in every verb.
 
     That is `path` itself if it is named as one or is a link to one, else the newest in the folder
-    (an imported model, a folder `checkpoints/`) or in its `checkpoints/` (a run).
-
-    Raises:
-      ValueError: there is none, or the folder holds both kinds.
+    (an imported model, a folder `checkpoints/`) or in its `checkpoints/` (a run). ValueError: there
+    is none, or the folder holds both kinds.
     """
     if not str(path).strip():
         raise ValueError(f"the path of the checkpoint is empty; {REMEDY}")

@@ -132,10 +132,8 @@ def load_own_tokenizer(
     """The tokenizer that the checkpoint `path`, whose item `run` this is, was trained with.
 
     It is looked for where the training had it, in the checkpoint and in the folder of its run; or,
-    if `named`, a name or the path of a tokenizer.json, there alone. `remedy`: told where it is not.
-
-    Raises:
-      ValueError: it is not there, or another than the checkpoint was trained with.
+    if `named`, a name or the path of a tokenizer.json, there alone. ValueError, with the `remedy`:
+    it is not there, or another than the checkpoint was trained with.
     """
     path = checkpoint_path(path)
     trained_with = run["config"]["data"]["tokenizer"] if "config" in run else ARCADE100K

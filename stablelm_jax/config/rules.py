@@ -219,11 +219,7 @@ def _ignored_options(config: ConfigDict) -> None:
 
 
 def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes replica, data, model on `num_devices`.
-
-    Raises:
-      ConfigError: the config does not fit them.
-    """
+    """Sizes of the mesh axes replica, data, model; ConfigError: they do not fit `num_devices`."""
     data, model, replica = config.parallel.data, config.parallel.model, config.parallel.replica
     for axis in ("model", "replica"):
         if num_devices % config.parallel[axis]:

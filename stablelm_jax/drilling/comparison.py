@@ -22,8 +22,7 @@ def first_difference(undisturbed: Path, disturbed: Path) -> str | None:
     """The first difference in the lines of metrics, the last checkpoint's checksums or its ledger,
     with step, key and both values; None where there is none.
 
-    Raises:
-      CheckpointError: the last checkpoint of `undisturbed` is not in `disturbed`, or is damaged.
+    CheckpointError: the last checkpoint of `undisturbed` is not in `disturbed`, or is damaged.
     """
     return next(_differences(undisturbed, disturbed), None)
 

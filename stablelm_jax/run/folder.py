@@ -74,9 +74,8 @@ class RunFolder:
     def claimed(self) -> Iterator[None]:
         """The folder, made and held by process 0; no process goes on without it.
 
-        Raises:
-          ValueError: another run trains in this folder.
-          OSError: it cannot be made; on leaving: not all could be uploaded.
+        ValueError: another run trains in it. OSError: it cannot be made; on leaving: not all could
+        be uploaded.
         """
         with contextlib.ExitStack() as stack:
             with distributed.together_or_not():

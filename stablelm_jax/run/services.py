@@ -52,8 +52,7 @@ class Services:
 def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Iterator[Services]:
     """Enters the services of a run; they are left in reverse order. `stop` is entered already.
 
-    Raises:
-      ValueError: the folder cannot be used, or a service that the config asks for is missing.
+    ValueError: the folder cannot be used, or a service that the config asks for is missing.
     """
     first = distributed.is_first()
     with contextlib.ExitStack() as stack:

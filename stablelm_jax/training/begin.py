@@ -90,8 +90,7 @@ class Beginning:
 def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beginning:
     """Finds what the run in this folder goes on with.
 
-    Raises:
-      ValueError: config, data and checkpoint do not fit; nothing of the run is changed then.
+    ValueError: config, data and checkpoint do not fit; nothing of the run is changed then.
     """
     store = services.store
     for name in store.unfinished:
@@ -237,10 +236,8 @@ def _branch_position(config: ConfigDict, parent: str, saved: Mapping[str, Any]) 
 def position_of(config: ConfigDict, workdir: str | None = None) -> DataPosition:
     """The data position of the run in `workdir`, by its newest readable checkpoint.
 
-    Without a folder: that of a run of `config` that has not begun.
-
-    Raises:
-      CheckpointError: the folder, or the parent of a branch, has no checkpoint that can be read.
+    Without a folder: that of a run of `config` that has not begun. CheckpointError: the folder, or
+    the parent of a branch, has no checkpoint that can be read.
     """
     if not workdir:
         if not config.branch.parent:
@@ -307,8 +304,7 @@ def _same_rows_so_far(config: ConfigDict, position: DataPosition, saved: Mapping
 def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState, Progress]:
     """State and progress of the checkpoint at `path`, placed on this run's mesh.
 
-    Raises:
-      DamagedCheckpoint: its arrays are not what `saved`, its item `run`, says.
+    DamagedCheckpoint: its arrays are not what `saved`, its item `run`, says.
     """
     arrays = reading.read_arrays(path, states.stored_arrays(run.abstract), saved)
     guard = {name: jnp.float32(saved.get("guard", {}).get(name, 0.0)) for name in new_guard()}

@@ -131,12 +131,9 @@ def prepare_reference(
 ) -> bool:
     """Fills `run.reference`, from its file or anew; False where a signal was heard before the end.
 
-    Args:
-      own: the run's weights where they are still its parent's, else None.
-      left: asked before each batch, on every process alike; whether to leave it.
-
-    Raises:
-      BadReference: the parent is gone or another one, or a pair gets no finite value.
+    `own`: the run's weights where they are still its parent's, else None. `left`: asked before each
+    batch, on every process alike; whether to leave it. BadReference: the parent is gone or another
+    one, or a pair gets no finite value.
     """
     reference, events = run.reference, services.events
     folder, refused = services.folder.path / "reference", False

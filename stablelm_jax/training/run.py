@@ -26,12 +26,9 @@ def run_training(
 ) -> int:
     """Trains `config` in the folder `workdir`; returns the exit code.
 
-    Args:
-      set_by: where each config value was set, for the run folder.
-      stop: entered already; by default the run listens to signals itself.
-
-    Raises:
-      ValueError: config, data or checkpoint do not fit; nothing is lost.
+    `set_by`: where each config value was set, for the run folder. `stop`: entered already; by
+    default the run listens to signals itself. ValueError: config, data or checkpoint do not fit;
+    nothing is lost.
     """
     from stablelm_jax.reporting.console import show_decisions  # the core never needs the shell
 

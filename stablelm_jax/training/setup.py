@@ -207,12 +207,8 @@ def prepare_run(
 ) -> Run:
     """Checks the config against devices and data; touches no accelerator memory.
 
-    Args:
-      data_position: of a run that has begun, or of a branch.
-      saved: the item `run` of the checkpoint that it goes on from.
-
-    Raises:
-      ValueError: with what is wrong, where, and what to do.
+    `data_position`: of a run that has begun, or of a branch. `saved`: the item `run` of the
+    checkpoint that it goes on from. ValueError: what is wrong, where, and what to do.
     """
     config_lib.validate(config)
     sizes = config_lib.validate_mesh(config, jax.device_count())
