@@ -79,19 +79,14 @@ def make_gradient_function(
         gradients, sums = _accumulate(jax.grad(loss, has_aux=True), params, micro, accumulation)
         return jax.tree.map(reduced, gradients, specs), sum_over(sums)
 
-    def along_data(specs):
-        return jax.tree.map(lambda spec: spec.along("data"), specs)
-
     whole, rows = PartitionSpec(), sharding.mesh_axes(["batch"])
+    params_specs = _along_data(specs) if is_split else whole
+    frozen_specs = _along_data(weights) if lora else whole
     mapped = jax.shard_map(
         local_gradient,
         mesh=mesh,
-        in_specs=(
-            along_data(specs) if is_split else whole,
-            rows,
-            along_data(weights) if lora else whole,
-        ),
-        out_specs=(along_data(specs), whole),
+        in_specs=(params_specs, rows, frozen_specs),
+        out_specs=(_along_data(specs), whole),
         axis_names=set(BATCH_AXES),
         check_vma=False,
     )
@@ -123,6 +118,10 @@ def _accumulate(gradient, params, micro, accumulation: int):
 def _specs(specs: Any) -> Any:
     """A tree of `_Spec`s."""
     return jax.tree.map(_Spec, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _along_data(specs: Any) -> Any:
+    return jax.tree.map(lambda spec: spec.along("data"), specs)
 
 
 @dataclasses.dataclass(frozen=True)
