@@ -24,10 +24,10 @@ ROUNDING = (
     *("training.accumulation", "training.remat", "training.unroll", "training.attention"),
     *("training.cross_entropy", "training.deterministic"),
 )
-# Fields that a resuming run compares by what follows from them: the model's shape, the tokenizer's
-# hash, the order of rows.
-_CHECKED_BY_RESULT = (
-    *("model", "seed", "data.tokenizer", "data.sequence_length", "data.loss_on_first_token"),
+# Fields that make a run this run: no checkpoint of other values is gone on from. The tokenizer is
+# another such, by its hash.
+IDENTITY = (
+    *("model", "lora", "seed", "data.sequence_length", "data.loss_on_first_token"),
     *("data.packing", "data.loss_on"),
 )
 # What people type who know other software, by our field.
@@ -147,7 +147,7 @@ def set_by(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, str]:
     origins = {}
     for key, value in flatten(config):
         origins[key] = "default" if key in defaults and defaults[key] == value else "file"
-        if _within(key, overrides):
+        if within(key, overrides):
             origins[key] = "command line"
     return origins
 
@@ -163,13 +163,13 @@ def config_changes(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, li
 
     `saved`: the config in a checkpoint's item `run`.
     """
-    skipped = (*HARMLESS, *ROUNDING, *_CHECKED_BY_RESULT)
-    return {k: v for k, v in _differing(saved, config).items() if not _within(k, skipped)}
+    skipped = (*HARMLESS, *ROUNDING, *IDENTITY, "data.tokenizer")
+    return {k: v for k, v in _differing(saved, config).items() if not within(k, skipped)}
 
 
 def rounding_changes(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
     """The differing fields after which losses stay equal up to rounding only."""
-    return [key for key in _differing(saved, config) if _within(key, ROUNDING)]
+    return [key for key in _differing(saved, config) if within(key, ROUNDING)]
 
 
 def show_changes(found: Mapping[str, Any]) -> str:
@@ -190,5 +190,6 @@ def _differing(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, list[A
     return differing(defaults | dict(flatten(saved)), dict(flatten(to_dict(config))))
 
 
-def _within(key: str, names: Iterable[str]) -> bool:
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or in a group that is."""
     return any(key == name or key.startswith(name + ".") for name in names)

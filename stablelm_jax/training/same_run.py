@@ -9,11 +9,10 @@ from etils import epath
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
+from stablelm_jax.config.access import IDENTITY, within
 from stablelm_jax.config.tree import FIELDS
 from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
-# The fields of the config that make a run this run: an item `run` has them in its parts.
-_FIELDS = ("model.", "lora.", "data.packing", "data.loss_on", "data.sequence_length")
 # Fields of a model that none of its weights depends on.
 _NOT_OF_THE_WEIGHTS = ("model.rotary_theta", "model.init_std")
 
@@ -96,12 +95,12 @@ def _check_ids(parent: epath.PathLike, saved: Mapping[str, Any], own: Tokenizer)
 
 def _as_fields(item: Mapping[str, Any]) -> dict[str, Any]:
     """What an item `run` is of, by field of the config; one that it lacks is newer: the default."""
-    found = {key: field.default for key, field in FIELDS.items() if key.startswith(_FIELDS)}
+    found = {key: field.default for key, field in FIELDS.items() if within(key, IDENTITY)}
     for group, part in (("model", "model_config"), ("data", "row_order"), ("lora", "lora")):
         found |= {f"{group}.{name}": value for name, value in item.get(part, {}).items()}
     for name in ("data.stages", "lora.parent", "lora.parent_hash"):  # compared otherwise
         found.pop(name, None)
-    found["seed"] = found.pop("data.seed", None)
+    found["seed"] = found.pop("data.seed", None)  # imports have none
     return found
 
 
