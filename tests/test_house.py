@@ -19,10 +19,10 @@ PACKAGE = ROOT / "stablelm_jax"
 # reporting 700. They may shrink to it and never grow.
 # The core, from the top floor down:
 CORE = {
-    "training": 3109,
-    "run": 1447,
-    "checkpoint": 993,
-    "config": 967,
+    "training": 3066,
+    "run": 1444,
+    "checkpoint": 955,
+    "config": 954,
     "data": 1768,
     "tokenizer": 1007,
     "parallel": 769,
@@ -39,7 +39,7 @@ SHELL = {
     "interop": 1860,
     "planning": 1394,
     "reporting": 1267,
-    "drilling": 372,
+    "drilling": 371,
 }
 ROOMS = CORE | SHELL
 CORE_WITHOUT_KERNELS, EVERYTHING = 11572, 29_497
