@@ -244,7 +244,10 @@ def test_a_parent_that_moved_is_named_anew_or_linked_and_another_one_refused(
         ({"lora.rank": 65}, "config.lora.rank=65: is more than the 64 columns"),
         ({"lora.targets": ("query", "head")}, "'head' is no matrix of a layer; use some of query"),
         ({"lora.targets": ()}, "names no matrix"),
-        ({"lora.rank": 0, "lora.alpha": 2.0}, "config.lora.alpha=2.0: is of adapters"),
+        (
+            {"lora.rank": 0, "lora.alpha": 2.0},
+            "config.lora.alpha=2.0: does nothing without config.lora.rank",
+        ),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(data, override, told):
