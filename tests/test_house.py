@@ -27,7 +27,7 @@ CORE = {
     "tokenizer": 1007,
     "parallel": 769,
     "optimizer": 223,
-    "model": 898,
+    "model": 910,
     "kernels": 1470,
     "storage": 289,
 }

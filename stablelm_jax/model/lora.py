@@ -95,6 +95,11 @@ class Lora:
             return params | {"kernel": kernel}
         return params | {name: self.join(params[name], part) for name, part in adapters.items()}
 
+    def merge(self, params: Any, adapters: Any) -> Any:
+        """All parameters with their adapters added, on the device, one layer after the other."""
+        add = lambda x: jax.lax.map(Adapted.sum, x) if is_adapted(x) else x  # noqa: E731
+        return jax.tree.map(add, self.join(params, adapters), is_leaf=is_adapted)
+
     def merged_leaf(self, kernel: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """A whole stacked kernel with its adapters added, float32, on the host, in its own memory
         where it may be written to: beside it is one layer of them."""
@@ -130,6 +135,13 @@ class Adapted:
         kernel_IO = self.kernel.astype(x_NI.dtype).reshape(inputs, -1)
         a_IR, b_RO = self.a.reshape(inputs, -1), self.scale * self.b.reshape(rank, -1)
         return checkpoint_name(_product(x_NI, kernel_IO, a_IR, b_RO), PRODUCT)
+
+    @jax.named_scope("lora")
+    def sum(self) -> jax.Array:
+        """W + A B, made in float32, in the type of W."""
+        a, b = self.a.reshape(-1, len(self.b)), self.b.reshape(len(self.b), -1)
+        product = jnp.matmul(a, b, precision="highest").reshape(self.shape)
+        return (self.kernel.astype(jnp.float32) + self.scale * product).astype(self.kernel.dtype)
 
 
 def is_adapted(x: Any) -> bool:

@@ -5,6 +5,7 @@ import pytest
 from seeds import new_rng
 from small_models import KINDS, random_params
 
+from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.interop.verify import our_logits
 from stablelm_jax.model.lora import Lora, target_names
 from stablelm_jax.model.parameters import nest
@@ -35,15 +36,17 @@ def test_adapters_begin_with_peft_s_variance_and_add_nothing():
     assert not any(np.any(matrix["lora_b"]) for matrix in adapters["layers"]["mlp"].values())
 
 
-def test_a_leaf_is_merged_in_its_own_memory():
+def test_a_leaf_is_merged_in_its_own_memory_to_what_the_device_makes_of_it():
     model, lora, rng = KINDS["12b"], Lora(4, 6.0, ("key", "out", "up")), new_rng()
     own = {row.name: np.float32(rng.normal(0, 0.3, row.shape)) for row in lora.table(model)}
+    merged = flatten(lora.merge(nest(random_params(model)), nest(own)))
     for name in ("layers/attention/key/", "layers/mlp/up/"):
         a, b = own[f"{name}lora_a"], own[f"{name}lora_b"]
         kernel = random_params(model)[f"{name}kernel"]
         plain = kernel + 6 / 4 * np.einsum("ldr,lr...->ld...", a, b)
         assert lora.merged_leaf(kernel, a, b) is kernel  # a second large leaf would be gigabytes
         np.testing.assert_allclose(kernel, plain, atol=1e-6)
+        np.testing.assert_allclose(merged[f"{name}kernel"], plain, atol=1e-6)
 
 
 def test_a_forward_pass_of_joined_adapters_is_that_of_the_merged_weights():
