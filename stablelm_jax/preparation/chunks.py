@@ -110,8 +110,8 @@ def _row_groups(file: InputFile, size: int) -> list[Chunk]:
         try:
             footer = pq.ParquetFile(opened).metadata
         except PARQUET_ERRORS as error:
-            if isinstance(error, OSError) and type(error) is not OSError:
-                raise  # of the network
+            if isinstance(error, OSError) and not streams.is_of_the_file(error):
+                raise
             return []
     ranges: list[Chunk] = []
     start = first = held = rows = 0

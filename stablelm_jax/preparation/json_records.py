@@ -13,14 +13,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 
 from stablelm_jax.preparation import conversations, streams
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.keeping import NotKept, is_kept, value_text
-from stablelm_jax.preparation.streams import Blocks, Held, Rejected, cut_at, peek
+from stablelm_jax.preparation.streams import Blocks, Damaged, Held, Rejected, cut_at, peek
 from stablelm_jax.preparation.texts import Noted, decode, not_empty
 
 _NAMES = {
@@ -192,18 +192,18 @@ def values(blocks: Blocks) -> Iterator[bytes | Rejected]:
     After damage the rest is one `Rejected`, with its position.
     """
     scanner = _Scanner()
-    for block in blocks:
-        yield from scanner.cut(block)
-        if scanner.lost:
-            break
-    yield from scanner.end()
+    try:
+        for block in blocks:
+            yield from scanner.cut(block)
+        yield from scanner.end()
+    except Damaged as error:
+        yield Rejected(str(error))
 
 
 class _Scanner:
     """Where records begin and end, by brackets and quotes."""
 
     def __init__(self):
-        self.lost = ""  # why it cannot go on
         self._state, self._depth, self._in_array = _BETWEEN, 0, False
         self._held = Held()  # the record so far, without what lies in the block at hand
         self._begin = 0  # where in the stream it begins
@@ -231,11 +231,8 @@ class _Scanner:
             else:
                 self._depth += 1 if char in b"{[" else -1
                 ends = self._depth == 0
-            record = self._ended(block[start:place]) if ends else None
-            if self.lost:
-                return
-            if record is not None:
-                yield record
+            if ends:
+                yield self._ended(block[start:place])
         self._skip = max(place - len(block), 0)
         if self._state is not _BETWEEN:
             self._held.add(block[start:])
@@ -243,11 +240,8 @@ class _Scanner:
 
     def end(self) -> Iterator[bytes | Rejected]:
         """The last record, or what is missing at the end."""
-        last = self._ended(b"") if self._state is _WORD and not self.lost else None
-        if self.lost:
-            yield Rejected(f"{self.lost}; the rest of the file is lost")
-        elif last is not None:
-            yield last
+        if self._state is _WORD:
+            yield self._ended(b"")
         elif self._state is not _BETWEEN:
             yield Rejected(f"{_CUT_SHORT}: the record that begins at byte {self._begin} has no end")
         elif self._in_array:
@@ -269,14 +263,11 @@ class _Scanner:
         """The whole record."""
         self._held.add(last)
         record = self._held.take()
-        if (
-            self._state is _WORD
-            and isinstance(record, bytes)
-            and isinstance(_loads(record), Rejected)
-        ):
+        is_word = self._state is _WORD and isinstance(record, bytes)
+        if is_word and isinstance(_loads(record), Rejected):
             self._lose(f"{record[:20].decode(errors='replace')!r} is no JSON", self._begin)
         self._state = _BETWEEN
         return record
 
-    def _lose(self, reason: str, at: int) -> None:
-        self.lost = f"JSON damaged: {reason} at byte {at}"
+    def _lose(self, reason: str, at: int) -> NoReturn:
+        raise Damaged(f"JSON damaged: {reason} at byte {at}; the rest of the file is lost")

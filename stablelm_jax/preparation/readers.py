@@ -67,13 +67,16 @@ def read_file(
         if isinstance(error, PermissionError) and not is_remote:
             yield Rejected("no permission to read it")
             return
-        # A bare OSError is a library's, about what a file holds; that of a URL is its driver's.
-        bare = type(error) is OSError and error.errno is None and not is_remote
-        is_odd = isinstance(error, _ODD) or not is_remote
-        if not bare and (isinstance(error, OSError | ImportError) or not is_odd):
+        if not _lies_in_the_file(error, is_remote):
             raise
         text = f"damaged {file.kind}, the rest of the file is lost: {described(error)}"
         yield Rejected(text[:200])
+
+
+def _lies_in_the_file(error: Exception, is_remote: bool) -> bool:
+    if isinstance(error, OSError):
+        return not is_remote and streams.is_of_the_file(error)
+    return isinstance(error, _ODD) or not (is_remote or isinstance(error, ImportError))
 
 
 def _records(

@@ -56,6 +56,11 @@ class Damaged(Exception):
     """The rest of a file cannot be read, for a reason that lies in it."""
 
 
+def is_of_the_file(error: Exception) -> bool:
+    """Whether an OSError is a library's, about what a file holds: those of a disk have a number."""
+    return type(error) is OSError and error.errno is None
+
+
 Blocks = Iterator[bytes]
 
 

@@ -60,8 +60,7 @@ def _row_group(
             done += len(batch)
             meter.consumed = before + info.total_byte_size * done // max(info.num_rows, 1)
     except PARQUET_ERRORS as error:
-        # pyarrow tells damage by a bare OSError, too; one of the disk or the network has a number.
-        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        if isinstance(error, OSError) and not streams.is_of_the_file(error):
             raise
         rest = Rejected(f"row group {group} damaged: {described(error)}"[:200])
     for _ in range(done, info.num_rows):
