@@ -48,7 +48,7 @@ from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.progress import progress
 from stablelm_jax.preparation.recipe_table import show
 from stablelm_jax.preparation.recipes import SUBSTITUTE, Recipe, load_recipe
-from stablelm_jax.preparation.show_dropped import show_dropped
+from stablelm_jax.preparation.screening import show_dropped
 from stablelm_jax.preparation.verify import verify_root
 from stablelm_jax.run.console import make_console
 

@@ -23,7 +23,7 @@ FILTERS = {
     "c4": "datatrove.pipeline.filters.C4QualityFilter",
     "c4_paragraphs": "datatrove.pipeline.filters.C4ParagraphFilter",
     "fineweb": "datatrove.pipeline.filters.FineWebQualityFilter",
-    "language": "stablelm_jax.preparation.language_filter.LanguageFilter",
+    "language": "stablelm_jax.preparation.screening.LanguageFilter",
 }
 # Names for several. `fineweb_recipe` is what datatrove's examples/fineweb.py does between the
 # extraction of the text and the search for near copies, in its order.
@@ -142,31 +142,21 @@ def _parameters(name: str, given: dict[str, Any], languages: list[str]) -> dict[
     kinds = inspect.signature(_imported(name, FILTERS.get(name, name))).parameters.values()
     named = [kind for kind in kinds if kind.kind in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)]
     defaults = {kind.name: kind.default for kind in named if kind.name not in _OF_PIPELINES}
-    found = {**defaults, **given}
+    found, problem = {**defaults, **given}, ""
     for key, value in found.items():
         if key not in defaults:
             problem = f"no parameter {key!r}{_near(str(key), list(defaults))}"
         elif value is inspect.Parameter.empty:
             problem = f"give {key}=..."
-        elif value is not None and _kind(value) is not _kind(defaults[key], value):
-            problem = f"{key}={value!r} is not of the kind of its default, {defaults[key]!r}"
         elif key == "language" and key not in given and len(languages) > 1:
             problem = f"it judges one language: write {name}(language={languages[0]})"
-        else:
-            continue
-        raise FilterError(f"--filters {name}: {problem}")
+        if problem:
+            raise FilterError(f"--filters {name}: {problem}")
     of_source = {"languages": languages, "language": languages[0]}
     found |= {key: of_source[key] for key in of_source.keys() & found if not given.get(key)}
     if found.get("min_stop_words") and not found.get("stop_words", True):
         found["stop_words"] = _stop_words(name, found["language"])
     return json.loads(json.dumps(found))
-
-
-def _kind(value: Any, other: Any = None) -> type:
-    """The type of a value, one for all numbers, one for all lists; of `other` if it says none."""
-    if value is None or value is inspect.Parameter.empty:
-        return _kind(other)
-    return {int: float, tuple: list}.get(type(value), type(value))
 
 
 def _stop_words(name: str, language: str) -> list[str]:

@@ -1,20 +1,27 @@
-"""What the filters say of a document: the text to keep, or which of them drops it, and why."""
+"""What the filters say of a document: the text to keep, or which of them drops it, and why.
+
+The filter by language stands here too, which datatrove has for fastText alone.
+"""
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import operator
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
+from datatrove.utils.lid import FT176LID, LID
+from rich.console import Console
 
 from stablelm_jax.preparation import filters
 from stablelm_jax.preparation.chunks import Record
+from stablelm_jax.preparation.finding import shown
 from stablelm_jax.preparation.held_out import content_hash
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.storage.files import write_text
@@ -102,6 +109,60 @@ def _remedy(step: Mapping[str, Any], error: Exception) -> str:
     return "; pip install -e '.[filters]'" if is_ours else ""
 
 
+class _Py3langid(LID):
+    """py3langid as one of datatrove's identifiers: its model comes with the package."""
+
+    def __init__(self, languages: list[str]):
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+        super().__init__(languages)
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def predict(self, doc: Document) -> tuple[tuple[str, float], dict[str, float]]:
+        """(the likeliest label and its probability, the probabilities of `languages`)."""
+        ranked = self._identifier.rank(doc.text)
+        found = dict(ranked)
+        return ranked[0], {label: found.get(label, 0.0) for label in self.languages}
+
+
+class LanguageFilter(BaseFilter):
+    """Keeps a document to which the model gives one of the languages by more than `threshold`.
+
+    The rule is that of datatrove's LanguageFilter, which gives no reason.
+
+    Args:
+      languages: ISO 639-1 codes; `prepare` puts in those of the source.
+      backend: py3langid; or ft176, fastText's model of 176 languages, which FineWeb used.
+      model: a file for ft176, lid.176.bin or lid.176.ftz; datatrove downloads it if none is given.
+    """
+
+    def __init__(
+        self,
+        languages: Sequence[str] = (),
+        threshold: float = 0.65,
+        backend: str = "py3langid",
+        model: str = "",
+    ):
+        super().__init__()
+        self._languages, self._threshold = list(languages), threshold
+        if backend == "py3langid":
+            self._identifier: LID = _Py3langid(self._languages)
+        elif backend == "ft176":
+            self._identifier = FT176LID(self._languages)
+            if model:  # datatrove would copy the file, and keep to the copy
+                from fasttext.FastText import _FastText
+
+                self._identifier._model = _FastText(model)
+        else:
+            raise ValueError(f"backend={backend}: there are py3langid and ft176")
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        (best, _), found = self._identifier.predict(doc)
+        if any(share > self._threshold for share in found.values()):
+            return True
+        return False, f"not sure of {best}" if best in found else f"looks like {best}"
+
+
 class DroppedSample:
     """A few dropped documents of each filter and reason, to be looked at.
 
@@ -129,3 +190,28 @@ class DroppedSample:
         """Writes a line of JSON for each document."""
         rows = [row for _, rows in sorted(self._rows.items()) for row in rows]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def show_dropped(directory: str, console: Console) -> None:
+    """Prints the sample of each filter and reason, the most frequent first.
+
+    ValueError where the source has none.
+    """
+    try:
+        with open(pathlib.Path(directory) / DROPPED_NAME, encoding="utf-8") as lines:
+            rows = list(map(json.loads, lines))
+    except OSError as error:
+        raise ValueError(
+            f"--show-dropped {directory}: {error}; name the folder of a source that was prepared"
+            " with --filters"
+        ) from error
+    total, kinds = 0, itertools.groupby(rows, key=lambda row: (row["by"], row["reason"]))
+    for sample in sorted((list(of) for _, of in kinds), key=lambda sample: -sample[0]["of"]):
+        kind, count = Dropped(sample[0]["by"], sample[0]["reason"]), sample[0]["of"]
+        console.print(f"{kind}: {count:,} documents, {len(sample)} of them:\n")
+        for row in sample:
+            place = f"{row['file']}, line {row['line']:,}: {row['characters']:,} characters"
+            text = (f"    {shown(line)}\n" for line in row["beginning"].splitlines() if line)
+            console.print(f"  {place}\n{''.join(text)}")
+        total += count
+    console.print(f"dropped by filters: {total:,} documents of {directory}")
