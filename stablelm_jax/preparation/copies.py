@@ -21,7 +21,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import resource
@@ -37,13 +36,13 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from stablelm_jax.data.manifest import open_shard
 from stablelm_jax.data.shards import Shard, ShardInfo, ShardWriter
+from stablelm_jax.preparation.verify import blocks, document_hash
 from stablelm_jax.storage.files import replacing, write_json
 from stablelm_jax.storage.remote import as_path
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = ("exact", "near")  # of copies
 FOLDERS = ("hashes", *KINDS, "removed", "counts", "listed", "records")
-_BLOCK_DOCUMENTS = 256  # are read at once
 _BLOCK_TOKENS = 1 << 22  # are counted at once
 _SHINGLES = 4096  # are hashed at once: datatrove takes 24 * bands * rows bytes for each
 
@@ -99,9 +98,8 @@ class Stage(PipelineStep):
 
 
 def hash_documents(work: pathlib.Path, rank: int, world_size: int) -> None:
-    """Hashes the documents of the shard of a rank: their tokens, which are their text."""
-    documents = _documents(_plan(work).shard(rank))
-    digests = b"".join(hashlib.blake2b(ids, digest_size=16).digest() for ids in documents)
+    """Hashes the documents of the shard of a rank."""
+    digests = b"".join(map(document_hash, _documents(_plan(work).shard(rank))))
     hashes = np.frombuffer(digests, "<u8").reshape(-1, 2)
     rows = np.column_stack([hashes, np.arange(len(hashes), dtype="u8")])
     _save(work / "hashes" / f"{rank:06d}.npy", rows[np.lexsort((rows[:, 1], rows[:, 0]))])
@@ -285,10 +283,8 @@ def _tokenizer(work: pathlib.Path) -> Tokenizer:
 
 def _documents(shard: Shard) -> Iterator[np.ndarray]:
     """The tokens of each document of a shard."""
-    ends = shard.document_offsets
-    for first in range(0, len(ends) - 1, _BLOCK_DOCUMENTS):
-        within = ends[first : first + _BLOCK_DOCUMENTS + 1]
-        yield from np.split(shard.read(within[0], within[-1]), within[1:-1] - within[0])
+    for tokens, ends in blocks(shard):
+        yield from np.split(tokens, ends[:-1])
 
 
 def _document(shard: Shard, number: int) -> np.ndarray:

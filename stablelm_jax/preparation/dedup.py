@@ -29,6 +29,7 @@ from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import copies
 from stablelm_jax.preparation.copies import KINDS, Plan, PlannedShard, Stage
 from stablelm_jax.preparation.executors import Executor
+from stablelm_jax.preparation.job import difference
 from stablelm_jax.preparation.outputs import SPLITS
 from stablelm_jax.preparation.recipes import Recipe
 from stablelm_jax.preparation.verify import names_in, source_names
@@ -68,9 +69,10 @@ class Deduplication:
         manifest.open_sources(self.root, texts)  # whole, and of one tokenizer: tokens are compared
         for name in {*flags.order, *flags.exact_only} - self.sources.keys():
             raise ValueError(f"no source {name} in {data}; there are {', '.join(self.sources)}")
-        wanted = flags.order or [source.name for source in (recipe.sources if recipe else ())]
-        self.order = [name for name in dict.fromkeys([*wanted, *texts]) if name in texts]
-        unfiltered = [each.name for each in recipe.sources if each.unfiltered] if recipe else []
+        known = recipe.sources if recipe else ()
+        wanted = dict.fromkeys([*flags.order, *(each.name for each in known), *texts])
+        self.order = [name for name in wanted if name in texts]
+        unfiltered = [each.name for each in known if each.unfiltered]
         exact_only = {*flags.exact_only, *unfiltered} & self.sources.keys()
         self._tokenizer = self._find_tokenizer(flags, data)
         self.settings = {
@@ -102,7 +104,7 @@ class Deduplication:
         if not (self.output / SUMMARY).exists():
             return None
         summary = _read_json(self.output / SUMMARY)
-        self._compare(summary["settings"], "was made")
+        self._check(summary["settings"], "was made")
         for name, result in summary["sources"].items():
             if "nothing_left" not in result:
                 manifest.verify(self.output / name, manifest.read_manifest(self.output / name))
@@ -114,7 +116,7 @@ class Deduplication:
         path = self._work / "plan.json"
         if path.exists():
             self.plan = Plan.read(self._work)
-            self._compare(self.plan.settings, "was begun")
+            self._check(self.plan.settings, "was begun")
             return True
         if others := list(self.output.glob("*/manifest.json")):
             raise ValueError(f"--output: {others[0].parent} lies there already; write elsewhere")
@@ -127,14 +129,12 @@ class Deduplication:
         write_json(path, self.plan)
         return False
 
-    def _compare(self, theirs: dict[str, Any], what: str) -> None:
-        for key, value in self.settings.items():
-            if theirs.get(key) != value:
-                differs = "sources" if key == "data_hash" else f"{key} ({theirs.get(key)})"
-                raise ValueError(
-                    f"{self.output} {what} with other {differs}: ask for the same, choose another"
-                    " --output, or remove it"
-                )
+    def _check(self, theirs: dict[str, Any], what: str) -> None:
+        if differs := difference(self.settings, theirs, {"data_hash": "sources"}):
+            raise ValueError(
+                f"{self.output} {what} with other {differs}: ask for the same, choose another"
+                " --output, or remove it"
+            )
 
     def _shards(self, name: str, split: str) -> Iterator[PlannedShard]:
         first, is_near = 0, name not in self.settings["exact_only"]
@@ -188,20 +188,19 @@ class Deduplication:
         """The new manifest of a source, None where nothing is left to train on; and what went."""
         if name not in self.order:
             return old, {"left_as_it_is": old.kind}
-        folder, ranks = self._work / "records", {s: self._ranks(name, s) for s in SPLITS}
-        records = {
-            s: [_read_json(folder / f"{rank:06d}.json") for rank in ranks[s]] for s in SPLITS
-        }
-        result = _sum([record["dedup"] for split in SPLITS for record in records[split]])
-        if not any(record["shard"] for record in records["train"]):
-            return None, result | {"nothing_left": True}
-        counts = [np.load(self._work / "counts" / f"{rank:06d}.npy") for rank in ranks["train"]]
-        splits = {}
+        result, splits = {}, {}
         for split in SPLITS:
-            infos = [ShardInfo(**record["shard"]) for record in records[split] if record["shard"]]
+            paths = [self._work / "records" / f"{r:06d}.json" for r in self._ranks(name, split)]
+            records = list(map(_read_json, paths))
+            result = _sum([result, *(record["dedup"] for record in records)])
+            infos = [ShardInfo(**record["shard"]) for record in records if record["shard"]]
             lost = sum(gone["text_bytes"] for gone in result[split].values())
             splits[split] = Split.of(infos, max(getattr(old, split).text_bytes - lost, 0))
-        entropy = manifest.unigram_entropy(sum(counts))
+        if not splits["train"].shards:
+            return None, result | {"nothing_left": True}
+        ranks = self._ranks(name, "train")
+        counts = sum(np.load(self._work / "counts" / f"{rank:06d}.npy") for rank in ranks)
+        entropy = manifest.unigram_entropy(counts)
         return dataclasses.replace(old, **splits, unigram_entropy=entropy), result
 
     def _ranks(self, name: str, split: str) -> list[int]:

@@ -85,13 +85,13 @@ def settings_of(
     return found | {name: value for name, value in asked.items() if value}
 
 
-def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], files: str) -> str:
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], named: Mapping[str, str]) -> str:
     """The first setting that is not `theirs`, in words; "" where all are.
 
-    `files`: what is said where the inputs differ. `theirs` of a plan holds the kind of source too.
+    `named`: words for some. `theirs` of a plan holds the kind of source too.
     """
     named = {
-        "inputs_sha256": files,
+        **named,
         "tokenizer_sha256": "tokenizer",
         "chat": "chat template",
         "filters": "filters, parameters of them, or versions of what they run on",

@@ -61,7 +61,7 @@ from stablelm_jax.storage.remote import as_path, described, is_url
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 _ALLOW_UNREAD = "--allow-unread"
-_INPUT_FILES = "input files (names, sizes or dates)"
+_INPUTS = {"inputs_sha256": "input files (names, sizes or dates)"}
 # Of a source of fewer bytes of text, what is held out is chosen among the documents that the
 # filters keep: they judge it twice, which takes them seconds.
 _FILTERED_TWICE = 4_000_000
@@ -166,13 +166,13 @@ class Preparation:
                 break
         else:
             return None
-        files, then = _INPUT_FILES, found.provenance.get("revisions", {})
+        inputs_differ, then = _INPUTS, found.provenance.get("revisions", {})
         if then and self.revisions and then != self.revisions:
             names = hub.pinned_names(then), hub.pinned_names(self.revisions)
-            files = "files of the Hub, {} (now it is {})".format(*names)
+            inputs_differ = {"inputs_sha256": "files of the Hub, {} (now it is {})".format(*names)}
         # Shards of an earlier recipe are others, but no worse for a run.
         settings = {**found.provenance.get("settings", {}), "recipe": RECIPE}
-        if differs := difference(self._settings, settings, files):
+        if differs := difference(self._settings, settings, inputs_differ):
             raise self._other(f"{place} was prepared", differs)
         manifest.verify(place, found)
         shutil.rmtree(self._work, ignore_errors=True)
@@ -191,7 +191,7 @@ class Preparation:
         """
         if self._plan_path.exists():
             self.plan = Plan.read(self._plan_path)
-            differs = difference(self._settings, self.plan.settings, _INPUT_FILES)
+            differs = difference(self._settings, self.plan.settings, _INPUTS)
             if not differs:
                 return True
             if not self._is_of_no_use():
@@ -305,8 +305,9 @@ class Preparation:
         list_left_out(self.directory / "left_out.jsonl", self.left_out)
         read = "read from its beginnings as" if self.job.sample else "read as"
         self.account = Account.of(self.files, [each.files for each in outputs], self.left_out, read)
-        if why := why_empty(self.job, outputs, self.reasons, self.dropped, self.directory):
-            raise PreparationError(why)
+        if why := why_empty(self.job, outputs, self.reasons, self.dropped):
+            listed = f" (what was rejected is listed in {self.directory / 'rejected.jsonl'})"
+            raise PreparationError(why + (listed if self.reasons else ""))
         if (refusal := self.account.refusal()) and not self.job.allow_unread:
             raise PreparationError(
                 f"{refusal}; all is listed in {self.directory} (rejected.jsonl, left_out.jsonl);"

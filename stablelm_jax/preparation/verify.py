@@ -22,7 +22,7 @@ from stablelm_jax.data.shards import Shard, ShardError, ShardInfo, read_spans
 from stablelm_jax.preparation.recipes import Recipe
 from stablelm_jax.storage.remote import RemotePath, as_path
 
-_BLOCK_TOKENS = 1 << 24  # read at once, and the rest of the document that they end in
+_BLOCK_TOKENS = 1 << 22  # read at once, and the rest of the document that they end in
 # Reported sizes are rounded, and what lies at their place today is not quite what lay there.
 _TOLERANCE = 0.1
 
@@ -94,13 +94,13 @@ def _of_shard(
         if isinstance(shard, Shard):
             shard.check()
         dtype = shard.dtype if isinstance(shard, Shard) else np.dtype("<i4")
-        for tokens, ends in _blocks(shard):
+        for tokens, ends in blocks(shard):
             digest.update(np.ascontiguousarray(tokens, dtype))
             lengths = np.diff(ends, prepend=0)
             # Of nearly all documents the length tells that they are none of those.
             for number in np.flatnonzero(np.isin(lengths, list(held_out.values()))).tolist():
                 ids = tokens[ends[number] - lengths[number] : ends[number]]
-                copies += _hash(ids) in held_out
+                copies += document_hash(ids) in held_out
         info.compare(path, sha256=digest.hexdigest())
         if info.spans_sha256:
             read_spans(path, info)
@@ -117,16 +117,17 @@ def _held_out(folder: pathlib.Path | RemotePath, made: SourceManifest) -> dict[b
     found = {}
     for info in made.held_out.shards:
         with contextlib.suppress(ShardError, OSError):  # told where all shards are looked at
-            for tokens, ends in _blocks(open_shard(folder / info.file, info)):
-                found |= {_hash(ids): len(ids) for ids in np.split(tokens, ends[:-1])}
+            for tokens, ends in blocks(open_shard(folder / info.file, info)):
+                found |= {document_hash(ids): len(ids) for ids in np.split(tokens, ends[:-1])}
     return found
 
 
-def _hash(ids: np.ndarray) -> bytes:
+def document_hash(ids: np.ndarray) -> bytes:
+    """128 bits of the tokens of a document, which are its text."""
     return hashlib.blake2b(ids, digest_size=16).digest()
 
 
-def _blocks(shard: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def blocks(shard: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens of a shard, some whole documents at a time, and where each of these ends."""
     offsets = shard.document_offsets
     starts = np.searchsorted(offsets, np.arange(0, offsets[-1], _BLOCK_TOKENS))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import collections
-import pathlib
 from collections.abc import Sequence
 
 from stablelm_jax.preparation import keeping
 from stablelm_jax.preparation.outputs import SPLITS, Output
 
-# What helps against a reason, by its beginning: the longer beginnings first.
+# What helps against a cause, by its beginning: the longer beginnings first.
 _REMEDIES = {
     "no key to hold out by": "--held-out-by {job.held_out_by} is no key of the records",
     "no key": "--text-key names the key",
     "no column": "--text-key names the key",
     "a conversation": "--template zephyr, chatml, tokenizer or a Jinja file takes them",
+    "dropped by": "look at some with --show-dropped, and give --language or other parameters",
+    "not kept": "--keep {keep} fits no record",
 }
 
 
@@ -24,38 +25,27 @@ def why_empty(
     outputs: Sequence[Output],
     reasons: collections.Counter,
     dropped: collections.Counter,
-    directory: pathlib.Path,
 ) -> str:
     """What is wrong; "" where there are documents to train on and to hold out.
 
-    `reasons` of what was rejected and `dropped` by filters, counted; `directory`: of the source.
+    `reasons` of what was rejected and `dropped` by filters, counted.
     """
     filled = {split for output in outputs for split in output.shards}
     if len(filled) == len(SPLITS):
         return ""
     if filled:
-        problem = _one_side(job, "train on" if "held_out" in filled else "hold out")
-    elif job.keep and not any(output.kept for output in outputs):
-        seen = ", ".join(keeping.total(output.not_kept for output in outputs))
-        kept = " ".join(map("=".join, job.keep))
-        problem = f"no record is kept by --keep {kept}; there are: {seen or 'no records at all'}"
-    elif dropped:
-        ((kind, count),) = dropped.most_common(1)
-        problem = (
-            f"no document is left: the filters dropped {dropped.total():,}, {count:,} of them by"
-            f' "{kind}"; look at some with --show-dropped {directory}, and give --language or other'
-            " parameters"
-        )
-    elif not reasons:
+        return _one_side(job, "train on" if "held_out" in filled else "hold out")
+    causes = collections.Counter(reasons)
+    causes.update({f"dropped by {kind}": count for kind, count in dropped.items()})
+    others = keeping.total(output.not_kept for output in outputs)
+    causes.update({f"not kept: {value}": count for value, count in others.items()})
+    if not causes:
         return "no document in the files: all are empty"
-    else:
-        ((reason, count),) = reasons.most_common(1)
-        problem = f'no usable document: {reasons.total()} rejected, {count} of them "{reason}"'
-        found = (said for begin, said in _REMEDIES.items() if reason.startswith(begin))
-        if remedy := next(found, ""):
-            problem += f"; {remedy.format(job=job)}"
-    listed = f" (what was rejected is listed in {directory / 'rejected.jsonl'})" if reasons else ""
-    return problem + listed
+    (first, _), *_ = most = causes.most_common(3)
+    remedies = (text for begin, text in _REMEDIES.items() if first.startswith(begin))
+    remedy = next(remedies, "").format(job=job, keep=" ".join(map("=".join, job.keep or ())))
+    listed = "; ".join(f"{cause}: {count:,}" for cause, count in most)
+    return f"no usable document ({listed})" + (f"; {remedy}" if remedy else "")
 
 
 def _one_side(job: argparse.Namespace, side: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -76,7 +75,7 @@ def replay(
     Args:
       step: that of a metrics line: the update after which so many have been done.
       wanted: which rows of its batch to look into.
-      config: of the run; None: as its next checkpoint has it, or its folder.
+      config: of the run; None: as its next checkpoint has it, or its last.
       tell: called with what the run would say as it resumes.
 
     Raises:
@@ -91,7 +90,10 @@ def replay(
             f"{workdir}: step {step} lies before its checkpoints, or has not been done: there are "
             f"{steps or 'none'}. Ask for another step, or train up to it in another --workdir"
         )
-    config = config or _config_of(Path(workdir), folder, earlier[-1], step)
+    if config is None:  # whoever saved the next checkpoint had that of the step
+        named = next((number for number in steps if number >= step), earlier[-1])
+        saved = read_run(folder / checkpoint_name(named))
+        config = config_lib.from_dict(saved["config"])
     if config.training.deterministic:
         make_deterministic()
     CompilationCache(workdir)  # the run's own program, where it is kept
@@ -104,17 +106,6 @@ def replay(
             " run once more, which computes it"
         )
     return _replayed(begun, {n["step"]: n for n in lines if "loss" in n}, step, restored, wanted)
-
-
-def _config_of(workdir: Path, folder: Any, before: int, step: int) -> ConfigDict:
-    """The config that the run had at a step: whoever saved the next checkpoint had it."""
-    later = [number for number in finished_steps(folder) if number >= step]
-    path = workdir / "config.json"
-    if not later and path.exists():
-        tree = json.loads(path.read_text(encoding="utf-8"))["config"]
-    else:
-        tree = read_run(folder / checkpoint_name((later or [before])[0]))["config"]
-    return config_lib.from_dict(tree)
 
 
 def _begin(config: ConfigDict, path: Any, tell: Callable[[str], None]) -> Beginning:

@@ -137,7 +137,8 @@ def test_the_manifest_counts_by_value_and_another_pattern_is_another_source(
              '--tokenizer', tokenizer_file, '--workers', 1]  # fmt: skip
     code, _, err = run(capsys, *flags, "--keep", "meta.pile_set_name=Phil")
     assert code == 1
-    assert "no record is kept by --keep meta.pile_set_name=Phil; there are: PhilPapers" in err
+    assert "(not kept: PhilPapers: 30; not kept: HackerNews: 30; not kept: Pile-CC: 30)" in err
+    assert "--keep meta.pile_set_name=Phil fits no record" in err
     flags += ["--keep", "meta.pile_set_name=PHIL*"]
     code, out, err = run(capsys, *flags)
     assert code == 0, err

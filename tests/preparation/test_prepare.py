@@ -435,7 +435,7 @@ def test_its_own_output_is_refused_as_input(tmp_path, capsys, tokenizer_file):
     ("data", "message"),
     [
         (b"", "all are empty"),
-        (b'oops\n{"text": ""}\noops\n', 'no usable document: 3 rejected, 2 of them "not JSON"'),
+        (b'oops\n{"text": ""}\noops\n', "no usable document (not JSON: 2; empty document: 1)"),
         (b'{"content": "a"}\n', "--text-key names the key"),
         (b'{"text": "a"}\n', "needs two different ones"),
         (b'{"text": "a"}\n' * 5, "needs two different ones"),

@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 import tiny
+from byte_tokenizer import write_byte_tokenizer
 from prepared import write_source
 from tiny import (
     CHOICES,
     TALKS,
-    VOCAB,
     bare_config,
     events,
     losses,
@@ -45,15 +45,16 @@ def compiled_once(monkeypatch):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Documents that count on by two; those of BAD are noise."""
-    root, rng = write_data(tmp_path_factory.mktemp("planted") / "data"), np.random.default_rng(4)
-    own = load_tokenizer(root / "tokenizer.json")
-    words = VOCAB - 9
-    rows = (rng.integers(0, words, (DOCUMENTS, 1)) + 2 * np.arange(31)) % words
-    rows[BAD] = rng.integers(0, words, (len(BAD), 31))
-    made_by = TokenizerInfo("tiny", own.sha256, own.vocab_size, own.eod)
-    train_shard = [[*row, own.eod] for row in rows.tolist()]
-    write_source(root, "counting", [train_shard], train_shard[:3], tokenizer=made_by)
+    """Documents of characters that count on by two; those of BAD are random bytes as text."""
+    root, rng = tmp_path_factory.mktemp("planted"), np.random.default_rng(4)
+    own = load_tokenizer(write_byte_tokenizer(root / "tokenizer.json"))
+    codes = 48 + (rng.integers(0, 64, (DOCUMENTS, 1)) + 2 * np.arange(31)) % 64
+    texts = [bytes(row).decode() for row in codes.tolist()]
+    for number in BAD:
+        texts[number] = rng.bytes(31).decode("latin-1")
+    made_by = TokenizerInfo("bytes", own.sha256, own.vocab_size, own.eod)
+    shard = [[*own.encode(text)[:31], own.eod] for text in texts]
+    write_source(root, "counting", [shard], shard[:3], tokenizer=made_by)
     return root
 
 
