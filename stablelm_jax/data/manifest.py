@@ -258,13 +258,12 @@ def data_hash(manifests: Mapping[str, SourceManifest]) -> str:
     """
     contents = {
         name: {
-            split: [_contents(info) for info in getattr(manifest, split).shards]
+            split: [
+                [info.sha256, info.tokens, *filter(None, [info.spans_sha256])]
+                for info in getattr(manifest, split).shards
+            ]
             for split in ("train", "held_out")
         }
         for name, manifest in sorted(manifests.items())
     }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def _contents(info: ShardInfo) -> list[str | int]:
-    return [info.sha256, info.tokens] + ([info.spans_sha256] if info.spans_sha256 else [])
