@@ -134,19 +134,12 @@ def _continue(generator, tokenizer, template, system, prompts, settings) -> None
         opening = [""] * len(prompts)
         turns = [[*system, {"role": "user", "content": text}] for text in prompts]
         ids = [encode_chat(tokenizer, messages, template) for messages in turns]
-    written: list[int] = []
-
-    def chunks():
-        for chunk in generator.stream(ids[0], **settings):
-            written.extend(chunk)
-            yield chunk
-
     generator.compile(ids, **settings)
-    began = time.perf_counter()
+    written, began = [], time.perf_counter()
     if len(ids) == 1:
         print(opening[0], end="", flush=True)
         try:
-            for piece in as_text(tokenizer, chunks()):
+            for piece in as_text(tokenizer, generator.stream(ids[0], **settings), written):
                 print(piece, end="", flush=True)
         finally:
             print()

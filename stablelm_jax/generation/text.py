@@ -52,9 +52,14 @@ def prepare_texts(
     return texts
 
 
-def as_text(tokenizer: Tokenizer, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
-    """The text of the chunks, held back where a letter's bytes are not complete yet."""
-    ids: list[int] = []
+def as_text(
+    tokenizer: Tokenizer, chunks: Iterable[Sequence[int]], written: list[int] | None = None
+) -> Iterator[str]:
+    """The text of the chunks, held back where a letter's bytes are not complete yet.
+
+    `written`: an empty list, which gets their tokens.
+    """
+    ids = [] if written is None else written
     shown = ""
     for chunk in chunks:
         ids += chunk
@@ -94,13 +99,8 @@ def answer(
         raise
     said: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}
     messages.append(said)
-
-    def chunks() -> Iterator[list[int]]:
-        for chunk in generator.stream(ids, go_on=True, **settings):
-            said["ids"] += chunk
-            yield chunk
-
-    for piece in as_text(tokenizer, chunks()):
+    chunks = generator.stream(ids, go_on=True, **settings)
+    for piece in as_text(tokenizer, chunks, said["ids"]):
         said["content"] += piece
         yield piece
 
