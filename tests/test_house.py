@@ -23,7 +23,7 @@ CORE = {
     "run": 1444,
     "checkpoint": 955,
     "config": 954,
-    "data": 1768,
+    "data": 1767,
     "tokenizer": 1007,
     "parallel": 769,
     "optimizer": 223,
