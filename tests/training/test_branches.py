@@ -32,7 +32,9 @@ def branch(data, parent, workdir, step=8, **overrides):
     return train(bare_config(data, **{"branch.parent": path, **overrides}), workdir)
 
 
-def test_a_branch_that_changes_nothing_is_its_parent_bit_for_bit(data, parent, tmp_path):
+def test_a_branch_that_changes_nothing_is_its_parent_bit_for_bit_and_records_it(
+    data, parent, tmp_path
+):
     _, lines = branch(data, parent, tmp_path)
     after = {step: loss for step, loss in losses(parent[2]).items() if step > 8}
     assert losses(lines) == after
@@ -40,10 +42,6 @@ def test_a_branch_that_changes_nothing_is_its_parent_bit_for_bit(data, parent, t
     assert last["checksums"] == original["checksums"]
     assert last["tokens"] == original["tokens"]
     assert last["row_order"] == original["row_order"]
-
-
-def test_a_branch_records_its_parent_with_step_and_hash(data, parent, tmp_path):
-    branch(data, parent, tmp_path)
     saved = read_run(checkpoint(parent[0], 8))
     expected = state_hash(saved["checksums"])
     for step in (8, 12):
