@@ -59,11 +59,9 @@ def _tell_stopped(trainer: Trainer) -> None:
     if services.stop.name is not None:
         who, seconds = services.stop.name, services.stop.seconds_since()
         since = f", {seconds:.1f} s after the signal"
-    text = (
-        f"stopped by {who} after step {step:,}; checkpoint {whole} is whole{since}; run the same "
-        "command again to go on"
-    )
-    services.events.tell("stopped", text, step=step, by=who, seconds=seconds)
+    text = f"stopped by {who} after step {step:,}; checkpoint {whole} is whole{since}"
+    again = "run the same command again to go on"
+    services.events.tell("stopped", f"{text}; {again}", step=step, by=who, seconds=seconds)
 
 
 def stop_at(trainer: Trainer, stopped: Stopped) -> int:
