@@ -129,10 +129,8 @@ class Generator:
             does not share, from the beginning on, with this prompt and what was written after it.
         """
         if go_on:
-            yield from self._going_on(prompt, **settings)
-            return
-        for _, tokens, _ in self._chunks([prompt], **settings):
-            yield tokens[0]
+            return self._going_on(prompt, **settings)
+        return (tokens[0] for _, tokens, _ in self._chunks([prompt], **settings))
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **settings: Any
