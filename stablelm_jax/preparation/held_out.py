@@ -3,10 +3,7 @@
 So copies of a document are all on the same side, and adding documents to a source moves few others.
 The threshold is fixed by a first look at the beginning of the source, before anything is tokenised;
 then each chunk of the input can be split by itself, in one pass.
-
-At least 50 documents are held out, 256 kB of text, and the fraction of the text that `--held-out`
-asks for; but at most 5 % of the documents (or that fraction of them, if it is larger), and at least
-one. docs/data.md shows what this gives.
+docs/data.md says how many, and what this gives.
 """
 
 from __future__ import annotations

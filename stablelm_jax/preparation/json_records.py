@@ -2,8 +2,7 @@
 
 A scanner of brackets and quotes cuts the stream into records; each is parsed by itself. So a record
 may have any form that Python writes, a bad one costs no other, and none has to fit into memory with
-its neighbours. The streaming parsers at hand lose a file at its first NaN, turn a lone surrogate
-into a question mark, and hold a record in memory however large it is.
+its neighbours (docs/data.md says why no parser of others does).
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ _WATCH_SECONDS = 15.0
 def only_one(path: Path) -> Iterator[None]:
     """Holds the lock file `path` while the block runs.
 
-    The system lets go of the lock when its holder ends, whatever ended it. But some shared disks
-    keep such a lock to a single machine (NFS mounted with `nolock`, BeeGFS, Lustre with
-    `localflock`). So the holder also writes its name into the file, with a counter that it moves
-    on. A holder on another machine is watched for a while: if the counter stands still, it is dead.
+    The system's lock ends with its process, but some shared disks keep it to a single machine (NFS
+    with `nolock`, BeeGFS, Lustre with `localflock`). So the holder also writes its name and a
+    counter into the file; one of another machine whose counter stands still for a while is dead.
 
     Raises BlockingIOError, which names the holder's machine and process.
     """

@@ -33,11 +33,7 @@ STRESS_TEXT = normalise(
 
 
 class FastEngine:
-    """Texts, in NFC, to ids by quicktok.
-
-    Attributes:
-      name: the engine and its version.
-    """
+    """Texts, in NFC, to ids by quicktok; `name`: with its version."""
 
     def __init__(self, pattern: str, ranks: Mapping[bytes, int]):
         import quicktok

