@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             listed = dataclasses.replace(recipe, sources=tuple(map(recipe.source, names)))
             show(listed, console, in_full=bool(flags.source))
         elif flags.verify:
-            failures = _verify(flags, recipe, console)
+            count = verify_root(flags.verify, recipe, flags.workers, console)
+            failures = [_Failure((), 1, f"differences, named above: {count:,}")] if count else []
         elif flags.dedup:
             failures = _deduplicate(flags, recipe, executor, console)
         else:
@@ -107,14 +108,8 @@ class _Failure(NamedTuple):
         text = " ".join(str(error).splitlines())
         if begun and isinstance(error, OSError) and error.errno:  # of this process, not of a worker
             text += f"; {remedy(error)}"
-        is_missing = isinstance(error, InputError | recipe_flags.Unavailable) and not begun
+        is_missing = isinstance(error, InputError) and not begun
         return cls(tuple(sources), 1 if begun else 2, text, is_missing)
-
-
-def _verify(flags: argparse.Namespace, recipe: Recipe | None, console: Console) -> list[_Failure]:
-    differences = verify_root(flags.verify, recipe, flags.workers, console)
-    count = "1 thing differs" if differences == 1 else f"{differences:,} things differ"
-    return [_Failure((), 1, f"{count}, named above")] if differences else []
 
 
 def _deduplicate(
@@ -148,7 +143,7 @@ def _jobs(
     for name in names if recipe is None else recipe_flags.names_asked(recipe, names):
         try:
             known = recipe_flags.filled(recipe, name, flags) if recipe else {}
-        except recipe_flags.Unavailable as error:
+        except InputError as error:
             failures.append(_Failure.of([name], error, begun=False))
             continue
         # What is given by hand wins.
@@ -174,7 +169,11 @@ def _prepare_group(
             for preparation in preparations:
                 locks.enter_context(preparation.locked())
             if others := [each for each in preparations if len(jobs) > 1 and not each.finished()]:
-                _read_together(others, executor, console)
+                together.begin(others)
+                together_names = ", ".join(each.job.source for each in others)
+                console.print(f"reading the files of {together_names} once")
+                with progress(others, console):
+                    together.tokenize(others, executor)
             for preparation in preparations:
                 try:
                     _prepare(preparation, executor, console)
@@ -183,16 +182,6 @@ def _prepare_group(
     except (ValueError, OSError, TasksFailed) as error:
         return [_Failure.of(names, error, begun)]
     return failures
-
-
-def _read_together(
-    preparations: Sequence[Preparation], executor: Executor, console: Console
-) -> None:
-    together.begin(preparations)
-    names = ", ".join(preparation.job.source for preparation in preparations)
-    console.print(f"reading the files of {names} once")
-    with progress(preparations, console):
-        together.tokenize(preparations, executor)
 
 
 def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:

@@ -24,7 +24,8 @@ from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Asked, Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
-from stablelm_jax.preparation.contamination import CONTAMINATED_NAME, read_hits
+from stablelm_jax.preparation.contamination import CONTAMINATED_NAME
+from stablelm_jax.preparation.lists import read_list
 from stablelm_jax.reporting.evaluations import Told, bar
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import described
@@ -101,9 +102,9 @@ def touched_items(root: str | Path, asked: Sequence[Asked]) -> dict[str, set[int
         )
     tasks = {name: task for one in asked for name, task in one.loaded["tasks"].items()}
     splits = {n: t.config.test_split or t.config.validation_split for n, t in tasks.items()}
-    items = [hit.item for path in lists for hit in read_hits(path)]
+    hits = [hit for path in lists for hit in read_list(path)]
     return {
-        name: {item.number for item in items if (item.task, item.split) == (name, split)}
+        name: {hit["item"] for hit in hits if (hit["task"], hit["split"]) == (name, split)}
         for name, split in splits.items()
     }
 

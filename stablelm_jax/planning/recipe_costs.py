@@ -104,8 +104,8 @@ def _stages(recipe: Recipe) -> list[tuple[str, ...]]:
     for stage in STAGES:
         sources = [s for s in recipe.sources if stage.is_for_all or not s.unfiltered]
         text = sum(source.tokens_an_epoch for source in sources) * BYTES_A_TOKEN
-        hours = f"{text / 1e6 / stage.speed / 3600:,.0f}"
+        hours = text / 1e6 / stage.speed / 3600
         which = f"{len(sources)} of {len(recipe.sources)}"
-        rows.append((stage.name, which, f"{text / 1e9:,.0f}", f"{stage.speed:g}", hours))
-        rows[-1] += (stage.source,)
+        numbers = f"{text / 1e9:,.0f}", f"{stage.speed:g}", f"{hours:,.0f}"
+        rows.append((stage.name, which, *numbers, stage.source))
     return rows

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
-import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from stablelm_jax.preparation.finding import InputFile, LeftOut
 from stablelm_jax.preparation.streams import reason_kind
-from stablelm_jax.storage.files import replacing
 
 # More than this share of the bytes not read, and the source is refused; unless it is so little
 # that a single odd file of a small source would do.
@@ -136,11 +133,3 @@ class Account:
         named = ", ".join(f"{name} ({reason})" for _, name, reason in worst[:_WORST_SHOWN])
         more = f" and {len(worst) - _WORST_SHOWN:,} more" if len(worst) > _WORST_SHOWN else ""
         return f"{self.unread_bytes:,} of {self.found:,} bytes were not read as text: {named}{more}"
-
-
-def list_left_out(path: pathlib.Path, left_out: Sequence[LeftOut]) -> None:
-    """Writes what was left out: `file`, `reason`, `files` and `bytes` a line."""
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as listed:
-        for item in left_out:
-            row = {"file": item.name, "reason": item.reason, "files": item.files}
-            listed.write(json.dumps({**row, "bytes": item.size}, ensure_ascii=False) + "\n")

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from stablelm_jax.storage.files import write_text
-
 WORDS, FEWEST_WORDS = 13, 8
 # An n-gram that more items than this share is a form of words, not an item.
 MOST_ITEMS = 10
@@ -36,19 +34,6 @@ class Item(NamedTuple):
     task: str
     split: str
     number: int
-
-
-class Hit(NamedTuple):
-    """A document that holds something of an item."""
-
-    file: str
-    line: int
-    item: Item
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Hit:
-        """Out of a line of `write_hits`."""
-        return cls(row["file"], row["line"], Item(row["task"], row["split"], row["item"]))
 
 
 class _Hashes(dict):
@@ -178,37 +163,32 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def certificate(benchmarks: Benchmarks, hits: Iterable[Hit], dropped: bool) -> dict[str, Any]:
-    """What the manifest says of the benchmarks in a source's text."""
-    hits = list(hits)
+def hit(file: str, line: int, item: Item) -> dict[str, Any]:
+    """A row of CONTAMINATED_NAME: a document that holds something of an item."""
+    return {"file": file, "line": line, "task": item.task, "split": item.split, "item": item.number}
+
+
+def certificate(
+    benchmarks: Benchmarks, hits: Sequence[Mapping[str, Any]], dropped: bool
+) -> dict[str, Any]:
+    """What the manifest says of the benchmarks in a source's text; `hits`: all rows of `hit`."""
+
+    def documents(rows: Iterable[Mapping[str, Any]]) -> int:
+        return len({(row["file"], row["line"]) for row in rows})
+
     tasks = {}
     for task in sorted(benchmarks.items | benchmarks.too_short):
-        of_task = [hit for hit in hits if hit.item.task == task]
+        of_task = [row for row in hits if row["task"] == task]
         tasks[task] = {
             "items": benchmarks.items[task],
             "too_short": benchmarks.too_short[task],
-            "items_hit": len({hit.item for hit in of_task}),
-            "documents": len({hit[:2] for hit in of_task}),
+            "items_hit": len({(row["split"], row["item"]) for row in of_task}),
+            "documents": documents(of_task),
         }
     return {
         "benchmarks_sha256": benchmarks.sha256,
         "words": WORDS,
         "dropped": dropped,
-        "documents": len({hit[:2] for hit in hits}),
+        "documents": documents(hits),
         "tasks": tasks,
     }
-
-
-def write_hits(path: pathlib.Path, hits: Iterable[Hit]) -> None:
-    """A line of JSON for each: `file`, `line`, `task`, `split`, `item`."""
-    rows = [
-        {"file": file, "line": line, "task": item.task, "split": item.split, "item": item.number}
-        for file, line, item in hits
-    ]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_hits(path: pathlib.Path) -> list[Hit]:
-    """What `write_hits` wrote."""
-    with open(path, encoding="utf-8") as lines:
-        return list(map(Hit.of, map(json.loads, lines)))

@@ -33,10 +33,11 @@ from stablelm_jax.data.shards import ShardWriter
 from stablelm_jax.preparation import keeping
 from stablelm_jax.preparation.account import Tally
 from stablelm_jax.preparation.chunks import Chunk, Record, chunks_from_json
-from stablelm_jax.preparation.contamination import CONTAMINATED_NAME, Hit, Item, write_hits
+from stablelm_jax.preparation.contamination import CONTAMINATED_NAME, Item, hit
 from stablelm_jax.preparation.conversations import Documents
 from stablelm_jax.preparation.held_out import HeldOutRule, hash_of
 from stablelm_jax.preparation.keeping import NotKept, count
+from stablelm_jax.preparation.lists import read_list, write_list
 from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.storage.files import flush_to_disk, write_json
@@ -137,7 +138,7 @@ class OutputWriter:
         self._scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._rejected = open(self._scratch / "rejected.jsonl", "w", encoding="utf-8")
         self._has_filters, self._sample = "filters" in plan.settings, DroppedSample()
-        self._hits: list[Hit] | None = [] if "benchmarks" in plan.settings else None
+        self._hits: list[dict] | None = [] if "benchmarks" in plan.settings else None
         self._waiting: dict[str, list[Documents]] = {split: [] for split in SPLITS}
         self._writers: dict[str, ShardWriter] = {}
         self._counts = np.zeros(vocab_size, np.int64)
@@ -181,7 +182,7 @@ class OutputWriter:
         if values and not isinstance(made, NotKept):
             count(output.kept, values)
         if items:
-            self._hits += [Hit(record.file.name, record.line, item) for item in items]
+            self._hits += [hit(record.file.name, record.line, item) for item in items]
         reason = made.reason if isinstance(made, Rejected) else None
         tally = output.files.get(record.file.path)
         if tally is None:
@@ -226,7 +227,7 @@ class OutputWriter:
         if self._has_filters:
             self._sample.write(self._scratch / DROPPED_NAME)
         if self._hits is not None:
-            write_hits(self._scratch / CONTAMINATED_NAME, self._hits)
+            write_list(self._scratch / CONTAMINATED_NAME, self._hits)
         self.output.last = last
         for split, writer in self._writers.items():
             self.output.shards[split] = dataclasses.asdict(writer.close())
@@ -249,9 +250,8 @@ def rows_of(folder: pathlib.Path, outputs: Sequence[Output], plan: Plan, name: s
         # In a byte range of a file, lines are counted from the start of the range.
         if chunk.start == 0 or chunk.first or chunk.files[0].kind == "parquet":
             earlier_lines = 0
-        with open(folder / output.name / name, encoding="utf-8") as rows:
-            for row in map(json.loads, rows):
-                yield {**row, "line": row["line"] + earlier_lines}
+        for row in read_list(folder / output.name / name):
+            yield {**row, "line": row["line"] + earlier_lines}
         if output.last:
             earlier_lines += output.records
 

@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,14 @@ from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, hub, inputs, streams
-from stablelm_jax.preparation.account import Account, list_left_out
-from stablelm_jax.preparation.contamination import (
-    CONTAMINATED_NAME,
-    Benchmarks,
-    Hit,
-    certificate,
-    write_hits,
-)
+from stablelm_jax.preparation.account import Account
+from stablelm_jax.preparation.contamination import CONTAMINATED_NAME, Benchmarks, certificate
 from stablelm_jax.preparation.conversations import ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.job import RECIPE, difference, settings_of
+from stablelm_jax.preparation.lists import write_list
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.outputs import (
     SCRATCH,
@@ -56,7 +51,7 @@ from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSam
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import TokenizeChunk, documents_of
 from stablelm_jax.preparation.why_empty import why_empty
-from stablelm_jax.storage.files import replacing, write_json
+from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import as_path, described, is_url
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -302,7 +297,11 @@ class Preparation:
                 )
         self._list_rejected(outputs)
         self._list_dropped(outputs)
-        list_left_out(self.directory / "left_out.jsonl", self.left_out)
+        left_out = (
+            {"file": item.name, "reason": item.reason, "files": item.files, "bytes": item.size}
+            for item in self.left_out
+        )
+        write_list(self.directory / "left_out.jsonl", left_out)
         read = "read from its beginnings as" if self.job.sample else "read as"
         self.account = Account.of(self.files, [each.files for each in outputs], self.left_out, read)
         if why := why_empty(self.job, outputs, self.reasons, self.dropped):
@@ -339,11 +338,13 @@ class Preparation:
     def _list_rejected(self, outputs: list[Output]) -> None:
         """Writes what gave no document, `file`, `line` and `reason` a line, and counts reasons."""
         self.reasons.clear()
-        path = self.directory / "rejected.jsonl"
-        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as listed:
+
+        def counted() -> Iterator[dict[str, Any]]:
             for row in rows_of(self.outputs, outputs, self.plan, "rejected.jsonl"):
-                listed.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self.reasons[streams.reason_kind(row["reason"])] += 1
+                yield row
+
+        write_list(self.directory / "rejected.jsonl", counted())
 
     def _list_dropped(self, outputs: list[Output]) -> None:
         """Writes some of the documents that the filters dropped, and counts all of them."""
@@ -402,9 +403,8 @@ class Preparation:
         """The certificate, and the list that it counts beside the manifest."""
         if not self._benchmarks:
             return {}
-        listed = rows_of(self.outputs, outputs, self.plan, CONTAMINATED_NAME)
-        hits = list(map(Hit.of, listed))
-        write_hits(self.directory / CONTAMINATED_NAME, hits)
+        hits = list(rows_of(self.outputs, outputs, self.plan, CONTAMINATED_NAME))
+        write_list(self.directory / CONTAMINATED_NAME, hits)
         return {"contamination": certificate(self._benchmarks, hits, self.job.drop_contaminated)}
 
     def _split(self, split: str, outputs: list[Output]) -> Split:

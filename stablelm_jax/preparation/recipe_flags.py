@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
+from stablelm_jax.preparation.finding import InputError
 from stablelm_jax.preparation.recipes import (
     GONE,
     SUBSTITUTE,
@@ -20,10 +21,6 @@ from stablelm_jax.storage.remote import as_path, why_not_there
 ALL = "all"
 
 
-class Unavailable(ValueError):
-    """A source of a recipe that cannot be read from the place that is asked for."""
-
-
 def names_asked(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """The names after `--source`; ValueError where the recipe has no such source."""
     if list(names) == [ALL]:
@@ -35,7 +32,7 @@ def filled(recipe: Recipe, name: str, flags: argparse.Namespace) -> dict[str, An
     """Flag -> value, of all that a recipe knows better than the defaults of `prepare`.
 
     Raises:
-      Unavailable: nothing is at the place, or what lists its files cannot be read.
+      InputError: nothing is at the place, or what lists its files cannot be read.
     """
     source = recipe.source(name)
     place = _place(source, flags.origin)
@@ -83,18 +80,18 @@ def _place(source: RecipeSource, asked: str | None) -> int:
 
 def _inputs(origin: Origin, output: str | None) -> list[str]:
     if origin.state == GONE:
-        raise Unavailable(origin.note or "gone")
+        raise InputError(origin.note or "gone")
     if not origin.listed:
         return [written.replace("{output}", output or "{output}") for written in origin.inputs]
     url, pattern = origin.listed
     try:
         lines = as_path(url).read_bytes().decode().split()
     except FileNotFoundError as error:
-        raise Unavailable(f"{url}: {why_not_there(error)}") from error
+        raise InputError(f"{url}: {why_not_there(error)}") from error
     except (OSError, ValueError) as error:
-        raise Unavailable(str(error)) from error
+        raise InputError(str(error)) from error
     if not (found := fnmatch.filter(lines, pattern)):
-        raise Unavailable(f"{url} lists no file that fits {pattern}")
+        raise InputError(f"{url} lists no file that fits {pattern}")
     return found
 
 

@@ -42,10 +42,7 @@ def _lines(source: RecipeSource, in_full: bool) -> Iterator[str]:
         likely = f", likely: {origin.likely}" if origin.likely else ""
         yield f"{number} of {count}: {origin.state}{likely}"
         if origin.state != GONE:
-            gate = f"; gate: ask at {origin.gate}" if origin.gate else ""
-            yield f"  {_where(origin)}"
-            yield f"  {_how(origin)}; certainty: {origin.certainty}{gate}"
-            yield f"  licence: {origin.licence or 'not known'}"
+            yield from _place(origin)
         if origin.note and (in_full or origin.state == GONE):
             yield f"  note: {origin.note}"
         if not in_full and origin.state != GONE:
@@ -56,21 +53,19 @@ def _lines(source: RecipeSource, in_full: bool) -> Iterator[str]:
         yield f"note: {source.note}"
 
 
-def _where(origin: Origin) -> str:
-    if origin.listed:
-        return "{1} of {0}".format(*origin.listed)
-    more = len(origin.inputs) - 1
-    return origin.inputs[0] + (f" and {more} more" if more else "")
-
-
-def _how(origin: Origin) -> str:
-    """Its format, and the flags by which it is read."""
-    written = origin.listed[1] if origin.listed else origin.inputs[0]
+def _place(origin: Origin) -> Iterator[str]:
+    """Where files are, their format, and the flags by which they are read."""
+    listing, written = origin.listed or ("", origin.inputs[0])
+    more = f" and {len(origin.inputs) - 1} more" if len(origin.inputs) > 1 else ""
+    yield f"  {written} of {listing}" if listing else f"  {written}{more}"
     kind, compression = kind_of(urlsplit(written).path, origin.format)
     parts = [f"{kind}.{compression}" if compression else kind]
     parts += [] if kind in _KEYLESS else [f"key {origin.text_key}"]
     parts += [f"keep {key}={pattern}" for key, pattern in origin.keep]
-    return ", ".join(parts + ([f"split on {origin.split_on}"] if origin.split_on else []))
+    parts += [f"split on {origin.split_on}"] if origin.split_on else []
+    gate = f"; gate: ask at {origin.gate}" if origin.gate else ""
+    yield f"  {', '.join(parts)}; certainty: {origin.certainty}{gate}"
+    yield f"  licence: {origin.licence or 'not known'}"
 
 
 def _summary(recipe: Recipe) -> Iterator[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import operator
 import pathlib
 import re
@@ -23,8 +22,8 @@ from stablelm_jax.preparation import filters
 from stablelm_jax.preparation.chunks import Record
 from stablelm_jax.preparation.finding import shown
 from stablelm_jax.preparation.held_out import content_hash
+from stablelm_jax.preparation.lists import read_list, write_list
 from stablelm_jax.preparation.streams import Rejected
-from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import described
 
 DROPPED_NAME = "dropped.jsonl"
@@ -188,8 +187,7 @@ class DroppedSample:
 
     def write(self, path: pathlib.Path) -> None:
         """Writes a line of JSON for each document."""
-        rows = [row for _, rows in sorted(self._rows.items()) for row in rows]
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_list(path, (row for _, rows in sorted(self._rows.items()) for row in rows))
 
 
 def show_dropped(directory: str, console: Console) -> None:
@@ -198,8 +196,7 @@ def show_dropped(directory: str, console: Console) -> None:
     ValueError where the source has none.
     """
     try:
-        with open(pathlib.Path(directory) / DROPPED_NAME, encoding="utf-8") as lines:
-            rows = list(map(json.loads, lines))
+        rows = list(read_list(pathlib.Path(directory) / DROPPED_NAME))
     except OSError as error:
         raise ValueError(
             f"--show-dropped {directory}: {error}; name the folder of a source that was prepared"

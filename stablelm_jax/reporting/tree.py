@@ -102,9 +102,7 @@ def run_tree(runs: list[FoundRun], title: str) -> Tree:
     def hang(above: Tree, run: FoundRun, is_top: bool) -> None:
         label = _label(run)
         if is_top and run.start.parent:
-            imported = _is_imported(run.start.parent)
-            text = "weights that were imported" if imported else "which is not here"
-            label.append(f" from {run.start.parent}, {text}", style="" if imported else "yellow")
+            label.append(f" from {run.start.parent}, which is of no run here", style="yellow")
         node = above.add(label)
         for step in run.steps:
             mark = (run.hashes[step][:12], "dim") if step in run.hashes else ("damaged", "red")
@@ -126,14 +124,6 @@ def _parent(runs: list[FoundRun], run: FoundRun) -> FoundRun | None:
         if not sibling and other.hashes.get(step) == state:
             return other
     return None
-
-
-def _is_imported(parent: str) -> bool:
-    """Whether it is a checkpoint that no run wrote, as `convert from-hf` makes them."""
-    try:
-        return "imported" in read_run(parent)
-    except CheckpointError:
-        return False
 
 
 def _label(run: FoundRun) -> Text:

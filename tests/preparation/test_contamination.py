@@ -10,7 +10,8 @@ from seeds import new_rng
 from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.preparation import contamination
-from stablelm_jax.preparation.contamination import Benchmarks, Hit, Item
+from stablelm_jax.preparation.contamination import Benchmarks, Item, hit
+from stablelm_jax.preparation.lists import read_list, write_list
 
 VOCABULARY = [f"{a}{b}" for a in ("ba", "ne", "to", "ri", "lu") for b in ("ma", "ke", "so", "di")]
 
@@ -82,13 +83,13 @@ def test_what_many_items_begin_with_is_no_item_and_short_items_are_said(tmp_path
 
 def test_the_certificate_counts_items_and_documents(benchmarks, tmp_path):
     hits = [
-        Hit("a.jsonl", 1, Item("stories", "test", 4)),
-        Hit("a.jsonl", 1, Item("stories", "test", 5)),
-        Hit("b.jsonl", 9, Item("stories", "test", 4)),
-        Hit("b.jsonl", 9, Item("questions", "test", 0)),
+        hit("a.jsonl", 1, Item("stories", "test", 4)),
+        hit("a.jsonl", 1, Item("stories", "test", 5)),
+        hit("b.jsonl", 9, Item("stories", "test", 4)),
+        hit("b.jsonl", 9, Item("questions", "test", 0)),
     ]
-    contamination.write_hits(tmp_path / contamination.CONTAMINATED_NAME, hits)
-    assert contamination.read_hits(tmp_path / contamination.CONTAMINATED_NAME) == hits
+    write_list(tmp_path / contamination.CONTAMINATED_NAME, hits)
+    assert list(read_list(tmp_path / contamination.CONTAMINATED_NAME)) == hits
     made = contamination.certificate(benchmarks, hits, dropped=True)
     assert made["documents"] == 2 and made["dropped"]
     assert made["tasks"]["stories"] == {
@@ -135,8 +136,8 @@ def test_prepare_counts_the_items_in_a_source_and_drops_them_where_asked(
     assert certificate["documents"] == 100 and certificate["dropped"] == drop
     assert certificate["tasks"]["stories"]["items_hit"] == 100
     assert certificate["tasks"]["questions"]["items_hit"] == 0
-    hits = contamination.read_hits(tmp_path / "data/a" / contamination.CONTAMINATED_NAME)
-    assert [hit.line for hit in hits] == [3 * number + 1 for number in range(100)]
+    hits = read_list(tmp_path / "data/a" / contamination.CONTAMINATED_NAME)
+    assert [row["line"] for row in hits] == [3 * number + 1 for number in range(100)]
     assert prepare.main(flags) == 0
     assert "already prepared" in capsys.readouterr().out
 

@@ -107,7 +107,7 @@ def test_each_difference_is_named_and_fails(root, capsys, damage):
     code, said, error = verify(capsys, root)
     assert code == 1
     assert named in said
-    assert error == "prepare: 1 thing differs, named above\n"
+    assert error == "prepare: differences, named above: 1\n"
 
 
 def test_several_differences_are_all_named(root, capsys):
@@ -116,7 +116,7 @@ def test_several_differences_are_all_named(root, capsys):
     code, said, error = verify(capsys, root, "--workers", 2)
     assert code == 1
     assert said.count("differs: ") == 2
-    assert "2 things differ" in error
+    assert "named above: 2" in error
 
 
 def test_a_root_behind_a_url_is_read_to_its_last_byte(root, capsys):

@@ -47,7 +47,7 @@ def test_branches_hang_under_the_checkpoint_they_came_from(folder):
 def test_a_branch_whose_parent_is_elsewhere_stands_at_the_top_and_says_so(folder, tmp_path):
     shutil.copytree(folder / "cooldown", tmp_path / "cooldown")
     lines = lines_of(tmp_path)
-    assert str(folder / "main") in lines[0][2] and "which is not here" in lines[0][2]
+    assert str(folder / "main") in lines[0][2] and "which is of no run here" in lines[0][2]
 
 
 def test_runs_of_weights_hang_under_their_parents_whatever_their_steps(data, folder, tmp_path):
