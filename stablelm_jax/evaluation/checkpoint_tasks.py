@@ -24,8 +24,7 @@ from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Asked, Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
-from stablelm_jax.preparation.contamination import CONTAMINATED_NAME
-from stablelm_jax.preparation.lists import read_list
+from stablelm_jax.preparation.lists import CONTAMINATED_NAME, read_list
 from stablelm_jax.reporting.evaluations import Told, bar
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import described

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 WORDS, FEWEST_WORDS = 13, 8
 # An n-gram that more items than this share is a form of words, not an item.
 MOST_ITEMS = 10
-CONTAMINATED_NAME = "contaminated.jsonl"
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of a word is lost
 _REST = np.uint64(39)  # bits of an n-gram's hash behind the 25 of a first look
@@ -164,7 +163,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def hit(file: str, line: int, item: Item) -> dict[str, Any]:
-    """A row of CONTAMINATED_NAME: a document that holds something of an item."""
+    """A row of the list: a document that holds something of an item."""
     return {"file": file, "line": line, "task": item.task, "split": item.split, "item": item.number}
 
 

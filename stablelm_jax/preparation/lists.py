@@ -9,6 +9,8 @@ from typing import Any
 
 from stablelm_jax.storage.files import replacing
 
+CONTAMINATED_NAME = "contaminated.jsonl"  # documents with items of benchmarks
+
 
 def write_list(path: pathlib.Path, things: Iterable[Mapping[str, Any]]) -> None:
     """Writes a list, however long; nobody ever sees half of it."""

@@ -28,13 +28,13 @@ from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
 from stablelm_jax.preparation import chunks, held_out, hub, inputs, streams
 from stablelm_jax.preparation.account import Account
-from stablelm_jax.preparation.contamination import CONTAMINATED_NAME, Benchmarks, certificate
+from stablelm_jax.preparation.contamination import Benchmarks, certificate
 from stablelm_jax.preparation.conversations import ChatEncoder, Documents, kind_of_form
 from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.job import RECIPE, difference, settings_of
-from stablelm_jax.preparation.lists import write_list
+from stablelm_jax.preparation.lists import CONTAMINATED_NAME, write_list
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.outputs import (
     SCRATCH,

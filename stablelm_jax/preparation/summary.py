@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Column, Table
 
 from stablelm_jax.data.manifest import SourceManifest
-from stablelm_jax.preparation.contamination import CONTAMINATED_NAME
 from stablelm_jax.preparation.executors import Executor
+from stablelm_jax.preparation.lists import CONTAMINATED_NAME
 from stablelm_jax.preparation.prepare_source import Preparation
 
 _REASONS_SHOWN = 5

@@ -88,7 +88,7 @@ def _of_shard(
 
     `held_out`: as of `_held_out`; a train shard that has one of these documents differs too.
     """
-    copies, digest = 0, hashlib.sha256()
+    copies, digest, marks = 0, hashlib.sha256(), list(held_out.values())
     try:
         shard = open_shard(path, info)
         if isinstance(shard, Shard):
@@ -96,10 +96,9 @@ def _of_shard(
         dtype = shard.dtype if isinstance(shard, Shard) else np.dtype("<i4")
         for tokens, ends in blocks(shard):
             digest.update(np.ascontiguousarray(tokens, dtype))
-            lengths = np.diff(ends, prepend=0)
-            # Of nearly all documents the length tells that they are none of those.
-            for number in np.flatnonzero(np.isin(lengths, list(held_out.values()))).tolist():
-                ids = tokens[ends[number] - lengths[number] : ends[number]]
+            starts, are_like = np.append(0, ends), np.isin(_marks(tokens, ends), marks)
+            for number in np.flatnonzero(are_like).tolist():
+                ids = tokens[starts[number] : ends[number]]
                 copies += document_hash(ids) in held_out
         info.compare(path, sha256=digest.hexdigest())
         if info.spans_sha256:
@@ -113,13 +112,20 @@ def _of_shard(
 
 
 def _held_out(folder: pathlib.Path | RemotePath, made: SourceManifest) -> dict[bytes, int]:
-    """{hash: tokens} of the documents that a source holds out, as far as they can be read."""
+    """{hash: mark} of the documents that a source holds out, as far as they can be read."""
     found = {}
     for info in made.held_out.shards:
-        with contextlib.suppress(ShardError, OSError):  # told where all shards are looked at
+        with contextlib.suppress(ValueError, OSError):  # told where all shards are looked at
             for tokens, ends in blocks(open_shard(folder / info.file, info)):
-                found |= {document_hash(ids): len(ids) for ids in np.split(tokens, ends[:-1])}
+                hashes = map(document_hash, np.split(tokens, ends[:-1]))
+                found |= zip(hashes, _marks(tokens, ends).tolist())
     return found
+
+
+def _marks(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """int64 [documents], by which nearly all are told apart: their length and middle token."""
+    lengths = np.diff(ends, prepend=0)
+    return lengths << 32 | tokens[ends - 1 - lengths // 2]
 
 
 def document_hash(ids: np.ndarray) -> bytes:

@@ -11,7 +11,7 @@ from stablelm_jax import prepare
 from stablelm_jax.data import manifest
 from stablelm_jax.preparation import contamination
 from stablelm_jax.preparation.contamination import Benchmarks, Item, hit
-from stablelm_jax.preparation.lists import read_list, write_list
+from stablelm_jax.preparation.lists import CONTAMINATED_NAME, read_list, write_list
 
 VOCABULARY = [f"{a}{b}" for a in ("ba", "ne", "to", "ri", "lu") for b in ("ma", "ke", "so", "di")]
 
@@ -88,8 +88,8 @@ def test_the_certificate_counts_items_and_documents(benchmarks, tmp_path):
         hit("b.jsonl", 9, Item("stories", "test", 4)),
         hit("b.jsonl", 9, Item("questions", "test", 0)),
     ]
-    write_list(tmp_path / contamination.CONTAMINATED_NAME, hits)
-    assert list(read_list(tmp_path / contamination.CONTAMINATED_NAME)) == hits
+    write_list(tmp_path / CONTAMINATED_NAME, hits)
+    assert list(read_list(tmp_path / CONTAMINATED_NAME)) == hits
     made = contamination.certificate(benchmarks, hits, dropped=True)
     assert made["documents"] == 2 and made["dropped"]
     assert made["tasks"]["stories"] == {
@@ -136,7 +136,7 @@ def test_prepare_counts_the_items_in_a_source_and_drops_them_where_asked(
     assert certificate["documents"] == 100 and certificate["dropped"] == drop
     assert certificate["tasks"]["stories"]["items_hit"] == 100
     assert certificate["tasks"]["questions"]["items_hit"] == 0
-    hits = read_list(tmp_path / "data/a" / contamination.CONTAMINATED_NAME)
+    hits = read_list(tmp_path / "data/a" / CONTAMINATED_NAME)
     assert [row["line"] for row in hits] == [3 * number + 1 for number in range(100)]
     assert prepare.main(flags) == 0
     assert "already prepared" in capsys.readouterr().out
