@@ -80,7 +80,7 @@ def run(gcs, config_file, folder):
     local = start(config_file, folder / "local", folder / "host-0")
     flag = f"--config.data.root={ROOT}"
     process = start(config_file, WORKDIR, folder / "host-1", flag)
-    for _ in range(6000):
+    for _ in range(30_000):  # minutes where many tests run beside it
         if "training/runs/tiny/checkpoints/global_step20/commit_success.txt" in gcs.objects:
             break
         assert process.poll() is None, process.communicate()
