@@ -19,5 +19,6 @@ fi
 install --editable ".[$extras]"
 
 cd "$root"
-# A whole file to a worker: its tests share what was expensive to set up.
-"$python" -m pytest --numprocesses auto --dist loadfile ${every_test[@]+"${every_test[@]}"} "$@"
+# A whole file to a worker: its tests share what was expensive to set up. In the order of
+# tests/conftest.py.
+"$python" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder ${every_test[@]+"${every_test[@]}"} "$@"

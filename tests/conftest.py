@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 # Before jax is imported; child processes inherit these. Whoever has a chip may set JAX_PLATFORMS.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,6 +49,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 settings.register_profile("stablelm", deadline=None)  # a first call may compile
 settings.load_profile("stablelm")
 
+TESTS = Path(__file__).parent
 # Import name -> the extra that brings it.
 EXTRA_OF = {
     "torch": "parity",
@@ -89,6 +91,20 @@ def data(tmp_path_factory):
     from tiny import write_data  # late: not every test trains
 
     return write_data(tmp_path_factory.mktemp("data") / "sources")
+
+
+# Files of few tests that take long, the longest first.
+LONG = ("drilling/test_rounds.py", "test_readme.py", "training/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first: one that is begun last keeps all cores but its own waiting."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(TESTS).as_posix()
+        return next((at for at, name in enumerate(LONG) if path.startswith(name)), len(LONG))
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
