@@ -1,0 +1,167 @@
+"""Speed and memory of each stage of the preparation, and what it is for a corpus of 8.5 TB.
+
+    python benchmarks/preparation.py --input help.jsonl [--filters c4] [--task-data DIR]
+
+Each stage runs on one core in a process of its own, on the same text, and is measured by the CPU
+seconds of that process; what is loaded once a process (tokenizer, word splitters, the index of the
+benchmarks' items) is loaded before. Its memory is the most that the process held, Python and its
+libraries (some 0.1 GB) included. With --task-data (launch/corpora/task_data.py) the search for
+items of benchmarks is measured too. Nothing else should be running.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":  # the package, and not this folder, whose tokenize.py hides Python's
+    sys.path[0] = __file__.rpartition("/benchmarks/")[0]
+
+import argparse
+import os
+import pathlib
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from datatrove.utils.logging import logger
+from rich.console import Console
+from rich.table import Table
+
+from stablelm_jax.data import manifest
+from stablelm_jax.preparation import copies, tokenize_chunk
+from stablelm_jax.preparation.data_roots import FINEWEB
+from stablelm_jax.preparation.dedup import Deduplication
+from stablelm_jax.preparation.executors import Executor
+from stablelm_jax.preparation.prepare_source import SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.verify import verify_root
+
+CORPUS_MEGABYTES = 8.5e6
+FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb", "language")
+
+
+class Measured(NamedTuple):
+    stage: str
+    seconds: float
+    gigabytes: float
+
+
+def measured(stage: str, work: Callable[[], object]) -> Measured:
+    """Runs `work` in a process of its own."""
+    sys.stdout.flush()
+    if not (process := os.fork()):
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status, usage = os.wait4(process, 0)
+    if status:
+        raise SystemExit(f"{stage}: failed, see above")
+    print(f"{stage}: {usage.ru_utime + usage.ru_stime:.1f} s", file=sys.stderr, flush=True)
+    return Measured(stage, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
+
+
+def preparations(flags: argparse.Namespace, data: pathlib.Path) -> Iterator[Measured]:
+    """Reading, tokenising and writing: as it is, by tiktoken, with each filter, with benchmarks."""
+
+    def stage(name: str, source: str, fast: bool = True, **options) -> Measured:
+        languages, text_key = [flags.language], flags.text_key
+        job = Job(source, flags.input, str(data), flags.tokenizer, None, "auto", text_key, None,
+                  0.001, SHARD_TOKENS, languages, "", {}, **options)  # fmt: skip
+        preparation = Preparation(job)
+        with preparation.locked():
+            preparation.begin()
+            step, chunks = preparation.step(), len(preparation.plan.chunks)
+            tokenize_chunk._tokenizer(step.tokenizer, None).use_fast_engine(fast)
+            tokenize_chunk._screen(step.plan)
+            if step.benchmarks:
+                tokenize_chunk._benchmarks(step.benchmarks)
+
+            def work() -> None:
+                for rank in range(chunks):
+                    step.run(rank=rank)
+
+            found = measured(name, work)
+            if name == "prepare":  # what the stages after it read
+                preparation.collate(preparation.tokenize(Executor("local", 1)))
+        return found
+
+    yield stage("prepare", "texts")
+    yield stage("prepare, by tiktoken", "by_tiktoken", fast=False)
+    for name in flags.filters:
+        yield stage(f"prepare --filters {name}", name, filters=[name])
+    if flags.task_data:
+        yield stage("prepare --benchmarks", "items", benchmarks=flags.task_data)
+
+
+def deduplication(data: pathlib.Path, clean: pathlib.Path) -> Iterator[Measured]:
+    """Each stage of `prepare --dedup --near`, of exact copies first."""
+    flags = SimpleNamespace(dedup=str(data), output=str(clean), order=[], exact_only=[],
+                            near=dict(FINEWEB), tokenizer="arcade100k", ranks=None)  # fmt: skip
+    work = Deduplication(flags, None)
+    work.begin()
+    copies._tokenizer(work._work)
+    shards, bands = len(work.plan.shards), FINEWEB["bands"]
+    for function, tasks in [
+        (copies.hash_documents, shards),
+        (copies.find_exact, 1),
+        (copies.sign_documents, shards),
+        (copies.match_signatures, bands),
+        (copies.cluster_pairs, 1),
+        (copies.write_shard, shards),
+    ]:
+        step = copies.Stage(function, work._work)
+
+        def run(step=step, tasks=tasks) -> None:
+            for rank in range(tasks):
+                step.run(rank=rank, world_size=tasks)
+
+        yield measured(f"--dedup: {function.__name__.replace('_', ' ')}", run)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--input", nargs="+", required=True, help="as of prepare")
+    parser.add_argument("--text-key", default="text", help="as of prepare")
+    parser.add_argument("--tokenizer", default="arcade100k", help="as of prepare")
+    parser.add_argument("--language", default="en", help="of the text, for the filters")
+    parser.add_argument("--filters", nargs="*", default=FILTERS, help="each is measured by itself")
+    parser.add_argument("--task-data", help="items of benchmarks to look for")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse_arguments()
+    logger.remove()
+    with tempfile.TemporaryDirectory() as folder:
+        data, clean = pathlib.Path(folder, "data"), pathlib.Path(folder, "clean")
+        found = list(preparations(flags, data))
+        for path in data.iterdir():  # the others were not brought to their end
+            if path.name != "texts":
+                path.rename(path.with_name(f".{path.name}"))
+        made = manifest.read_manifest(data / "texts")
+        found += deduplication(data, clean)
+        found.append(
+            measured(
+                "--verify",
+                lambda: verify_root(str(data), None, 1, Console(file=open(os.devnull, "w"))),
+            )
+        )
+    megabytes = (made.train.text_bytes + made.held_out.text_bytes) / 1e6
+    documents = made.train.documents + made.held_out.documents
+    title = f"{megabytes:,.0f} MB of text, {documents:,} documents; a core, by its CPU time"
+    table = Table(title=title)
+    for heading in ("stage", "MB/s", "memory, GB", "core-hours for 8.5 TB"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage, seconds, gigabytes in found:
+        rate = megabytes / seconds
+        hours = f"{CORPUS_MEGABYTES / rate / 3600:,.0f}"
+        table.add_row(stage, f"{rate:.3g}", f"{gigabytes:.2f}", hours)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
