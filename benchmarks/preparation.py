@@ -21,7 +21,7 @@ import os
 import pathlib
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -31,11 +31,13 @@ from rich.table import Table
 
 from stablelm_jax.data import manifest
 from stablelm_jax.preparation import copies, tokenize_chunk
-from stablelm_jax.preparation.data_roots import FINEWEB
 from stablelm_jax.preparation.dedup import Deduplication
 from stablelm_jax.preparation.executors import Executor
-from stablelm_jax.preparation.prepare_source import SHARD_TOKENS, Job, Preparation
+from stablelm_jax.preparation.flags import FINEWEB
+from stablelm_jax.preparation.job import job_of
+from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.verify import verify_root
+from stablelm_jax.prepare import make_parser
 
 CORPUS_MEGABYTES = 8.5e6
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb", "language")
@@ -67,11 +69,10 @@ def measured(stage: str, work: Callable[[], object]) -> Measured:
 def preparations(flags: argparse.Namespace, data: pathlib.Path) -> Iterator[Measured]:
     """Reading, tokenising and writing: as it is, by tiktoken, with each filter, with benchmarks."""
 
-    def stage(name: str, source: str, fast: bool = True, **options) -> Measured:
-        languages, text_key = [flags.language], flags.text_key
-        job = Job(source, flags.input, str(data), flags.tokenizer, None, "auto", text_key, None,
-                  0.001, SHARD_TOKENS, languages, "", {}, **options)  # fmt: skip
-        preparation = Preparation(job)
+    def stage(name: str, source: str, fast: bool = True, options: Sequence[str] = ()) -> Measured:
+        arguments = ["--input", *flags.input, "--output", str(data), "--source", source]
+        arguments += ["--text-key", flags.text_key, "--language", flags.language, *options]
+        preparation = Preparation(job_of(make_parser().parse_args(arguments), source))
         with preparation.locked():
             preparation.begin()
             step, chunks = preparation.step(), len(preparation.plan.chunks)
@@ -92,9 +93,9 @@ def preparations(flags: argparse.Namespace, data: pathlib.Path) -> Iterator[Meas
     yield stage("prepare", "texts")
     yield stage("prepare, by tiktoken", "by_tiktoken", fast=False)
     for name in flags.filters:
-        yield stage(f"prepare --filters {name}", name, filters=[name])
+        yield stage(f"prepare --filters {name}", name, options=["--filters", name])
     if flags.task_data:
-        yield stage("prepare --benchmarks", "items", benchmarks=flags.task_data)
+        yield stage("prepare --benchmarks", "items", options=["--benchmarks", flags.task_data])
 
 
 def deduplication(data: pathlib.Path, clean: pathlib.Path) -> Iterator[Measured]:
@@ -126,7 +127,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--input", nargs="+", required=True, help="as of prepare")
     parser.add_argument("--text-key", default="text", help="as of prepare")
-    parser.add_argument("--tokenizer", default="arcade100k", help="as of prepare")
     parser.add_argument("--language", default="en", help="of the text, for the filters")
     parser.add_argument("--filters", nargs="*", default=FILTERS, help="each is measured by itself")
     parser.add_argument("--task-data", help="items of benchmarks to look for")

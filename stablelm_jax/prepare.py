@@ -59,7 +59,7 @@ _SHARD_TOKENS = 1 << 28
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the verb; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     logger.remove()  # datatrove's messages stay in its files
-    parser = _parser()
+    parser = make_parser()
     flags = parser.parse_args(arguments)
     console = make_console(highlight=False, soft_wrap=True)
     failures: list[_Failure] = []
@@ -223,7 +223,8 @@ def _send(preparation: Preparation, console: Console) -> None:
         console.print(f"sent to {preparation.place}; {preparation.directory} is empty again")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All flags of the verb."""
     # Cores this process may use, which a container or taskset may have made fewer.
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

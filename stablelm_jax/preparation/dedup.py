@@ -57,6 +57,8 @@ class Deduplication:
 
     def __init__(self, flags: argparse.Namespace, recipe: Recipe | None):
         """`flags`: of `prepare`. ValueError for what cannot be done."""
+        if is_url(flags.output):
+            raise ValueError("--output: with --dedup a folder of this machine; copy it from there")
         data = flags.dedup if is_url(flags.dedup) else os.path.abspath(flags.dedup)
         self.root, self.output = as_path(data), pathlib.Path(os.path.abspath(flags.output))
         self._work = self.output / ".work"

@@ -49,7 +49,7 @@ def prepared(tmp_path, plain, monkeypatch):
         output = tmp_path / f"data_{len(list(tmp_path.iterdir()))}"
         flags = ["--source", "a", "--input", str(tmp_path / "a.jsonl"), "--output", str(output)]
         flags += ["--shard-tokens", str(shard_tokens)]
-        preparation = Preparation(job_of(prepare._parser().parse_args(flags), "a"))
+        preparation = Preparation(job_of(prepare.make_parser().parse_args(flags), "a"))
         monkeypatch.setattr(Preparation, "run", lambda *_: None)  # it is done in this process
         with preparation.locked():
             preparation.begin()

@@ -559,7 +559,7 @@ def test_an_output_made_twice_is_kept_once(tmp_path):
 def test_a_chunk_whose_last_output_is_gone_is_noticed(tmp_path, tokenizer_file):
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     arguments = command("a", [tmp_path / "a.jsonl"], tmp_path, "--tokenizer", tokenizer_file)[3:]
-    preparation = Preparation(job_of(prepare._parser().parse_args(arguments), "a"))
+    preparation = Preparation(job_of(prepare.make_parser().parse_args(arguments), "a"))
     with preparation.locked():
         preparation.begin()
         preparation.tokenize(executors.Executor())

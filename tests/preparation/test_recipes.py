@@ -265,7 +265,7 @@ def job_of(recipe, name, *more):
 
 
 def jobs_of(recipe, *arguments):
-    parser, arguments = prepare._parser(), ["--recipe", recipe.name, *arguments]
+    parser, arguments = prepare.make_parser(), ["--recipe", recipe.name, *arguments]
     flags = parser.parse_args(arguments)
     jobs, failures = prepare._jobs(parser, arguments, flags, recipe, make_console())
     assert not failures

@@ -100,7 +100,7 @@ def test_sources_prepared_together_are_the_bytes_of_each_alone_and_each_shard_is
 
 
 def preparations(shards, output, tokenizer_file):
-    parser, flags = prepare._parser(), arguments(shards, output, tokenizer_file, *SETS)
+    parser, flags = prepare.make_parser(), arguments(shards, output, tokenizer_file, *SETS)
     recipe = prepare.load_recipe("stablelm_2")
     jobs, _ = prepare._jobs(parser, flags, parser.parse_args(flags), recipe, make_console())
     (group,) = together.groups(jobs)
