@@ -26,14 +26,14 @@ CORE = {
     "data": 1767,
     "tokenizer": 990,
     "parallel": 769,
-    "optimizer": 223,
+    "optimizer": 320,
     "model": 910,
-    "kernels": 1470,
+    "kernels": 1500,
     "storage": 289,
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 6963,
+    "preparation": 6966,
     "generation": 867,
     "evaluation": 1533,
     "interop": 1860,
@@ -42,7 +42,7 @@ SHELL = {
     "drilling": 371,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 11572, 29_497
+CORE_WITHOUT_KERNELS, EVERYTHING = 11367, 28_992
 
 
 def files_of(room):
