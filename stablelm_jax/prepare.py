@@ -45,7 +45,7 @@ from stablelm_jax.preparation.flags import (
 from stablelm_jax.preparation.job import RECIPE, job_of
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.prepare_source import Preparation
-from stablelm_jax.preparation.progress import progress
+from stablelm_jax.preparation.progress import Watch, progress
 from stablelm_jax.preparation.recipe_table import show
 from stablelm_jax.preparation.recipes import SUBSTITUTE, Recipe, load_recipe
 from stablelm_jax.preparation.screening import show_dropped
@@ -168,15 +168,13 @@ def _prepare_group(
         with contextlib.ExitStack() as locks:
             for preparation in preparations:
                 locks.enter_context(preparation.locked())
-            if others := [each for each in preparations if len(jobs) > 1 and not each.finished()]:
-                together.begin(others)
-                together_names = ", ".join(each.job.source for each in others)
-                console.print(f"reading the files of {together_names} once")
-                with progress(others, console):
-                    together.tokenize(others, executor)
+            left = [each for each in preparations if len(jobs) > 1 and not each.finished()]
+            are_together = len(left) > 1
+            if are_together:
+                _read_together(left, executor, console)
             for preparation in preparations:
                 try:
-                    _prepare(preparation, executor, console)
+                    _prepare(preparation, executor, console, are_together)
                 except (ValueError, OSError, TasksFailed) as error:
                     failures.append(_Failure.of([preparation.job.source], error, begun))
     except (ValueError, OSError, TasksFailed) as error:
@@ -184,7 +182,21 @@ def _prepare_group(
     return failures
 
 
-def _prepare(preparation: Preparation, executor: Executor, console: Console) -> None:
+def _read_together(
+    preparations: Sequence[Preparation], executor: Executor, console: Console
+) -> None:
+    started = time.monotonic()
+    for preparation, resumed in zip(preparations, together.begin(preparations)):
+        console.print(summary.plan(preparation, executor, resumed))
+    names = ", ".join(each.job.source for each in preparations)
+    console.print(f"reading the files of {names} once")
+    with progress(preparations, console) as watch:
+        together.tokenize(preparations, executor)
+    console.print(f"{_speed(started, watch)}, of all of them together")
+
+
+def _prepare(preparation: Preparation, executor: Executor, console: Console, is_read: bool) -> None:
+    """Prepares a source; `is_read`: its files were, together with others, and that was said."""
     directory = preparation.directory
     if names := hub.pinned_names(preparation.revisions):
         console.print(f"from the Hub: {names}, which names the same files at any time")
@@ -196,24 +208,30 @@ def _prepare(preparation: Preparation, executor: Executor, console: Console) -> 
         console.print(line)
         _send(preparation, console)
         return
-    started = time.monotonic()
-    resumed = preparation.begin()
-    console.print(summary.plan(preparation, executor, resumed))
-    with progress([preparation], console) as watch:
+    if is_read:
         outputs = preparation.tokenize(executor)
+    else:
+        started = time.monotonic()
+        console.print(summary.plan(preparation, executor, preparation.begin()))
+        with progress([preparation], console) as watch:
+            outputs = preparation.tokenize(executor)
     made = preparation.collate(outputs)
     for part in summary.parts(preparation, made):
         console.print(part)
-    seconds = time.monotonic() - started
-    speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
-    engines = " and ".join(made.provenance["engines"])
-    console.print(f"{seconds:.1f} s from the first byte to the last{speed}, ids by {engines}")
+    read = "read together with others, see above" if is_read else _speed(started, watch)
+    console.print(f"{read}, ids by {' and '.join(made.provenance['engines'])}")
     for problem in sorted({output.engine_problem for output in outputs} - {""}):
         console.print(f"WARNING: {problem}; what it would have made is tiktoken's")
     console.print(
         f"prepared {made.source}: {summary.counts(made)} -> {directory / manifest.MANIFEST_NAME}"
     )
     _send(preparation, console)
+
+
+def _speed(started: float, watch: Watch) -> str:
+    seconds = time.monotonic() - started
+    speed = f", {watch.new_bytes / 1e6 / seconds:.1f} MB/s of text" if watch.new_bytes else ""
+    return f"{seconds:.1f} s from the first byte to the last{speed}"
 
 
 def _send(preparation: Preparation, console: Console) -> None:

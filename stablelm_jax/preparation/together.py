@@ -29,21 +29,21 @@ def groups(jobs: Sequence[argparse.Namespace]) -> list[list[argparse.Namespace]]
     return list(found.values())
 
 
-def begin(preparations: Sequence[Preparation]) -> None:
-    """Cuts the files and decides what is held out of each source; one first look serves all."""
+def begin(preparations: Sequence[Preparation]) -> list[bool]:
+    """As `begin` of each, which says whether it goes on with earlier work; one look serves all."""
     keeps, seen = [preparation.job.keep for preparation in preparations], []
 
     def look(cut, reading, *_) -> held_out.Look:
         seen[:] = seen or held_out.look_at_several(cut, reading, keeps)
         return seen[keeps.index(reading.keep)]
 
-    for preparation in preparations:
-        preparation.begin(look)
+    resumed = [preparation.begin(look) for preparation in preparations]
     if any(other.plan.chunks != preparations[0].plan.chunks for other in preparations):
         names = ", ".join(preparation.job.source for preparation in preparations)
         raise PreparationError(
             f"{names}: their files changed while they were begun; prepare one after the other"
         )
+    return resumed
 
 
 def tokenize(preparations: Sequence[Preparation], executor: Executor) -> None:

@@ -86,6 +86,10 @@ def test_sources_prepared_together_are_the_bytes_of_each_alone_and_each_shard_is
         assert prepare.main(arguments(shards, tmp_path, tokenizer_file, *SETS)) == 0
     said = capsys.readouterr().out
     assert "reading the files of philpapers, hackernews, dm_math once" in said
+    # Nothing was begun before, and what the one read took is said once, not of each source.
+    assert "going on" not in said
+    assert said.count("tokenizing 100%") == said.count("s from the first byte to the last") == 1
+    assert said.count("read together with others") == len(SETS)
     assert digests(tmp_path) == digests(alone)
     for name, set_name in SETS.items():
         made = manifest.read_manifest(tmp_path / name)
