@@ -21,6 +21,7 @@ from huggingface_hub.utils import (
     build_hf_headers,
     hf_raise_for_status,
     http_stream_backoff,
+    logging,
     parse_ratelimit_headers,
 )
 
@@ -33,6 +34,8 @@ WAITING = "waiting until"  # begins what is told of a long wait
 _SILENCE = 60.0  # seconds without a byte, after which a connection is given up
 _SKIPPED = 4 << 20  # bytes that are read and dropped rather than asked for anew
 _LONG = 5.0  # seconds
+
+logging.set_verbosity_error()  # what it warns of is waited for, and told by `asked`
 
 
 def pinned(url: str, revisions: dict[str, str]) -> str:

@@ -67,7 +67,8 @@ class Output:
     """What an output holds. While it is written, its record is rewritten now and then.
 
     Attributes:
-      records, consumed: records and bytes of the chunk that were read up to the end of this output.
+      records, used, consumed: records of the chunk, those of them that gave documents, and bytes
+        that were read up to the end of this output.
       shards: the fields of `ShardInfo` for each split that has documents.
       files: what became of the records of each file, by its path.
       place: where in the input the work is.
@@ -86,6 +87,7 @@ class Output:
     records: int = 0
     consumed: int = 0
     last: bool = False  # nothing of the chunk follows
+    used: int = 0
     rejected: int = 0  # records that gave no document
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -179,6 +181,7 @@ class OutputWriter:
             output.rounds_dropped += made.rounds_dropped
             output.edited += self._has_filters and made.text != record.content
             self._waiting[split].append(made)
+            output.used += 1
         if values and not isinstance(made, NotKept):
             count(output.kept, values)
         if items:

@@ -28,8 +28,8 @@ from stablelm_jax.preparation.tokenised import TokenisedReader, TokenisedText
 from stablelm_jax.tokenizer.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
-# What the tokenizer loses is looked for in the beginnings of the first 16 records of 1,024: chosen
-# by their number, so that an interruption changes nothing.
+# What the tokenizer loses is looked for in the beginnings of the first 16 documents of 1,024,
+# chosen by their number, so that an interruption changes nothing.
 _SAMPLED, _SAMPLED_EVERY, _SAMPLED_CHARACTERS = 16, 1024, 8192
 
 
@@ -145,10 +145,10 @@ class _Task:
         self.writer = self._writer_after(self._earlier)
 
     def _writer_after(self, earlier: Output) -> OutputWriter:
-        number, records, consumed = earlier.number + 1, earlier.records, earlier.consumed
+        so_far = {name: getattr(earlier, name) for name in ("records", "used", "consumed")}
         tokenizer = self.tokenizer
         engine = {"engine": tokenizer.engine, "engine_problem": tokenizer.engine_problem}
-        output = Output(self.rank, number, records, consumed, **engine)
+        output = Output(self.rank, earlier.number + 1, **so_far, **engine)
         return OutputWriter(self.step.outputs, output, self.plan, tokenizer.vocab_size)
 
     def take(self, batch: Sequence[Record]) -> None:
@@ -160,7 +160,7 @@ class _Task:
         contents = [for_source(record.content, self.keep) for record in batch]
         found = documents_of(contents, self.tokenizer, self._chats, self._screen)
         for record, made in zip(batch, found):
-            number, items = self.writer.output.records, self._items(made)
+            number, items = self.writer.output.used, self._items(made)
             if items and self.plan.settings["benchmarks"]["drop"]:
                 made = Dropped("benchmarks", items[0].task)
             if not self.writer.add(record, made, items):

@@ -28,7 +28,7 @@ def machine(num_devices: int, rows: list[str]):
     undisturbed = Run.batches
 
     def noted(run, start_row):
-        with undisturbed(run, start_row) as batches:
+        with contextlib.closing(undisturbed(run, start_row)) as batches:
             for batch in batches:
                 digest = hashlib.sha256()
                 for name in sorted(batch):

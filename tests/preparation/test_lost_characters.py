@@ -79,7 +79,10 @@ def test_arcade100k_loses_nothing():
 
 def prepared(tokenizer, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{TEXT} {i}"}) + "\n" for i in range(40)))
+    texts = ["", " "] * 20 + [
+        f"{TEXT} {i}" for i in range(40)
+    ]  # what gives no document is no sample
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = tmp_path / "data"
     arguments = ["--source", "a", "--input", str(path), "--output", str(data), "--workers", "1"]
     assert prepare.main([*arguments, "--tokenizer", str(saved(tokenizer, tmp_path))]) == 0
