@@ -45,6 +45,8 @@ STOP_WORDS = {
 _JUDGES = {"datatrove", "spacy", "py3langid"}
 _OF_PIPELINES = {"exclusion_writer", "batch_size"}  # parameters that mean nothing here
 _CONSTANTS = {"true": True, "false": False, "none": None}
+# A bool is an int to Python, so it comes first.
+_KINDS = {"True or False": bool, "a number": (int, float), "a text": str, "a list": (list, tuple)}
 
 
 class FilterError(ValueError):
@@ -65,7 +67,7 @@ def in_full(asked: Sequence[str], languages: Sequence[str]) -> dict[str, Any]:
     """
     steps = [
         {"name": name, "parameters": _parameters(name, given, list(languages) or ["en"])}
-        for name, given in _calls(", ".join(part.strip(" ,") for part in asked))
+        for name, given in _calls(", ".join(filter(None, (part.strip(" ,") for part in asked))))
     ]
     if not steps:
         return {}
@@ -79,16 +81,21 @@ def in_full(asked: Sequence[str], languages: Sequence[str]) -> dict[str, Any]:
 def build(step: dict[str, Any]) -> Any:
     """The filter of one of the `steps`."""
     values = step["parameters"].items()
-    factory = _imported(step["name"], FILTERS.get(step["name"], step["name"]))
-    return factory(**{key: tuple(v) if isinstance(v, list) else v for key, v in values})
+    return _class(step["name"])(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in values}
+    )
 
 
 def _calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and given parameters of each filter, of several for a name that stands for them."""
+    if not text:
+        return
     try:
+        # As it was typed: brackets around it would stand in the messages.
+        tree = ast.parse(text, mode="eval").body
         calls = [
             node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            for node in ast.parse(f"[{text}]", mode="eval").body.elts
+            for node in (tree.elts if isinstance(tree, ast.Tuple) else [tree])
         ]
         if any(call.args for call in calls):
             raise ValueError("a parameter without its name")
@@ -98,7 +105,8 @@ def _calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ]
     except (SyntaxError, ValueError, AttributeError) as error:
         raise FilterError(
-            f"--filters {text}: not understood ({error}); write for example --filters gopher"
+            f"--filters {text}: not understood ({getattr(error, 'msg', error)}); write for example"
+            " --filters gopher"
             " 'c4(min_num_sentences=3)' 'language(backend=ft176, model=\"a file\")'"
         ) from error
     for name, given in found:
@@ -125,11 +133,24 @@ def _imported(name: str, path: str) -> Any:
     module, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module of anybody's may raise what it likes
         problem = f"{error}; is its package on PYTHONPATH?"
-        if not module:
+        if name == "recipe":
+            problem = "only with --recipe, and alone"
+        elif not module:
             problem = f"unknown{_near(name, [*FILTERS, *SEVERAL])}, or your package.module.Class"
         raise FilterError(f"--filters {name}: {problem}") from error
+
+
+def _class(name: str) -> Any:
+    found = _imported(name, FILTERS.get(name, name))
+    if not (isinstance(found, type) and hasattr(found, "filter")):
+        raise FilterError(f"--filters {name}: is no class with filter(document)")
+    return found
+
+
+def _kind(value: Any) -> str | None:
+    return next((kind for kind, types in _KINDS.items() if isinstance(value, types)), None)
 
 
 def _near(name: str, names: list[str]) -> str:
@@ -139,7 +160,7 @@ def _near(name: str, names: list[str]) -> str:
 
 def _parameters(name: str, given: dict[str, Any], languages: list[str]) -> dict[str, Any]:
     """Every parameter with what is given for it, what follows from the language, or its default."""
-    kinds = inspect.signature(_imported(name, FILTERS.get(name, name))).parameters.values()
+    kinds = inspect.signature(_class(name)).parameters.values()
     named = [kind for kind in kinds if kind.kind in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)]
     defaults = {kind.name: kind.default for kind in named if kind.name not in _OF_PIPELINES}
     found, problem = {**defaults, **given}, ""
@@ -148,6 +169,8 @@ def _parameters(name: str, given: dict[str, Any], languages: list[str]) -> dict[
             problem = f"no parameter {key!r}{_near(str(key), list(defaults))}"
         elif value is inspect.Parameter.empty:
             problem = f"give {key}=..."
+        elif value is not None and _kind(defaults[key]) not in (None, _kind(value)):
+            problem = f"{key}={value!r}: takes {_kind(defaults[key])}, such as {defaults[key]!r}"
         elif key == "language" and key not in given and len(languages) > 1:
             problem = f"it judges one language: write {name}(language={languages[0]})"
         if problem:

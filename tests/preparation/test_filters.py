@@ -103,7 +103,17 @@ def test_the_recipe_of_fineweb_keeps_its_order_and_lines_without_a_full_stop():
         ("gopher(min_doc_words=20)", ["parameters: gopher_repetition, gopher_quality"]),
         ("gopher_quality(min_words=20)", ["no parameter 'min_words', perhaps", "max_doc_words"]),
         ("c4(5)", ["a parameter without its name", "c4(min_num_sentences=3)"]),
-        ("c4(", ["not understood"]),
+        ("c4(", ["not understood ('(' was never closed)"]),
+        ("gopher_quality(min_doc_words=20", ["not understood ('(' was never closed)"]),
+        ("gopher_quality(min_doc_words=twenty)", ["min_doc_words='twenty': takes a number, such"]),
+        ("c4(min_num_sentences=[3])", ["min_num_sentences=[3]: takes a number, such as 5"]),
+        ("c4(filter_javascript=maybe)", ["filter_javascript='maybe': takes True or False"]),
+        ("language(languages=de)", ["languages='de': takes a list, such as ()"]),
+        ("language(backend=3)", ["backend=3: takes a text, such as 'py3langid'"]),
+        ("recipe", ["--filters recipe: only with --recipe"]),
+        ("os.path", ["--filters os.path: is no class with filter(document)"]),
+        ("math.pi", ["--filters math.pi: is no class with filter(document)"]),
+        ("builtins.dict", ["is no class with filter(document)"]),
         ("c4(min_num_sentences=1e999)", ["not understood"]),
         ("nowhere.Filter", ["No module named 'nowhere'", "PYTHONPATH"]),
         ("datatrove.pipeline.filters.RegexFilter", ["give regex_exp=..."]),
@@ -125,6 +135,13 @@ def test_a_filter_of_one_language_asks_which_where_a_source_has_several():
         in_full(["gopher_quality"], ["pt-BR"])
 
 
+def test_any_number_is_a_number_and_none_and_a_parameter_without_a_default_take_anything():
+    asked = "gopher_quality(min_doc_words=None, max_avg_word_length=9.5, stop_words=[a, b])"
+    found = in_full([asked], [])["steps"][0]["parameters"]
+    assert found["min_doc_words"] is None and found["max_avg_word_length"] == 9.5
+    assert found["stop_words"] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "asked, said",
     [
@@ -132,7 +149,6 @@ def test_a_filter_of_one_language_asks_which_where_a_source_has_several():
         ("language(backend=ft176, model='nowhere.bin')", r"\.\[fasttext\].* lid\.176\.bin"),
         ("language(backend=cld3)", "there are py3langid and ft176"),
         (f"{LONGER}(words=None)", "TypeError"),
-        ("c4(min_num_sentences=many)", "TypeError"),
     ],
 )
 def test_what_a_filter_needs_and_lacks_is_said_before_any_work(asked, said, monkeypatch):
@@ -298,6 +314,8 @@ def test_filters_that_drop_everything_are_said_and_others_begin_anew(
     "flags, said",
     [
         (["--filters", "gofer"], "perhaps 'gopher'"),
+        (["--filters", "os.path"], "is no class with filter(document)"),
+        (["--filters", "recipe"], "--filters recipe: only with --recipe"),
         (["--filters", "c4_paragraphs", "--template", "zephyr"], "--filters: not with --template"),
     ],
 )
