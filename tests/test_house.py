@@ -33,16 +33,16 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 6995,
+    "preparation": 7003,
     "generation": 867,
     "evaluation": 1533,
     "interop": 1860,
-    "planning": 1394,
+    "planning": 1421,
     "reporting": 1244,
     "drilling": 371,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 11367, 29_039
+CORE_WITHOUT_KERNELS, EVERYTHING = 11367, 29_074
 
 
 def files_of(room):

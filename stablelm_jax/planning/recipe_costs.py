@@ -6,13 +6,15 @@ through each source. Nothing is asked of a server: sizes are those that the reci
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
+from rich.table import Table
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.planning.report import table
+from stablelm_jax.preparation.recipe_table import tokens_text
 from stablelm_jax.preparation.recipes import GONE, Origin, Recipe, RecipeSource
 from stablelm_jax.run.console import make_console
 
@@ -30,7 +32,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("read, tokenize, write", 10.0, "measured: 7.8 to 12.2 (docs/log.md)"),
+    Stage("read, tokenize, write", 10.0, "measured, 7.8 to 12.2 (docs/log.md)"),
     Stage("filters: gopher", 0.11, "measured, busy cores (docs/data.md)", False),
     Stage("exact copies: hashes", 180.0, "measured (docs/data.md)"),
     Stage("near copies: signatures", 0.67, "measured; datatrove's authors: 0.9", False),
@@ -45,31 +47,57 @@ def show(recipe: Recipe, config: ConfigDict) -> None:
     weights = config_lib.mixture_weights(config)
     run_tokens = config.training.num_steps * config_lib.tokens_per_step(config)
     rows = [_row(source, weights, run_tokens) for source in recipe.sources]
-    total = sum(source.tokens_an_epoch for source in recipe.sources)
-    download = f"{_download(recipe):,.0f}"
-    columns = ("source", "to download, GB", "text, GB", "tokens", "shards, GB", "tokens of the run")
+    columns = ("source", "GB to\nfetch", "GB of\ntext", "tokens", "GB of\nshards")
+    columns += ("tokens\nof run", "epochs")
     title = f"{recipe.name}: {run_tokens:,} tokens of {config.name}"
-    ends = [(), ("all", download, *_sizes(total), f"{run_tokens:,}", "")]
-    console.print(table(title, (*columns, "epochs"), [*rows, *ends]))
+    every = ("all", _sum(_downloads(recipe), _gigabytes), *_sizes(recipe.sources))
+    rows += [(), (*every, tokens_text(run_tokens), "")]
+    console.print(_whole_numbers(table(title, columns, rows)))
     for line in _notes(recipe, weights):
         console.print(line)
-    title = "core-hours of each stage; filters and near copies: not of what must not be filtered"
-    columns = ("stage", "sources", "text, GB", "MB/s a core", "core-hours", "the speed is")
-    console.print(table(title, columns, _stages(recipe)))
+    columns = ("stage", "sources", "GB of\ntext", "MB/s a\ncore", "core-\nhours")
+    console.print(_whole_numbers(table("core-hours of each stage", columns, _stages(recipe))))
+    console.print("filters and near copies: not of what must not be filtered")
+    for stage in STAGES:
+        console.print(f"speed of '{stage.name}': {stage.source}")
+
+
+def _whole_numbers(found: Table) -> Table:
+    """The table, in which a long name is folded before a number is cut."""
+    name, *numbers = found.columns
+    name.no_wrap, name.overflow = False, "fold"
+    for column in numbers:
+        column.no_wrap = True
+    return found
 
 
 def _row(source: RecipeSource, weights: dict[str, float], run_tokens: int) -> tuple[str, ...]:
-    share = weights.get(source.name, 0.0) / sum(weights.values())
-    epochs = f"{share * run_tokens / source.tokens_an_epoch:.2f}" if source.tokens else "?"
-    size = _origin(source).gigabytes
-    download = "?" if size is None else f"{size:,.1f}"
-    sizes = _sizes(source.tokens_an_epoch) if source.tokens else ("?", "?", "?")
-    return source.name, download, *sizes, f"{share * run_tokens:,.0f}", epochs
+    tokens = weights.get(source.name, 0.0) / sum(weights.values()) * run_tokens
+    epochs = f"{tokens / source.tokens_an_epoch:.2f}" if source.tokens_an_epoch else "?"
+    download = _sum([_origin(source).gigabytes], _gigabytes)
+    return source.name, download, *_sizes([source]), tokens_text(tokens), epochs
 
 
-def _sizes(tokens: float) -> tuple[str, str, str]:
-    text, shards = (f"{tokens * size / 1e9:,.1f}" for size in (BYTES_A_TOKEN, _SHARD_BYTES))
-    return text, f"{tokens:,.0f}", shards
+def _sizes(sources: Sequence[RecipeSource]) -> tuple[str, str, str]:
+    """GB of text, tokens and GB of shards of all of them."""
+    tokens = [source.tokens_an_epoch or None for source in sources]
+    text, shards = (_sum(tokens, _gigabytes, size / 1e9) for size in (BYTES_A_TOKEN, _SHARD_BYTES))
+    return text, _sum(tokens, tokens_text), shards
+
+
+def _sum(
+    amounts: Iterable[float | None], write: Callable[[float], str], factor: float = 1.0
+) -> str:
+    """The sum times `factor`; with `+` where some amounts are not known, `?` if none is."""
+    amounts = list(amounts)
+    known = [amount for amount in amounts if amount is not None]
+    if amounts and not known:
+        return "?"
+    return write(sum(known) * factor) + ("+" if len(known) < len(amounts) else "")
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size:,.1f}" if size < 100 else f"{size:,.0f}"
 
 
 def _origin(source: RecipeSource) -> Origin:
@@ -77,10 +105,9 @@ def _origin(source: RecipeSource) -> Origin:
     return next((o for o in source.origins if o.state != GONE), source.origins[0])
 
 
-def _download(recipe: Recipe) -> float:
-    """GB in all; files that several sources share are read once."""
-    places = {(o.inputs, o.listed): o.gigabytes for o in map(_origin, recipe.sources)}
-    return sum(size or 0 for size in places.values())
+def _downloads(recipe: Recipe) -> Iterable[float | None]:
+    """GB of each place; files that several sources share are read once."""
+    return {(o.inputs, o.listed): o.gigabytes for o in map(_origin, recipe.sources)}.values()
 
 
 def _notes(recipe: Recipe, weights: dict[str, float]) -> Iterator[str]:
@@ -92,6 +119,7 @@ def _notes(recipe: Recipe, weights: dict[str, float]) -> Iterator[str]:
     names = [source.name for source in recipe.sources]
     for what, found in [
         ("size not known", [s.name for s in recipe.sources if _origin(s).gigabytes is None]),
+        ("tokens not known", [s.name for s in recipe.sources if not s.tokens_an_epoch]),
         ("not in the config's weights", [name for name in names if name not in weights]),
         ("in the config's weights, not in the recipe", sorted(set(weights) - set(names))),
     ]:
@@ -103,9 +131,8 @@ def _stages(recipe: Recipe) -> list[tuple[str, ...]]:
     rows = []
     for stage in STAGES:
         sources = [s for s in recipe.sources if stage.is_for_all or not s.unfiltered]
-        text = sum(source.tokens_an_epoch for source in sources) * BYTES_A_TOKEN
-        hours = text / 1e6 / stage.speed / 3600
+        tokens = [source.tokens_an_epoch or None for source in sources]
+        hours = _sum(tokens, "{:,.0f}".format, BYTES_A_TOKEN / 1e6 / stage.speed / 3600)
         which = f"{len(sources)} of {len(recipe.sources)}"
-        numbers = f"{text / 1e9:,.0f}", f"{stage.speed:g}", f"{hours:,.0f}"
-        rows.append((stage.name, which, *numbers, stage.source))
+        rows.append((stage.name, which, _sizes(sources)[0], f"{stage.speed:g}", hours))
     return rows

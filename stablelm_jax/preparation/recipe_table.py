@@ -25,7 +25,7 @@ def show(recipe: Recipe, console: Console, in_full: bool) -> None:
     heading = "state, where, format, certainty, gate, licence, filters"
     table.add_column(heading, overflow="fold")  # URLs are cut rather than left out
     for source in recipe.sources:
-        numbers = {"tokens": f"{source.tokens / 1e9:,.2f} B", "epochs": f"{source.epochs:g}"}
+        numbers = {"tokens": tokens_text(source.tokens), "epochs": f"{source.epochs:g}"}
         size = [f"  {name} {number}" for name, number in numbers.items() if source.tokens]
         table.add_row("\n".join([source.name, *size]), "\n".join(_lines(source, in_full)))
         table.add_section()
@@ -34,6 +34,14 @@ def show(recipe: Recipe, console: Console, in_full: bool) -> None:
     if not in_full:
         text = "all places of a source, and what is known of them: --source NAME --list"
         console.print(text, soft_wrap=False)
+
+
+def tokens_text(count: float) -> str:
+    """So many tokens, in few columns."""
+    for unit, size in {"T": 1e12, "B": 1e9, "M": 1e6}.items():
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:,.0f}"
 
 
 def _lines(source: RecipeSource, in_full: bool) -> Iterator[str]:
