@@ -1,8 +1,9 @@
 """The tasks of `prepare --dedup`: which documents are copies, and shards without them.
 
 The shards of a data root have ranks: first those held out, in the order of the sources, then those
-to train on. Of several copies the one of the lowest (rank, number in its shard) stays, so no train
-shard keeps what is held out anywhere. The tasks leave for one another, in one folder:
+to train on; after them, in the same way, those of sources that are dropped. Of several copies the
+one of the lowest (rank, number in its shard) stays, so no train shard that is written keeps what is
+held out anywhere. The tasks leave for one another, in one folder:
 
     plan.json               what is to be done, see `Plan`
     hashes/RANK.npy         uint64 [documents, 3]: 128 bits of a document's hash, its number; sorted
@@ -53,6 +54,7 @@ class PlannedShard(NamedTuple):
     info: dict[str, Any]  # the fields of its `ShardInfo`
     first: int  # the number of its first document among those of the split
     near: bool  # whether its documents are compared for near copies
+    dropped: bool = False  # its source has nothing left to train on, and is not written
 
 
 class Plan(NamedTuple):
@@ -81,7 +83,13 @@ class Plan(NamedTuple):
         return minhash.MinhashConfig(*sizes, hash_config=HashConfig(64, "sha1"))
 
 
-_plan = functools.lru_cache(maxsize=1)(Plan.read)  # once a process: a worker runs many tasks
+def _plan(work: pathlib.Path) -> Plan:
+    return _plan_of(work, (work / "plan.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a worker runs many tasks; another plan may take its place
+def _plan_of(work: pathlib.Path, written: int) -> Plan:
+    return Plan.read(work)
 
 
 class Stage(PipelineStep):
@@ -224,7 +232,7 @@ def _gone(work: pathlib.Path, rank: int) -> dict[str, np.ndarray]:
     """What leaves a shard. If all that a source holds out would go, its first document stays."""
     shards, copies = _plan(work).shards, _copies(work, rank)
     same = [r for r, each in enumerate(shards) if each[:2] == shards[rank][:2]]
-    if shards[rank].split == "held_out" and rank == same[0]:
+    if shards[rank].split == "held_out" and rank == same[0] and not shards[rank].dropped:
         going = sum(len(table) for r in same for table in _copies(work, r).values())
         if going == sum(shards[r].info["documents"] for r in same):
             return {kind: table[table[:, 1] != 0] for kind, table in copies.items()}

@@ -38,7 +38,7 @@ from stablelm_jax.storage.remote import as_path, is_url
 from stablelm_jax.tokenizer.tokenizer import ARCADE100K, load_tokenizer
 
 # Changes when the same sources and settings would give other bytes.
-RECIPE = 1
+RECIPE = 2
 SUMMARY = "dedup.json"
 _RANGE_DOCUMENTS = 1 << 24  # whose hashes a task compares, in about 1.5 GB
 _BAND_DOCUMENTS = 1 << 26  # whose signatures a task compares, one after the other
@@ -48,7 +48,8 @@ class Deduplication:
     """The steps of a job, to be called in order: finished, begin, run.
 
     Attributes:
-      sources: the manifests of the data root by the names of their folders.
+      sources: the manifests of the data root by the names of their folders, without samples.
+      samples: the names of sources that `--sample` made: other sources hold the same documents.
       order: the sources of texts; of copies the one in the earlier source stays.
       settings: all that the result follows from.
     """
@@ -64,10 +65,13 @@ class Deduplication:
         self._work = self.output / ".work"
         if self.root in (self.output, *self.output.parents):
             raise ValueError(f"--output: {flags.output} lies in {flags.dedup}; write elsewhere")
-        self.sources = {n: manifest.read_manifest(self.root / n) for n in source_names(self.root)}
+        found = {n: manifest.read_manifest(self.root / n) for n in source_names(self.root)}
+        self.samples = [n for n in found if found[n].provenance.get("settings", {}).get("sample")]
+        self.sources = {n: made for n, made in found.items() if n not in self.samples}
         texts = [name for name, made in self.sources.items() if made.kind == "text"]
         if not texts:
-            raise ValueError(f"{data}: no source of texts, and only texts are compared")
+            but = f" but samples ({', '.join(self.samples)})" if self.samples else ""
+            raise ValueError(f"{data}: no source of texts{but}, and only texts are compared")
         manifest.open_sources(self.root, texts)  # whole, and of one tokenizer: tokens are compared
         for name in {*flags.order, *flags.exact_only} - self.sources.keys():
             raise ValueError(f"no source {name} in {data}; there are {', '.join(self.sources)}")
@@ -122,14 +126,26 @@ class Deduplication:
             return True
         if others := list(self.output.glob("*/manifest.json")):
             raise ValueError(f"--output: {others[0].parent} lies there already; write elsewhere")
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._lay_out(dropped=[])
+        return False
+
+    def _lay_out(self, dropped: list[str]) -> None:
+        """Plans the work; dropped sources come last, so that what others hold too stays there."""
+        (self._work / "plan.json").unlink(missing_ok=True)  # first: what is left then is not used
+        if self._work.exists():
+            shutil.rmtree(self._work)
         for name in (*copies.FOLDERS, *(f"sources/{name}" for name in self.sources)):
             (self._work / name).mkdir(parents=True)
-        splits = [(name, split) for split in ("held_out", "train") for name in self.order]
-        shards = [shard for name, split in splits for shard in self._shards(name, split)]
+        kept = [name for name in self.order if name not in dropped]
+        shards = [
+            shard._replace(dropped=names is dropped)
+            for names in (kept, dropped)
+            for split in ("held_out", "train")
+            for name in names
+            for shard in self._shards(name, split)
+        ]
         self.plan = Plan(self.settings, str(self.root), *self._tokenizer, shards)
-        write_json(path, self.plan)
-        return False
+        write_json(self._work / "plan.json", self.plan)
 
     def _check(self, theirs: dict[str, Any], what: str) -> None:
         if differs := difference(self.settings, theirs, {"data_hash": "sources"}):
@@ -146,7 +162,6 @@ class Deduplication:
 
     def run(self, executor: Executor, console: Console) -> dict[str, Any]:
         """Does the work, or what is left of it; returns the summary. TasksFailed: not all of it."""
-        shards, documents = self.plan.shards, sum(s.info["documents"] for s in self.plan.shards)
 
         def stage(function: Callable, tasks: int) -> None:
             started, name = time.monotonic(), function.__name__
@@ -154,17 +169,45 @@ class Deduplication:
             seconds = time.monotonic() - started
             console.print(f"{name.replace('_', ' ')}: {tasks:,} tasks, {seconds:.1f} s")
 
+        while emptied := self._find_copies(stage):
+            console.print(f"{emptied}: nothing is left to train on; begun again without it")
+            self._lay_out([*self._dropped(), emptied])
+        stage(copies.write_shard, len(self.plan.shards))
+        return self._collate()
+
+    def _find_copies(self, stage: Callable[[Callable, int], None]) -> str | None:
+        """Does all but to write; returns a source that is to be dropped first, if there is one."""
+        shards, documents = self.plan.shards, sum(s.info["documents"] for s in self.plan.shards)
         stage(copies.hash_documents, len(shards))
         stage(copies.find_exact, -(-documents // _RANGE_DOCUMENTS))
-        if near := self.settings["near"]:
+        near = self.settings["near"]
+        if near and not self._emptied():
             stage(copies.sign_documents, len(shards))
             # A task a band, or several: datatrove divides it by the signatures of the first file.
             first = copies.signed(self._work, self.plan, 0)
             several = max(1, min(documents // _BAND_DOCUMENTS, first))
             stage(copies.match_signatures, near["bands"] * several)
             stage(copies.cluster_pairs, 1)
-        stage(copies.write_shard, len(shards))
-        return self._collate()
+        return self._emptied()
+
+    def _emptied(self) -> str | None:
+        """The last source that has nothing but copies to train on.
+
+        It would not be written, and what it holds out would be nowhere: its copies go from others.
+        One at a time, because without it another may have something left.
+        """
+        tables = [path for kind in KINDS for path in (self._work / kind).glob("*.npy")]
+        ranks = (np.load(path, mmap_mode="r")[:, 0] for path in tables)
+        gone = sum(np.bincount(each, minlength=len(self.plan.shards)) for each in ranks)
+        for name in reversed(self.order):
+            train = self._ranks(name, "train")
+            documents = self.sources[name].train.documents
+            if name not in self._dropped() and gone[train].sum() == documents:
+                return name
+        return None
+
+    def _dropped(self) -> list[str]:
+        return list(dict.fromkeys(shard.source for shard in self.plan.shards if shard.dropped))
 
     def _collate(self) -> dict[str, Any]:
         """Gives each source its manifest and its place; removes what only the work needed."""
@@ -198,8 +241,9 @@ class Deduplication:
             infos = [ShardInfo(**record["shard"]) for record in records if record["shard"]]
             lost = sum(gone["text_bytes"] for gone in result[split].values())
             splits[split] = Split.of(infos, max(getattr(old, split).text_bytes - lost, 0))
-        if not splits["train"].shards:
-            return None, result | {"nothing_left": True}
+        if name in self._dropped():
+            only_here = sum(split.documents for split in splits.values())
+            return None, result | {"nothing_left": True, "only_here": only_here}
         ranks = self._ranks(name, "train")
         counts = sum(np.load(self._work / "counts" / f"{rank:06d}.npy") for rank in ranks)
         entropy = manifest.unigram_entropy(counts)
@@ -245,7 +289,8 @@ def deduplicate(work: Deduplication, executor: Executor, console: Console) -> No
         summary = work.run(executor, console)
     names = "documents", "exact", "near", "held out", "tokens gone"
     columns = [Column("copies of", no_wrap=True), *(Column(n, justify="right") for n in names)]
-    table, notes = Table(*columns, box=box.SIMPLE), []
+    table = Table(*columns, box=box.SIMPLE)
+    notes = [f"{name}: left out: a sample" for name in work.samples]
     for name, result in summary["sources"].items():
         old = work.sources[name]
         row = [old.train.documents + old.held_out.documents]
@@ -255,7 +300,10 @@ def deduplicate(work: Deduplication, executor: Executor, console: Console) -> No
             row += [_gone(result, "documents", kinds=(kind,)) for kind in KINDS]
             row += [_gone(result, "documents", splits=("held_out",)), _gone(result, "tokens")]
         if result.get("nothing_left"):
-            notes.append(f"{name}: nothing is left to train on, take it out of data.weights")
+            note = f"{name}: nothing is left to train on, take it out of data.weights"
+            if only_here := result["only_here"]:
+                note += f"; documents that no other source has, gone with it: {only_here:,}"
+            notes.append(note)
         table.add_row(name, *(f"{count:,}" for count in row))
     console.print(table)
     for note in notes:

@@ -1,5 +1,6 @@
 """prepare --dedup: of copies one stays, and what is held out anywhere is trained on nowhere."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -187,9 +188,58 @@ def test_a_source_of_nothing_but_copies_is_left_out_and_said(tmp_path, tokenizer
         assert code == 0
         assert expected in said
         assert "b: nothing is left to train on, take it out of data.weights" in said
+        assert "documents that no other source has, gone with it: 1" in said
     assert not (tmp_path / "out" / "b").exists()
     summary = json.loads((tmp_path / "out" / "dedup.json").read_text())
     assert summary["sources"]["b"]["train"]["exact"]["documents"] == 2
+    assert summary["sources"]["b"]["only_here"] == 1
+
+
+@pytest.mark.parametrize("near", [[], ["--near"]])
+def test_what_a_source_of_nothing_but_copies_holds_out_stays_where_else_it_is(
+    tmp_path, tokenizer, call, near
+):
+    x, y, z, h = real_texts(4, words=60)
+    other = edited(x, 1, random.Random(0)) if near else x
+    write(tmp_path / "in", tokenizer, "a", [x, y, z], [h])
+    write(tmp_path / "in", tokenizer, "b", ["in b", y], [z])
+    write(tmp_path / "in", tokenizer, "c", [other, z], [y, h])
+    flags = "--dedup", tmp_path / "in", *near, "--output"
+    _, said, _ = call(*flags, tmp_path / "out")
+    assert "c: nothing is left to train on; begun again without it" in said
+    assert "no other source has" not in said
+    assert texts_of(tmp_path / "out", "a", tokenizer) == [[x, y], [h]]
+    assert texts_of(tmp_path / "out", "b", tokenizer) == [["in b"], [z]]
+    assert not (tmp_path / "out" / "c").exists()
+    for stop in range(1, 60, 4):
+        with contextlib.suppress(KeyboardInterrupt):
+            call(*flags, tmp_path / "stopped", stop=stop)
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "out")
+
+
+def test_of_sources_that_would_empty_each_other_one_stays_whole(tmp_path, tokenizer, call):
+    write(tmp_path / "in", tokenizer, "a", ["x"], ["y"])
+    write(tmp_path / "in", tokenizer, "b", ["y"], ["x"])
+    call("--dedup", tmp_path / "in", "--output", tmp_path / "out")
+    assert texts_of(tmp_path / "out", "a", tokenizer) == [["x"], ["y"]]
+    assert not (tmp_path / "out" / "b").exists()
+
+
+def test_samples_are_left_out_and_said(tmp_path, tokenizer, call):
+    sampled = tmp_path / "in" / "a_sample"
+    write(tmp_path / "in", tokenizer, "a_sample", ["x"], ["y"])
+    made = manifest.read_manifest(sampled)
+    provenance = made.provenance | {"settings": {"sample": 2}}
+    manifest.write_manifest(sampled, dataclasses.replace(made, provenance=provenance))
+    flags = "--dedup", tmp_path / "in", "--output", tmp_path / "out"
+    code, _, error = call(*flags)
+    assert code == 2
+    assert "no source of texts but samples (a_sample)" in error
+    write(tmp_path / "in", tokenizer, "a", ["x", "y", "z"], ["h"])
+    _, said, _ = call(*flags)
+    assert "a_sample: left out: a sample" in said
+    assert texts_of(tmp_path / "out", "a", tokenizer) == [["x", "y", "z"], ["h"]]
+    assert not (tmp_path / "out" / "a_sample").exists()
 
 
 def test_the_manifest_says_what_went_and_keeps_the_rest_and_a_run_takes_it(
