@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from stablelm_jax.preparation.formats import kind_of
 from stablelm_jax.preparation.recipes import GONE, Origin, Recipe, RecipeSource
@@ -20,20 +19,29 @@ def show(recipe: Recipe, console: Console, in_full: bool) -> None:
 
     `in_full`: all places of each source, and what else to know; else the first that is there.
     """
-    table = Table("source", box=box.SIMPLE)
-    table.columns[0].no_wrap = True
-    heading = "state, where, format, certainty, gate, licence, filters"
-    table.add_column(heading, overflow="fold")  # URLs are cut rather than left out
+    lines = [f"{recipe.name}: {recipe.about}"]
     for source in recipe.sources:
-        numbers = {"tokens": tokens_text(source.tokens), "epochs": f"{source.epochs:g}"}
-        size = [f"  {name} {number}" for name, number in numbers.items() if source.tokens]
-        table.add_row("\n".join([source.name, *size]), "\n".join(_lines(source, in_full)))
-        table.add_section()
-    for part in (f"{recipe.name}: {recipe.about}", table, *_summary(recipe)):
-        console.print(part, soft_wrap=False)
+        numbers = f"  tokens {tokens_text(source.tokens)}, epochs {source.epochs:g}"
+        lines += ["", source.name, *([numbers] if source.tokens else [])]
+        lines += [f"  {line}" for line in _lines(source, in_full)]
+    lines += ["", *_summary(recipe)]
     if not in_full:
-        text = "all places of a source, and what is known of them: --source NAME --list"
-        console.print(text, soft_wrap=False)
+        lines.append("all places of a source, and what is known of them: --source NAME --list")
+    for line in lines:
+        console.print(_wrapped(line, console.width), soft_wrap=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """The line in rows that keep its indent, broken at spaces alone: a path can be copied."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line.lstrip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def tokens_text(count: float) -> str:
