@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stablelm_jax.preparation.lists import CONTAMINATED_NAME
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run_verb import run_verb
 from stablelm_jax.storage.files import check_writable, write_json
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.contamination and not arguments.tasks:
+        parser.error("--contamination: only with --tasks")
     for name, value in vars(arguments).items():
         if value == "" or (isinstance(value, list) and "" in value):
             parser.error(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
@@ -101,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", type=lambda text: [name.strip() for name in text.split(",")], help=names)
     add("--task-data", help="folder made by launch/corpora/task_data.py; default: the Hub")
     what = "data root whose sources list items that stand in them: scores without these, beside"
-    add("--contamination", metavar="DATA", help=what)
+    add("--contamination", type=_contaminated, default=(), metavar="DATA", help=what)
     add("--limit", type=_count, help="items of each task; default: all")
     what = "examples, where a task is not fixed to none; default: each task's own number"
     add("--num-fewshot", type=int, help=what)
@@ -119,6 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--judge-model", help="its name on the server; default: the only one there")
     add("--judge-timeout", type=_count, default=300, help="seconds of silence (%(default)s)")
     return parser
+
+
+def _contaminated(root: str) -> list[Path]:
+    lists = root and sorted(Path(root).glob(f"*/{CONTAMINATED_NAME}"))
+    if not lists:
+        raise argparse.ArgumentTypeError(
+            f"{root or 'empty'}: no source there has a {CONTAMINATED_NAME}; prepare --benchmarks"
+            " TASK_DATA writes it"
+        )
+    return lists
 
 
 def _count(text: str) -> int:

@@ -30,6 +30,11 @@ from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.run.console import make_console
+from stablelm_jax.storage.files import check_writable
+
+# Flags that mean something of a run alone, and of the documents of a source alone.
+_OF_A_RUN = "config", "workdir", "step", "rows"
+_OF_DOCUMENTS = "data", "show", "checkpoint", "sample", "seed", "tokenizer", "picture"
 
 
 def main() -> None:
@@ -61,7 +66,9 @@ def _inspect(argv: Sequence[str]) -> int:
         from stablelm_jax.workdir import check_workdir
 
         check_workdir(given.workdir)
-    of_documents = given.data is not None or (given.config is None and given.source is not None)
+    of_documents = not given.loss and (
+        given.data is not None or (given.config is None and given.source is not None)
+    )
     needed = {"config": "configs/smoke.py", "step": "VALUE"}
     if given.loss:
         needed = {"workdir": "runs/NAME", "step": "VALUE"}
@@ -70,6 +77,15 @@ def _inspect(argv: Sequence[str]) -> int:
     for name, example in needed.items():
         if given[name].value is None:
             raise config_lib.ConfigError(f"--{name}: is missing; write --{name} {example}")
+    strange = _OF_A_RUN if of_documents else _OF_DOCUMENTS
+    if unused := [f"--{name}" for name in strange if given[name].present]:
+        what = "not with the documents of a source, but with --config, which gives rows"
+        what = what if of_documents else "only with --source and --data, which give documents"
+        raise config_lib.ConfigError(f"{' '.join(unused)}: {what}")
+    if given.checkpoint and given.show != "loss":
+        raise config_lib.ConfigError("--checkpoint: only with --show loss")
+    if given.picture:
+        _check_picture(given.picture)
     try:
         (_show_losses if given.loss else _show_documents if of_documents else _show_rows)()
     except config_lib.ConfigError:
@@ -78,6 +94,15 @@ def _inspect(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_picture(path: str) -> None:
+    if not path.endswith(".png"):
+        raise config_lib.ConfigError(f"--picture {path}: it will be a PNG; name it .png")
+    try:
+        check_writable(Path(path))
+    except ValueError as error:
+        raise config_lib.ConfigError(f"--picture {error}") from error
 
 
 def _show_rows() -> None:
@@ -112,10 +137,18 @@ def _show_losses() -> None:
 
 
 def _show_documents() -> None:
+    from stablelm_jax.preparation.verify import source_names
     from stablelm_jax.reporting import documents
+    from stablelm_jax.storage.remote import as_path
 
     given = flags.FLAGS
     root = given.data or "data"
+    try:
+        there = source_names(as_path(root), "--data")
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from error
+    if given.source not in there:
+        raise config_lib.ConfigError(f"--source {given.source}: {root} has {', '.join(there)}")
     source, tokenizer = documents.open_source(root, given.source, given.tokenizer)
     size = given.sample or (256 if given.show == "loss" else 2000)
     most = given.documents or size
@@ -132,7 +165,7 @@ def _show_documents() -> None:
     console = make_console(highlight=False)
     for part in documents.tables(found):
         console.print(part, soft_wrap=isinstance(part, str))
-    console.rule(f"{len(shown)} documents: {given.show}", align="left")
+    console.rule(f"documents shown: {len(shown)} ({given.show})", align="left")
     for document in shown:
         _show_document(console, document)
 
@@ -152,7 +185,8 @@ def _rows(config: ConfigDict) -> Iterator:
     position = position_of(config, given.workdir)
     tokenizer, mixture = load_tokenizer(data.tokenizer), mixture_of(config, position)
     if given.source and given.source not in mixture.sources:
-        raise ValueError(f"--source {given.source}: the mixture has {', '.join(mixture.sources)}")
+        known = ", ".join(mixture.sources)
+        raise config_lib.ConfigError(f"--source {given.source}: the mixture has {known}")
     sources = open_data(config, tokenizer, mixture.sources)
     first = position.first_row(given.step - 1, data.batch_size)
     rows = range(first, first + data.batch_size)

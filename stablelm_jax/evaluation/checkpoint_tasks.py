@@ -24,7 +24,7 @@ from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Asked, Left, load_tasks, run_tasks
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
-from stablelm_jax.preparation.lists import CONTAMINATED_NAME, read_list
+from stablelm_jax.preparation.lists import read_list
 from stablelm_jax.reporting.evaluations import Told, bar
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import described
@@ -42,7 +42,7 @@ def evaluate_tasks(
     limit: int | None,
     num_fewshot: int | None,
     chat: ChatTemplate | None = None,
-    contamination: str | Path | None = None,
+    contamination: Sequence[Path] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Prints a table to stderr and returns what goes into the JSON.
@@ -51,7 +51,7 @@ def evaluate_tasks(
       names, data: those of `load_tasks`; limit, num_fewshot: of `run_tasks`.
       compared: the published model whose scores stand beside.
       chat: the template of all prompts; None: they are plain text.
-      contamination: the data root whose sources list the items that stand in them.
+      contamination: the lists of sources (CONTAMINATED_NAME) of the items that stand in them.
       options: those of `lm_of_checkpoint`.
 
     Returns:
@@ -88,17 +88,8 @@ def evaluate_tasks(
     return found | {"failed": failed} if failed else found
 
 
-def touched_items(root: str | Path, asked: Sequence[Asked]) -> dict[str, set[int]]:
-    """{task: its items, by number, that stand in the sources below a data root}.
-
-    Raises ValueError where no source was looked through (`prepare --benchmarks`).
-    """
-    lists = sorted(Path(root).glob(f"*/{CONTAMINATED_NAME}"))
-    if not lists:
-        raise ValueError(
-            f"--contamination {root}: no source there has a {CONTAMINATED_NAME}; "
-            "prepare --benchmarks TASK_DATA writes it"
-        )
+def touched_items(lists: Sequence[Path], asked: Sequence[Asked]) -> dict[str, set[int]]:
+    """{task: its items, by number, that stand in sources}, by the lists of these."""
     tasks = {name: task for one in asked for name, task in one.loaded["tasks"].items()}
     splits = {n: t.config.test_split or t.config.validation_split for n, t in tasks.items()}
     hits = [hit for path in lists for hit in read_list(path)]

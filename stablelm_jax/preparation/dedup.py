@@ -65,7 +65,8 @@ class Deduplication:
         self._work = self.output / ".work"
         if self.root in (self.output, *self.output.parents):
             raise ValueError(f"--output: {flags.output} lies in {flags.dedup}; write elsewhere")
-        found = {n: manifest.read_manifest(self.root / n) for n in source_names(self.root)}
+        names = source_names(self.root, "--dedup")
+        found = {name: manifest.read_manifest(self.root / name) for name in names}
         self.samples = [n for n in found if found[n].provenance.get("settings", {}).get("sample")]
         self.sources = {n: made for n, made in found.items() if n not in self.samples}
         texts = [name for name, made in self.sources.items() if made.kind == "text"]

@@ -27,15 +27,18 @@ _BLOCK_TOKENS = 1 << 22  # read at once, and the rest of the document that they 
 _TOLERANCE = 0.1
 
 
-def source_names(root: pathlib.Path | RemotePath) -> list[str]:
+def source_names(root: pathlib.Path | RemotePath, flag: str) -> list[str]:
     """The sources below a data root, those begun and not finished too, sorted.
 
-    ValueError where there is none, or the root cannot be listed.
+    ValueError, which names the `flag`, where there is none, or the root cannot be listed.
     """
-    names = filter(manifest.SOURCE_NAME.fullmatch, sorted(names_in(root)))
-    found = [n for n in names if names_in(root / n, {manifest.MANIFEST_NAME, ".work"})]
-    if not found:
-        raise ValueError(f"{root}: no prepared source in it; give the --output of `prepare`")
+    try:
+        names = filter(manifest.SOURCE_NAME.fullmatch, sorted(names_in(root)))
+        found = [n for n in names if names_in(root / n, {manifest.MANIFEST_NAME, ".work"})]
+        if not found:
+            raise ValueError(f"{root}: no prepared source in it; give the --output of `prepare`")
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
     return found
 
 
@@ -45,7 +48,7 @@ def names_in(folder: pathlib.Path | RemotePath, of: set[str] | None = None) -> s
         names = set(folder.sizes if isinstance(folder, RemotePath) else os.listdir(folder))
     except OSError as error:
         if of is None:
-            raise ValueError(f"{folder}: cannot be listed ({error})") from error
+            raise ValueError(f"{folder}: cannot be listed ({error.strerror or error})") from error
         return set()
     return names if of is None else names & of
 
@@ -56,7 +59,7 @@ def verify_root(data: str, recipe: Recipe | None, workers: int, console: Console
     Prints a table and a line for each difference; returns how many there are.
     """
     root, found, differences = as_path(data), {}, []
-    for name in source_names(root):
+    for name in source_names(root, "--verify"):
         try:
             found[name] = manifest.read_manifest(root / name)
             differences += _of_folder(root / name, name, found[name])

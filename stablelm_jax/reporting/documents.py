@@ -199,9 +199,9 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table | str]:
     """`statistics` for a terminal."""
     shards, all_shards = found["shards"]
     yield (
-        f"{found['source']}: {found['documents']:,} documents of {found['kind']}, "
-        f"{found['tokens']:,} tokens to train. Looked into {shards:,} of {all_shards:,} shards, and"
-        f" into {found['sample']:,} random documents, up to {MAX_TOKENS:,} tokens of each"
+        f"{found['source']}: {found['kind']}; documents to train: {found['documents']:,}, tokens: "
+        f"{found['tokens']:,}. Looked into shards: {shards:,} of {all_shards:,}; into random"
+        f" documents: {found['sample']:,}, up to {MAX_TOKENS:,} tokens of each"
     )
     for key, of in (("tokens_a_document", "shards"), ("bytes_a_token", "sample")):
         counts, name = found[key]["histogram"], key.replace("_", " ")

@@ -152,3 +152,17 @@ def test_an_empty_name_is_a_bad_argument(flag, value, capsys):
         evaluate.main(["--checkpoint", "c", flag, value])
     assert left.value.code == 2
     assert f"{flag} is empty" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [([], "--contamination: only with --tasks"), (["--tasks", "piqa"], "no source there has a")],
+)
+def test_contamination_needs_tasks_and_lists_before_any_work(tasks, message, tmp_path, capsys):
+    if not tasks:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "contaminated.jsonl").touch()
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--checkpoint", "c", "--contamination", str(tmp_path), *tasks])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

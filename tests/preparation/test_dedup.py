@@ -486,7 +486,10 @@ def test_what_cannot_be_done_is_refused_by_name(small_root, tmp_path, tokenizer,
     for arguments, message in [
         (["--dedup", small_root], "--output: is missing"),
         (["--dedup", small_root, "--output", small_root / "clean"], "lies in"),
-        (["--dedup", tmp_path / "nowhere", "--output", out], "nowhere"),
+        (
+            ["--dedup", tmp_path / "nowhere", "--output", out],
+            f"--dedup {tmp_path / 'nowhere'}: cannot be listed (No such file or directory)\n",
+        ),
         (["--dedup", small_root, "--output", "memory://clean"], "a folder of this machine"),
         ([*good, "--order", "c"], "no source c in"),
         ([*good, "--source", "a"], "--source: not with --dedup"),

@@ -159,6 +159,6 @@ def test_a_recipe_says_which_sources_are_missing_or_of_another_size(root, capsys
 def test_a_folder_without_sources_is_no_data_root(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "nowhere"):
         code, _, error = verify(capsys, path)
-        assert code
-        assert error.count("\n") == 1
-        assert str(path) in error
+        assert code == 2
+        assert error.count("\n") == error.count(str(path)) == 1
+        assert f"--verify {path}: " in error

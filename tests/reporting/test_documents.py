@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from prepared import write_source
 from tiny import CHOICES, SOURCES, VOCAB, write_chats, write_tokenizer
 
+from stablelm_jax import config, inspect_data
 from stablelm_jax.data.manifest import TokenizerInfo
 from stablelm_jax.data.shards import Shard
 from stablelm_jax.reporting import documents
@@ -104,7 +106,8 @@ def test_of_a_large_source_some_shards_are_opened_and_the_table_says_so(root, mo
     assert len({document.info.file for document in seen.drawn}) == 2 and len(seen.drawn) == 2 * EACH
     assert max(len(document.ids) for document in seen.drawn) == 16
     first = next(documents.tables(statistics(source, tokenizer, seen)))
-    assert "120 documents of text" in first and "into 2 of 6 shards, and into 40 random" in first
+    assert "text; documents to train: 120, tokens: " in first
+    assert "into shards: 2 of 6; into random documents: 40, up to" in first
 
 
 def test_conversations_show_which_of_their_tokens_are_trained(tmp_path):
@@ -145,5 +148,41 @@ def test_the_verb_says_what_is_missing(data):
     ):
         done = shown(*arguments)
         assert done.returncode == 2 and message in done.stderr
-    done = shown("--source=cubes", f"--data={data}")
-    assert done.returncode == 1 and "cubes" in done.stderr and SOURCES[0] not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def verb():
+    """The verb, in this process: its flags are defined, and to be parsed."""
+    before, found = set(flags.FLAGS), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "run", found.append)
+        inspect_data.main()
+    yield found[0]
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--source=cubes --data={data}", "--source cubes: {data} has " + ", ".join(SOURCES)),
+        ("--source=cubes --data={data}/no", "--data {data}/no: cannot be listed (No such file"),
+        ("--source=a --data={data} --step=3 --rows=1", "--step --rows: not with the documents"),
+        ("--source=a --step=3 --workdir=runs", "--workdir --step: not with the documents"),
+        (
+            "--loss --workdir=runs --step=3 --picture=a.png",
+            "--picture: only with --source and --data",
+        ),
+        ("--source=a --data={data} --checkpoint=c", "--checkpoint: only with --show loss"),
+        ("--source=a --data={data} --picture=x.txt", "--picture x.txt: it will be a PNG; name"),
+        ("--source=a --data={data} --picture={data}/no/x.png", "--picture {data}/no/x.png: No"),
+    ],
+)
+def test_what_is_asked_of_documents_wrongly_is_refused_at_once(data, verb, arguments, message):
+    flags.FLAGS(["inspect_data", *arguments.format(data=data).split()])
+    try:
+        with pytest.raises(config.ConfigError) as error:
+            verb([])
+    finally:
+        flags.FLAGS.unparse_flags()
+    assert message.format(data=data) in str(error.value)

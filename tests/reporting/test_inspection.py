@@ -73,7 +73,7 @@ def test_a_person_sees_source_file_offset_and_text(shown):
 
 def test_a_source_that_is_not_in_the_mixture_is_refused(shown):
     code, _, err = shown("--step=1", "--source=cubes")
-    assert code == 1 and "the mixture has fibonacci, squares" in err
+    assert code == 2 and "the mixture has fibonacci, squares" in err
 
 
 def test_packed_rows_show_their_items_and_what_of_them_is_trained(tmp_path):
