@@ -41,6 +41,7 @@ from stablelm_jax.preparation.flags import (
     add_slurm_flags,
     check_together,
     pair,
+    place,
 )
 from stablelm_jax.preparation.job import RECIPE, job_of
 from stablelm_jax.preparation.lock import only_one
@@ -257,7 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
         ' the --tokenizer named')  # fmt: skip
     add('--append-eod', action='store_true',
         help='with --adopt: documents that lack the token for their end get it')  # fmt: skip
-    add('--output', metavar='DATA',
+    add('--output', type=place, metavar='DATA',
         help='the source becomes DATA/NAME; a URL, as in gs://BUCKET/data, where it is sent once it'
         ' is made')  # fmt: skip
     add('--work-folder', metavar='DIR',

@@ -134,8 +134,9 @@ def task_index(folder: pathlib.Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise ValueError(
-            f"{folder}: holds no task data ({error!r}); make it with "
+            f"{folder}: holds no task data (tasks.json: {why}); make it with "
             "python launch/corpora/task_data.py --output DIR"
         ) from error
     for entry in index.values():

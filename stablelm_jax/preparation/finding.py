@@ -91,7 +91,7 @@ def files_of(
       InputError: there is nothing to read.
       OSError: the Hub refuses or fails.
     """
-    path = _local_path(written)
+    path = local_path(written)
     if path is not None:
         walk = _LocalWalk()
         found, unread = list(walk.files(path, earlier)), walk.left_out
@@ -108,8 +108,8 @@ def files_of(
     raise InputError(f"--input {shown(written)}: {why}")
 
 
-def _local_path(written: str) -> str | None:
-    """The path on this machine that an input means, also as `file://`; None for another URL."""
+def local_path(written: str) -> str | None:
+    """The path on this machine that is meant, also as `file://`; None for another URL."""
     if not is_url(written):
         return written
     if not written.startswith(("file://", "local://")):

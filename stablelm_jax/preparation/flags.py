@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from stablelm_jax.preparation.conversations import MAX_TURNS
 from stablelm_jax.preparation.filters import FILTERS, SEVERAL
+from stablelm_jax.preparation.finding import local_path
 from stablelm_jax.preparation.formats import FORMATS
 from stablelm_jax.preparation.texts import split_bytes
 
@@ -25,6 +26,7 @@ _NOT_WITH = {
 }
 _ALONE_WITH = {
     "show_dropped": set(),
+    "list": {"recipe", "source"},
     "verify": {"recipe", "workers"},
     "dedup": {
         *("output", "recipe", "tokenizer", "ranks", "near", "order", "exact_only"),
@@ -52,6 +54,11 @@ def check_together(parser: argparse.ArgumentParser, flags: argparse.Namespace) -
         _refuse(given & names if flag not in given else (), "only with", flag)
     if not given & {"output", "show_dropped", "verify", "list"}:
         raise ValueError("--output: is missing; give the folder that is to hold what is made")
+
+
+def place(text: str) -> str:
+    """A path of this machine, also where it is written as `file://`, or the URL of a store."""
+    return local_path(text) or text
 
 
 def _refuse(names: Iterable[str], how: str, flag: str) -> None:
@@ -102,15 +109,16 @@ def add_screening_flags(parser: argparse.ArgumentParser) -> None:
         ' manifest counts those that are found')  # fmt: skip
     add('--drop-contaminated', action='store_true',
         help='with --benchmarks: documents that hold such items are left out')  # fmt: skip
-    add('--show-dropped', metavar='DATA/NAME',
+    add('--show-dropped', type=place, metavar='DATA/NAME',
         help='show documents that the filters dropped of a source, do no more')  # fmt: skip
 
 
 def add_data_root_flags(parser: argparse.ArgumentParser) -> None:
     """What is done with whole data roots."""
     add = parser.add_argument_group("data roots, in place of --source and --input").add_argument
-    add("--verify", metavar="DATA", help="compare the sources below DATA with their manifests")
-    add('--dedup', metavar='DATA',
+    add('--verify', type=place, metavar='DATA',
+        help='compare the sources below DATA with their manifests')  # fmt: skip
+    add('--dedup', type=place, metavar='DATA',
         help='write the sources below DATA to --output without the copies in them')  # fmt: skip
     add('--near', nargs='?', const=FINEWEB, type=_near, metavar='NAME=N,...',
         help='near copies too, by MinHash; without a value by the parameters of FineWeb, '

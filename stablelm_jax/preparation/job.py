@@ -28,6 +28,10 @@ def job_of(flags: argparse.Namespace, source: str) -> argparse.Namespace:
     for is_wrong, problem in [
         (bool(flags.inputs) == bool(flags.adopt), "give --input, or --adopt in its place"),
         (
+            str(flags.output).startswith("memory://"),
+            "--output: memory:// is gone with this process; give a folder or a bucket",
+        ),
+        (
             flags.work_folder and not is_url(flags.output),
             "--work-folder: --output is a folder of this machine, where the work lies too",
         ),

@@ -100,9 +100,15 @@ class Preparation:
         self.input_bytes = sum(file.size or 0 for file in self.files)
         self.reasons: collections.Counter = collections.Counter()
         self.dropped: collections.Counter = collections.Counter()
-        self._benchmarks = Benchmarks(job.benchmarks) if job.benchmarks else None
+        self._benchmarks = self._load_benchmarks()
         self._settings = settings_of(job, self.files, self.tokenizer, self._benchmarks)
         self._screen = Screen.of(self._settings)
+
+    def _load_benchmarks(self) -> Benchmarks | None:
+        try:
+            return Benchmarks(self.job.benchmarks) if self.job.benchmarks else None
+        except ValueError as error:
+            raise ValueError(f"--benchmarks {error}") from error
 
     def _begun_at(self) -> dict[str, str]:
         """The revisions of the Hub at which the same inputs were begun, to go on with."""

@@ -18,6 +18,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.utils.lid import FT176LID, LID
 from rich.console import Console
 
+from stablelm_jax.data.manifest import MANIFEST_NAME
 from stablelm_jax.preparation import filters
 from stablelm_jax.preparation.chunks import Record
 from stablelm_jax.preparation.finding import shown
@@ -195,20 +196,26 @@ def show_dropped(directory: str, console: Console) -> None:
 
     ValueError where the source has none.
     """
+    folder = pathlib.Path(directory)
     try:
-        rows = list(read_list(pathlib.Path(directory) / DROPPED_NAME))
+        rows = list(read_list(folder / DROPPED_NAME))
     except OSError as error:
+        why, others = error.strerror, sorted(folder.glob(f"*/{DROPPED_NAME}"))
+        give = ", ".join(str(path.parent) for path in others) or "DATA/NAME"
+        if (folder / MANIFEST_NAME).exists():
+            why = "was prepared without --filters"
+        elif folder.is_dir():
+            why = "is no source"
         raise ValueError(
-            f"--show-dropped {directory}: {error}; name the folder of a source that was prepared"
-            " with --filters"
+            f"--show-dropped {directory}: {why}; give a source prepared with --filters: {give}"
         ) from error
     total, kinds = 0, itertools.groupby(rows, key=lambda row: (row["by"], row["reason"]))
     for sample in sorted((list(of) for _, of in kinds), key=lambda sample: -sample[0]["of"]):
         kind, count = Dropped(sample[0]["by"], sample[0]["reason"]), sample[0]["of"]
-        console.print(f"{kind}: {count:,} documents, {len(sample)} of them:\n")
+        console.print(f"{kind}: documents: {count:,}, shown: {len(sample)}\n")
         for row in sample:
             place = f"{row['file']}, line {row['line']:,}: {row['characters']:,} characters"
             text = (f"    {shown(line)}\n" for line in row["beginning"].splitlines() if line)
             console.print(f"  {place}\n{''.join(text)}")
         total += count
-    console.print(f"dropped by filters: {total:,} documents of {directory}")
+    console.print(f"documents dropped by filters: {total:,}, of {directory}")

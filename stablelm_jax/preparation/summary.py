@@ -111,7 +111,7 @@ def _rejected(preparation: Preparation, made: SourceManifest) -> str:
 
 def _dropped(preparation: Preparation, made: SourceManifest) -> str:
     counts, edited = preparation.dropped, made.provenance["edited_by_filters"]
-    line = f"dropped by filters: {counts.total():,} documents; edited and kept: {edited:,}"
+    line = f"documents dropped by filters: {counts.total():,}; edited and kept: {edited:,}"
     each = "".join(f"\n{count:9,} {kind}" for kind, count in counts.most_common())
     look = f"\nlook at some of each: prepare --show-dropped {preparation.directory}"
     return line + each + (look if counts else "")

@@ -109,7 +109,10 @@ def test_other_items_are_other_benchmarks(benchmarks, rows, tmp_path):
 
 
 def test_a_folder_without_task_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="task_data.py --output DIR"):
+    with pytest.raises(ValueError, match=r"\(tasks.json: No such file.*task_data.py --output DIR"):
+        Benchmarks(tmp_path)
+    (tmp_path / "tasks.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"\(tasks.json: it is damaged\)"):
         Benchmarks(tmp_path)
 
 

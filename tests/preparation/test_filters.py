@@ -264,7 +264,7 @@ def test_each_dropped_document_is_counted_and_some_are_kept_to_look_at(
     assert all(texts[1][row["line"] - 1] == row["beginning"] for row in rows)
     code, shown, _ = call(capsys, "--show-dropped", tmp_path / "short")
     assert code == 0
-    assert f"{LONGER}: of 2 words: {dropped[2]:,} documents, 20 of them" in shown
+    assert f"{LONGER}: of 2 words: documents: {dropped[2]:,}, shown: 20" in shown
     assert all(f"texts.jsonl, line {row['line']:,}" in shown for row in rows)
 
     assert "already prepared" in call(capsys, *wanted)[1]
@@ -306,7 +306,7 @@ def test_filters_that_drop_everything_are_said_and_others_begin_anew(
     assert code == 1
     assert "(dropped by c4_paragraphs: < 3 paragraphs: 900); look at some" in err
     code, shown, _ = call(capsys, "--show-dropped", tmp_path / "short")
-    assert code == 0 and "paragraphs: 900 documents, 20 of them" in shown
+    assert code == 0 and "paragraphs: documents: 900, shown: 20" in shown
     assert call(capsys, *wanted)[0] == 0
 
 
@@ -342,6 +342,19 @@ def test_the_filters_that_the_recipes_name_are_known():
             assert not (source.filters and source.unfiltered)
 
 
-def test_a_source_without_dropped_documents_has_none_to_show(tmp_path, capsys):
-    code, _, error = call(capsys, "--show-dropped", tmp_path)
-    assert code == 2 and "prepared with --filters" in error and error.count("\n") == 1
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ("data/code", "was prepared without --filters; give a source prepared with --filters"),
+        ("data", "is no source; give a source prepared with --filters: {here}/data/web\n"),
+        (".", "is no source; give a source prepared with --filters: DATA/NAME\n"),
+        ("nowhere", "No such file or directory; give a source"),
+    ],
+)
+def test_what_has_no_dropped_documents_to_show_is_told_by_what_it_is(asked, said, tmp_path, capsys):
+    for file in ("code/manifest.json", "web/manifest.json", "web/dropped.jsonl"):
+        (tmp_path / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / file).touch()
+    code, _, error = call(capsys, "--show-dropped", tmp_path / asked)
+    assert code == 2 and error.count("\n") == 1 and error.count("[Errno") == 0
+    assert f"--show-dropped {tmp_path / asked}: {said.format(here=tmp_path)}" in error

@@ -455,6 +455,10 @@ def test_files_that_are_not_there_and_a_list_that_cannot_be_read_say_so_too(
     [
         (["--recipe", "stablelm_3", "--list"], "there are demo, stablelm_2, and any Python file"),
         (["--list"], "--list: only with --recipe"),
+        (
+            ["--recipe", "stablelm_2", "--source", "c4", "--list", "--origin", "7"],
+            "--origin: not with --list",
+        ),
         (["--recipe", "stablelm_2", "--source", "C5"], "did you mean c4?"),
         (["--recipe", "stablelm_2", "--source", "c4", "--origin", "9"], "1 (as published)"),
         (["--recipe", "stablelm_2"], "--source: is missing"),

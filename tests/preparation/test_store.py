@@ -71,3 +71,20 @@ def test_a_sending_that_failed_goes_on_and_leaves_no_manifest_before(
     assert prepare.main([*asked, *there]) == 0
     assert sent[-1].endswith("manifest.json")
     assert prepare.main(["--verify", "gs://failing/data"]) == 0
+
+
+def test_a_store_that_ends_with_the_process_is_refused(asked, capsys):
+    assert prepare.main([*asked, "--output", "memory://data"]) == 2
+    err = capsys.readouterr().err
+    assert "memory:// is gone with this process" in err and err.count("\n") == 1
+
+
+def test_file_urls_are_paths_of_this_machine(asked, tmp_path, capsys):
+    data = tmp_path / "a b"
+    url = f"file://{tmp_path}/a%20b"
+    assert prepare.main([*asked, "--output", f"file://{data}"]) == 0
+    assert (data / "news" / "manifest.json").exists()
+    assert prepare.main(["--verify", url]) == 0
+    assert prepare.main(["--dedup", url, "--output", f"file://{tmp_path}/clean"]) == 0
+    assert (tmp_path / "clean" / "dedup.json").exists()
+    assert "sent to" not in capsys.readouterr().out
