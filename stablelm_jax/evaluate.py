@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from stablelm_jax.training.setup import Run
 
 
+# Flags that mean nothing without another.
+_ONLY_WITH = {
+    **dict.fromkeys(("contamination", "num_fewshot", "compare"), "tasks"),
+    **dict.fromkeys(("questions", "model_id", "judge", "judge_model"), "mt_bench"),
+}
 _CONVERSATIONS = 64  # held-out ones of each source that are answered
 _INTERRUPTED = "nothing was printed; answers and grades of --mt-bench are kept"
 
@@ -33,14 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 on failure, 2 for bad arguments (argparse)."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.contamination and not arguments.tasks:
-        parser.error("--contamination: only with --tasks")
     for name, value in vars(arguments).items():
+        flag, needed = f"--{name.replace('_', '-')}", _ONLY_WITH.get(name)
         if value == "" or (isinstance(value, list) and "" in value):
-            parser.error(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
-        if name in ("questions", "model_id", "judge", "judge_model") and value:
-            if not arguments.mt_bench:
-                parser.error(f"--{name.replace('_', '-')} is of --mt-bench: give that too")
+            parser.error(f"{flag} is empty: name something, or leave it out")
+        if needed and value not in (None, ()) and not getattr(arguments, needed):
+            parser.error(f"{flag}: only with --{needed.replace('_', '-')}")
     try:
         from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
 

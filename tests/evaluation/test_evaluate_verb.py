@@ -155,14 +155,18 @@ def test_an_empty_name_is_a_bad_argument(flag, value, capsys):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"),
-    [([], "--contamination: only with --tasks"), (["--tasks", "piqa"], "no source there has a")],
+    ("flags", "message"),
+    [
+        ("--contamination {listed}", "--contamination: only with --tasks"),
+        ("--num-fewshot 0", "--num-fewshot: only with --tasks"),
+        ("--compare gpt-9", "--compare: only with --tasks"),
+        ("--tasks piqa --contamination nowhere", "nowhere: no source there has a contaminated"),
+    ],
 )
-def test_contamination_needs_tasks_and_lists_before_any_work(tasks, message, tmp_path, capsys):
-    if not tasks:
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "contaminated.jsonl").touch()
+def test_flags_of_tasks_are_looked_at_before_any_work(flags, message, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "contaminated.jsonl").touch()
     with pytest.raises(SystemExit) as left:
-        evaluate.main(["--checkpoint", "c", "--contamination", str(tmp_path), *tasks])
+        evaluate.main(["--checkpoint", "c", *flags.format(listed=tmp_path).split()])
     assert left.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -386,7 +386,7 @@ def test_a_flag_of_mt_bench_alone_is_a_bad_argument(flag, capsys):
     with pytest.raises(SystemExit) as left:
         evaluate.main(["--checkpoint", "c", flag, "x"])
     assert left.value.code == 2
-    assert f"{flag} is of --mt-bench" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{flag}: only with --mt-bench" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_without_a_template_asks_for_one(saved, bench, capsys):

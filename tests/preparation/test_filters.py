@@ -135,6 +135,13 @@ def test_a_filter_of_one_language_asks_which_where_a_source_has_several():
         in_full(["gopher_quality"], ["pt-BR"])
 
 
+def test_a_module_that_fails_as_it_is_imported_is_told(tmp_path, monkeypatch):
+    (tmp_path / "failing_filters.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FilterError, match=r"--filters failing_filters\.One: division by zero"):
+        in_full(["failing_filters.One"], [])
+
+
 def test_any_number_is_a_number_and_none_and_a_parameter_without_a_default_take_anything():
     asked = "gopher_quality(min_doc_words=None, max_avg_word_length=9.5, stop_words=[a, b])"
     found = in_full([asked], [])["steps"][0]["parameters"]
