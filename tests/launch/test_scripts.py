@@ -16,7 +16,7 @@ SCRIPTS = [
 ]
 
 
-PARALLEL = ["--numprocesses", "auto", "--dist", "loadfile"]
+PARALLEL = ["--numprocesses", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
