@@ -32,12 +32,12 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("read, tokenize, write", 10.0, "measured, 7.8 to 12.2 (docs/log.md)"),
-    Stage("filters: gopher", 0.11, "measured, busy cores (docs/data.md)", False),
-    Stage("exact copies: hashes", 180.0, "measured (docs/data.md)"),
-    Stage("near copies: signatures", 0.67, "measured; datatrove's authors: 0.9", False),
-    Stage("near copies: matching", 19.0, "measured; datatrove's authors: 25", False),
-    Stage("copies: shards without them", 6.0, "measured (docs/data.md)"),
+    Stage("read, tokenize, write", 24.3, "measured; 8.9 without the extra fast (docs/data.md)"),
+    Stage("filters: gopher", 0.11, "measured on busy cores (docs/data.md)", False),
+    Stage("exact copies: hashes", 231.0, "measured (docs/data.md)"),
+    Stage("near copies: signatures", 1.53, "measured; datatrove's authors: 0.9", False),
+    Stage("near copies: matching", 39.5, "measured; datatrove's authors: 25", False),
+    Stage("copies: shards without them", 15.6, "measured (docs/data.md)"),
 )
 
 

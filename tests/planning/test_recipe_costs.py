@@ -93,8 +93,8 @@ def test_core_hours_follow_from_the_text_that_a_stage_is_for_and_each_speed_has_
     rows = {row[0]: row for row in recipe_costs._stages(STABLELM)}
     text = {s.name: s.tokens / s.epochs * 4.3 / 1e6 for s in STABLELM.sources}
     web = sum(text[s.name] for s in STABLELM.sources if not s.unfiltered)
-    assert rows["read, tokenize, write"][4] == f"{sum(text.values()) / 10 / 3600:,.0f}"
-    assert rows["near copies: signatures"][4] == f"{web / 0.67 / 3600:,.0f}"
+    assert rows["read, tokenize, write"][4] == f"{sum(text.values()) / 24.3 / 3600:,.0f}"
+    assert rows["near copies: signatures"][4] == f"{web / 1.53 / 3600:,.0f}"
     assert rows["filters: gopher"][1] == "9 of 28"
     assert all(stage.source for stage in recipe_costs.STAGES)
 
