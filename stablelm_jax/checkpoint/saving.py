@@ -79,11 +79,18 @@ class Saver:
         `checkpoint.timeout_seconds` at most, since others may branch from the steps that the
         config names: none of them is left out.
         """
-        before, began = checkpoint_name(self.last_step), time.monotonic()
+        told = False
+        while self._writing and not self._has_ended():
+            seconds = time.monotonic() - self._began_at
+            if seconds > SLOW_SECONDS and not told:
+                told = True
+                text = (
+                    f"{checkpoint_name(self.last_step)} is still being written, for {seconds:.0f} "
+                    f"s; the training waits for it before it saves {checkpoint_name(step)}"
+                )
+                self._events.tell("slow_save", text, step=step)
+            time.sleep(0.01)
         self._settle()
-        if (seconds := time.monotonic() - began) > SLOW_SECONDS:
-            text = f"the training waited {seconds:.0f} s until {before} was written: a slow disk?"
-            self._events.tell("slow_save", text, step=step)
         if step not in self._store.steps():
             self._start(step, make)
 

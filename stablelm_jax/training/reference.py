@@ -223,7 +223,7 @@ def _compute(
 
 def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], batch: Any) -> None:
     """Fills in the pairs of one batch; each process gets those of all."""
-    found = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))["parts"]
+    found = _measured(run, eval_step, params, batch)["parts"]
     there_BP = found["pair_ids"] >= 0
     numbers_N, values_N2 = found["pair_ids"][there_BP], found["logps"][there_BP]
     if not np.isfinite(values_N2).all():
@@ -233,6 +233,21 @@ def _score(run: Run, eval_step: EvalStep, params: Any, name: tuple[str, str], ba
             f"{run.data_position.parent}: look at that checkpoint, and at training.num_valid_ids"
         )
     run.reference.tables[name][numbers_N] = values_N2
+
+
+def _measured(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> dict[str, Any]:
+    """What the program that evaluates says of a batch."""
+    try:
+        return jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BadReference(
+            f"config.data.batch_size={run.spec.batch_size}: the devices have too little memory for "
+            "the log-probabilities of so many rows, which are computed without gradients but, "
+            "whatever training.accumulation is, all at once; use a smaller batch or more devices "
+            f"({described(error)})"
+        ) from error
 
 
 def _named(run: Run) -> tuple[str, ...]:
@@ -269,7 +284,7 @@ def check_start(run: Run, eval_step: EvalStep, params: Any, batch: Any) -> str:
     `params` are the run's weights, `batch` is its first one. Returns a sentence with the loss;
     raises BadReference where a log-probability is further from its reference than `TOLERANCE`.
     """
-    sums = jax.device_get(eval_step(params, sharding.put_batch(batch, run.mesh)))
+    sums = _measured(run, eval_step, params, batch)
     parts = sums.pop("parts")
     loss = means(run.objective, list(run.sources), sums)["loss"]
     logps, expected = parts["logps"], parts["reference"]

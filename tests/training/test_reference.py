@@ -261,6 +261,16 @@ def test_a_signal_while_the_parent_is_read_ends_the_process_at_once(stopped, mon
         go_on()
 
 
+def test_too_little_memory_for_a_whole_batch_is_told_with_what_helps(chats, parent, tmp_path):
+    def too_large(params, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
+
+    run = prepare_run(run_config("dpo", chats, parent))
+    (batch, *_) = run.packed_batches(CHOICES, "train")
+    with pytest.raises(BadReference, match="config.data.batch_size=8: .* use a smaller batch"):
+        reference_module._score(run, too_large, {}, (CHOICES, "train"), batch)
+
+
 def test_a_disk_that_refuses_the_reference_is_told_once_and_the_run_goes_on(
     stopped, undisturbed, monkeypatch
 ):
