@@ -17,6 +17,7 @@ if __name__ == "__main__":  # the package, and not this folder, whose tokenize.p
     sys.path[0] = __file__.rpartition("/benchmarks/")[0]
 
 import argparse
+import io
 import os
 import pathlib
 import tempfile
@@ -39,6 +40,7 @@ from stablelm_jax.preparation.prepare_source import Preparation
 from stablelm_jax.preparation.verify import verify_root
 from stablelm_jax.prepare import make_parser
 
+SOURCE = "texts"
 CORPUS_MEGABYTES = 8.5e6
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb", "language")
 
@@ -66,36 +68,32 @@ def measured(stage: str, work: Callable[[], object]) -> Measured:
     return Measured(stage, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
 
 
-def preparations(flags: argparse.Namespace, data: pathlib.Path) -> Iterator[Measured]:
-    """Reading, tokenising and writing: as it is, by tiktoken, with each filter, with benchmarks."""
+def prepared(
+    flags: argparse.Namespace,
+    data: pathlib.Path,
+    stage: str,
+    options: Sequence[str] = (),
+    fast: bool = True,
+) -> Measured:
+    """Reading, tokenising and writing with more options of `prepare`; `fast`: by quicktok."""
+    arguments = ["--input", *flags.input, "--output", str(data), "--source", SOURCE, *options]
+    arguments += ["--text-key", flags.text_key, "--language", flags.language]
+    preparation = Preparation(job_of(make_parser().parse_args(arguments), SOURCE))
+    with preparation.locked():
+        preparation.begin()
+        step, chunks = preparation.step(), len(preparation.plan.chunks)
+        tokenize_chunk._tokenizer(step.tokenizer, None).use_fast_engine(fast)
+        tokenize_chunk._screen(step.plan)
+        if step.benchmarks:
+            tokenize_chunk._benchmarks(step.benchmarks)
 
-    def stage(name: str, source: str, fast: bool = True, options: Sequence[str] = ()) -> Measured:
-        arguments = ["--input", *flags.input, "--output", str(data), "--source", source]
-        arguments += ["--text-key", flags.text_key, "--language", flags.language, *options]
-        preparation = Preparation(job_of(make_parser().parse_args(arguments), source))
-        with preparation.locked():
-            preparation.begin()
-            step, chunks = preparation.step(), len(preparation.plan.chunks)
-            tokenize_chunk._tokenizer(step.tokenizer, None).use_fast_engine(fast)
-            tokenize_chunk._screen(step.plan)
-            if step.benchmarks:
-                tokenize_chunk._benchmarks(step.benchmarks)
+        def work() -> None:
+            for rank in range(chunks):
+                step.run(rank=rank)
 
-            def work() -> None:
-                for rank in range(chunks):
-                    step.run(rank=rank)
-
-            found = measured(name, work)
-            if name == "prepare":  # what the stages after it read
-                preparation.collate(preparation.tokenize(Executor("local", 1)))
-        return found
-
-    yield stage("prepare", "texts")
-    yield stage("prepare, by tiktoken", "by_tiktoken", fast=False)
-    for name in flags.filters:
-        yield stage(f"prepare --filters {name}", name, options=["--filters", name])
-    if flags.task_data:
-        yield stage("prepare --benchmarks", "items", options=["--benchmarks", flags.task_data])
+        found = measured(stage, work)
+        preparation.collate(preparation.tokenize(Executor("local", 1)))
+    return found
 
 
 def deduplication(data: pathlib.Path, clean: pathlib.Path) -> Iterator[Measured]:
@@ -137,19 +135,19 @@ def main() -> None:
     flags = parse_arguments()
     logger.remove()
     with tempfile.TemporaryDirectory() as folder:
-        data, clean = pathlib.Path(folder, "data"), pathlib.Path(folder, "clean")
-        found = list(preparations(flags, data))
-        for path in data.iterdir():  # the others were not brought to their end
-            if path.name != "texts":
-                path.rename(path.with_name(f".{path.name}"))
-        made = manifest.read_manifest(data / "texts")
-        found += deduplication(data, clean)
-        found.append(
-            measured(
-                "--verify",
-                lambda: verify_root(str(data), None, 1, Console(file=open(os.devnull, "w"))),
-            )
-        )
+        root = pathlib.Path(folder)
+        data, nowhere = root / "data", Console(file=io.StringIO())
+        found = [prepared(flags, data, "prepare")]
+        made = manifest.read_manifest(data / SOURCE)
+        found += deduplication(data, root / "clean")
+        found.append(measured("--verify", lambda: verify_root(str(data), None, 1, nowhere)))
+        # Last, because what they load stays in the memory of every process that comes after.
+        found.append(prepared(flags, root / "tiktoken", "prepare, by tiktoken", fast=False))
+        others = [("--filters", name) for name in flags.filters]
+        others += [("--benchmarks", flags.task_data)] if flags.task_data else []
+        for number, (flag, value) in enumerate(others):
+            shown = f"prepare {flag} {value if flag == '--filters' else ''}".strip()
+            found.append(prepared(flags, root / str(number), shown, (flag, value)))
     megabytes = (made.train.text_bytes + made.held_out.text_bytes) / 1e6
     documents = made.train.documents + made.held_out.documents
     title = f"{megabytes:,.0f} MB of text, {documents:,} documents; a core, by its CPU time"

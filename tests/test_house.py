@@ -33,16 +33,16 @@ CORE = {
 }
 # The shell around it, a single floor.
 SHELL = {
-    "preparation": 7097,
-    "generation": 867,
-    "evaluation": 1524,
+    "preparation": 7114,
+    "generation": 872,
+    "evaluation": 1522,
     "interop": 1860,
     "planning": 1421,
     "reporting": 1244,
     "drilling": 371,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 11389, 29_232
+CORE_WITHOUT_KERNELS, EVERYTHING = 11389, 29_252
 
 
 def files_of(room):

@@ -64,10 +64,8 @@ def _prompts(source: Source, tokenizer: Tokenizer) -> Iterator[list[int]]:
     if kind == "text":
         return
     # What the template writes where an answer is asked for.
-    template, said = (
-        ChatTemplate.from_json(source.manifest.chat),
-        [{"role": "user", "content": "Hi"}],
-    )
+    template = ChatTemplate.from_json(source.manifest.chat)
+    said = [{"role": "user", "content": "Hi"}]
     asked, bare = (render_chat(said, template, answer=answer) for answer in (True, False))
     opening = asked[len(os.path.commonprefix([asked, bare])) :]
     for info in source.manifest.held_out.shards:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -121,10 +121,15 @@ class Programs:
         if cache is None:
             shape = rows, self.model.num_kv_heads, 0, self.model.head_size
             cache = [(jnp.zeros(shape, self.dtype),) * 2] * self.model.num_layers
-        more = (0, 0), (0, 0), (0, slots - cache[0][0].shape[2]), (0, 0)
+        return self._enlarge(cache, slots - cache[0][0].shape[2])
+
+    @cached_property
+    def _enlarge(self) -> Callable:
+        def enlarge(cache: list[LayerCache], more: int) -> list[LayerCache]:
+            return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
+
         places = sharding.named(self.mesh, _STATE_ON_MESH.cache)
-        enlarge = jax.jit(lambda x: jnp.pad(x, more), out_shardings=places)
-        return jax.tree.map(enlarge, cache)
+        return jax.jit(enlarge, static_argnums=1, out_shardings=places)
 
     def _jitted(self, step: Callable, in_specs: tuple, **options: Any) -> Callable:
         inner = jax.shard_map(

@@ -9,7 +9,9 @@ from typing import Any
 
 from stablelm_jax.storage.files import replacing
 
+DROPPED_NAME = "dropped.jsonl"  # some of the documents that filters dropped
 CONTAMINATED_NAME = "contaminated.jsonl"  # documents with items of benchmarks
+NAMES = ("rejected.jsonl", "left_out.jsonl", DROPPED_NAME, CONTAMINATED_NAME)
 
 
 def write_list(path: pathlib.Path, things: Iterable[Mapping[str, Any]]) -> None:

@@ -37,8 +37,13 @@ from stablelm_jax.preparation.contamination import Item, hit
 from stablelm_jax.preparation.conversations import Documents
 from stablelm_jax.preparation.held_out import HeldOutRule, hash_of
 from stablelm_jax.preparation.keeping import NotKept, count
-from stablelm_jax.preparation.lists import CONTAMINATED_NAME, read_list, write_list
-from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample
+from stablelm_jax.preparation.lists import (
+    CONTAMINATED_NAME,
+    DROPPED_NAME,
+    read_list,
+    write_list,
+)
+from stablelm_jax.preparation.screening import Dropped, DroppedSample
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.storage.files import flush_to_disk, write_json
 

@@ -26,7 +26,7 @@ from datatrove.pipeline.base import PipelineStep
 from stablelm_jax.data import manifest
 from stablelm_jax.data.manifest import SourceManifest, Split, TokenizerInfo
 from stablelm_jax.data.shards import ShardInfo
-from stablelm_jax.preparation import chunks, held_out, hub, inputs, streams
+from stablelm_jax.preparation import chunks, held_out, hub, inputs, lists, streams
 from stablelm_jax.preparation.account import Account
 from stablelm_jax.preparation.contamination import Benchmarks, certificate
 from stablelm_jax.preparation.conversations import ChatEncoder, Documents, kind_of_form
@@ -34,7 +34,7 @@ from stablelm_jax.preparation.executors import Executor, TasksFailed, remedy
 from stablelm_jax.preparation.finding import InputError, InputFile, LeftOut, shown
 from stablelm_jax.preparation.formats import Reading
 from stablelm_jax.preparation.job import RECIPE, difference, settings_of
-from stablelm_jax.preparation.lists import CONTAMINATED_NAME, write_list
+from stablelm_jax.preparation.lists import CONTAMINATED_NAME, DROPPED_NAME, write_list
 from stablelm_jax.preparation.lock import only_one
 from stablelm_jax.preparation.outputs import (
     SCRATCH,
@@ -47,7 +47,7 @@ from stablelm_jax.preparation.outputs import (
     read_output,
     rows_of,
 )
-from stablelm_jax.preparation.screening import DROPPED_NAME, Dropped, DroppedSample, Screen
+from stablelm_jax.preparation.screening import Dropped, DroppedSample, Screen
 from stablelm_jax.preparation.tokenised import TokenisedReader, find_tokenised
 from stablelm_jax.preparation.tokenize_chunk import TokenizeChunk, documents_of
 from stablelm_jax.preparation.why_empty import why_empty
@@ -174,15 +174,15 @@ class Preparation:
         # Shards of an earlier recipe are others, but no worse for a run.
         settings = {**found.provenance.get("settings", {}), "recipe": RECIPE}
         if differs := difference(self._settings, settings, inputs_differ):
-            raise self._other(f"{place} was prepared", differs)
+            raise self._other(f"{place} was prepared", differs, place)
         manifest.verify(place, found)
         shutil.rmtree(self._work, ignore_errors=True)
         return found
 
-    def _other(self, what: str, differs: str) -> PreparationError:
+    def _other(self, what: str, differs: str, place: Any) -> PreparationError:
         return PreparationError(
-            f"{what} with other {differs}: ask for the same, choose another"
-            f" --source, or remove {self.directory}"
+            f"{what} with other {differs}: ask for the same, choose another --source, or remove"
+            f" {place}"
         )
 
     def begin(self, look: Callable[..., held_out.Look] | None = None) -> bool:
@@ -196,10 +196,14 @@ class Preparation:
             if not differs:
                 return True
             if not self._is_of_no_use():
-                raise self._other(f"{self.directory} was begun, not finished,", differs)
+                what = f"{self.directory} was begun, not finished,"
+                raise self._other(what, differs, self.directory)
         shutil.rmtree(self._work, ignore_errors=True)
-        # What a preparation left that was refused, or whose manifest somebody deleted.
-        for pattern in (*(f"{split}-[0-9]*" for split in SPLITS), "*.jsonl"):
+        # What a preparation left that was refused, or whose manifest somebody deleted; no more.
+        for pattern in (
+            *(f"{split}-[0-9][0-9][0-9][0-9][0-9].*" for split in SPLITS),
+            *lists.NAMES,
+        ):
             for path in self.directory.glob(pattern):
                 path.unlink()
         self.outputs.mkdir(parents=True)

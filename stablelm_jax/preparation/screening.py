@@ -23,11 +23,10 @@ from stablelm_jax.preparation import filters
 from stablelm_jax.preparation.chunks import Record
 from stablelm_jax.preparation.finding import shown
 from stablelm_jax.preparation.held_out import content_hash
-from stablelm_jax.preparation.lists import read_list, write_list
+from stablelm_jax.preparation.lists import DROPPED_NAME, read_list, write_list
 from stablelm_jax.preparation.streams import Rejected
 from stablelm_jax.storage.remote import described
 
-DROPPED_NAME = "dropped.jsonl"
 # spaCy, which finds the words, takes 90 bytes of memory for a character, and a time that grows by
 # the square of the length of a run of signs: 10,000 brackets in a row take it 17 seconds.
 _MOST_CHARACTERS = 10_000_000

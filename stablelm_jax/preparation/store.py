@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from stablelm_jax.data.manifest import MANIFEST_NAME
+from stablelm_jax.data.manifest import MANIFEST_NAME, read_manifest
+from stablelm_jax.preparation import lists
 from stablelm_jax.storage.files import write_json
 from stablelm_jax.storage.remote import RemotePath, retried
 
-_LOCK = ".lock"  # of the command at work
 _SENT = ".sent.json"  # {file: [bytes, time of change]} of those that are in the store
 _THREADS = 8
 
@@ -38,8 +38,13 @@ def send(directory: Path, place: RemotePath, console: Console) -> None:
     """
     record = directory / _SENT
     sent = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    files = {path.name: path for path in directory.iterdir() if path.name not in (_LOCK, _SENT)}
-    manifest = files.pop(MANIFEST_NAME)
+    stems = {Path(info.file).stem for info in read_manifest(directory).shards}
+    files = {
+        path.name: path  # what `prepare` made, and nothing that somebody else put beside it
+        for path in directory.iterdir()
+        if path.name in lists.NAMES or path.name.partition(".")[0] in stems
+    }
+    manifest = directory / MANIFEST_NAME
 
     def put(path: Path) -> tuple[str, list[int]]:
         status = path.stat()

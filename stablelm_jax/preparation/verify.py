@@ -110,8 +110,10 @@ def _of_shard(
         return str(error)
     except OSError as error:
         return f"{path}: {error}"
+    if not copies:
+        return ""
     remedy = "train on what --dedup makes of it, or prepare it again"
-    return f"{path}: documents that its source holds out too: {copies:,}; {remedy}" * bool(copies)
+    return f"{path}: documents that its source holds out too: {copies:,}; {remedy}"
 
 
 def _held_out(folder: pathlib.Path | RemotePath, made: SourceManifest) -> dict[bytes, int]:

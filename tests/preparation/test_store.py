@@ -27,16 +27,21 @@ def test_what_arrives_is_what_a_folder_would_hold_and_is_known_again(asked, gcs,
     assert prepare.main([*asked, "--output", str(tmp_path / "local")]) == 0
     local = {path.name: path.read_bytes() for path in (tmp_path / "local/news").iterdir()}
     there = ["--output", "gs://arriving/data", "--work-folder", str(tmp_path / "work")]
+    mine = tmp_path / "work/news/my_notes.jsonl"  # is neither sent nor removed
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
     assert prepare.main([*asked, *there]) == 0
     assert objects(gcs, "arriving") == {f"data/news/{name}": d for name, d in local.items()}
-    assert len(local) > 6 and not list((tmp_path / "work/news").iterdir())
+    assert len(local) > 6 and list(mine.parent.iterdir()) == [mine]
     gcs.requests.clear()
     assert prepare.main([*asked, *there]) == 0
     said = capsys.readouterr().out
     assert "gs://arriving/data/news: already prepared, 300 documents" in said
     assert not any(request.startswith("POST") for request in gcs.requests)
     assert prepare.main([*asked, *there, "--held-out", "0.2"]) == 1
-    assert "gs://arriving/data/news was prepared with other held_out" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "gs://arriving/data/news was prepared with other held_out" in error
+    assert "or remove gs://arriving/data/news" in error
     assert prepare.main(["--verify", "gs://arriving/data"]) == 0
 
 
