@@ -76,9 +76,8 @@ class Benchmarks:
     def find(self, text: str) -> list[Item]:
         """The items of which the text holds an n-gram, in the order of the data."""
         grams = np.concatenate(list(_grams(self._words(text))))
-        grams = grams[
-            self._beginnings[grams >> _REST]
-        ]  # far fewer: a search among millions is slow
+        # Far fewer are left: a search among millions is slow.
+        grams = grams[self._beginnings[grams >> _REST]]
         first = np.searchsorted(self._grams, grams)
         is_known = self._grams[np.minimum(first, len(self._grams) - 1)] == grams
         last = np.searchsorted(self._grams, grams[is_known], "right")
