@@ -101,14 +101,28 @@ def _tokenizer(config: ConfigDict) -> None:
 
 def _schedule(config: ConfigDict) -> None:
     schedule, num_steps = config.schedule, config.training.num_steps
-    hybrid, total, warmup = schedule.kind == "hybrid", schedule.total_steps, schedule.warmup_steps
-    if schedule.minimum > schedule.peak or (hybrid and schedule.minimum == schedule.peak):
-        why = f"is not below config.schedule.peak={schedule.peak}"
-        refuse(config, "schedule.minimum", f"{why}; lower it")
+    kind, total, warmup = schedule.kind, schedule.total_steps, schedule.warmup_steps
     if warmup >= num_steps:
         why = f"the run is over before the warmup, config.training.num_steps={num_steps}"
         remedy = f"use fewer warmup steps (here {num_steps // 10}) or a longer run"
         refuse(config, "schedule.warmup_steps", f"{why}; {remedy}")
+    if kind == "inverse_sqrt" and not warmup:
+        why = "the learning rate falls as the square root of warmup_steps / step"
+        refuse(config, "schedule.warmup_steps", f"{why}; use 1 or more")
+    if kind == "wsd" and schedule.cooldown_start is None:
+        why = "is the decay of config.schedule.kind=wsd"
+        remedy = "set it, or use kind=constant, from whose checkpoints branches can cool down"
+        refuse(config, "schedule.cooldown_start", f"{why}; {remedy}")
+    if kind not in ("hybrid", "cosine"):
+        return
+    for name in ("minimum", "total_steps"):
+        if schedule[name] is None:
+            problem = f"config.schedule.kind={kind} needs it; set it"
+            refuse(config, f"schedule.{name}", problem)
+    hybrid = kind == "hybrid"
+    if schedule.minimum > schedule.peak or (hybrid and schedule.minimum == schedule.peak):
+        why = f"is not below config.schedule.peak={schedule.peak}"
+        refuse(config, "schedule.minimum", f"{why}; lower it")
     if hybrid and warmup > transition_step(config):
         why = f"the inverse square root begins at step {transition_step(config)}, in the warmup"
         remedy = "use fewer warmup steps, a larger schedule.total_steps or schedule.transition"
@@ -206,15 +220,23 @@ def _ignored_options(config: ConfigDict) -> None:
         ignored |= {f"dpo.{name}": "config.dpo.loss=sigmoid" for name in names}
     if not config.lora.rank:
         ignored |= dict.fromkeys(("lora.alpha", "lora.targets"), "config.lora.rank")
+    kind = config.schedule.kind
+    if kind != "hybrid":
+        ignored["schedule.transition"] = "config.schedule.kind=hybrid"
+    if kind not in ("hybrid", "cosine"):
+        keys = (f"schedule.{name}" for name in ("minimum", "total_steps", "shift_warmup"))
+        ignored |= dict.fromkeys(keys, "config.schedule.kind=hybrid or cosine")
     if config.schedule.cooldown_start is None:
-        keys = (f"schedule.cooldown_{name}" for name in ("steps", "learning_rate", "end"))
+        names = ("steps", "kind", "learning_rate", "end")
+        keys = (f"schedule.cooldown_{name}" for name in names)
         ignored |= dict.fromkeys(keys, "config.schedule.cooldown_start")
     if not config.branch.parent:
         ignored["branch.state"] = "config.branch.parent"
     defaults = default_config()
     for key, needed in ignored.items():
         if get(config, key) != get(defaults, key):
-            remedy = "set that, or leave this at its default"
+            unset = FIELDS[key].optional and f"unset it with --config.{key}=none"
+            remedy = f"set that, or {unset or 'leave this at its default'}"
             refuse(config, key, f"does nothing without {needed}; {remedy}")
 
 

@@ -103,16 +103,22 @@ TREE = {
         "weight_decay": Field(0.1, least=0),  # decoupled; not on norms and biases
         "clip_norm": Field(1.0, above=0),  # global norm of the gradient
     },
-    "schedule": {  # of the learning rate; 'hybrid' is a cosine, then an inverse square root
-        "kind": Field("hybrid", choices=("hybrid", "cosine")),
+    "schedule": {  # of the learning rate; the formulas are in optimizer/schedule.py
+        # 'hybrid' is a cosine, then an inverse square root; 'wsd' is 'constant' with a cooldown.
+        "kind": Field("hybrid", choices=("hybrid", "cosine", "constant", "wsd", "inverse_sqrt")),
         "peak": Field(float, above=0),
-        "minimum": Field(float, least=0),  # 'hybrid': the cosine's floor, not the last rate
+        # These two are of 'hybrid' and 'cosine' alone, which need them. 'hybrid': the cosine's
+        # floor, not the last rate.
+        "minimum": Field(float, optional=True, least=0),
+        # N, the schedule's horizon; the run may end elsewhere.
+        "total_steps": Field(int, optional=True, least=1),
         "warmup_steps": Field(int, least=0),
-        "total_steps": Field(int, least=1),  # N, the schedule's horizon; the run may end elsewhere
         "transition": Field(0.25, above=0, below=0.5),  # 'hybrid': the cosine's share of N
         "shift_warmup": Field(False),  # count from the end of the warmup, as stock GPT-NeoX does
         "cooldown_start": Field(int, optional=True, least=0),  # its first step; unset: none
         "cooldown_steps": Field(int, optional=True, least=1),
+        # 'sqrt': first rate times 1 - sqrt(share of the cooldown done), steep at first.
+        "cooldown_kind": Field("linear", choices=("linear", "sqrt", "cosine")),
         "cooldown_learning_rate": Field(float, optional=True, least=0),  # first; unset: no jump
         "cooldown_end": Field(0.0, least=0),  # learning rate at its end
     },

@@ -1,4 +1,4 @@
-"""Learning rates: a linear warmup, then 'hybrid' or 'cosine', then if asked a linear cooldown.
+"""Learning rates: a linear warmup, then one of `make_schedule`'s kinds, then if asked a cooldown.
 
 Symbols as in the formulas: M peak, m minimum, N total_steps, W warmup_steps, i the step counted
 from 0 (the first update of a run has i = 0 and so, with a warmup, learning rate 0).
@@ -19,25 +19,27 @@ import optax
 
 def make_schedule(settings: Any) -> optax.Schedule:
     """The schedule that a config's group `schedule` (any object with its fields) describes."""
-    shared = dict(
-        peak=settings.peak,
+    shared = dict(peak=settings.peak, warmup_steps=settings.warmup_steps)
+    shaped = dict(
         minimum=settings.minimum,
-        warmup_steps=settings.warmup_steps,
         total_steps=settings.total_steps,
         shift_warmup=settings.shift_warmup,
     )
     if settings.kind == "hybrid":
-        schedule = hybrid(**shared, transition=settings.transition)
+        schedule = hybrid(**shared, **shaped, transition=settings.transition)
     elif settings.kind == "cosine":
-        schedule = cosine(**shared)
-    else:
-        raise ValueError(f"schedule.kind {settings.kind!r} is not known: use 'hybrid' or 'cosine'")
+        schedule = cosine(**shared, **shaped)
+    elif settings.kind == "inverse_sqrt":
+        schedule = inverse_sqrt(**shared)
+    else:  # 'wsd' is 'constant' with a cooldown
+        schedule = constant(**shared)
     if settings.cooldown_start is None:
         return schedule
     return with_cooldown(
         schedule,
         start=settings.cooldown_start,
         steps=settings.cooldown_steps,
+        kind=settings.cooldown_kind,
         start_value=settings.cooldown_learning_rate,
         end_value=settings.cooldown_end,
     )
@@ -112,25 +114,56 @@ def cosine(
     return _after_warmup(after_warmup, peak, warmup_steps, shift_warmup)
 
 
+def constant(*, peak: float, warmup_steps: int) -> optax.Schedule:
+    """M from the end of the warmup on; with a cooldown it is WSD: warmup, stable, decay.
+
+    Source: Hu et al. 2024, MiniCPM, arXiv 2404.06395, section 4.
+    """
+    return _after_warmup(lambda i: jnp.full_like(i, peak), peak, warmup_steps, shift=False)
+
+
+def inverse_sqrt(*, peak: float, warmup_steps: int) -> optax.Schedule:
+    """M * sqrt(W / i) from step W on, which has no end; W is 1 or more.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 5.3.
+    """
+
+    def after_warmup(i: jax.Array) -> jax.Array:
+        return peak * jnp.sqrt(warmup_steps / jnp.maximum(i, warmup_steps))
+
+    return _after_warmup(after_warmup, peak, warmup_steps, shift=False)
+
+
+# How much of the first learning rate is left, by the shares of the steps that are left and done.
+COOLDOWNS = {
+    "linear": lambda left, done: left,
+    # 1 - sqrt(done), exact near the end where that cancels (Hägele et al. 2024, arXiv 2405.18392)
+    "sqrt": lambda left, done: left / (1 + jnp.sqrt(done)),
+    "cosine": lambda left, done: jnp.sin(math.pi / 2 * left) ** 2,  # (1 + cos(pi done)) / 2
+}
+
+
 def with_cooldown(
     schedule: optax.Schedule,
     *,
     start: int,
     steps: int,
+    kind: str = "linear",
     start_value: float | None = None,
     end_value: float = 0.0,
 ) -> optax.Schedule:
-    """`schedule` up to step `start`, from there linear to `end_value` over `steps` steps.
+    """`schedule` up to step `start`, from there to `end_value` over `steps` steps.
 
-    `start_value` is the learning rate of step `start`; by default the schedule's own there. (The
-    1.6B's card for the branch at step 420,000 says 2.529e-4, its schedule gives 2.170e-4: hence
-    the choice.)
+    `kind`: one of `COOLDOWNS`. `start_value` is the learning rate of step `start`; by default the
+    schedule's own there. (The 1.6B's card for the branch at step 420,000 says 2.529e-4, its
+    schedule gives 2.170e-4: hence the choice.)
     """
 
     def cooled(step: jax.Array | int) -> jax.Array:
         i = _float(step)
         first = schedule(start) if start_value is None else start_value
-        share = jnp.clip((start + steps - i) / steps, 0, 1)  # how much of `first` is left
+        left, done = (jnp.clip(n / steps, 0, 1) for n in (start + steps - i, i - start))
+        share = COOLDOWNS[kind](left, done)
         return jnp.where(i < start, schedule(step), first * share + end_value * (1 - share))
 
     return cooled

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -59,12 +60,20 @@ def _decisions(run: Run) -> dict[str, str]:
         f"{causal / 1e9:.4g} G (causal)",
         "tokens of the run": f"{config.training.num_steps * spec.batch_size * length:,} "
         f"in {config.training.num_steps:,} steps",
-        "learning rate": f"{config.schedule.kind}: peak {config.schedule.peak:g}, "
-        f"warmup {config.schedule.warmup_steps:,}, N {config.schedule.total_steps:,}",
+        "learning rate": _learning_rate(config.schedule),
         **({"left out": ", ".join(config.data.skip)} if config.data.skip else {}),
         "tokenizer": f"{run.tokenizer.name}, sha256 {run.tokenizer.sha256[:12]}",
         "data": f"{config.data.root}, hash {run.identity()['data_hash'][:12]}{_cached(run)}",
     }
+
+
+def _learning_rate(schedule: ConfigDict) -> str:
+    text = f"{schedule.kind}: peak {schedule.peak:g}, warmup {schedule.warmup_steps:,}"
+    if (total := schedule.total_steps) is not None:
+        text += f", N {total:,}"
+    if (start := schedule.cooldown_start) is not None:
+        text += f", {schedule.cooldown_kind} cooldown of {schedule.cooldown_steps:,} from {start:,}"
+    return text
 
 
 def _adapters(run: Run) -> dict[str, str]:

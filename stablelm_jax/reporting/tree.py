@@ -131,7 +131,8 @@ def _label(run: FoundRun) -> Text:
     text = f" ({run.config['name']}, to step {run.steps[-1]:,} of {steps:,}"
     if (begin := schedule["cooldown_start"]) is not None:
         end, to = begin + schedule["cooldown_steps"], schedule["cooldown_end"]
-        text += f", learning rate from {begin:,} to {end:,} linear to {to:g}"
+        kind = schedule.get("cooldown_kind", "linear")
+        text += f", learning rate from {begin:,} to {end:,} {kind} to {to:g}"
     if run.config["data"].get("stages"):
         text += f", stages {run.config['data']['stages']}"
     if run.config["branch"].get("state") == "weights":

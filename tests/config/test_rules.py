@@ -102,7 +102,11 @@ def test_what_reads_no_data_needs_no_tokenizer_and_no_source():
         ("schedule__total_steps", 0, "1 or more"),
         ("schedule__warmup_steps", 300, "fewer warmup steps"),
         ("schedule__warmup_steps", 101, "fewer warmup steps"),  # the cosine is over at 100
+        ("schedule__total_steps", None, "kind=hybrid needs it; set it"),
+        ("schedule__kind", "constant", "unset it with --config.schedule.minimum=none"),
+        ("schedule__kind", "wsd", "config.schedule.cooldown_start=not set"),
         ("schedule__cooldown_steps", 10, "without config.schedule.cooldown_start"),
+        ("schedule__cooldown_kind", "sqrt", "without config.schedule.cooldown_start"),
         (
             "schedule__cooldown_learning_rate",
             1e-4,
@@ -205,6 +209,26 @@ def test_a_cosine_run_may_not_outlast_its_schedule():
     message = refusal(small(schedule__kind="cosine", schedule__total_steps=299))
     assert "training.num_steps=300" in message
     assert "total_steps=300" in message
+
+
+@pytest.mark.parametrize("kind", ["constant", "wsd", "inverse_sqrt"])
+def test_other_schedules_need_no_horizon_and_refuse_what_they_would_ignore(kind):
+    values = {"kind": kind, "minimum": None, "total_steps": None, "shift_warmup": False}
+    if kind == "wsd":
+        values |= {"cooldown_start": 250, "cooldown_steps": 50, "cooldown_kind": "sqrt"}
+
+    def config(**changes):
+        return small(**{f"schedule__{k}": v for k, v in (values | changes).items()})
+
+    config_lib.validate(config())
+    for name, value in {"minimum": 1e-4, "total_steps": 400, "shift_warmup": True}.items():
+        assert "does nothing without" in refusal(config(**{name: value}))
+    assert "kind=hybrid;" in refusal(config(transition=0.3))
+
+
+def test_an_inverse_square_root_needs_a_warmup_to_fall_from():
+    values = {"kind": "inverse_sqrt", "minimum": None, "total_steps": None, "warmup_steps": 0}
+    assert "use 1 or more" in refusal(small(**{f"schedule__{k}": v for k, v in values.items()}))
 
 
 def test_weights_that_are_all_zero_or_none_are_refused():

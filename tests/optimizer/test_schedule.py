@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelm_jax.optimizer.schedule import cosine, hybrid, make_schedule, with_cooldown
+from stablelm_jax.optimizer.schedule import (
+    COOLDOWNS,
+    constant,
+    cosine,
+    hybrid,
+    inverse_sqrt,
+    make_schedule,
+    with_cooldown,
+)
 
 SIZE_1_6B = dict(peak=1e-3, minimum=1e-4, warmup_steps=9_720, total_steps=540_000)
 SIZE_12B = dict(peak=3e-4, minimum=3e-5, warmup_steps=4_940, total_steps=760_000)
@@ -98,6 +106,35 @@ def test_cosine_in_float32_is_within_1e_6_of_gpt_neox(minimum, shift_warmup):
     np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-18)
 
 
+def test_the_inverse_square_root_in_float32_is_within_1e_6_of_float64_at_every_step():
+    steps = steps_around(SIZE_1_6B)
+    got = jax.jit(jax.vmap(inverse_sqrt(peak=1e-3, warmup_steps=9_720)))(steps)
+    exact = [1e-3 * min(i / 9_720, math.sqrt(9_720 / max(i, 1))) for i in steps.tolist()]
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("end", [0.0, 1e-5])
+@pytest.mark.parametrize("kind", list(COOLDOWNS))
+def test_wsd_in_float32_is_within_1e_6_of_float64_at_every_step(kind, end):
+    def exact(i):
+        done = min(max((i - 420_000) / 80_000, 0), 1)
+        gone = {
+            "linear": done,
+            "sqrt": math.sqrt(done),
+            "cosine": math.sin(math.pi * done / 2) ** 2,
+        }
+        return 1e-3 * i / 9_720 if i < 9_720 else 1e-3 + (end - 1e-3) * gone[kind]
+
+    near = [c + d for c in (420_000, 460_000, 500_000) for d in range(-3, 4)]
+    steps = np.union1d(steps_around(SIZE_1_6B), near)
+    stable = constant(peak=1e-3, warmup_steps=9_720)
+    schedule = with_cooldown(stable, start=420_000, steps=80_000, kind=kind, end_value=end)
+    got = jax.jit(jax.vmap(schedule))(steps)
+    assert got.dtype == jnp.float32
+    # 1 - sqrt cancels near its end, in the oracle's float64 too: hence the absolute term
+    np.testing.assert_allclose(got, [exact(i) for i in steps.tolist()], rtol=1e-6, atol=1e-17)
+
+
 @pytest.mark.parametrize("transition", [0.1, 0.25, 0.4])
 @pytest.mark.parametrize("shift_warmup", [False, True])
 def test_value_and_slope_are_continuous_at_the_transition(transition, shift_warmup):
@@ -173,6 +210,7 @@ def test_make_schedule_reads_every_field_of_the_config_group():
         shift_warmup=True,
         cooldown_start=None,
         cooldown_steps=None,
+        cooldown_kind="linear",
         cooldown_learning_rate=None,
         cooldown_end=0.0,
     )
@@ -184,6 +222,12 @@ def test_make_schedule_reads_every_field_of_the_config_group():
     group.cooldown_start, group.cooldown_steps = 400_000, 100_000
     group.cooldown_learning_rate, group.cooldown_end = 5e-4, 1e-4
     assert float(make_schedule(group)(450_000)) == pytest.approx(3e-4, rel=1e-6)
-    group.kind = "linear"
-    with pytest.raises(ValueError, match="'hybrid' or 'cosine'"):
-        make_schedule(group)
+    group.cooldown_kind = "sqrt"
+    left = 1 - math.sqrt(0.5)
+    assert float(make_schedule(group)(450_000)) == pytest.approx(1e-4 + 4e-4 * left, rel=1e-6)
+    group.cooldown_start = None
+    rates = {}
+    for group.kind in ("constant", "wsd", "inverse_sqrt"):
+        rates[group.kind] = float(make_schedule(group)(38_880))
+    expected = {"constant": 1e-3, "wsd": 1e-3, "inverse_sqrt": 5e-4}
+    assert rates == pytest.approx(expected, rel=1e-6)
