@@ -25,6 +25,7 @@ NOT_IMPORTED = {
     "accelerate",
     "fasteners",
     "hatchling",
+    "mkdocs-material",
     "nvidia-cuda-nvcc",
     "nvidia-nvvm",
     "pytest-xdist",
@@ -191,8 +192,9 @@ def imported_by(folder):
                 continue
             found |= {name.split(".")[0]: path for name in names}
     installed = importlib.metadata.packages_distributions()
-    tops = ("", "tests", "benchmarks", "launch/corpora")
-    ours = {path.stem for top in tops for path in (ROOT / top).iterdir()}
+    tops = ("", "tests", "benchmarks", "launch/corpora", "launch/site")
+    inside = [path for top in tops for path in (ROOT / top).iterdir()]
+    ours = {path.stem for path in inside if path.suffix in ("", ".py")}
     return {
         canonicalize_name(DISTRIBUTIONS.get(name) or installed.get(name, [name])[0]): path
         for name, path in found.items()

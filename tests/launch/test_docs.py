@@ -1,0 +1,97 @@
+"""The site of docs/: it builds, all its links lead somewhere, and it needs no other server."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import docs_hooks
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = "http://site/"  # where the pages seem to lie
+
+
+class Links(HTMLParser):
+    """Where a page leads (`links`), what it loads (`loads`), where one can arrive (`anchors`)."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.links, self.loads, self.anchors = [], [], {""}
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.anchors |= {given[key] for key in ("id", "name") if given.get(key)}
+        if tag in ("script", "img", "link", "iframe"):
+            self.loads += [given[key] for key in ("src", "href") if given.get(key)]
+        elif given.get("href"):
+            self.links.append(given["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site; a warning of mkdocs fails here."""
+    folder = tmp_path_factory.mktemp("site")
+    command = "-m mkdocs build --strict --quiet --config-file launch/site/mkdocs.yml --site-dir"
+    done = subprocess.run(
+        [sys.executable, *command.split(), str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    """{address: its links} of every page."""
+    return {
+        urljoin(HERE, path.relative_to(site).as_posix().removesuffix("index.html")): Links(path)
+        for path in site.rglob("*.html")
+        if path.name != "404.html"  # its addresses are the server's own
+    }
+
+
+def test_every_page_of_docs_is_on_the_site_and_in_its_navigation(pages):
+    front = {urljoin(HERE, link) for link in pages[HERE].links}
+    for page in (ROOT / "docs").glob("*.md"):
+        assert urljoin(HERE, f"{page.stem}/") in front
+
+
+def test_every_link_of_the_site_leads_to_a_page_and_a_place_on_it(site, pages):
+    for address, page in pages.items():
+        for link in page.links + page.loads:
+            target, anchor = urldefrag(urljoin(address, link))
+            if not target.startswith(HERE):
+                continue
+            if target in pages:
+                assert unquote(anchor) in pages[target].anchors, f"{address}: {link}"
+            else:
+                assert (site / unquote(urlsplit(target).path)[1:]).is_file(), f"{address}: {link}"
+
+
+def test_no_page_loads_anything_from_another_server(site, pages):
+    for address, page in pages.items():
+        for load in page.loads:
+            elsewhere = urlsplit(urljoin(address, load))
+            assert elsewhere.scheme == "data" or elsewhere.hostname == "site", f"{address}: {load}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?http", style.read_text(encoding="utf-8")), style
+
+
+def test_a_page_that_the_navigation_does_not_name_comes_last():
+    (file,) = [type("File", (), {"src_uri": "new.md"})]
+    files = type("Files", (), {"documentation_pages": lambda self: [file]})()
+    assert docs_hooks._more([{"Start": ["index.md"]}], files) == [{"More": ["new.md"]}]
+    assert docs_hooks._more([{"Start": ["new.md"]}], files) == []
+
+
+def test_a_link_to_a_file_of_the_checkout_gets_a_page_of_that_file():
+    text = "[smoke](../configs/smoke.py), `[code](../configs/demo_chat.py)`, [none](../none.py)"
+    assert list(docs_hooks.linked_files("chat.md", text))[0] == "configs/smoke.py"
+    assert "```python\n" in docs_hooks.file_page("configs/smoke.py")
+    page = type("Page", (), {"file": type("File", (), {"src_uri": "chat.md"})})
+    assert docs_hooks.on_page_markdown(text, page, None) == text.replace(
+        "../configs/smoke.py", "source/configs/smoke.py.md"
+    )
