@@ -26,6 +26,7 @@ TEXT = {
 }
 STAGES = {name: ("sft", "dpo", "self_knowledge") for name in ("zephyr_1_6b", "demo_chat")}
 STAGES["demo_chat"] += ("random",)
+STAGES["ladder"] = ("20m", "300m")  # the least and the largest of its rungs
 FILES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
 # Of a file with stages, each of them.
 NAMES = [f"{f}:{stage}" if stage else f for f in FILES for stage in STAGES.get(f, ("",))]

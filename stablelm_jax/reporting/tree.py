@@ -19,7 +19,7 @@ from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import MetricsFile
 from stablelm_jax.storage.files import check_writable
 
-_NEVER_ENTERED = ("checkpoints", "samples", "profile", "tensorboard", "wandb")
+_NEVER_ENTERED = ("checkpoints", "samples", "held_out", "profile", "tensorboard", "wandb")
 
 
 @dataclasses.dataclass

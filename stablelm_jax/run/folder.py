@@ -13,6 +13,7 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   reference/         of DPO: what it compares with (training/reference.py)
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
+  held_out/global_step<N>.json   losses of each held-out document, which `report` pairs
   restarts.json      a launch script's: what it has started again, and from where
   tensorboard/, wandb/, wandb_id   with `writers`
   profile/           with `profile.steps`: jax's trace, top_operations.txt
@@ -49,7 +50,7 @@ from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 # What lies in a run folder beside the checkpoints only informs: no start fails because of it.
 _FILES = ("config.json", "tokenizer.json", "environment.json", "metrics.jsonl", "events.jsonl")
 _FILES += ("shards.json", "loss.png", LOCK)
-_FOLDERS = ("samples", "reference", "hang", "profile", "tensorboard", "wandb")
+_FOLDERS = ("samples", "held_out", "reference", "hang", "profile", "tensorboard", "wandb")
 _JSON = {"environment.json": list, "shards.json": dict}  # those that a start reads
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 _SEEN_SECONDS = 5.0  # in which a file of another host has to be seen

@@ -47,6 +47,16 @@ class RunLog:
         path = self._folder.path / "samples" / f"{name}.txt"
         self._try("samples", lambda: write_text(path, text))
 
+    def write_held_out(self, name: str, documents: Mapping[str, Any]) -> None:
+        """Writes `held_out/<name>.json`: the losses of each held-out document."""
+        path = self._folder.path / "held_out" / f"{name}.json"
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, json.dumps(finite(dict(documents))) + "\n")
+
+        self._try("held_out", write)
+
     def draw(self, entropies: Mapping[str, float | None]) -> None:
         """Draws `loss.png`; `entropies`: the unigram entropy of each source in nats, or None."""
         from stablelm_jax.reporting import picture  # the core never needs the shell

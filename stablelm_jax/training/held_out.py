@@ -23,6 +23,9 @@ from stablelm_jax.training.objectives import Objective, means
 
 EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, Any]]
 Batch = Mapping[str, np.ndarray]
+# By source: "language", "tokens_per_byte", and of its documents in their order "nll" (nats) and
+# "tokens" (how many of them count), both [D].
+Documents = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,7 @@ def evaluate_held_out(
     mesh: Mesh,
     objective: Objective,
     stopped: Callable[[], bool] = lambda: False,
+    keep: Callable[[Documents], None] = lambda documents: None,
 ) -> dict[str, float | None] | None:
     """Means over held-out text, under the metrics keys `eval/...`.
 
@@ -86,6 +90,7 @@ def evaluate_held_out(
     Args:
       sources: by name, in the order of their `source_ids`.
       stopped: asked before each batch, on every process alike; whether to leave it.
+      keep: gets what two runs are compared by, document by document; not of preferences.
 
     Returns:
       See `held_out_line`; of preferences the metrics of training, as "eval/..."; None where it was
@@ -115,6 +120,17 @@ def evaluate_held_out(
     if objective.name == "dpo":
         found = means(objective, list(sources), totals)
         return {f"eval/{key}": mean for key, mean in found.items()}
+    keep(
+        {
+            name: {
+                "language": source.language,
+                "tokens_per_byte": source.tokens_per_byte,
+                "nll": nll_D.tolist(),
+                "tokens": tokens_D.astype(int).tolist(),
+            }
+            for (name, source), (nll_D, tokens_D) in zip(sources.items(), documents)
+        }
+    )
     return held_out_line(sources, totals["nll"], totals["tokens"], documents)
 
 
@@ -167,7 +183,7 @@ def held_out_line(
       What has no token has no key; a source of one document has no standard error.
     """
     bytes_ = tokens / np.array([source.tokens_per_byte for source in sources.values()])
-    counts, variances = np.array([_count_and_variance(found) for found in documents]).T
+    counts, variances = np.array([count_and_variance(found) for found in documents]).T
     sums = np.stack([nll, tokens, bytes_, counts, variances], axis=1)
     line: dict[str, float | None] = {"eval/loss": None, "eval/perplexity": None}
     line |= _means("", (nll.sum(), tokens.sum(), math.nan, counts.sum(), variances.sum()))
@@ -180,7 +196,7 @@ def held_out_line(
     return line
 
 
-def _count_and_variance(documents_2D: np.ndarray) -> tuple[int, float]:
+def count_and_variance(documents_2D: np.ndarray) -> tuple[int, float]:
     """How many documents were scored, and the variance of their nats about the mean loss.
 
     The loss is a ratio of two sums over documents, which were drawn at random: this is its

@@ -5,6 +5,7 @@ No evaluation ends the run: what fails becomes an event.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 
@@ -83,7 +84,13 @@ class Intervals:
         eval_step = self._programs.eval_step
         try:
             line = evaluate_held_out(
-                eval_step, run.joined(state), run.held_out(), run.mesh, run.objective, self.left
+                eval_step,
+                run.joined(state),
+                run.held_out(),
+                run.mesh,
+                run.objective,
+                self.left,
+                functools.partial(self._services.log.write_held_out, checkpoint_name(step)),
             )
         except (HeldOutError, jax.errors.JaxRuntimeError) as error:  # the latter: too little memory
             self._failed(step, f"step {step}: {error}; the run goes on", began)

@@ -1,4 +1,5 @@
 import io
+import json
 import math
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from rich.console import Console
-from tiny import SOURCES, TALKS, tiny_config, write_chats, write_data
+from tiny import SOURCES, TALKS, tiny_config, train, write_chats, write_data
 
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.transformer import init_params, logits
@@ -177,3 +178,17 @@ def test_held_out_text_that_cannot_be_read_is_an_error_of_its_own(run):
     sources = {"a": HeldOut(unreadable(), 0.5)}
     with pytest.raises(HeldOutError, match="cannot be read: the disk is gone"):
         evaluate_held_out(None, None, sources, run.mesh, run.objective)
+
+
+def test_a_run_keeps_the_losses_of_each_document_that_its_metrics_are_of(data, tmp_path):
+    settings = {"training.num_steps": 3, "evaluation.every": 3, "samples.every": 0}
+    _, lines = train(tiny_config(data, **settings), tmp_path)
+    (last,) = [line for line in lines if line["step"] == 3 and "eval/loss" in line]
+    kept = json.loads((tmp_path / "held_out/global_step3.json").read_text())
+    assert list(kept) == list(SOURCES)
+    for name, found in kept.items():
+        nll, tokens = np.array([found["nll"], found["tokens"]])
+        nll, tokens = nll[tokens > 0], tokens[tokens > 0]
+        assert nll.sum() / tokens.sum() == pytest.approx(last[f"eval/loss/{name}"], abs=1e-6)
+        assert len(tokens) == last[f"eval/documents/{name}"]
+        assert stderr_by_hand(nll, tokens) == pytest.approx(last[f"eval/loss_stderr/{name}"])
