@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
 
+from docs_reference import commands_page, options_page
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the target of [text](targ
 def on_files(files, config):
     """Adds pages made from other files and from the code, and files that a page links to."""
     made = {page: (ROOT / path).read_text(encoding="utf-8") for page, path in ELSEWHERE.items()}
+    made |= {"options.md": options_page(), "commands.md": commands_page()}
     notebooks = [file for file in files if file.src_uri.endswith(".ipynb")]
     for file in notebooks:
         made[_page_of(f"docs/{file.src_uri}")] = notebook_page(file.content_string, file.src_uri)
@@ -29,6 +31,8 @@ def on_files(files, config):
             made.setdefault(_page_of(path), file_page(path))
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
+    style = str(Path(__file__).with_name("site.css"))
+    files.append(File.generated(config, "site.css", abs_src_path=style))
     config.nav += _more(config.nav, files)
     return files
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import docs_hooks
+import docs_reference
 import pytest
+
+from stablelm_jax.__main__ import VERBS
+from stablelm_jax.config.tree import FIELDS, TREE
 
 ROOT = Path(__file__).parents[2]
 HERE = "http://site/"  # where the pages seem to lie
@@ -95,3 +99,32 @@ def test_a_link_to_a_file_of_the_checkout_gets_a_page_of_that_file():
     assert docs_hooks.on_page_markdown(text, page, None) == text.replace(
         "../configs/smoke.py", "source/configs/smoke.py.md"
     )
+
+
+def test_the_page_of_options_has_every_field_with_its_comment_and_a_place_to_link_to(pages):
+    text = docs_reference.options_page()
+    for key in [*FIELDS, "data.weights.NAME"]:
+        assert f"#### `{key}` {{ #{key} }}" in text
+        assert key in pages[f"{HERE}options/"].anchors
+    clipping = text.partition("`optimizer.clip_norm`")[2].partition("####")[0]
+    assert "lobal norm of the gradient. Number above 0; `1.0` by default." in clipping
+    head = text.partition("`model.num_kv_heads`")[2].partition("####")[0]
+    assert "grouped-query attention. Whole number; must be set." in head
+
+
+def test_no_comment_of_the_tree_is_lost_on_the_page_of_options():
+    """Those of several lines and those of groups too."""
+    source = (ROOT / "stablelm_jax/config/tree.py").read_text(encoding="utf-8")
+    tree = source.partition("TREE = {")[2].partition("\n}\n")[0]
+    text = docs_reference.options_page().lower()
+    words = [line.partition("# ")[2].lower() for line in tree.splitlines() if "# " in line]
+    assert len(words) > len(FIELDS) / 2
+    assert not [comment for comment in words if comment not in text]
+    assert docs_reference.field_comments().keys() >= set(TREE)
+
+
+def test_the_page_of_commands_has_every_verb_and_names_no_folder_of_this_machine(site):
+    text = (site / "commands/index.html").read_text(encoding="utf-8")
+    for verb in [*VERBS, "convert-to-gguf"]:
+        assert f'<h{3 if "-" in verb else 2} id="{verb}">' in text
+    assert str(ROOT) not in text and "accept-config-change" in text
