@@ -27,6 +27,16 @@ def first_difference(undisturbed: Path, disturbed: Path) -> str | None:
     return next(_differences(undisturbed, disturbed), None)
 
 
+def unaccounted(workdir: Path, began: float) -> str | None:
+    """All seconds by cause and those since `began`; None where they are equal to 1 %."""
+    line = MetricsFile(workdir / "metrics.jsonl").read()[-1]
+    wall = line["time"] - began
+    charged = sum(value for key, value in line.items() if key.startswith("seconds/"))
+    if abs(charged - wall) <= 0.01 * wall:
+        return None
+    return f"the seconds by cause are {charged:.2f}, those of the clock {wall:.2f}"
+
+
 def _differences(undisturbed: Path, disturbed: Path) -> Iterator[str]:
     files = [MetricsFile(folder / "metrics.jsonl").read() for folder in (undisturbed, disturbed)]
     for lines in itertools.zip_longest(*files, fillvalue={}):

@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from stablelm_jax.checkpoint.names import finished_steps
-from stablelm_jax.drilling.comparison import first_difference
+from stablelm_jax.drilling.comparison import first_difference, unaccounted
 from stablelm_jax.drilling.phases import LEAVING, PHASES, phase_of
 from stablelm_jax.run.metrics import MetricsFile
 from stablelm_jax.run.signals import EXIT_STOPPED
@@ -49,8 +49,8 @@ class Start:
 
     def run(self) -> Start:
         """Returns when all processes have ended."""
-        self._launched, self._phase, self._since = time.time_ns(), "", time.monotonic()
-        self._log = self._drill.folder / "output" / f"{self.workdir.name}-{self._launched}.txt"
+        self.launched, self._phase, self._since = time.time_ns(), "", time.monotonic()
+        self._log = self._drill.folder / "output" / f"{self.workdir.name}-{self.launched}.txt"
         self._processes = self._launch()
         self._target = self._drill.rng.choice(self._processes)
         try:
@@ -132,7 +132,7 @@ class Start:
             self._target.terminate()
 
     def _find_phase(self) -> str:
-        return phase_of(self.workdir, self._drill.config, self._launched)
+        return phase_of(self.workdir, self._drill.config, self.launched)
 
     def _asked(self) -> list[subprocess.Popen]:
         """The processes that have to end as they should: all, or the one that ended at once.
@@ -212,13 +212,15 @@ class Drill:
     def _round(self, faults: list[Fault]) -> list[Fault]:
         """One disturbed training, to its end; returns the faults that it ended without."""
         self.runs += 1
-        name, ended = f"disturbed-{self.runs}", False
+        name, ended, began = f"disturbed-{self.runs}", False, None
         while not ended:
             # What comes at the end is for last, a stop after a kill: then the run is complete.
             faults.sort(key=lambda fault: fault.phase == "finishing" and fault.signal)
             fault = faults.pop(0) if faults else None
             start = Start(self, self.folder / name, fault).run()
             ended = start.hit is None
+            if began is None and (start.workdir / "goodput.json").exists():
+                began = start.launched / 1e9  # one that was killed sooner has left nothing
             if start.hit:
                 self.hits.append(start)
                 what = f"{name}: {fault.signal.name} in {start.hit}"
@@ -234,6 +236,7 @@ class Drill:
             difference = f"exit codes {start.codes}; {start.last_words()}"
         else:
             difference = first_difference(self.folder / "undisturbed", start.workdir)
+            difference = difference or unaccounted(start.workdir, began)
         self._tell(name, difference, "equal bit for bit")
         return faults
 

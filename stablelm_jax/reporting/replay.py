@@ -24,6 +24,7 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.reporting.inspection import RowPlace, places
 from stablelm_jax.run.compilation import CompilationCache, make_deterministic
 from stablelm_jax.run.console import make_console
+from stablelm_jax.run.goodput import Goodput
 from stablelm_jax.run.metrics import MetricsFile, finite
 from stablelm_jax.training.begin import Beginning, ResumeOptions, resume
 from stablelm_jax.training.gradient import make_gradient_function
@@ -112,6 +113,7 @@ def _begin(config: ConfigDict, path: Any, tell: Callable[[str], None]) -> Beginn
     """As a start of the run that writes nothing; what changed in its config was accepted then."""
     services = SimpleNamespace(
         console=make_console(quiet=True),
+        goodput=Goodput(),
         events=SimpleNamespace(tell=lambda _, text, **__: tell(text), print=tell),
         store=SimpleNamespace(folder=path.parent),
     )

@@ -9,6 +9,7 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   hang/              with a hang: the stacks of every process
   orbax-process<i>.log   with a save that fails: all that the checkpoint library says of it
   shards.json        sizes and times of the shards, to notice one that changes
+  goodput.json       the newest sign of life: seconds by cause, over all starts
   loss.png           the curves of metrics.jsonl
   reference/         of DPO: what it compares with (training/reference.py)
   checkpoints/global_step<N>/

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
+from stablelm_jax.run.goodput import Goodput
 from stablelm_jax.storage.files import write_text
 from stablelm_jax.storage.remote import described
 
@@ -22,8 +23,9 @@ from stablelm_jax.storage.remote import described
 class RunLog:
     """Writes to the run folder, and hands each metrics line to `writers`. Only process 0 writes."""
 
-    def __init__(self, folder: RunFolder, events: Events, writers: Writers):
+    def __init__(self, folder: RunFolder, events: Events, writers: Writers, goodput: Goodput):
         self._folder, self._events, self.writers = folder, events, writers
+        self._goodput = goodput
         self._metrics = MetricsFile(folder.path / "metrics.jsonl")
         self._told: set[str] = set()
 
@@ -38,9 +40,11 @@ class RunLog:
         return kept
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one metrics line."""
+        """Appends one metrics line, with the seconds of the run by cause."""
+        line = {**line, **self._goodput.line()}
         self._try("metrics", lambda: self._metrics.append(line))
         self.writers.write(line)
+        self._goodput.keep()
 
     def write_sample(self, name: str, text: str) -> None:
         """Writes `samples/<name>.txt`."""

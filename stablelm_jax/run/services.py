@@ -26,6 +26,7 @@ from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.run.console import make_console, tell_losses
 from stablelm_jax.run.events import Events
 from stablelm_jax.run.folder import RunFolder
+from stablelm_jax.run.goodput import Goodput
 from stablelm_jax.run.metrics import RunLog, Writers
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.run.signals import StopRequest, watch_notices
@@ -37,6 +38,7 @@ class Services:
     """The services of one start of a run; each file names the one it is about."""
 
     stop: StopRequest
+    goodput: Goodput
     console: Console
     cache: CompilationCache
     folder: RunFolder
@@ -71,6 +73,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         folder = RunFolder(workdir)
         stack.enter_context(folder.claimed())
         console.print(f"run folder: {folder}", soft_wrap=True)
+        stack.enter_context(stop.goodput.kept_in(folder.path / "goodput.json" if first else None))
         events = Events(console, folder.path / "events.jsonl" if first else None)
         tell_losses(lambda text: events.keep("output_lost", text))
         for text in folder.moved_aside:
@@ -89,13 +92,23 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         stack.enter_context(contextlib.closing(saver))
         writers = Writers(config, folder, events)
         stack.push(lambda kind, *_: writers.close(failed=kind is not None))
-        log = RunLog(folder, events, writers)
+        log = RunLog(folder, events, writers, stop.goodput)
         profiler = Profiler(config_lib.profiled_steps(config), folder.path / "profile", console)
         # The watchdog looks on while steps are taken; what ends the run has bounds of its own.
         watchdog = watchdog_of(config.training.hang_seconds, stop, folder, events)
         stack.callback(watchdog.stop)
         services = Services(
-            stop, console, cache, folder, events, store, saver, log, profiler, watchdog
+            stop,
+            stop.goodput,
+            console,
+            cache,
+            folder,
+            events,
+            store,
+            saver,
+            log,
+            profiler,
+            watchdog,
         )
         # What a process that leaves at once says, and where it says so.
         stop.whole = functools.partial(newest_finished, folder.checkpoints)

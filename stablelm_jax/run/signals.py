@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from stablelm_jax.run.goodput import Goodput, process_age
+
 EXIT_STOPPED = 75
 # Besides Ctrl-C and the usual one: a terminal that is closed, and the two that SLURM jobs are
 # commonly warned with.
@@ -36,6 +38,7 @@ class StopRequest:
     def __init__(self, *, last: bool = False) -> None:
         """`last`: the process ends afterwards, and no signal is to change how."""
         self._last = last
+        self.goodput = Goodput(process_age() if last else 0.0)  # charged by phase
         self.name: str | None = None  # the first signal or notice heard
         self.safe = "nothing had begun"  # as long as there is no whole checkpoint
         self.whole: Callable[[], object | None] = lambda: None  # finds the newest of these
@@ -88,7 +91,8 @@ class StopRequest:
             if leave and self.name is not None:
                 self._leave_at_once()
         try:
-            yield
+            with self.goodput.phase(name):
+                yield
         finally:
             # Even where a signal would end the outer phase at once, coming back to it does not: the
             # run may have reached its end, and only what it does next can tell.
@@ -117,6 +121,7 @@ class StopRequest:
             f"stopped by {self.name} while {self.phase_name}, {self.seconds_since():.1f} s after "
             f"it: {self.what_is_safe()}; run the same command again to go on"
         )
+        self.goodput.keep()
         self.leave(EXIT_STOPPED)
 
 

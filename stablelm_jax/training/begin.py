@@ -47,7 +47,6 @@ class Progress:
 
     step: int = 0  # updates done, which is also the N of the checkpoint taken now
     rows_consumed: int = 0  # of the mixture; with the data hash the whole data state
-    train_seconds: float = 0.0  # spent in steps, over all starts of the run
     loss_sums: dict[str, Any] | None = None  # `LossSums.state()` at the last save
     # What was accepted on resuming: [{"step", "changes": {key: [was, now]}}].
     config_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -98,7 +97,9 @@ def begin(config: ConfigDict, services: Services, options: ResumeOptions) -> Beg
         services.events.tell("unfinished_checkpoint", text, name=name)
     if store.steps():
         return _newest_whole(config, services, options)
-    return _branch(config, services) if config.branch.parent else _fresh(config, services)
+    beginning = _branch(config, services) if config.branch.parent else _fresh(config, services)
+    services.goodput.go_on({})
+    return beginning
 
 
 def _check_length(config: ConfigDict, path: Any, saved: Mapping[str, Any]) -> None:
@@ -180,10 +181,11 @@ def _branch(config: ConfigDict, services: Services) -> Beginning:
     run = prepare_run(config, position, saved)
     remedy = f"take the weights of {parent} alone, with {_WEIGHTS_ALONE}"
     same_run.check_same_run(saved, run.identity(), remedy)
-    state, progress = _restore(run, parent, saved)
+    with services.goodput.cause("restore"):
+        state, progress = _restore(run, parent, saved)
     _tell_branch(services, run, f"a branch of {parent}, from step {progress.step}")
     state, progress = _without_row(state, progress)
-    progress = dataclasses.replace(progress, train_seconds=0.0, config_changes=[], wandb_id=None)
+    progress = dataclasses.replace(progress, config_changes=[], wandb_id=None)
     return Beginning(run, state, progress)
 
 
@@ -193,7 +195,8 @@ def _from_weights(
     """The parent's weights as step 0 of a run of its own: all else begins anew."""
     parent, run = position.parent, prepare_run(config, position, saved)
     changed = same_run.check_same_weights(parent, saved, run.identity(), run.tokenizer)
-    weights = read_weights(parent, saved, run.abstract.base)
+    with services.goodput.cause("restore"):
+        weights = read_weights(parent, saved, run.abstract.base)
     why = "which holds nothing else, " if "imported" in saved else ""
     also = f"; {config_lib.show_changes(changed)}" if changed else ""
     text = f"a branch of the weights of {parent}, {why}step {saved['step']} there: fresh moments, "
@@ -279,7 +282,9 @@ def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOpt
         position = was.moved(saved)
     run = prepare_run(config, position, saved)
     same_run.check_same_run(saved, run.identity())
-    state, progress = _restore(run, path, saved)
+    with services.goodput.cause("restore"):
+        state, progress = _restore(run, path, saved)
+    services.goodput.go_on(saved.get("timers") or {"seconds": {"step": saved["train_seconds"]}})
     if position != was:
         state, progress = _without_row(state, progress)
     if changes:
@@ -336,13 +341,19 @@ def _without_row(state: TrainState, progress: Progress) -> tuple[TrainState, Pro
     )
 
 
-def run_item(run: Run, state: TrainState, progress: Progress, loss_sums: Any) -> dict[str, Any]:
-    """A checkpoint's item `run`: enough to go on, and to use the weights without the run."""
+def run_item(
+    run: Run, state: TrainState, progress: Progress, loss_sums: Any, timers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A checkpoint's item `run`: enough to go on, and to use the weights without the run.
+
+    `timers`: `Goodput.record()`.
+    """
     item = run.identity() | {
         "step": progress.step,
         "rows_consumed": progress.rows_consumed,
         "tokens": progress.ledger(run),
-        "train_seconds": progress.train_seconds,
+        "train_seconds": timers["seconds"]["step"] + timers["seconds"]["data_wait"],
+        "timers": timers,
         "loss_sums": loss_sums,
         "guard": guard_to_json(state.guard),
         "origin": dataclasses.asdict(run.data_position),

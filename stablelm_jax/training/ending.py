@@ -34,6 +34,7 @@ class Stopped(Exception):
 def end(trainer: Trainer, finished: bool) -> int:
     """The last checkpoint, and what a person wants to see; returns the exit code."""
     services, step = trainer.services, trainer.progress.step
+    jax.block_until_ready(trainer.state)
     with services.stop.phase("finishing"):
         try:
             services.log.flush()
@@ -42,6 +43,7 @@ def end(trainer: Trainer, finished: bool) -> int:
             if finished:
                 raise
             services.events.tell("save_failed", str(error), style="bold red", step=step)
+        services.console.print(str(services.goodput), soft_wrap=True)
         if not finished:
             _tell_stopped(trainer)
             return EXIT_STOPPED

@@ -68,11 +68,12 @@ class Intervals:
                 continue
             if not self._done[kind]:  # later ones come as no surprise
                 services.events.print(f"step {step}: evaluating ({kind.replace('_', '-')})")
+            jax.block_until_ready(state)  # evaluating would wait too: this is the steps' time
             with services.stop.phase("evaluating"), services.watchdog.patient(patience):
                 found = evaluated(state, step)
-            if found:
-                services.log.write({"step": step, "time": time.time(), **found})
-                self.draw()
+                if found:
+                    services.log.write({"step": step, "time": time.time(), **found})
+                    self.draw()
             self._done[kind].add(step)
             if found is None:
                 return False
@@ -137,6 +138,7 @@ class Intervals:
         step, services = progress.step, self._services
         if not self.due(self._run.config.samples.every, step) or step == 0:
             return
+        jax.block_until_ready(state)
         with services.stop.phase("sampling"):
             texts = self._programs.samples(self._programs.weights(state))
         services.watchdog.moved()

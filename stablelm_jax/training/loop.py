@@ -42,7 +42,7 @@ class Trainer:
         self._shards.check()
         self.losses = LossSums(self.run.objective, list(self.run.sources), self.progress.loss_sums)
         self.intervals = Intervals(self.run, services, self.progress.step)
-        self._meter = Meter(self.run)
+        self._meter = Meter(self.run, services.goodput)
         self._agreement = distributed.Agreement()
 
     def compile(self) -> None:
@@ -85,7 +85,7 @@ class Trainer:
         with services.stop.phase("reference"):
             if not prepare_reference(run, services, eval_step, own, self.intervals.left):
                 return False
-            if not self.progress.train_seconds:  # no update yet
+            if not self.progress.step:
                 with contextlib.closing(run.batches(self.progress.rows_consumed)) as batches:
                     first = next(batches)
                 own = run.joined(self.state) if own is None else own
@@ -96,7 +96,8 @@ class Trainer:
         """To the end; False where a signal was heard on some host before all of it was done."""
         services = self.services
         while True:
-            services.saver.look()
+            with services.goodput.cause("save"):
+                services.saver.look()
             stopped, due = self._agreement.anywhere(
                 services.stop.name is not None, services.saver.due_by_time()
             )
@@ -121,6 +122,7 @@ class Trainer:
             due = due or step > 0 or settings.save_initial
         if due and step not in services.store.steps():
             bound = float(settings.timeout_seconds)
+            jax.block_until_ready(self.state)  # saving would wait too: this is the steps' time
             with services.stop.phase("saving"), services.watchdog.patient(bound):
                 services.log.flush()  # a checkpoint's lines are there before it
                 services.saver.save(step, self.checkpoint)
@@ -128,14 +130,14 @@ class Trainer:
     def checkpoint(self) -> Content:
         """The present state, for the saver."""
         self._shards.check()
-        item = run_item(self.run, self.state, self.progress, self.losses.state())
+        timers = self.services.goodput.record()
+        item = run_item(self.run, self.state, self.progress, self.losses.state(), timers)
         return stored_arrays(self.state), item
 
     def _step(self, batches) -> dict[str, Any] | None:
         """One update; returns the metrics line if one is due."""
-        began = time.monotonic()
-        batch = sharding.put_batch(next(batches), self.run.mesh)
-        self._meter.wait_seconds += time.monotonic() - began
+        with self.services.goodput.cause("data_wait"):
+            batch = sharding.put_batch(next(batches), self.run.mesh)
         self.state, metrics = self._programs.step(self.state, batch)
         self.progress.move(self.run, 1)
         self.services.watchdog.step(self.progress.step, metrics["grad_norm"])
@@ -145,13 +147,9 @@ class Trainer:
         if is_due:
             scalars = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
             means = self.losses.take()  # waits for the devices: the time until here is the step's
-        self._meter.seconds += time.monotonic() - began
-        self.progress.train_seconds += time.monotonic() - began
-        line = None
-        if is_due:
             line = {"step": self.progress.step, "time": time.time()}
             line |= means | self._meter.line(scalars, self.progress)
             self.services.log.write(line)
             self._faults.check(self.losses, self.progress.step)
         self._faults.compare_replicas(self.state, self.progress.step)
-        return line
+        return line if is_due else None

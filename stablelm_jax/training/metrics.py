@@ -11,6 +11,7 @@ import numpy as np
 
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.parallel.chips import peak_flops
+from stablelm_jax.run.goodput import Goodput
 from stablelm_jax.run.metrics import finite
 from stablelm_jax.training.begin import Progress
 from stablelm_jax.training.objectives import Objective, means, sum_names
@@ -108,9 +109,9 @@ class LossSums:
 class Meter:
     """Steps since the last line, seconds spent in them, and of these on waiting for data."""
 
-    def __init__(self, run: Run):
-        self._run = run
-        self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+    def __init__(self, run: Run, goodput: Goodput):
+        self._run, self._goodput = run, goodput
+        self.steps, self._before = 0, goodput.seconds()
 
     def line(self, scalars: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """The part of a line after `progress`; starts again from zero.
@@ -124,13 +125,15 @@ class Meter:
         line["tokens_seen"] = sum(ledger.values())
         line |= {f"tokens/{name}": tokens for name, tokens in ledger.items()}
         line |= {f"epochs/{name}": given[name] / tokens for name, tokens in whole}
-        line |= self._speed()
-        self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+        now, before = self._goodput.seconds(), self._before
+        wait, step = (now[cause] - before[cause] for cause in ("data_wait", "step"))
+        line |= self._speed(wait + step, wait)
+        self.steps, self._before = 0, now
         return line
 
-    def _speed(self) -> dict[str, float | None]:
+    def _speed(self, seconds: float, wait_seconds: float) -> dict[str, float | None]:
         spec, steps = self._run.spec, self.steps
-        rate = steps * spec.batch_size * spec.sequence_length / self.seconds
+        rate = steps * spec.batch_size * spec.sequence_length / seconds
         per_device = rate / jax.device_count()
         peak = peak_flops(jax.devices()[0].device_kind)
 
@@ -143,6 +146,6 @@ class Meter:
             "tokens_per_second_per_device": per_device,
             "mfu": mfu(causal=False),
             "mfu_causal": mfu(causal=True),
-            "data_wait_seconds": self.wait_seconds / steps,
-            "step_seconds": self.seconds / steps,
+            "data_wait_seconds": wait_seconds / steps,
+            "step_seconds": seconds / steps,
         }

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_config, train
 
 from stablelm_jax.checkpoint.reading import CheckpointError, sealed
-from stablelm_jax.drilling.comparison import first_difference
+from stablelm_jax.drilling.comparison import first_difference, unaccounted
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,15 @@ def copied(folder: Path, to: Path, lines: list[dict]) -> Path:
     shutil.copytree(folder / "checkpoints", to / "checkpoints")
     (to / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return to
+
+
+def test_seconds_without_a_cause_are_told(two_runs, tmp_path):
+    *others, last = lines_of(two_runs[0])
+    began = last["time"] - sum(value for key, value in last.items() if "seconds/" in key)
+    assert unaccounted(two_runs[0], began) is None
+    last["seconds/step"] += 0.02 * (last["time"] - began)
+    altered = copied(two_runs[0], tmp_path, [*others, last])
+    assert "the seconds by cause are" in unaccounted(altered, began)
 
 
 def test_two_equal_runs_have_no_difference(two_runs):

@@ -129,6 +129,7 @@ def pretended(data, tmp_path, monkeypatch):
 
     def hold(end):
         monkeypatch.setattr(rounds, "first_difference", lambda one, other: end)
+        monkeypatch.setattr(rounds, "unaccounted", lambda workdir, began: None)
         held = Drill(tmp_path, tiny_config(data))
         held.train_undisturbed()
         held.lasted = dict.fromkeys(PHASES, 0.0)

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from stablelm_jax.reporting import picture
+from stablelm_jax.run.goodput import Goodput
 from stablelm_jax.run.metrics import MetricsFile, RunLog
 
 
@@ -45,7 +46,7 @@ def test_a_file_without_a_whole_line_is_empty(tmp_path, content):
 def test_a_picture_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
     told, folder = [], SimpleNamespace(path=tmp_path)
     events = SimpleNamespace(tell=lambda event, text, style: told.append(text))
-    log = RunLog(folder, events, writers=None)
+    log = RunLog(folder, events, writers=None, goodput=Goodput())
     monkeypatch.setattr(picture, "draw_losses", lambda *_: 1 / 0)
     log.draw({})
     log.draw({})

@@ -11,6 +11,7 @@ from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.checkpoint.saved_model import load_own_tokenizer
 from stablelm_jax.kernels.check import WrongKernel
 from stablelm_jax.run.folder import git_commit
+from stablelm_jax.run.goodput import CAUSES
 from stablelm_jax.training import programs
 from stablelm_jax.training.run import run_training
 
@@ -74,7 +75,7 @@ def test_a_metrics_line_has_every_key_of_the_design(undisturbed):
         "updates_skipped",
     }
     by_source = {f"{key}/{s}" for s in SOURCES for key in ("loss", "tokens", "epochs")}
-    assert set(line) == keys | by_source
+    assert set(line) == keys | by_source | {f"seconds/{cause}" for cause in CAUSES}
     assert line["mfu"] is None and line["updates_skipped"] == 0
     assert line["tokens_seen"] == 12 * 8 * 32
     assert line["tokens/fibonacci"] == 12 * 6 * 32  # weight 3/4 of 8 rows a step
