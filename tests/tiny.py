@@ -196,6 +196,7 @@ def write_config(config, folder: Path) -> str:
 _OF_THE_LOOP = (
     *("branch.", "checkpoint.", "evaluation.", "samples.", "writers.", "name"),
     *("training.num_steps", "training.log_every", "training.hang_seconds"),
+    "training.layer_norms_every",
 )
 _compiled: dict[tuple, object] = {}
 _compile = {name: getattr(programs, name) for name in ("compile_step", "compile_eval_step")}

@@ -16,7 +16,7 @@ HARMLESS = (
     *("name", "checkpoint", "evaluation", "samples", "writers", "profile", "branch"),
     *("data.root", "data.cache", "data.cache_gb", "data.prefetch_batches", "data.check_shards"),
     *("training.num_steps", "training.log_every", "training.hang_seconds", "parallel.target"),
-    *("training.check_replicas_every", "training.stop_after_skipped"),
+    *("training.check_replicas_every", "training.stop_after_skipped", "training.layer_norms_every"),
 )
 # Fields that change the order in which sums are taken: the losses stay equal up to rounding.
 ROUNDING = (

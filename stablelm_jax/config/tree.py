@@ -135,6 +135,7 @@ TREE = {
         "num_valid_ids": Field(int, optional=True),  # rows of the softmax; unset: padding too
         "deterministic": Field(False),  # GPU: the same bits in every run, slower; else always so
         "log_every": Field(10, least=1),  # steps between two lines of metrics
+        "layer_norms_every": Field(0, least=0),  # steps between two looks at each layer; 0: never
         "stop_after_skipped": Field(10, least=1),  # so many updates left out in a row end the run
         "hang_seconds": Field(300.0, least=0),  # leave if no step ends for so long; 0: never
         "check_replicas_every": Field(0, least=0),  # steps between two comparisons; 0: never

@@ -127,7 +127,8 @@ def hidden_states(
     positions_BT: jax.Array,
     compute: Compute = Compute(),
     fetch: Fetch | None = None,
-) -> jax.Array:
+    watch: Callable[[jax.Array], jax.Array] | None = None,
+) -> Any:
     """What the head reads: x_BTD in `compute.dtype`, after the final norm.
 
     Args:
@@ -137,6 +138,7 @@ def hidden_states(
       fetch: makes the parameters of a group whole where it is used: 'embed', 'layers' (of one
         layer, without the axis of layers), 'final_norm'. But for remat 'none', backward fetches
         again.
+      watch: gets x_BTD after each layer. What it gives is returned too: (x_BTD, [L, ...]).
 
     Raises:
       ValueError: for an unknown `compute.remat` or `compute.attention`.
@@ -152,7 +154,8 @@ def hidden_states(
         return attention_kernel(*qkv, segment_ids_BT, implementation=compute.attention)
 
     def layer(x_BTD, group):
-        return fetched("layers", group)(x_BTD, rotary, attend), None
+        x_BTD = fetched("layers", group)(x_BTD, rotary, attend)
+        return x_BTD, watch and watch(x_BTD)
 
     if compute.remat != "none":
         # Unrolled to the end there is no loop between the first time and the second, and compilers
@@ -161,8 +164,9 @@ def hidden_states(
         policy = REMAT_POLICIES[compute.remat]
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
     x_BTD = fetched("embed", params["embed"])(tokens_BT, compute.dtype)
-    x_BTD = jax.lax.scan(layer, x_BTD, params["layers"], unroll=compute.unroll)[0]
-    return fetched("final_norm", params["final_norm"])(x_BTD)
+    x_BTD, watched = jax.lax.scan(layer, x_BTD, params["layers"], unroll=compute.unroll)
+    x_BTD = fetched("final_norm", params["final_norm"])(x_BTD)
+    return x_BTD if watch is None else (x_BTD, watched)
 
 
 def logits(config: ModelConfig, params: Params, *inputs: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a run does at intervals besides saving: held-out text, tasks, samples.
+"""What a run does at intervals besides saving: held-out text, tasks, samples, norms by layer.
 
 No evaluation ends the run: what fails becomes an event.
 """
@@ -12,11 +12,13 @@ from collections.abc import Mapping
 import jax
 
 from stablelm_jax.checkpoint.names import checkpoint_name
+from stablelm_jax.model.loss import Batch
 from stablelm_jax.parallel import distributed
 from stablelm_jax.run.services import Services
 from stablelm_jax.storage.remote import described
 from stablelm_jax.training.begin import Progress
 from stablelm_jax.training.held_out import HeldOutError, evaluate_held_out
+from stablelm_jax.training.layer_norms import norms_line
 from stablelm_jax.training.programs import Programs
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.state import TrainState
@@ -115,6 +117,15 @@ class Intervals:
         params = self._programs.weights(state)
         found = self._tasks.evaluate(params, step, self._services.console, failed)
         return found and {f"{TASKS}{key}": value for key, value in found.items()}
+
+    def layer_norms(self, state: TrainState, batch: Batch, step: int) -> None:
+        """A metrics line with the norms by layer in the update that leads to `step`."""
+        if not self.due(self._run.config.training.layer_norms_every, step):
+            return
+        jax.block_until_ready(state)
+        with self._services.goodput.cause("evaluation"):
+            line = norms_line(self._programs.layer_norms(state, batch))
+        self._services.log.write({"step": step, "time": time.time(), **line})
 
     def left(self) -> bool:
         """Between two batches outside the loop: whether to leave them for a signal."""

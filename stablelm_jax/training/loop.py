@@ -138,6 +138,7 @@ class Trainer:
         """One update; returns the metrics line if one is due."""
         with self.services.goodput.cause("data_wait"):
             batch = sharding.put_batch(next(batches), self.run.mesh)
+        self.intervals.layer_norms(self.state, batch, self.progress.step + 1)
         self.state, metrics = self._programs.step(self.state, batch)
         self.progress.move(self.run, 1)
         self.services.watchdog.step(self.progress.step, metrics["grad_norm"])

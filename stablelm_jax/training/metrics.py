@@ -106,6 +106,17 @@ class LossSums:
         return found
 
 
+def _memory() -> dict[str, float]:
+    """Of the fullest device of this process, now and at most so far; {} where it tells nothing."""
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    keys = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
+    return {
+        key: max(stats[name] for stats in found) / 2**30
+        for key, name in keys.items()
+        if all(name in stats for stats in found)
+    }
+
+
 class Meter:
     """Steps since the last line, seconds spent in them, and of these on waiting for data."""
 
@@ -127,7 +138,7 @@ class Meter:
         line |= {f"epochs/{name}": given[name] / tokens for name, tokens in whole}
         now, before = self._goodput.seconds(), self._before
         wait, step = (now[cause] - before[cause] for cause in ("data_wait", "step"))
-        line |= self._speed(wait + step, wait)
+        line |= self._speed(wait + step, wait) | _memory()
         self.steps, self._before = 0, now
         return line
 

@@ -16,10 +16,12 @@ from rich.console import Console
 from stablelm_jax import config as config_lib
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
+from stablelm_jax.model.loss import Batch
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.training.held_out import EvalStep
+from stablelm_jax.training.layer_norms import Norms, make_layer_norms
 from stablelm_jax.training.objectives import make_objective
 from stablelm_jax.training.setup import Run, compute_of, lora_of, optimizer_and_state
 from stablelm_jax.training.state import TrainState, shardings_of
@@ -38,6 +40,7 @@ class Programs:
     weights: Callable[[TrainState], Any]
     eval_step: EvalStep | None  # of the weights that `Run.joined` gives
     samples: Callable[[Any], dict[str, str]] | None  # f(weights) -> {prompt: continuation}
+    layer_norms: Callable[[TrainState, Batch], Norms] | None
 
 
 def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Programs:
@@ -56,7 +59,8 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
         console.print("compiling the evaluation")
         eval_step = compile_eval_step(run)
     samples = _prepare_samples(run) if run.config.samples.every else None
-    return Programs(step, compile_weights(run), eval_step, samples)
+    layer_norms = compile_layer_norms(run) if run.config.training.layer_norms_every else None
+    return Programs(step, compile_weights(run), eval_step, samples, layer_norms)
 
 
 def compile_weights(run: Run) -> Callable[[TrainState], Any]:
@@ -78,6 +82,15 @@ def compile_eval_step(run: Run) -> EvalStep:
     """The evaluation, compiled ahead for this run's shapes."""
     batch = abstract_batch(run.config, run.mesh, run.num_pairs)
     return run.eval_step.lower(run.joined(run.abstract), batch).compile()
+
+
+def compile_layer_norms(run: Run) -> Callable[[TrainState, Batch], Norms]:
+    """The norms by layer, compiled ahead for this run's shapes."""
+    accumulation, options = run.config.training.accumulation, gradient_options(run.config)
+    named = dict(objective=run.objective, accumulation=accumulation, **options)
+    layer_norms = make_layer_norms(run.model, run.mesh, **named)
+    batch = abstract_batch(run.config, run.mesh, run.num_pairs)
+    return layer_norms.lower(run.abstract, batch).compile()
 
 
 def lower_step(

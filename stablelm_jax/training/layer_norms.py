@@ -1,0 +1,93 @@
+"""How large the gradients and the activations of each layer are.
+
+A program of its own beside the train step, which stays what it is. B rows, T sequence length, D
+width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from stablelm_jax.model.compute import Compute
+from stablelm_jax.model.config import ModelConfig
+from stablelm_jax.model.lora import Lora
+from stablelm_jax.model.loss import Batch
+from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.model.transformer import hidden_states
+from stablelm_jax.parallel import sharding
+from stablelm_jax.parallel.mesh import sum_over
+from stablelm_jax.training.gradient import make_gradient_function
+from stablelm_jax.training.objectives import Objective
+from stablelm_jax.training.state import TrainState
+
+Norms = dict[str, dict[str, jax.Array]]
+
+
+def make_layer_norms(
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    objective: Objective,
+    accumulation: int,
+    compute: Compute,
+    lora: Lora | None = None,
+    **gradient_options: Any,
+) -> Callable[[TrainState, Batch], Norms]:
+    """Jitted f(state, batch) -> float32 norms over the whole batch, which every device holds whole.
+
+    "grad_norm": by group of parameters the norm of the gradient before clipping, [L] for 'layers';
+    their squares add up to that of the step. "activation_norm": 'layers', [L], the root mean square
+    of the residual stream after each layer, over all B x T x D.
+    """
+    options = dict(objective=objective, accumulation=accumulation, compute=compute, lora=lora)
+    gradient = make_gradient_function(model, mesh, **options, **gradient_options)
+    places = sharding.named(mesh, sharding.parameter_specs(parameter_table(model)))
+
+    def local_mean_squares(params, batch):
+        def of_rows(rows):
+            inputs_BT = rows["tokens"], rows["segment_ids"], rows["positions"]
+            options = dict(compute=compute.forward_only(), watch=_mean_square)
+            return hidden_states(model, params, *inputs_BT, **options)[1]
+
+        micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        return sum_over(jnp.mean(jax.lax.map(of_rows, micro), axis=0)) / sharding.batch_parts(mesh)
+
+    mean_squares = sharding.map_rows(local_mean_squares, mesh, out_specs=PartitionSpec())
+
+    def layer_norms(state: TrainState, batch: Batch) -> Norms:
+        gradients, _ = gradient(state.params, batch, state.frozen)
+        weights = lora.join(state.frozen, state.params) if lora else state.params
+        squares_L = mean_squares(sharding.gathered(weights, compute.dtype, places), batch)
+        return {
+            "grad_norm": {
+                group: jax.vmap(optax.tree.norm)(part)
+                if group == "layers"
+                else optax.tree.norm(part)
+                for group, part in gradients.items()
+            },
+            "activation_norm": {"layers": jnp.sqrt(squares_L)},
+        }
+
+    return jax.jit(layer_norms, out_shardings=sharding.replicated(mesh))
+
+
+def _mean_square(x_BTD: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))
+
+
+def norms_line(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The norms as metrics: "grad_norm/layer<i>", i from 0, "grad_norm/embed" and so on."""
+    line = {}
+    for kind, groups in jax.device_get(norms).items():
+        for group, values in groups.items():
+            if group == "layers":
+                line |= {f"{kind}/layer{i}": float(v) for i, v in enumerate(values)}
+            else:
+                line[f"{kind}/{group}"] = float(values)
+    return line
