@@ -22,6 +22,7 @@ from stablelm_jax.data.manifest import (
     write_manifest,
 )
 from stablelm_jax.data.shards import ShardWriter
+from stablelm_jax.reporting import page
 from stablelm_jax.reporting import picture as pictures
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.training import programs, update_guard
@@ -194,7 +195,7 @@ def write_config(config, folder: Path) -> str:
 
 # Fields that say nothing about the train step. Any other, and any new one, tells programs apart.
 _OF_THE_LOOP = (
-    *("branch.", "checkpoint.", "evaluation.", "samples.", "writers.", "name"),
+    *("branch.", "checkpoint.", "evaluation.", "samples.", "writers.", "report.", "name"),
     *("training.num_steps", "training.log_every", "training.hang_seconds"),
     "training.layer_norms_every",
 )
@@ -219,7 +220,7 @@ def compiled_once(name: str, run: Run):
 def train(config, workdir: Path, picture: bool = False, options=ResumeOptions()):
     """Trains in this process; returns the exit code and the metrics lines.
 
-    `picture`: also draws loss.png, which takes as long as the rest of so small a run.
+    `picture`: also writes loss.png and report.html, which takes as long as so small a run.
     """
     with contextlib.ExitStack() as patched:
         for name in _compile:
@@ -227,6 +228,7 @@ def train(config, workdir: Path, picture: bool = False, options=ResumeOptions())
             patched.enter_context(mock.patch.object(programs, name, once))
         if not picture:
             patched.enter_context(mock.patch.object(pictures, "draw_losses"))
+            patched.enter_context(mock.patch.object(page, "write_page"))
         code = run_training(config, config_lib.set_by(config, {}), str(workdir), options)
     return code, metrics(workdir)
 

@@ -14,6 +14,7 @@ from stablelm_jax.config.tree import FIELDS, default_config, flatten
 # Fields that change nothing of what a step computes; a group stands for all its fields.
 HARMLESS = (
     *("name", "checkpoint", "evaluation", "samples", "writers", "profile", "branch"),
+    "report",
     *("data.root", "data.cache", "data.cache_gb", "data.prefetch_batches", "data.check_shards"),
     *("training.num_steps", "training.log_every", "training.hang_seconds", "parallel.target"),
     *("training.check_replicas_every", "training.stop_after_skipped", "training.layer_norms_every"),

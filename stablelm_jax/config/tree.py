@@ -192,6 +192,9 @@ TREE = {
         "wandb": Field(False),
         "wandb_project": Field("stablelm_jax"),
     },
+    "report": {  # report.html, the page of the run
+        "every": Field(int, optional=True, least=0),  # steps; unset: at each evaluation; 0: never
+    },
     "guard": {  # against spikes of the loss
         "kind": Field("off", choices=("off", "skip", "stop")),  # skip the update, stop the run
         "sigmas": Field(6.0, above=0),  # a spike is so many standard deviations above the mean

@@ -207,42 +207,61 @@ def _checkpoints(config: ConfigDict, target: Target | None) -> Table:
 def run_cost(
     config: ConfigDict, target: Target, mfu: float, watts: float | None, price: float | None
 ) -> Table:
-    """Time, energy and emissions of a whole run.
+    """Time, energy and emissions of a whole run; arguments as `run_hours` and `usage`."""
+    speed, hours, reference = run_hours(config, target, mfu)
+    rows = [
+        ("tokens a second", f"{speed:,.0f}"),
+        ("tokens a second of one device", f"{speed / target.num_devices:,.0f}"),
+        ("days", f"{hours / 24:,.1f}") if hours >= 72 else ("hours", f"{hours:,.1f}"),
+        *((name, f"{part:,.2f}") for name, part in reference.items()),
+        *usage(hours * target.num_devices, target.facts, watts, price),
+    ]
+    title = f"the whole run on {target} at an MFU of {mfu:.1%} (full attention)"
+    return table(title, ("what", ""), rows)
 
-    Args:
-      mfu: share of the peak that the model's FLOPs use, with full attention.
-      watts: mean power of one device with its share of the host, before cooling.
-      price: dollars a device-hour.
+
+def run_hours(
+    config: ConfigDict, target: Target, mfu: float
+) -> tuple[float, float, dict[str, float]]:
+    """Tokens a second and hours of a whole run, and what of these is the pass of DPO's reference.
+
+    `mfu`: share of the peak that the model's FLOPs use, with full attention.
     """
     model, length = config_lib.model_config(config), config.data.sequence_length
     tokens = config.training.num_steps * config_lib.tokens_per_step(config)
     flops = train_flops_per_token(model, length, causal=False) + _head_again(config)
     rate = target.num_devices * target.peak_flops * mfu
-    speed = rate / flops  # tokens a second
     reference = _reference_hours(config, rate)
-    hours = tokens / speed / 3600 + sum(reference.values())
-    device_hours = hours * target.num_devices
-    rows = [
-        ("tokens a second", f"{speed:,.0f}"),
-        ("tokens a second of one device", f"{speed / target.num_devices:,.0f}"),
-        ("days", f"{hours / 24:,.1f}") if hours >= 72 else ("hours", f"{hours:,.1f}"),
-        ("device-hours", f"{device_hours:,.0f}"),
-    ]
-    rows[3:3] = [(name, f"{part:,.2f}") for name, part in reference.items()]
+    return rate / flops, tokens * flops / rate / 3600 + sum(reference.values()), reference
+
+
+def usage(
+    device_hours: float,
+    facts: Mapping[str, Any],
+    watts: float | None = None,
+    price: float | None = None,
+) -> list[tuple[str, str]]:
+    """What so many hours of a device with these `facts` use, for a person.
+
+    Args:
+      watts: mean power of one device with its share of the host, before cooling.
+      price: dollars a device-hour.
+    """
+    rows = [("device-hours", f"{device_hours:,.0f}")]
     if price is not None:
         rows.append((f"dollars, at {price:g} a device-hour", f"{device_hours * price:,.0f}"))
-    power = target.facts.get("watts") if watts is None else watts
+    power = facts.get("watts") if watts is None else watts
     if power is None:
-        rows.append(("energy", "give --watts: no figure for this chip"))
-    else:
-        kind = "the data sheet's limit" if watts is None else "given"
-        kwh = device_hours * power * POWER_USAGE_EFFECTIVENESS / 1e3
-        name = f"energy at {power:g} W ({kind}), PUE {POWER_USAGE_EFFECTIVENESS}"
-        rows.append((name, _amount(kwh, "kWh", "MWh")))
-        emissions = _amount(kwh * KG_CO2_PER_KWH, "kg", "t")
-        rows.append((f"emissions at {KG_CO2_PER_KWH} kg CO2e a kWh", emissions))
-    title = f"the whole run on {target} at an MFU of {mfu:.1%} (full attention)"
-    return table(title, ("what", ""), rows)
+        return [*rows, ("energy", "give --watts: no figure for this chip")]
+    kind = "the data sheet's limit" if watts is None else "given"
+    kwh = device_hours * power * POWER_USAGE_EFFECTIVENESS / 1e3
+    name = f"energy at {power:g} W ({kind}), PUE {POWER_USAGE_EFFECTIVENESS}"
+    emissions = _amount(kwh * KG_CO2_PER_KWH, "kg", "t")
+    return [
+        *rows,
+        (name, _amount(kwh, "kWh", "MWh")),
+        (f"emissions at {KG_CO2_PER_KWH} kg CO2e a kWh", emissions),
+    ]
 
 
 def _reference_hours(config: ConfigDict, rate: float) -> dict[str, float]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stablelm_jax.reporting.curves import Curves, smooth
 from stablelm_jax.storage.files import replacing
 
-_SMOOTHING_STEPS = 20
 
-
-def draw_losses(
-    lines: Sequence[Mapping[str, Any]], unigram_entropy: Mapping[str, float | None], path: Path
-) -> None:
-    """Draws metrics lines into the PNG `path`: losses, and bits a byte or held-out preferences.
+def draw_losses(curves: Curves, unigram_entropy: Mapping[str, float | None], path: Path) -> None:
+    """Draws a run's metrics into the PNG `path`: losses, and bits a byte or held-out preferences.
 
     Bars around a held-out loss are its standard error over documents, where its line has that.
     `unigram_entropy`: nats of each source, the loss of knowing token frequencies alone; None where
@@ -23,24 +20,23 @@ def draw_losses(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    preferences = any("eval/rewards/accuracy" in line for line in lines)
+    preferences = bool(curves["eval/rewards/accuracy"])
     worth = "rewards/accuracy" if preferences else "bits_per_byte"
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (source, entropy) in enumerate(unigram_entropy.items()):
         colour = f"C{number % 10}"
-        steps, losses = _series(lines, f"loss/{source}")
+        steps, losses = curves[f"loss/{source}"]
         left.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        left.plot(steps, _smooth(losses), color=colour)
+        left.plot(steps, smooth(losses), color=colour)
         dots = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": colour}
-        loss, error = f"eval/loss/{source}", f"eval/loss_stderr/{source}"
-        left.plot(*_series(lines, loss), linewidth=0, **dots)
-        known = [line for line in lines if None not in (line.get(loss), line.get(error))]
-        bars = _series(known, error)[1]
-        left.errorbar(*_series(known, loss), yerr=bars, fmt="none", ecolor=colour, capsize=3)
+        held_out = curves[f"eval/loss/{source}"]
+        left.plot(*held_out, linewidth=0, **dots)
+        bars = curves.errors(f"eval/loss_stderr/{source}", held_out)  # NaN draws none
+        left.errorbar(*held_out, yerr=bars, fmt="none", ecolor=colour, capsize=3)
         if entropy is not None:
             left.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
-        right.plot(*_series(lines, f"eval/{worth}/{source}"), label=source, **dots)
+        right.plot(*curves[f"eval/{worth}/{source}"], label=source, **dots)
     unit = "nats a pair" if preferences else "nats a token"
     left.set(xlabel="step", ylabel=unit, title="Loss of each source")
     right.set(xlabel="step", ylabel="bits a byte of text", title="Held-out text")
@@ -57,22 +53,19 @@ def draw_losses(
     _save(figure, path)
 
 
-def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws held-out loss and learning rate of several runs over the same steps into a PNG.
-
-    `runs`: metrics lines by the run's name.
-    """
+def draw_runs(runs: Mapping[str, Curves], path: Path) -> None:
+    """Draws held-out loss and learning rate of several runs, by name, over steps into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for number, (name, lines) in enumerate(runs.items()):
+    for number, (name, curves) in enumerate(runs.items()):
         colour = f"C{number % 10}"
-        steps, losses = _series(lines, "loss")
-        top.plot(steps, _smooth(losses), color=colour, alpha=0.35, linewidth=0.9)
+        steps, losses = curves["loss"]
+        top.plot(steps, smooth(losses), color=colour, alpha=0.35, linewidth=0.9)
         dots = {"marker": "o", "markersize": 4, "markeredgecolor": "black", "color": colour}
-        top.plot(*_series(lines, "eval/loss"), label=f" {name}", **dots)  # matplotlib hides _name
-        bottom.plot(*_series(lines, "learning_rate"), color=colour)
+        top.plot(*curves["eval/loss"], label=f" {name}", **dots)  # matplotlib hides _name
+        bottom.plot(*curves["learning_rate"], color=colour)
     top.set(ylabel="nats a token", title="Loss: held-out (dots), training (thin, smoothed)")
     for text in top.legend(fontsize=9).get_texts():
         text.set_parse_math(False)  # dollar signs in a name are no formula
@@ -107,14 +100,3 @@ def _save(figure: Any, path: Path) -> None:
         axes.grid(alpha=0.3)
     with replacing(path) as aside:
         figure.savefig(aside, dpi=130, format="png")
-
-
-def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over the last few lines: a trailing window, so no line shows what came later."""
-    windows = [values[max(0, i - _SMOOTHING_STEPS + 1) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]

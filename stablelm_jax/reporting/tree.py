@@ -14,6 +14,7 @@ from rich.tree import Tree
 from stablelm_jax.checkpoint.names import checkpoint_name, finished_steps
 from stablelm_jax.checkpoint.reading import CheckpointError, read_run, state_hash
 from stablelm_jax.data.position import DataPosition
+from stablelm_jax.reporting.curves import Curves
 from stablelm_jax.reporting.picture import draw_runs
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import MetricsFile
@@ -59,7 +60,7 @@ def show_runs(folder: str, picture: str | None = None) -> None:
     ]
     first = 2 * min(branched_at) - max(run.steps[-1] for run in runs) if branched_at else 0
     kept = {
-        str(path.relative_to(folder)): [line for line in lines if line["step"] >= first]
+        str(path.relative_to(folder)): Curves(line for line in lines if line["step"] >= first)
         for path, lines in curves.items()
     }
     draw_runs(kept, Path(picture))

@@ -11,6 +11,7 @@ WORKDIR/           a folder, or a URL whose small files are written to a local f
   shards.json        sizes and times of the shards, to notice one that changes
   goodput.json       the newest sign of life: seconds by cause, over all starts
   loss.png           the curves of metrics.jsonl
+  report.html        all that is here on one page, for a browser
   reference/         of DPO: what it compares with (training/reference.py)
   checkpoints/global_step<N>/
   samples/global_step<N>.txt
@@ -50,7 +51,7 @@ from stablelm_jax.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 # What lies in a run folder beside the checkpoints only informs: no start fails because of it.
 _FILES = ("config.json", "tokenizer.json", "environment.json", "metrics.jsonl", "events.jsonl")
-_FILES += ("shards.json", "loss.png", LOCK)
+_FILES += ("shards.json", "loss.png", "report.html", LOCK)
 _FOLDERS = ("samples", "held_out", "reference", "hang", "profile", "tensorboard", "wandb")
 _JSON = {"environment.json": list, "shards.json": dict}  # those that a start reads
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")

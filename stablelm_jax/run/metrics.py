@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 from ml_collections import ConfigDict
 
 from stablelm_jax.parallel import distributed
@@ -28,6 +29,7 @@ class RunLog:
         self._goodput = goodput
         self._metrics = MetricsFile(folder.path / "metrics.jsonl")
         self._told: set[str] = set()
+        self._curves = None
 
     def cut_back(self, step: int) -> list[dict[str, Any]]:
         """Drops the metrics lines past `step`, which the run writes again; returns what stays."""
@@ -66,7 +68,26 @@ class RunLog:
         from stablelm_jax.reporting import picture  # the core never needs the shell
 
         path = self._folder.path / "loss.png"
-        self._try(path.name, lambda: picture.draw_losses(self._metrics.read(), entropies, path))
+        self._try(path.name, lambda: picture.draw_losses(self._read_curves(), entropies, path))
+
+    def write_page(self) -> None:
+        """Writes `report.html`, the page of the run so far."""
+        from stablelm_jax.reporting import page  # as above
+
+        path = self._folder.path / page.PAGE
+
+        def write() -> None:
+            page.write_page([self._folder.path], path, self._read_curves())
+
+        self._try(path.name, write)
+
+    def _read_curves(self) -> Any:
+        """The metrics so far; of a long file only what is new is read."""
+        from stablelm_jax.reporting.curves import Curves  # as above
+
+        self._curves = Curves() if self._curves is None else self._curves
+        self._curves.update(self._metrics.path)
+        return self._curves
 
     def flush(self) -> None:
         """Returns when the lines so far are on the disk, and where the run folder is."""
@@ -95,6 +116,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl`, without NaN; None for one that is not whole."""
+    line = None
+    if text.endswith(b"\n"):
+        try:
+            line = orjson.loads(text)
+        except ValueError:  # ours takes longer, and what other software writes: NaN
+            with contextlib.suppress(ValueError, RecursionError):
+                line = finite(json.loads(text.decode(errors="replace")))
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended, whole lines only."""
 
@@ -110,15 +143,8 @@ class MetricsFile:
         """Every line of the file; None for one that is not whole."""
         if not self.path.exists():
             return []
-        parsed = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines(True):
-            line = None
-            if text.endswith("\n"):
-                with contextlib.suppress(ValueError, RecursionError):
-                    line = finite(json.loads(text))
-            whole = isinstance(line, dict) and isinstance(line.get("step"), int)
-            parsed.append(line if whole else None)
-        return parsed
+        with self.path.open("rb") as file:
+            return [parse_line(text) for text in file]
 
     def cut_back(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """Drops the lines past `step` and broken ones; returns the others, and how many broke."""

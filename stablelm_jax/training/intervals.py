@@ -79,6 +79,8 @@ class Intervals:
             self._done[kind].add(step)
             if found is None:
                 return False
+        if self.due(self._run.config.report.every or 0, step):
+            services.log.write_page()
         return True
 
     def _held_out(self, state: TrainState, step: int) -> Mapping[str, float | None] | None:
@@ -139,10 +141,12 @@ class Intervals:
         )
 
     def draw(self) -> None:
-        """Draws the losses so far."""
+        """The picture of the losses so far, and the page unless that has an interval of its own."""
         is_text = self._run.objective.name == "pretrain"  # of answers it says nothing
         manifests = self._run.manifests.items()
         self._services.log.draw({n: m.unigram_entropy if is_text else None for n, m in manifests})
+        if self._run.config.report.every is None:
+            self._services.log.write_page()
 
     def sample(self, state: TrainState, progress: Progress) -> None:
         """Continues the prompts of the config."""

@@ -40,7 +40,10 @@ def folder_with(name, content):
         *(("environment.json", x) for x in (b"", b"{}", b"[{", b"\0" * 99, b"\xff[]", b"[" * 9999)),
         *(("shards.json", x) for x in (b"", b"[1]", b"null")),
         *((f"{x}.json", "folder") for x in ("environment", "config", "tokenizer", "shards")),
-        *((x, "folder") for x in ("metrics.jsonl", "events.jsonl", "loss.png", ".lock")),
+        *(
+            (x, "folder")
+            for x in ("metrics.jsonl", "events.jsonl", "loss.png", "report.html", ".lock")
+        ),
         *((x, "link") for x in ("environment.json", "events.jsonl", "samples")),
         *((x, b"") for x in ("samples", "profile", "hang", "tensorboard")),
     ],

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stablelm_jax.reporting import picture
+from stablelm_jax.reporting import page, picture
 from stablelm_jax.run.goodput import Goodput
 from stablelm_jax.run.metrics import MetricsFile, RunLog
 
@@ -43,13 +43,14 @@ def test_a_file_without_a_whole_line_is_empty(tmp_path, content):
     assert MetricsFile(tmp_path / "metrics.jsonl").read() == []
 
 
-def test_a_picture_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
+def test_a_picture_or_a_page_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
     told, folder = [], SimpleNamespace(path=tmp_path)
     events = SimpleNamespace(tell=lambda event, text, style: told.append(text))
     log = RunLog(folder, events, writers=None, goodput=Goodput())
     monkeypatch.setattr(picture, "draw_losses", lambda *_: 1 / 0)
-    log.draw({})
-    log.draw({})
-    assert told == [
-        "loss.png cannot be written (ZeroDivisionError: division by zero); the run goes on"
-    ]
+    monkeypatch.setattr(page, "write_page", lambda *_: 1 / 0)
+    for _ in range(2):
+        log.draw({})
+        log.write_page()
+    why = "cannot be written (ZeroDivisionError: division by zero); the run goes on"
+    assert told == [f"loss.png {why}", f"report.html {why}"]

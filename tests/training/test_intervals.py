@@ -10,6 +10,7 @@ from tiny import losses, tiny_config, train
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.data import shards
 from stablelm_jax.model.transformer import init_params
+from stablelm_jax.reporting import page, picture
 from stablelm_jax.training.setup import prepare_run
 
 FEW = {"evaluation.every": 0, "samples.every": 0, "training.num_steps": 6, "checkpoint.every": 6}
@@ -45,6 +46,19 @@ def test_scores_of_tasks_are_metrics_and_change_nothing(data, undisturbed, tmp_p
     assert all(0 <= score <= 1 for score in scores.values())
     code, lines = train(tiny_config(data, **FEW, **settings), tmp_path / "run")  # nothing is left
     assert len([line for line in lines if "eval/tasks/which_word/acc" in line]) == 3
+
+
+@pytest.mark.parametrize("every, at", [(None, [0, 6, 6]), (4, [0, 4, 6]), (0, [])])
+def test_the_page_of_a_run_is_written_at_evaluations_or_at_its_own_interval(
+    data, tmp_path, monkeypatch, every, at
+):
+    """After the last step too: once more than it was evaluated, with the last save in it."""
+    steps = []
+    monkeypatch.setattr(picture, "draw_losses", lambda *_: None)
+    monkeypatch.setattr(page, "write_page", lambda _, path, c: steps.append(c.last("step") or 0))
+    settings = FEW | {"evaluation.every": 6, "report.every": every}
+    assert train(tiny_config(data, **settings), tmp_path / "run", picture=True)[0] == 0
+    assert steps == at
 
 
 def test_tasks_are_left_without_scores_where_a_signal_was_heard(data, tmp_path):

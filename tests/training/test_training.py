@@ -31,7 +31,7 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_itself(undisturbed):
     assert code == 0
     seen = losses(lines)
     assert seen[12] < seen[1] - 0.3
-    for name in ("config.json", "environment.json", "metrics.jsonl", "loss.png"):
+    for name in ("config.json", "environment.json", "metrics.jsonl", "loss.png", "report.html"):
         assert (workdir / name).stat().st_size > 0
     assert (workdir / "samples/global_step12.txt").read_text().count("w1 w3") == 1
     steps = sorted(p.name for p in (workdir / "checkpoints").iterdir())
