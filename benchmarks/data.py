@@ -125,14 +125,14 @@ def fill_page_cache(sources: dict[str, Source]) -> None:
 
 
 def ours(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
-    mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
+    mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), ())
     yield from train_batches(sources, mixture, SPEC, prefetch=prefetch)
 
 
 def ours_without_tables(sources: dict[str, Source], prefetch: int) -> Iterator[Batch]:
     """As for sources of more than 65,536 rows, whose order grain computes row by row."""
     with mock.patch.object(rows_module, "MAX_TABLE", 0):
-        mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
+        mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), ())
         batches = train_batches(sources, mixture, SPEC, prefetch=prefetch)
     yield from batches
 
@@ -297,7 +297,7 @@ def show_waits(sources: dict[str, Source], args: argparse.Namespace) -> Table:
     for column in ("a read", "rows a batch", "prefetch", "threads", "a step",
                    "rows x read / threads", "wait predicted", "wait a step"):  # fmt: skip
         table.add_column(column, justify="right")
-    mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), 1)
+    mixture = DataPosition().mixture(dict(zip(sources, WEIGHTS, strict=True)), (), ())
     step = args.step_ms
     for rows, prefetch, latency in itertools.product(args.rows, args.prefetch, args.latency_ms):
         threads = (prefetch + 1) // 2
@@ -333,7 +333,7 @@ def show_packing(root: pathlib.Path, lengths: list[int], count: int) -> Table:
         spec = BatchSpec(length, BATCH_SIZE, 1234, source.manifest.tokenizer.eod, packing=packing)
         rows, items = (source.manifest.train.tokens - 1) // length, ""
         cut, lost = documents_cut(source, length, packing)
-        filled, packed, mixture = 1.0, None, DataPosition().mixture({name: 1.0}, (), 1)
+        filled, packed, mixture = 1.0, None, DataPosition().mixture({name: 1.0}, (), ())
         if packing == "best_fit":
             began = time.process_time()
             packed = PackedSources({name: source}, spec)

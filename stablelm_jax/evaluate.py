@@ -247,6 +247,7 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     config.training.accumulation = 1
     rows = max(1, arguments.batch_tokens // config.data.sequence_length)
     config.data.batch_size = rows * max(1, jax.device_count() // arguments.model)
+    config.data.batch_stages = ""
     config.evaluation.max_rows = arguments.max_rows
     run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
     if saved.model != run.model:

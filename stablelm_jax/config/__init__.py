@@ -19,11 +19,15 @@ from stablelm_jax.config.access import (
     to_dict,
 )
 from stablelm_jax.config.derived import (
+    batch_sizes,
+    batch_stages,
+    largest_step,
     mixture_stages,
     mixture_weights,
     model_config,
     parse_weights,
     profiled_steps,
+    tokens_of_run,
     tokens_per_step,
 )
 from stablelm_jax.config.reading import (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -27,15 +29,39 @@ def mixture_weights(config: ConfigDict) -> dict[str, float]:
 
 def mixture_stages(config: ConfigDict) -> list[tuple[int, dict[str, float]]]:
     """(step, weights) of each later stage that `data.stages` names; ConfigError if it cannot."""
-    stages = []
-    for part in config.data.stages.split(";") if config.data.stages.strip() else []:
-        step, colon, weights = part.strip().partition(":")
-        if not colon or not step.strip().isdecimal() or not weights.strip():
-            raise ConfigError(
-                f"config.data.stages={config.data.stages!r}: {part.strip()!r} is no stage; write "
-                "STEP:source=weight,source=weight; STEP:... as in 1000:web=0.7,code=0.3"
-            )
-        stages.append((int(step), parse_weights(weights)))
+    form = "STEP:source=weight,source=weight; STEP:... as in 1000:web=0.7,code=0.3"
+    return [(step, parse_weights(text)) for step, text in _stages(config, "stages", ".+", form)]
+
+
+def batch_sizes(config: ConfigDict) -> list[tuple[int, int]]:
+    """(step, rows): from which step on a batch has so many rows; the first from step 0."""
+    form = "STEP:rows; STEP:rows as in 1000:512; 5000:1024"
+    later = _stages(config, "batch_stages", r"0*[1-9]\d*", form)
+    return [(0, config.data.batch_size), *((step, int(rows)) for step, rows in later)]
+
+
+def _stages(config: ConfigDict, key: str, what: str, form: str) -> Iterator[tuple[int, str]]:
+    """(step, text) of each stage in a field of `data`; `what`: a pattern that the text matches."""
+    value = config.data[key]
+    for part in value.split(";") if value.strip() else []:
+        if not (found := re.fullmatch(rf"\s*(\d+)\s*:\s*({what})\s*", part)):
+            problem = f"{part.strip()!r} is no stage; write {form}"
+            raise ConfigError(f"config.data.{key}={value!r}: {problem}")
+        yield int(found[1]), found[2]
+
+
+def batch_stages(config: ConfigDict, first: int = 0) -> list[tuple[int, ConfigDict]]:
+    """(step, config) from step `first` to the run's end, one for each shape that its batches have.
+
+    A config that says `data.batch_size` for its own steps, and has no stages of it.
+    """
+    sizes, stages = batch_sizes(config), []
+    later = [step for step, _ in sizes if first < step < config.training.num_steps]
+    for step in (first, *later):
+        own = copy.deepcopy(config)
+        own.data.batch_stages = ""
+        own.data.batch_size = [rows for begin, rows in sizes if begin <= step][-1]
+        stages.append((step, own))
     return stages
 
 
@@ -65,8 +91,20 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def tokens_per_step(config: ConfigDict) -> int:
-    """Tokens of one optimizer step, all devices and microbatches together."""
+    """Tokens of one of the first steps, all devices and microbatches together."""
     return config.data.batch_size * config.data.sequence_length
+
+
+def largest_step(config: ConfigDict) -> ConfigDict:
+    """Of `batch_stages` the one that needs the most memory."""
+    return max((own for _, own in batch_stages(config)), key=tokens_per_step)
+
+
+def tokens_of_run(config: ConfigDict) -> int:
+    """Tokens of all steps, from the first to `training.num_steps`."""
+    stages = batch_stages(config)
+    ends = [step for step, _ in stages[1:]] + [config.training.num_steps]
+    return sum((end - step) * tokens_per_step(own) for (step, own), end in zip(stages, ends))
 
 
 def transition_step(config: ConfigDict) -> int:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from stablelm_jax.config.access import ConfigError, get, refuse, unknown_key
 from stablelm_jax.config.derived import (
+    batch_sizes,
     is_source_name,
     mixture_stages,
     model_config,
@@ -65,10 +66,11 @@ def _mixture(config: ConfigDict, data: bool) -> None:
         )
         refuse(config, "data.weights", f"no source to train on; {remedy}")
     stages = mixture_stages(config)
-    steps = [step for step, _ in stages]
-    if steps != sorted(set(steps)) or 0 in steps:
-        why = "the steps at which stages begin must rise, from 1 on"
-        refuse(config, "data.stages", f"{why}; put them in order, each once")
+    for key, later in (("stages", stages), ("batch_stages", batch_sizes(config)[1:])):
+        steps = [step for step, _ in later]
+        if steps != sorted(set(steps)) or 0 in steps:
+            why = "the steps at which stages begin must rise, from 1 on"
+            refuse(config, f"data.{key}", f"{why}; put them in order, each once")
     for step, stage in [(0, weights), *stages]:
         key = "data.stages" if step else "data.weights"
         for source, weight in stage.items():
@@ -254,11 +256,13 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
         remedy = f"use -1 or {rest}" if fits else "use other divisors"
         refuse(config, "parallel.data", f"{why}; {remedy}")
     microbatches = replica * rest * config.training.accumulation
-    if config.data.batch_size % microbatches:
-        why = (
-            f"does not divide into config.training.accumulation={config.training.accumulation} "
-            f"microbatches on {replica * rest} device(s) with rows of their own"
-        )
-        remedy = f"use a multiple of {microbatches}, fewer devices or another accumulation"
-        refuse(config, "data.batch_size", f"{why}; {remedy}")
+    for step, rows in batch_sizes(config):
+        if rows % microbatches:
+            why = (
+                f"{f'{rows} rows from step {step} on do' if step else 'does'} not divide into "
+                f"config.training.accumulation={config.training.accumulation} "
+                f"microbatches on {replica * rest} device(s) with rows of their own"
+            )
+            remedy = f"use a multiple of {microbatches}, fewer devices or another accumulation"
+            refuse(config, "data.batch_stages" if step else "data.batch_size", f"{why}; {remedy}")
     return {"replica": replica, "data": rest, "model": model}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import grain
@@ -43,7 +43,7 @@ class BatchSpec:
     """What a batch of the whole job looks like: `batch_size` rows of `sequence_length` tokens."""
 
     sequence_length: int
-    batch_size: int
+    batch_size: int  # of training: the first
     seed: int  # of the shuffles
     eod: int  # id of `<|endoftext|>`
     loss_on_first_token: bool = True  # the one after an `<|endoftext|>`; True as in NeoX
@@ -67,6 +67,7 @@ def train_batches(
     spec: BatchSpec,
     *,
     start_row: int = 0,
+    first_row: Callable[[int], int] | None = None,
     share: tuple[int, int] = (0, 1),
     prefetch: int = 2,
     packed: PackedSources | None = None,
@@ -74,10 +75,10 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This process's part of the batches from global row `start_row` on, without end.
 
-    Batch n of the job is the global rows [start_row + n * batch_size, + batch_size); `share` is
-    (p, P): of P equal parts of each batch, the p-th. Row i depends on the data, the sequence
-    length, the seed, the mixture and what is `left_out` of it alone: neither hosts nor restarts
-    change it.
+    Batch n of the job is the global rows [start_row + n * batch_size, + batch_size), or, where
+    batches are not of one size, [first_row(n), first_row(n + 1)). `share` is (p, P): of P equal
+    parts of each batch, the p-th. Row i depends on the data, the sequence length, the seed, the
+    mixture and what is `left_out` of it alone: neither hosts nor restarts change it.
 
     `prefetch` batches are made ahead, by a thread for every two of them; 0 makes them in `next`. A
     thread reads the B rows of its batch one by one: a step waits for slow storage where
@@ -92,7 +93,7 @@ def train_batches(
       ValueError: a source that does not fill a row; a batch size that the processes cannot share.
       ShardError: a shard that is missing or damaged.
     """
-    size = spec.rows_of_a_process(share[1])
+    spec.rows_of_a_process(share[1])
     skips = [left_out.get(name) for name in mixture.sources]
     if spec.packing == "concatenate":
         all_rows = [
@@ -103,19 +104,22 @@ def train_batches(
         packed = packed or PackedSources({name: sources[name] for name in mixture.sources}, spec)
         all_rows = [packed[name, "train"] for name in mixture.sources]
 
-    def batch_from(first: int) -> Batch:
+    def row_of(n: int) -> int:
+        return start_row + n * spec.batch_size if first_row is None else first_row(n)
+
+    def batch(n: int) -> Batch:
+        size = (row_of(n + 1) - row_of(n)) // share[1]
+        first = row_of(n) + share[0] * size
         drawn = [mixture.locate(row) for row in range(first, first + size)]
         chosen = [(all_rows[number], all_rows[number].order(index)) for number, index in drawn]
         if packed is None:
             rows_BR = np.stack([rows.tokens(row) for rows, row in chosen])
-            batch = collate(rows_BR, [rows.source_id for rows, _ in chosen], spec)
+            made = collate(rows_BR, [rows.source_id for rows, _ in chosen], spec)
         else:
-            batch = collate_packed(chosen, spec, packed.most_pairs)
-        return leave_out(batch, [row for _, row in chosen], skips) if left_out else batch
+            made = collate_packed(chosen, spec, packed.most_pairs)
+        return leave_out(made, [row for _, row in chosen], skips) if left_out else made
 
-    first = start_row + share[0] * size
-    numbers = grain.MapDataset.range(_ENDLESS)
-    return _made_ahead(numbers.map(lambda n: batch_from(first + n * spec.batch_size)), prefetch)
+    return _made_ahead(grain.MapDataset.range(_ENDLESS).map(batch), prefetch)
 
 
 def _made_ahead(batches: grain.MapDataset[Batch], prefetch: int) -> Iterator[Batch]:

@@ -9,6 +9,14 @@ from typing import Any
 from stablelm_jax.data.mixture import Mixture, quantise
 
 Weights = Mapping[str, float]
+Sizes = Sequence[tuple[int, int]]  # (step, rows of a batch from it on), the first from step 0
+
+
+def size_changes(sizes: Sizes, first: int, last: int) -> list[tuple[int, int]]:
+    """The part of `sizes` for the steps [first, last): its first begins at `first`."""
+    ends = [*(step for step, _ in sizes[1:]), last]
+    spans = ((max(step, first), min(end, last), rows) for (step, rows), end in zip(sizes, ends))
+    return [(step, rows) for step, end, rows in spans if step < end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +28,7 @@ class DataPosition:
     these fields as `origin`.
     """
 
-    # Step `step + n` begins at row `row + n * batch_size`.
+    # Later steps begin as many rows after `row` as the batches between them have.
     step: int = 0
     row: int = 0
     spans: Sequence[tuple[int, Mapping[str, int]]] = ()  # before `row`, those of its mixture
@@ -43,17 +51,19 @@ class DataPosition:
             self, step=run["step"], row=run["rows_consumed"], spans=spans, **parent
         )
 
-    def first_row(self, step: int, batch_size: int) -> int:
+    def first_row(self, step: int, sizes: Sizes) -> int:
         """The row that step `step` (from 0) begins with; ValueError before this position."""
         if step < self.step:
             raise ValueError(
                 f"step {step} lies before step {self.step}, where this run begins"
                 f"{f' as a branch of {self.parent}' if self.parent else ''}"
             )
-        return self.row + (step - self.step) * batch_size
+        spans = size_changes(sizes, self.step, step)
+        ends = [*(begin for begin, _ in spans[1:]), step]
+        return self.row + sum((end - begin) * rows for (begin, rows), end in zip(spans, ends))
 
     def mixture(
-        self, weights: Weights, stages: Iterable[tuple[int, Weights]], batch_size: int
+        self, weights: Weights, stages: Iterable[tuple[int, Weights]], sizes: Sizes
     ) -> Mixture:
         """The mixture of the whole run, the rows before this position included.
 
@@ -64,7 +74,7 @@ class DataPosition:
             if step <= self.step:
                 now = quantise(new)
             else:
-                later.append((self.first_row(step, batch_size), quantise(new)))
+                later.append((self.first_row(step, sizes), quantise(new)))
         spans = [(first, dict(counts)) for first, counts in self.spans if first < self.row]
         if not spans or spans[-1][1] != now:  # else it goes on as if nothing had happened
             spans.append((self.row, now))

@@ -38,7 +38,7 @@ class CompiledStep:
 
 
 def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
-    """Compiles the train step of `config` with the target's own compiler.
+    """Compiles the train step of `config`, of its largest batch, with the target's own compiler.
 
     Raises:
       ConfigError: the config does not fit the number of devices.
@@ -47,6 +47,7 @@ def compile_for(config: ConfigDict, target: Target) -> CompiledStep:
     """
     devices = target.devices()
     sizes = config_lib.validate_mesh(config, len(devices))
+    config = config_lib.largest_step(config)
     mesh = make_mesh(**sizes, devices=devices)
     started = time.monotonic()
     lowered = lower_step(config, mesh, len(config_lib.mixture_weights(config)))

@@ -45,7 +45,7 @@ def show(recipe: Recipe, config: ConfigDict) -> None:
     """Prints the tables for a run of `config`, which need not train on all of the sources."""
     console = make_console(file_width=120)
     weights = config_lib.mixture_weights(config)
-    run_tokens = config.training.num_steps * config_lib.tokens_per_step(config)
+    run_tokens = config_lib.tokens_of_run(config)
     rows = [_row(source, weights, run_tokens) for source in recipe.sources]
     columns = ("source", "GB to\nfetch", "GB of\ntext", "tokens", "GB of\nshards")
     columns += ("tokens\nof run", "epochs")

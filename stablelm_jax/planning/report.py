@@ -157,7 +157,7 @@ def _head_again(config: ConfigDict) -> int:
 
 
 def _tokens(config: ConfigDict) -> Table:
-    tokens = config.training.num_steps * config_lib.tokens_per_step(config)
+    tokens = config_lib.tokens_of_run(config)
     weights, rows = config_lib.mixture_weights(config), []
     for name, weight in weights.items():
         share, epochs = weight / sum(weights.values()), "not prepared here"
@@ -228,7 +228,7 @@ def run_hours(
     `mfu`: share of the peak that the model's FLOPs use, with full attention.
     """
     model, length = config_lib.model_config(config), config.data.sequence_length
-    tokens = config.training.num_steps * config_lib.tokens_per_step(config)
+    tokens = config_lib.tokens_of_run(config)
     flops = train_flops_per_token(model, length, causal=False) + _head_again(config)
     rate = target.num_devices * target.peak_flops * mfu
     reference = _reference_hours(config, rate)
@@ -273,7 +273,7 @@ def _reference_hours(config: ConfigDict, rate: float) -> dict[str, float]:
         return {}
     sources = config_lib.mixture_weights(config)
     prepared = sum(_places(config, name) for name in sources)
-    tokens = prepared or config.training.num_steps * config_lib.tokens_per_step(config)
+    tokens = prepared or config_lib.tokens_of_run(config)
     parts = flops_per_token(config_lib.model_config(config), config.data.sequence_length)
     name = (
         f"of these, the reference's pass over {'all pairs' if prepared else 'one epoch of pairs'}"

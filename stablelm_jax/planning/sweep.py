@@ -56,7 +56,7 @@ class Candidate:
 
 
 def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for) -> None:
-    """Prints each result as it comes and the ranking of what fits.
+    """Prints each result as it comes and the ranking of what fits, for the largest batch.
 
     Raises:
       ConfigError, CompilerError: as `compile_for`.
@@ -64,6 +64,7 @@ def sweep(config: ConfigDict, target: Target, compile_one: Compile = compile_for
       KeyboardInterrupt: after the first Ctrl-C, when what was done is ranked.
     """
     console = make_console(file_width=140)
+    config = config_lib.largest_step(config)
     ordered = candidates(config, target)
     hopeless = sum(candidate.needed > target.available_bytes for candidate in ordered)
     available = f"{target.available_bytes / GIB:.1f} GiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from stablelm_jax.data.position import DataPosition
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters, format_parameter_table, parameter_table
 from stablelm_jax.parallel import sharding
@@ -58,7 +60,8 @@ def _decisions(run: Run) -> dict[str, str]:
         "parameters": f"{sum(row.count for row in parameter_table(run.model)):,}",
         "training FLOPs a token": f"{full / 1e9:.4g} G (full attention), "
         f"{causal / 1e9:.4g} G (causal)",
-        "tokens of the run": f"{config.training.num_steps * spec.batch_size * length:,} "
+        **({"rows later": config.data.batch_stages} if config.data.batch_stages else {}),
+        "tokens of the run": f"{run.first_row(config.training.num_steps) * length:,} "
         f"in {config.training.num_steps:,} steps",
         "learning rate": _learning_rate(config.schedule),
         **({"left out": ", ".join(config.data.skip)} if config.data.skip else {}),
@@ -100,7 +103,10 @@ def _cached(run: Run) -> str:
 
 
 def _source_table(run: Run) -> Table:
-    given, whole = run.tokens_by_source(run.last_row()), run.tokens_per_epoch
+    given, whole = (
+        run.tokens_by_source(run.first_row(run.config.training.num_steps)),
+        run.tokens_per_epoch,
+    )
     spans = run.mixture.spans
     periods = " then ".join(f"{sum(counts.values()):,}" for _, counts in spans)
     later = [f"from row {row:,}" for row, _ in spans[1:]]
@@ -129,7 +135,7 @@ def _packed_table(run: Run) -> Table:
     every = [run.packed[name, "train"] for name in run.sources]
     groups = [(name, [rows], part) for name, rows, part in zip(run.sources, every, share)]
     for name, group, part in groups if len(groups) == 1 else [*groups, ("all", every, 1.0)]:
-        rows, a_step = sum(map(len, group)), part * run.spec.batch_size
+        rows = sum(map(len, group))
         places = sum(int(packed.lengths.sum(dtype="int64")) for packed in group)
         table.add_row(
             name,
@@ -137,11 +143,18 @@ def _packed_table(run: Run) -> Table:
             f"{rows:,}",
             f"{places / (rows * length):.2%}",
             f"{sum(packed.trained for packed in group):,}",
-            *(f"{math.ceil(n * rows / a_step):,}" if part else "none" for n in (1, 2, 3)),
+            *(f"{_steps(run, n * rows / part):,}" if part else "none" for n in (1, 2, 3)),
         )
     if len(groups) > 1:
         table.caption = "weights in proportion to the rows an epoch read all sources equally often"
     return table
+
+
+def _steps(run: Run, rows: float) -> int:
+    """How many steps of a run from its beginning read so many rows."""
+    return bisect.bisect_left(
+        range(2**40), rows, key=lambda step: DataPosition().first_row(step, run.batch_sizes)
+    )
 
 
 def _sources(title: str, columns: Iterable[str]) -> Table:

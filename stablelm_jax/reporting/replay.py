@@ -30,7 +30,7 @@ from stablelm_jax.training.begin import Beginning, ResumeOptions, resume
 from stablelm_jax.training.gradient import make_gradient_function
 from stablelm_jax.training.metrics import LossSums
 from stablelm_jax.training.objectives import Objective, means, sum_names
-from stablelm_jax.training.programs import compile_step, gradient_options
+from stablelm_jax.training.programs import compile_steps, gradient_options
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.state import TrainState
 
@@ -128,14 +128,14 @@ def _replayed(
     wanted: Callable[[RowPlace], bool],
 ) -> Replay:
     run, state, progress, found = begun.run, begun.state, begun.progress, Replay(step, restored)
-    program = compile_step(run)
+    program = compile_steps(run, progress.step)
     sums = LossSums(run.objective, list(run.sources), progress.loss_sums)
     last = min((number for number in lines if number >= step), default=step)
-    with contextlib.closing(run.batches(progress.rows_consumed)) as batches:
+    with contextlib.closing(run.batches(progress.step)) as batches:
         while progress.step < last:
             batch = next(batches)
             if progress.step == step - 1:
-                found.shares = _shares(run, state, batch, progress.rows_consumed, wanted)
+                found.shares = _shares(run, state, batch, progress.step, wanted)
             state, metrics = program(state, sharding.put_batch(batch, run.mesh))
             progress.move(run, 1)
             sums.add(progress.step, metrics)
@@ -179,7 +179,7 @@ def _shares(
     run: Run,
     state: TrainState,
     batch: Mapping[str, np.ndarray],
-    first_row: int,
+    step: int,
     wanted: Callable[[RowPlace], bool],
 ) -> list[Share]:
     """Of each document of the batch that counts: a forward and backward pass of one row."""
@@ -195,7 +195,7 @@ def _shares(
         gradients, sums = gradient(state.params, rows, state.frozen)
         return optax.tree.norm(gradients), sums
 
-    rows = range(first_row, first_row + run.spec.batch_size)
+    rows = range(run.first_row(step), run.first_row(step + 1))
     found = places(run.sources, run.mixture, rows, run.spec, run.tokenizer, run.packed)
     for number, place in enumerate(found):
         row = {key: value[number] for key, value in batch.items()}

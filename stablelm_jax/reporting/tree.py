@@ -134,8 +134,9 @@ def _label(run: FoundRun) -> Text:
         end, to = begin + schedule["cooldown_steps"], schedule["cooldown_end"]
         kind = schedule.get("cooldown_kind", "linear")
         text += f", learning rate from {begin:,} to {end:,} {kind} to {to:g}"
-    if run.config["data"].get("stages"):
-        text += f", stages {run.config['data']['stages']}"
+    for kind in ("stages", "batch_stages"):
+        if stages := run.config["data"].get(kind):
+            text += f", {kind.replace('_', ' ')} {stages}"
     if run.config["branch"].get("state") == "weights":
         text += ", weights alone of its parent"
     return Text.assemble((str(run.path), "bold"), f"{text})")

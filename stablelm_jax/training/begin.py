@@ -18,7 +18,7 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint import names, reading
 from stablelm_jax.checkpoint.merged import find_parent, parent_of, read_weights
 from stablelm_jax.checkpoint.reading import CheckpointError, DamagedCheckpoint
-from stablelm_jax.data.position import DataPosition
+from stablelm_jax.data.position import DataPosition, size_changes
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.folder import git_commit
 from stablelm_jax.run.services import Services
@@ -30,7 +30,7 @@ from stablelm_jax.training.state import TrainState
 from stablelm_jax.training.update_guard import guard_to_json, new_guard, without_row
 
 _WEIGHTS_ALONE = "--config.branch.state=weights"
-_COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size")
+_COUNTS_ROWS_ANEW = ("data.weights", "data.stages", "data.batch_size", "data.batch_stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Progress:
 
     def move(self, run: Run, steps: int) -> None:
         """Counts so many steps more, or fewer, and their rows."""
-        rows = self.rows_consumed + steps * run.spec.batch_size
+        rows = run.first_row(self.step + steps)
         span, sign = sorted((self.rows_consumed, rows)), 1 if steps > 0 else -1
         for name, tokens in run.left_out_tokens(*span).items():
             self.left_out[name] = self.left_out.get(name, 0) + sign * tokens
@@ -299,11 +299,14 @@ def resume(config: ConfigDict, path: Any, services: Services, options: ResumeOpt
 
 
 def _same_rows_so_far(config: ConfigDict, position: DataPosition, saved: Mapping[str, Any]) -> bool:
-    """Whether rows are counted as before and only weights of later steps are new."""
-    rows = saved["rows_consumed"]
+    """Whether rows are counted as before: only weights and batches of later steps are new."""
+    rows, was = saved["rows_consumed"], config_lib.from_dict(saved["config"])
+    sizes = [
+        size_changes(config_lib.batch_sizes(c), position.step, saved["step"]) for c in (was, config)
+    ]
     spans = [list(span) for span in mixture_of(config, position).spans]
     before, after = (same_run.begun_before(s, rows) for s in (saved["row_order"]["stages"], spans))
-    return config.data.batch_size == saved["config"]["data"]["batch_size"] and before == after
+    return sizes[0] == sizes[1] and before == after
 
 
 def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState, Progress]:

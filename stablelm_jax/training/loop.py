@@ -47,7 +47,8 @@ class Trainer:
 
     def compile(self) -> None:
         """Makes all programs ready, on every process: once the loop runs, nothing is compiled."""
-        self._programs = compile_programs(self.run, self.services.console, self.services.cache)
+        told = self.services.console, self.services.cache
+        self._programs = compile_programs(self.run, *told, self.progress.step)
         self._faults = Faults(self.run, self.services.events)
         self.intervals.prepare(self._programs)
         # To a watchdog, a first step that waits for one who still compiles would be a hang.
@@ -60,7 +61,7 @@ class Trainer:
         if self.run.reference is not None and not self._prepare_reference():
             services.watchdog.stop()
             return end(self, False)
-        batches = self.run.batches(self.progress.rows_consumed)
+        batches = self.run.batches(self.progress.step)
         line = ProgressLine(services.console, self.last_step)
         with (
             services.stop.phase("stepping"),
@@ -86,7 +87,7 @@ class Trainer:
             if not prepare_reference(run, services, eval_step, own, self.intervals.left):
                 return False
             if not self.progress.step:
-                with contextlib.closing(run.batches(self.progress.rows_consumed)) as batches:
+                with contextlib.closing(run.batches(self.progress.step)) as batches:
                     first = next(batches)
                 own = run.joined(self.state) if own is None else own
                 services.events.print(check_start(run, eval_step, own, first))

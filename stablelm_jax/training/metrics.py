@@ -138,13 +138,14 @@ class Meter:
         line |= {f"epochs/{name}": given[name] / tokens for name, tokens in whole}
         now, before = self._goodput.seconds(), self._before
         wait, step = (now[cause] - before[cause] for cause in ("data_wait", "step"))
-        line |= self._speed(wait + step, wait) | _memory()
+        line |= self._speed(progress.step, wait + step, wait) | _memory()
         self.steps, self._before = 0, now
         return line
 
-    def _speed(self, seconds: float, wait_seconds: float) -> dict[str, float | None]:
+    def _speed(self, step: int, seconds: float, wait_seconds: float) -> dict[str, float | None]:
         spec, steps = self._run.spec, self.steps
-        rate = steps * spec.batch_size * spec.sequence_length / seconds
+        rows = self._run.first_row(step) - self._run.first_row(step - steps)
+        rate = rows * spec.sequence_length / seconds
         per_device = rate / jax.device_count()
         peak = peak_flops(jax.devices()[0].device_kind)
 

@@ -43,8 +43,10 @@ class Programs:
     layer_norms: Callable[[TrainState, Batch], Norms] | None
 
 
-def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Programs:
-    """Tries the attention out, compiles what the config asks for, and says how long that took.
+def compile_programs(
+    run: Run, console: Console, cache: CompilationCache, first: int = 0
+) -> Programs:
+    """Tries the attention out, compiles what steps from `first` on need, says how long that took.
 
     Raises WrongKernel, or a MeetingError where attention fails on one host of several.
     """
@@ -52,14 +54,16 @@ def compile_programs(run: Run, console: Console, cache: CompilationCache) -> Pro
         console.print(try_attention(run), soft_wrap=True)
     began = time.monotonic()
     with console.status("compiling the train step"):
-        step = compile_step(run)
+        step = compile_steps(run, first)
     console.print(f"the train step was ready after {time.monotonic() - began:.1f} s; {cache}")
     eval_step = None
     if run.config.evaluation.every or run.reference is not None:
         console.print("compiling the evaluation")
         eval_step = compile_eval_step(run)
     samples = _prepare_samples(run) if run.config.samples.every else None
-    layer_norms = compile_layer_norms(run) if run.config.training.layer_norms_every else None
+    layer_norms = None
+    if run.config.training.layer_norms_every:
+        layer_norms = _by_size(compile_layer_norms, run, first)
     return Programs(step, compile_weights(run), eval_step, samples, layer_norms)
 
 
@@ -71,6 +75,21 @@ def compile_weights(run: Run) -> Callable[[TrainState], Any]:
     merge = jax.jit(run.lora.merge, out_shardings=shardings_of(frozen))
     merge = merge.lower(frozen, adapters).compile()
     return lambda state: merge(state.frozen, state.params)
+
+
+def compile_steps(run: Run, first: int = 0) -> StepFunction:
+    """The train step from step `first` on."""
+    return _by_size(compile_step, run, first)
+
+
+def _by_size(compile_one: Callable[[Run], Callable], run: Run, first: int) -> Callable:
+    """f(state, batch), compiled for each size that batches have from step `first` on."""
+    configs = {c.data.batch_size: c for _, c in config_lib.batch_stages(run.config, first)}
+    runs = {rows: dataclasses.replace(run, config=config) for rows, config in configs.items()}
+    programs = {rows: compile_one(own) for rows, own in runs.items()}
+    if len(programs) == 1:
+        return next(iter(programs.values()))
+    return lambda state, batch: programs[len(batch["tokens"])](state, batch)
 
 
 def compile_step(run: Run) -> StepFunction:

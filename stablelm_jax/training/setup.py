@@ -143,9 +143,14 @@ class Run:
         length = self.spec.sequence_length
         return {name: length * len(self.packed[name, "train"]) for name in self.sources}
 
-    def last_row(self) -> int:
-        """The row after the last one that the run consumes."""
-        return self.data_position.first_row(self.config.training.num_steps, self.spec.batch_size)
+    @functools.cached_property
+    def batch_sizes(self) -> list[tuple[int, int]]:
+        """(step, rows): from which step on a batch has so many."""
+        return config_lib.batch_sizes(self.config)
+
+    def first_row(self, step: int) -> int:
+        """The row of the mixture that step `step`, from 0, begins with."""
+        return self.data_position.first_row(step, self.batch_sizes)
 
     def tokens_by_source(self, rows: int) -> dict[str, int]:
         """Tokens that each source has in the first `rows` rows of the mixture, left out or not."""
@@ -158,13 +163,13 @@ class Run:
         kept = {name: range(*span) for name, *span in spans if name in self.left_out}
         return {name: self.left_out[name].tokens(drawn) for name, drawn in kept.items()}
 
-    def batches(self, start_row: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's share of each batch from row `start_row` on, for DPO with "reference"."""
+    def batches(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's share of each batch from step `step` on, for DPO with "reference"."""
         batches = train_batches(
             self.sources,
             self.mixture,
             self.spec,
-            start_row=start_row,
+            first_row=lambda n: self.first_row(step + n),
             share=self.share,
             prefetch=self.config.data.prefetch_batches,
             packed=self.packed,
@@ -331,7 +336,7 @@ def left_out_of(
 def mixture_of(config: ConfigDict, data_position: DataPosition) -> Mixture:
     """The mixture of a whole run of `config`."""
     weights, stages = config_lib.mixture_weights(config), config_lib.mixture_stages(config)
-    return data_position.mixture(weights, stages, config.data.batch_size)
+    return data_position.mixture(weights, stages, config_lib.batch_sizes(config))
 
 
 def compute_of(config: ConfigDict) -> Compute:

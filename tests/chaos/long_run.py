@@ -53,8 +53,8 @@ def main() -> None:
     data, workdir, steps, every = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
     undisturbed = Run.batches
 
-    def watched(run: Run, start_row: int) -> Iterator[dict]:
-        with undisturbed(run, start_row) as batches, (workdir / "usage.jsonl").open("w") as file:
+    def watched(run: Run, first: int) -> Iterator[dict]:
+        with undisturbed(run, first) as batches, (workdir / "usage.jsonl").open("w") as file:
             for step, batch in enumerate(batches):
                 if step % every == every // 2:
                     print(json.dumps({"step": step, **usage()}), file=file, flush=True)

@@ -27,8 +27,8 @@ def machine(num_devices: int, rows: list[str]):
     """A machine with the first of our devices; `rows` gets a hash of each batch that is used."""
     undisturbed = Run.batches
 
-    def noted(run, start_row):
-        with contextlib.closing(undisturbed(run, start_row)) as batches:
+    def noted(run, step):
+        with contextlib.closing(undisturbed(run, step)) as batches:
             for batch in batches:
                 digest = hashlib.sha256()
                 for name in sorted(batch):

@@ -142,6 +142,18 @@ def test_a_restart_on_half_the_hosts_continues_the_same_rows(corpus, mixture, sl
     assert rows == [tokens[1:] for _, tokens in slow[:72]]
 
 
+def test_batches_of_several_sizes_are_the_next_rows_in_turn(corpus, mixture, slow):
+    firsts, rows = [8, 16, 24, 48, 56], []
+    parts = [
+        take(train_batches(corpus[0], mixture, SPEC, first_row=firsts.__getitem__, share=(p, 4)), 4)
+        for p in range(4)
+    ]
+    for number in range(4):
+        assert {len(part[number]["tokens"]) for part in parts} == {2 if number != 2 else 6}
+        rows += [row for part in parts for row in part[number]["targets"].tolist()]
+    assert rows == [tokens[1:] for _, tokens in slow[8:56]]
+
+
 def test_a_batch_has_the_types_and_shapes_of_the_contract(corpus, mixture):
     (batch,) = take(train_batches(corpus[0], mixture, SPEC), 1)
     assert list(batch) == KEYS

@@ -13,7 +13,7 @@ from stablelm_jax.training.setup import prepare_run
 
 
 def batch_rows(run, step):
-    batches = run.batches(step * run.spec.batch_size)
+    batches = run.batches(step)
     batch = next(batches)
     batches.close()
     return batch

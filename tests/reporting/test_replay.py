@@ -23,10 +23,10 @@ from tiny import (
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.data.manifest import TokenizerInfo, open_sources
 from stablelm_jax.data.rows import epoch_order, source_seed
-from stablelm_jax.reporting import replay as replaying
 from stablelm_jax.reporting.documents import choose, sample
 from stablelm_jax.reporting.replay import replay, tables
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
+from stablelm_jax.training import programs
 from stablelm_jax.training.begin import ResumeOptions
 
 DOCUMENTS, SPIKE, STEPS = 400, 41, 44  # documents, each as long as a row; steps
@@ -40,7 +40,7 @@ SKIP = tuple(f"counting:rows:{number}" for number in BAD)  # document N is row N
 def compiled_once(monkeypatch):
     """The run's own program, which lies in a file where a run and its replay are two processes."""
     once = functools.partial(tiny.compiled_once, "compile_step")
-    monkeypatch.setattr(replaying, "compile_step", once)
+    monkeypatch.setattr(programs, "compile_step", once)
 
 
 @pytest.fixture(scope="module")

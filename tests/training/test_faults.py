@@ -41,11 +41,11 @@ def poisoned(monkeypatch):
     def poison(*steps):
         batches = Run.batches
 
-        def wrapped(run, start_row):
-            inner = batches(run, start_row)
+        def wrapped(run, step):
+            inner = batches(run, step)
 
             class Poisoned:
-                number = start_row // run.spec.batch_size
+                number = step
 
                 def __next__(self):
                     batch = next(inner)

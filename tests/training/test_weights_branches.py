@@ -274,4 +274,4 @@ def test_weights_need_a_parent(data):
 
 
 def test_the_place_in_the_data_of_a_branch_that_has_not_begun_is_its_beginning(data, parent):
-    assert position_of(of_weights(data, parent)).first_row(0, 8) == 0
+    assert position_of(of_weights(data, parent)).first_row(0, [(0, 8)]) == 0
