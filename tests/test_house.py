@@ -38,11 +38,11 @@ SHELL = {
     "evaluation": 1522,
     "interop": 1860,
     "planning": 1442,
-    "reporting": 2080,
+    "reporting": 2717,
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 11941, 30_674
+CORE_WITHOUT_KERNELS, EVERYTHING = 11941, 31_361
 
 
 def files_of(room):

@@ -93,6 +93,7 @@ def test_every_verb_of_the_installed_wheel_says_how_it_is_used(installed, tmp_pa
         "train": "--workdir",
         "plan": "--target",
         "drill": "--kills",
+        "report": "--last",
         "runs": "--picture",
         "inspect_data": "--step",
         "convert": "to-hf",

@@ -1,0 +1,49 @@
+"""`report A B ...`: runs compared, each with the first, with intervals.
+
+    python -m stablelm_jax.report runs/a runs/b
+
+A difference is the other run's loss minus the first one's: below 0 the other is better. Losses of
+training pair step by step where both read the same rows, held-out losses document by document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stablelm_jax.run_verb import run_verb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 after an error; bad arguments leave with 2."""
+    parser = argparse.ArgumentParser(
+        prog="stablelm report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="run folders")
+    parser.add_argument("--last", type=_steps, metavar="STEPS", help="of training; else a fifth")
+    parser.add_argument("--json", metavar="FILE", help="gets the comparisons")
+    given = parser.parse_args(argv)
+    if len(given.folders) < 2:
+        parser.error("name two run folders or more to compare them")
+    from stablelm_jax.reporting.comparison import show_comparisons
+
+    try:
+        show_comparisons(given.folders, given.last, given.json)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps; write 100")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_verb(main, "report", prints_result=True)
