@@ -240,19 +240,20 @@ class Agreement:
     def __init__(self) -> None:
         self._asked: collections.deque[jax.Array] = collections.deque()
         if jax.process_count() > 1:
-            devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+            devices = np.array(devices).reshape(jax.process_count(), -1)
             mesh = jax.sharding.Mesh(devices, ("process", "local"))
             self._place = jax.NamedSharding(mesh, jax.P("process"))
-            self._any = jax.jit(lambda x: x.any(0), out_shardings=jax.NamedSharding(mesh, jax.P()))
+            self._share = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
-    def anywhere(self, *values: bool) -> list[bool]:
-        """Of each value, whether it was true on any process LAG calls ago; false before that."""
+    def gathered(self, *values: float) -> np.ndarray:
+        """What each process gave LAG calls ago, float32 [processes, values]; zeros before that."""
+        given = np.array([values], np.float32)
         if jax.process_count() == 1:
-            return list(values)
+            return given
         with jax.transfer_guard("allow"):
-            given = np.array([values], bool)
             every = jax.make_array_from_process_local_data(self._place, given)
-            self._asked.append(self._any(every))
+            self._asked.append(self._share(every))
             if len(self._asked) <= self.LAG:
-                return [False] * len(values)
-            return np.asarray(self._asked.popleft()).tolist()
+                return np.zeros((jax.process_count(), len(values)), np.float32)
+            return np.asarray(self._asked.popleft())

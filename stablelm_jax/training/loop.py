@@ -25,6 +25,7 @@ from stablelm_jax.training.intervals import Intervals
 from stablelm_jax.training.metrics import LossSums, Meter
 from stablelm_jax.training.programs import compile_programs
 from stablelm_jax.training.reference import check_start, prepare_reference
+from stablelm_jax.training.slow_hosts import SlowHosts
 from stablelm_jax.training.state import stored_arrays
 
 
@@ -43,7 +44,7 @@ class Trainer:
         self.losses = LossSums(self.run.objective, list(self.run.sources), self.progress.loss_sums)
         self.intervals = Intervals(self.run, services, self.progress.step)
         self._meter = Meter(self.run, services.goodput)
-        self._agreement = distributed.Agreement()
+        self._agreement, self._fed_seconds = distributed.Agreement(), 0.0
 
     def compile(self) -> None:
         """Makes all programs ready, on every process: once the loop runs, nothing is compiled."""
@@ -51,8 +52,8 @@ class Trainer:
         self._programs = compile_programs(self.run, *told, self.progress.step)
         self._faults = Faults(self.run, self.services.events)
         self.intervals.prepare(self._programs)
-        # To a watchdog, a first step that waits for one who still compiles would be a hang.
-        distributed.anywhere(False)
+        # Waits for all: to a watchdog, a first step that waits for one who compiles is a hang.
+        self._hosts = SlowHosts(self.services.events)
 
     def train(self) -> int:
         """Runs to the last step; returns the exit code."""
@@ -99,9 +100,10 @@ class Trainer:
         while True:
             with services.goodput.cause("save"):
                 services.saver.look()
-            stopped, due = self._agreement.anywhere(
-                services.stop.name is not None, services.saver.due_by_time()
-            )
+            heard, due_here = services.stop.name is not None, services.saver.due_by_time()
+            told = self._agreement.gathered(heard, due_here, self._fed_seconds)
+            stopped, due = told[:, :2].any(axis=0).tolist()
+            self._hosts.add(told[:, 2])
             stopped = stopped or not self.intervals.evaluate(self.state, self.progress)
             if not stopped:
                 self.intervals.sample(self.state, self.progress)
@@ -137,8 +139,10 @@ class Trainer:
 
     def _step(self, batches) -> dict[str, Any] | None:
         """One update; returns the metrics line if one is due."""
+        began = time.monotonic()
         with self.services.goodput.cause("data_wait"):
             batch = sharding.put_batch(next(batches), self.run.mesh)
+        self._fed_seconds = time.monotonic() - began
         self.intervals.layer_norms(self.state, batch, self.progress.step + 1)
         self.state, metrics = self._programs.step(self.state, batch)
         self.progress.move(self.run, 1)
@@ -151,6 +155,7 @@ class Trainer:
             means = self.losses.take()  # waits for the devices: the time until here is the step's
             line = {"step": self.progress.step, "time": time.time()}
             line |= means | self._meter.line(scalars, self.progress)
+            line |= self._hosts.line(self.progress.step, line["step_seconds"])
             self.services.log.write(line)
             self._faults.check(self.losses, self.progress.step)
         self._faults.compare_replicas(self.state, self.progress.step)

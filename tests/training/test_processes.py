@@ -78,6 +78,8 @@ def test_several_processes_give_the_losses_of_one_and_fewer_go_on_from_their_che
     for index, (code, out, err) in enumerate(run(count, path, tmp_path / "run")):
         assert code == 0, err
         assert ("finished step 6" in out) == (index == 0)  # process 0 speaks for all
+    slowest = [x["step_seconds/slowest_host"] for x in metrics(tmp_path / "run") if "loss" in x]
+    assert len(slowest) == 6 and set(slowest) <= set(range(count))
     path = config_file(tmp_path, data)
     ends = run(count // 2, path, tmp_path / "run")
     assert [code for code, *_ in ends] == [0] * (count // 2), ends[0][2] + ends[-1][2]
