@@ -38,23 +38,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from inputs import fields
 from rich.console import Console
 from rich.table import Table
 from train_step import ADAMW, MODEL
 
-from stablelm_jax.checkpoint.checksum import checksums, flatten
+from stablelm_jax.checkpoint.checksum import checksums
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import read_arrays, read_run
 from stablelm_jax.checkpoint.saving import Saver
 from stablelm_jax.checkpoint.store import CheckpointStore
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import parameter_table
-from stablelm_jax.optimizer.adamw import adamw, decay_mask
+from stablelm_jax.model.parameters import flatten, parameter_table
+from stablelm_jax.optimizer.kinds import adamw
+from stablelm_jax.optimizer.parts import decay_mask
 from stablelm_jax.parallel.mesh import make_mesh
-from stablelm_jax.training.state import abstract_state, init_state
+from stablelm_jax.training.state import abstract_state, init_state, stored_arrays
 
 TINY = dataclasses.replace(
     MODEL, vocab_size=512, num_layers=2, width=64, num_heads=1, num_kv_heads=1
@@ -145,11 +145,9 @@ def train_state(model: ModelConfig) -> Arrays:
     optimizer = adamw(lambda _: jnp.float32(0), decay_mask(parameter_table(model)), **ADAMW)
     abstract = abstract_state(model, optimizer, mesh, zero1=True)
     state = init_state(model, optimizer, abstract, seed=0)
-    get = optax.tree_utils.tree_get
-    m, v = _moments(get(state.opt_state, "mu"))
-    count, skipped = get(state.opt_state, "count"), state.updates_skipped
-    optimizer_item = {"m": m, "v": v, "count": count, "updates_skipped": skipped}
-    arrays = {"params": state.params, "optimizer": optimizer_item}
+    m, v = _moments(state.opt_state["m"])
+    arrays = stored_arrays(state)
+    arrays["optimizer"] |= {"m": m, "v": v}
     return jax.block_until_ready(arrays)
 
 

@@ -29,7 +29,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.saving import write_checkpoint
 from stablelm_jax.interop import from_hf, gguf_export, gguf_reference, hf_reference, to_hf
@@ -37,7 +36,7 @@ from stablelm_jax.interop.gguf_export import FILE_TYPES
 from stablelm_jax.interop.safetensors_files import DTYPES
 from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.parameters import nest, parameter_table
+from stablelm_jax.model.parameters import flatten, nest, parameter_table
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.tokenizer.tokenizer import load_tokenizer
 from stablelm_jax.tokenizer.train_tokenizer import train

@@ -45,7 +45,8 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.model.parameters import count_parameters, parameter_table
-from stablelm_jax.optimizer.adamw import adamw, decay_mask
+from stablelm_jax.optimizer.kinds import adamw
+from stablelm_jax.optimizer.parts import decay_mask
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh

@@ -21,13 +21,13 @@ PACKAGE = ROOT / "stablelm_jax"
 CORE = {
     "training": 3344,
     "run": 1664,
-    "checkpoint": 962,
-    "config": 1034,
+    "checkpoint": 958,
+    "config": 1065,
     "data": 1781,
     "tokenizer": 990,
-    "parallel": 770,
-    "optimizer": 320,
-    "model": 914,
+    "parallel": 804,
+    "optimizer": 523,
+    "model": 920,
     "kernels": 1500,
     "storage": 289,
 }
@@ -38,11 +38,11 @@ SHELL = {
     "evaluation": 1522,
     "interop": 1860,
     "planning": 1442,
-    "reporting": 2717,
+    "reporting": 2718,
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12004, 31_424
+CORE_WITHOUT_KERNELS, EVERYTHING = 12338, 31_759
 
 
 def files_of(room):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stablelm_jax.model.parameters import flatten
+
 _PART = 2**22  # elements
 
 
@@ -30,12 +32,6 @@ def host_checksum(x: np.ndarray) -> int:
     starts = range(0, flat.size, _PART)
     parts = (_checksum(flat[start : start + _PART], np.uint32(start % 2**32)) for start in starts)
     return sum(map(int, parts)) % 2**32
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """{'a/b': leaf} of a nested dict."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def leaf_checksum(x: jax.Array, start: Any = 0) -> jax.Array:

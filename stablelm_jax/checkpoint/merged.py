@@ -14,11 +14,10 @@ import numpy as np
 from etils import epath
 
 from stablelm_jax.checkpoint import reading
-from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.names import checkpoint_path, find_checkpoint
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import A, B, Lora
-from stablelm_jax.model.parameters import nest, parameter_table
+from stablelm_jax.model.parameters import flatten, nest, parameter_table
 
 
 def read_weights(path: epath.PathLike, run: Mapping[str, Any], abstract: Any) -> Any:

@@ -1,9 +1,10 @@
 """When a run saves, and what becomes of a save that fails: the run goes on, loudly.
 
 A checkpoint `global_step<N>` has three items: `params` (float32, a plain nested dict under the
-names of the parameter table; of LoRA the adapters alone), `optimizer` (`m` and `v` under the same
-names, and `count`) and `run` (JSON: all else that is needed to go on, to evaluate or to convert).
-Nothing in it depends on classes of flax or optax, on the mesh or on the number of hosts.
+names of the parameter table; of LoRA the adapters alone), `optimizer` (its state under the same
+names: AdamW's `m`, `v` and `count`) and `run` (JSON: all else that is needed to go on, to evaluate
+or to convert). Nothing in it depends on classes of flax or optax, on the mesh or on the number of
+hosts.
 """
 
 from __future__ import annotations

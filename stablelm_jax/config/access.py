@@ -29,13 +29,14 @@ ROUNDING = (
 # another such, by its hash.
 IDENTITY = (
     *("model", "lora", "seed", "data.sequence_length", "data.loss_on_first_token"),
-    *("data.packing", "data.loss_on"),
+    *("data.packing", "data.loss_on", "optimizer.kind"),
 )
 # What people type who know other software, by our field.
 _ELSEWHERE = {
     "schedule.peak": "lr learning_rate max_lr peak_lr",
     "schedule.minimum": "min_lr lr_min lr_end learning_rate_min min_learning_rate",
     "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps warmup_ratio warmup_fraction",
+    "optimizer.kind": "optimizer optim optimizer_name optimizer_type",
     "optimizer.b2": "beta2 adam_beta2",
     "optimizer.clip_norm": "clip grad_clip gradient_clipping gradient_clip_val max_grad_norm",
     "training.num_steps": "steps max_steps num_train_steps max_iters train_iters iterations epochs",

@@ -15,7 +15,7 @@ from stablelm_jax.config.derived import (
     profiled_steps,
     transition_step,
 )
-from stablelm_jax.config.tree import FIELDS, default_config, flatten
+from stablelm_jax.config.tree import FIELDS, OPTIMIZERS, default_config, flatten
 
 ARCADE100K_IDS = 100_289  # ids in use, without the padding rows
 
@@ -33,6 +33,7 @@ def validate(config: ConfigDict, *, data: bool = True) -> None:
     _cooldown(config)
     _mesh(config)
     _objective(config)
+    _optimizer(config)
     _lora(config)
     _intervals(config)
     _ignored_options(config)
@@ -181,6 +182,16 @@ def _objective(config: ConfigDict) -> None:
         refuse(config, "data.loss_on", f"{why}: leave it at 'answers'")
 
 
+def _optimizer(config: ConfigDict) -> None:
+    if config.optimizer.kind == "ademamix" and config.optimizer.ademamix_warmup_steps is None:
+        why = "config.optimizer.kind=ademamix needs it, and the paper's is the whole run"
+        refuse(
+            config,
+            "optimizer.ademamix_warmup_steps",
+            f"{why}; set it to config.training.num_steps={config.training.num_steps}, or to 0",
+        )
+
+
 def _lora(config: ConfigDict) -> None:
     lora = config.lora
     if not lora.rank:
@@ -228,6 +239,13 @@ def _ignored_options(config: ConfigDict) -> None:
     if kind not in ("hybrid", "cosine"):
         keys = (f"schedule.{name}" for name in ("minimum", "total_steps", "shift_warmup"))
         ignored |= dict.fromkeys(keys, "config.schedule.kind=hybrid or cosine")
+    for name in config.optimizer:
+        owner = name.split("_")[0]  # of 'muon_steps', 'lion_b1', ...
+        if owner in OPTIMIZERS and owner != config.optimizer.kind:
+            ignored[f"optimizer.{name}"] = f"config.optimizer.kind={owner}"
+    if config.optimizer.kind == "lion":
+        keys = (f"optimizer.{name}" for name in ("b1", "b2", "epsilon"))
+        ignored |= dict.fromkeys(keys, "an optimizer.kind other than lion")
     if config.schedule.cooldown_start is None:
         names = ("steps", "kind", "learning_rate", "end")
         keys = (f"schedule.cooldown_{name}" for name in names)

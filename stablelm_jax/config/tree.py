@@ -72,6 +72,8 @@ def _model_fields() -> dict[str, Field]:
     }
 
 
+OPTIMIZERS = ("adamw", "muon", "lion", "ademamix", "schedule_free_adamw")
+
 TREE = {
     "name": Field("run"),  # shown in logs and by the writers
     "seed": Field(1234, least=0, most=2**32 - 1),  # of the initial weights and the data order
@@ -97,10 +99,20 @@ TREE = {
         "loss_on": Field("answers", choices=("answers", "all")),  # tokens of a conversation
         "prefetch_batches": Field(2, least=0),  # batches made ahead by a thread; 0: none
     },
-    "optimizer": {  # AdamW
-        "b1": Field(0.9, least=0, below=1),
+    "optimizer": {  # b1, b2 and epsilon are Adam's; 'lion' has its own
+        "kind": Field("adamw", choices=OPTIMIZERS),
+        "b1": Field(0.9, least=0, below=1),  # 'schedule_free_adamw': the share of the average
         "b2": Field(0.95, least=0, below=1),
         "epsilon": Field(1e-8, above=0),
+        "muon_momentum": Field(0.95, least=0, below=1),
+        "muon_steps": Field(5, least=1),  # of the Newton-Schulz iteration
+        # 'moonlight': updates as large as AdamW's, for learning rates like AdamW's.
+        "muon_scale": Field("moonlight", choices=("moonlight", "jordan")),
+        "lion_b1": Field(0.9, least=0, below=1),  # of the update
+        "lion_b2": Field(0.99, least=0, below=1),  # of the momentum
+        "ademamix_b3": Field(0.9999, above=0, below=1),  # of the slow average
+        "ademamix_alpha": Field(5.0, least=0),  # its weight beside the fast one
+        "ademamix_warmup_steps": Field(int, optional=True, least=0),  # in which both rise
         "weight_decay": Field(0.1, least=0),  # decoupled; not on norms and biases
         "clip_norm": Field(1.0, above=0),  # global norm of the gradient
     },

@@ -128,6 +128,12 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def flatten(tree: Any) -> dict[str, Any]:
+    """The inverse of `nest`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
 def count_parameters(config: ModelConfig) -> int:
     return sum(spec.count for spec in parameter_table(config))
 

@@ -1,1 +1,1 @@
-"""How weights change: the learning rate of each step, and AdamW."""
+"""How weights change: the learning rate of each step, and the optimizer."""

@@ -192,7 +192,8 @@ def _shares(
 
     @jax.jit
     def measure(state, rows):
-        gradients, sums = gradient(state.params, rows, state.frozen)
+        weights = run.optimizer.gradient_at(state.params, state.opt_state)
+        gradients, sums = gradient(weights, rows, state.frozen)
         return optax.tree.norm(gradients), sums
 
     rows = range(run.first_row(step), run.first_row(step + 1))

@@ -318,7 +318,7 @@ def _restore(run: Run, path: Any, saved: Mapping[str, Any]) -> tuple[TrainState,
     guard = {name: jnp.float32(saved.get("guard", {}).get(name, 0.0)) for name in new_guard()}
     step, guard = jax.device_put((jnp.int32(saved["step"]), guard), sharding.replicated(run.mesh))
     progress = Progress.of_checkpoint(saved)
-    state = states.from_arrays(run.abstract, arrays, step, guard)
+    state = states.from_arrays(arrays, step, guard)
     if run.lora:
         state = dataclasses.replace(state, frozen=_under_adapters(run, path, saved, progress))
     return state, progress

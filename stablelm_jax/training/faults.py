@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from stablelm_jax.checkpoint.checksum import flatten, leaf_checksum
+from stablelm_jax.checkpoint.checksum import leaf_checksum
 from stablelm_jax.checkpoint.names import checkpoint_name
+from stablelm_jax.model.parameters import flatten
 from stablelm_jax.run.events import Events
 from stablelm_jax.training.ending import Stopped
 from stablelm_jax.training.metrics import LossSums, Skipped

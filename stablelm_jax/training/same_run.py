@@ -96,7 +96,8 @@ def _check_ids(parent: epath.PathLike, saved: Mapping[str, Any], own: Tokenizer)
 def _as_fields(item: Mapping[str, Any]) -> dict[str, Any]:
     """What an item `run` is of, by field of the config; one that it lacks is newer: the default."""
     found = {key: field.default for key, field in FIELDS.items() if within(key, IDENTITY)}
-    for group, part in (("model", "model_config"), ("data", "row_order"), ("lora", "lora")):
+    parts = {"model": "model_config", "data": "row_order", "lora": "lora", "optimizer": "optimizer"}
+    for group, part in parts.items():
         found |= {f"{group}.{name}": value for name, value in item.get(part, {}).items()}
     for name in ("data.stages", "lora.parent", "lora.parent_hash"):  # compared otherwise
         found.pop(name, None)

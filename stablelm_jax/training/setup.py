@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -34,7 +33,8 @@ from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.parameters import ParameterSpec, parameter_table
-from stablelm_jax.optimizer.adamw import adamw, decay_mask
+from stablelm_jax.optimizer.kinds import make_optimizer
+from stablelm_jax.optimizer.parts import Optimizer
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.parallel.mesh import make_mesh
@@ -63,7 +63,7 @@ class Run:
     spec: BatchSpec
     packed: PackedSources | None  # None where rows are concatenated
     left_out: Mapping[str, LeftOut]  # by `data.skip`
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     compute: Compute
     abstract: TrainState
     lora: Lora | None = None
@@ -128,6 +128,7 @@ class Run:
         lora = {"lora": self.lora.to_json()} if self.lora else {}
         return lora | {
             "model_config": dataclasses.asdict(self.model),
+            "optimizer": {"kind": self.config.optimizer.kind},
             "tokenizer_sha256": self.tokenizer.sha256,
             "data_hash": data_hash(self.manifests),
             "source_hashes": {name: data_hash({name: m}) for name, m in self.manifests.items()},
@@ -269,13 +270,16 @@ def trained_table(config: ConfigDict) -> tuple[ParameterSpec, ...]:
     return lora.table(model) if lora else parameter_table(model)
 
 
-def optimizer_and_state(
-    config: ConfigDict, mesh: Mesh
-) -> tuple[optax.GradientTransformation, TrainState]:
+def optimizer_and_state(config: ConfigDict, mesh: Mesh) -> tuple[Optimizer, TrainState]:
     """The optimizer of a run of `config`, and its state as `abstract_state` gives it."""
     model, parallel, lora = config_lib.model_config(config), config.parallel, lora_of(config)
-    schedule = make_schedule(config.schedule)
-    optimizer = adamw(schedule, decay_mask(trained_table(config)), **config.optimizer)
+    table = trained_table(config)
+    optimizer = make_optimizer(
+        config.optimizer,
+        make_schedule(config.schedule),
+        table,
+        on_whole_layers=sharding.layers_apart(table, mesh, parallel.zero1),
+    )
     frozen = lora and abstract_frozen(model, mesh, compute_of(config).dtype, parallel.fsdp)
     return optimizer, abstract_state(model, optimizer, mesh, parallel.zero1, lora, frozen)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.parameters import nest, parameter_table
 from stablelm_jax.model.transformer import init_params
+from stablelm_jax.optimizer.parts import Optimizer
 from stablelm_jax.parallel import sharding
 from stablelm_jax.training.update_guard import new_guard
 
@@ -27,7 +27,7 @@ class TrainState:
     updates_skipped: jax.Array  # int32 scalar, updates that the update guard left out
     # Float32: all weights under the names of the parameter table, or adapters (model/lora.py).
     params: Any
-    opt_state: Any  # of optax; its moments have the shapes and shardings of `params`
+    opt_state: dict[str, Any]  # `Optimizer`'s; its trees have the shapes and shardings of `params`
     guard: Any  # of the update guard, as `new_guard` makes it
     # Under adapters the weights that they are added to, in the compute type.
     frozen: Any = dataclasses.field(default_factory=dict)
@@ -40,7 +40,7 @@ class TrainState:
 
 def abstract_state(
     model: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     zero1: bool,
     lora: Lora | None = None,
@@ -59,19 +59,23 @@ def abstract_state(
         step=everywhere,
         updates_skipped=everywhere,
         params=masters,
-        opt_state=optax.tree_map_params(
-            optimizer,
-            lambda _, place: place,
-            shapes.opt_state,
-            masters,
-            transform_non_params=lambda _: everywhere,
-        ),
+        opt_state={
+            name: _placed_as(masters, part) if isinstance(part, dict) else everywhere
+            for name, part in shapes.opt_state.items()
+        },
         guard=jax.tree.map(lambda _: everywhere, shapes.guard),
     )
     abstract = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, placed
     )
     return dataclasses.replace(abstract, frozen=frozen or {})
+
+
+def _placed_as(places: Any, part: Any) -> Any:
+    """The places of a tree that has some of the branches that `places` has."""
+    if not isinstance(part, dict):
+        return places
+    return {name: _placed_as(places[name], branch) for name, branch in part.items()}
 
 
 def abstract_frozen(model: ModelConfig, mesh: Mesh, dtype: Any, fsdp: bool) -> Any:
@@ -91,7 +95,7 @@ def shardings_of(abstract: Any) -> Any:
 
 def init_state(
     model: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     abstract: TrainState,
     seed: int,
     lora: Lora | None = None,
@@ -109,9 +113,7 @@ def init_state(
     return dataclasses.replace(make(jax.random.key(seed)), frozen=frozen or {})
 
 
-def state_of_weights(
-    optimizer: optax.GradientTransformation, abstract: TrainState, params: Any
-) -> TrainState:
+def state_of_weights(optimizer: Optimizer, abstract: TrainState, params: Any) -> TrainState:
     """The state of a run that begins with these weights, placed as `abstract` says."""
     others = dataclasses.replace(abstract, params=None)
     make = jax.jit(
@@ -121,7 +123,7 @@ def state_of_weights(
     return dataclasses.replace(make(params), params=params)
 
 
-def _new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+def _new_state(optimizer: Optimizer, params: Any) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -135,24 +137,14 @@ def _new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainSta
 def stored_arrays(state: TrainState) -> dict[str, Any]:
     """The items `params` and `optimizer` of a checkpoint of `state`, which may be abstract.
 
-    Plain trees: Adam's `mu` and `nu` are stored as `m` and `v` under the parameters' names.
+    Plain trees: Adam's moments are `m` and `v` under the parameters' names.
     """
-    get = optax.tree_utils.tree_get
-    optimizer = {
-        "m": get(state.opt_state, "mu"),
-        "v": get(state.opt_state, "nu"),
-        "count": get(state.opt_state, "count"),
-        "updates_skipped": state.updates_skipped,
-    }
+    optimizer = state.opt_state | {"updates_skipped": state.updates_skipped}
     return {"params": state.params, "optimizer": optimizer}
 
 
-def from_arrays(
-    abstract: TrainState, arrays: dict[str, Any], step: jax.Array, guard: dict[str, jax.Array]
-) -> TrainState:
+def from_arrays(arrays: dict[str, Any], step: jax.Array, guard: dict[str, jax.Array]) -> TrainState:
     """The state whose `stored_arrays` these are; what is frozen is not among them."""
-    saved = arrays["optimizer"]
-    opt_state = optax.tree_utils.tree_set(
-        abstract.opt_state, mu=saved["m"], nu=saved["v"], count=saved["count"]
-    )
-    return TrainState(step, saved["updates_skipped"], arrays["params"], opt_state, guard)
+    opt_state = dict(arrays["optimizer"])
+    skipped = opt_state.pop("updates_skipped")
+    return TrainState(step, skipped, arrays["params"], opt_state, guard)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.loss import Batch
+from stablelm_jax.optimizer.parts import Optimizer
 from stablelm_jax.parallel import sharding
 from stablelm_jax.training import update_guard
 from stablelm_jax.training.gradient import make_gradient_function
@@ -23,7 +24,7 @@ StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Arr
 
 def make_train_step(
     model: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: optax.Schedule,
     mesh: Mesh,
     abstract: TrainState,
@@ -44,7 +45,8 @@ def make_train_step(
     gradient = make_gradient_function(model, mesh, objective=objective, **gradient_options)
 
     def train_step(state: TrainState, batch: Batch):
-        gradients, sums = gradient(state.params, batch, state.frozen)
+        weights = optimizer.gradient_at(state.params, state.opt_state)
+        gradients, sums = gradient(weights, batch, state.frozen)
         grad_norm = optax.tree.norm(gradients)
         loss = mean_loss(objective, sums)
         skipped, guard_after = update_guard.decide(state.guard, loss, grad_norm, guard)
@@ -53,7 +55,7 @@ def make_train_step(
             **sums,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(new.params),
-            "learning_rate": schedule(optax.tree_utils.tree_get(state.opt_state, "count")),
+            "learning_rate": schedule(state.opt_state["count"]),
             "skipped": skipped,
             "updates_skipped": new.updates_skipped,
         }
@@ -66,7 +68,7 @@ def make_train_step(
 
 
 def _update(
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     gradients: Any,
     guard_after: Mapping[str, jax.Array],

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny import bare_config, events, losses, train
 
-from stablelm_jax.checkpoint.checksum import checksums, flatten
+from stablelm_jax.checkpoint.checksum import checksums
 from stablelm_jax.checkpoint.reading import CheckpointError, read_arrays, read_run
 from stablelm_jax.checkpoint.saving import write_checkpoint
+from stablelm_jax.model.parameters import flatten
 from stablelm_jax.training.begin import ResumeOptions
 from stablelm_jax.training.run import run_training
 

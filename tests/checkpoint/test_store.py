@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stablelm_jax.checkpoint import store as store_module
-from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.checkpoint.reading import (
     CheckpointError,
     DamagedCheckpoint,
@@ -21,6 +20,7 @@ from stablelm_jax.checkpoint.reading import (
 )
 from stablelm_jax.checkpoint.saving import write_checkpoint
 from stablelm_jax.checkpoint.store import CheckpointStore
+from stablelm_jax.model.parameters import flatten
 from stablelm_jax.parallel.mesh import make_mesh
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from stablelm_jax import config as config_lib
+from stablelm_jax.config.tree import OPTIMIZERS
 from stablelm_jax.kernels import attention, cross_entropy
 
 
@@ -212,6 +213,23 @@ def test_a_cosine_run_may_not_outlast_its_schedule():
     message = refusal(small(schedule__kind="cosine", schedule__total_steps=299))
     assert "training.num_steps=300" in message
     assert "total_steps=300" in message
+
+
+def test_a_field_of_another_optimizer_is_refused_and_ademamix_asks_for_its_warmup():
+    for kind in OPTIMIZERS:
+        fields = {"muon_steps": 6, "lion_b1": 0.5, "ademamix_alpha": 2.0, "b2": 0.5}
+        warmup = {"optimizer__ademamix_warmup_steps": 300} if kind == "ademamix" else {}
+        for name, value in fields.items():
+            config = small(optimizer__kind=kind, **warmup, **{f"optimizer__{name}": value})
+            if name.startswith(kind) or (name == "b2" and kind != "lion"):
+                config_lib.validate(config)
+                continue
+            message = refusal(config)
+            assert f"config.optimizer.{name}={value}: does nothing without" in message
+            assert name == "b2" or f"optimizer.kind={name.split('_')[0]};" in message
+    message = refusal(small(optimizer__kind="ademamix"))
+    assert "ademamix_warmup_steps=not set" in message and "num_steps=300" in message
+    assert "optimizer.kind" in refusal(small(optimizer__kind="adam"))
 
 
 @pytest.mark.parametrize("kind", ["constant", "wsd", "inverse_sqrt"])

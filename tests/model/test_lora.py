@@ -5,10 +5,9 @@ import pytest
 from seeds import new_rng
 from small_models import KINDS, random_params
 
-from stablelm_jax.checkpoint.checksum import flatten
 from stablelm_jax.interop.verify import our_logits
 from stablelm_jax.model.lora import Lora, target_names
-from stablelm_jax.model.parameters import nest
+from stablelm_jax.model.parameters import flatten, nest
 
 ALL = ("query", "key", "value", "out", "gate", "up", "down")
 
