@@ -1,9 +1,11 @@
 """`report A B ...`: runs compared, each with the first, with intervals.
 
     python -m stablelm_jax.report runs/a runs/b
+    python -m stablelm_jax.report --fit runs/ladder/*
 
 A difference is the other run's loss minus the first one's: below 0 the other is better. Losses of
 training pair step by step where both read the same rows, held-out losses document by document.
+`--fit` takes finished runs of several sizes and foretells the 1.6B (configs/ladder.py).
 """
 
 from __future__ import annotations
@@ -26,13 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", metavar="DIR", nargs="+", help="run folders")
     parser.add_argument("--last", type=_steps, metavar="STEPS", help="of training; else a fifth")
     parser.add_argument("--json", metavar="FILE", help="gets the comparisons")
+    parser.add_argument("--fit", action="store_true", help="the scaling law of finished runs")
     given = parser.parse_args(argv)
     if len(given.folders) < 2:
-        parser.error("name two run folders or more to compare them")
+        parser.error("name two run folders or more")
+    if given.fit and given.last:
+        parser.error("--last: has no effect with --fit, which takes the ends of runs")
     from stablelm_jax.reporting.comparison import show_comparisons
+    from stablelm_jax.reporting.foretelling import show_fit
 
     try:
-        show_comparisons(given.folders, given.last, given.json)
+        if given.fit:
+            show_fit(given.folders, given.json)
+        else:
+            show_comparisons(given.folders, given.last, given.json)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -38,11 +38,11 @@ SHELL = {
     "evaluation": 1522,
     "interop": 1860,
     "planning": 1442,
-    "reporting": 2718,
+    "reporting": 2988,
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12338, 31_759
+CORE_WITHOUT_KERNELS, EVERYTHING = 12338, 32_038
 
 
 def files_of(room):
