@@ -25,6 +25,7 @@ NOT_IMPORTED = {
     "accelerate",
     "fasteners",
     "hatchling",
+    "ipykernel",
     "mkdocs-material",
     "nvidia-cuda-nvcc",
     "nvidia-nvvm",

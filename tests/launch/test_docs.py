@@ -1,5 +1,6 @@
 """The site of docs/: it builds, all its links lead somewhere, and it needs no other server."""
 
+import html
 import re
 import subprocess
 import sys
@@ -128,3 +129,20 @@ def test_the_page_of_commands_has_every_verb_and_names_no_folder_of_this_machine
     for verb in [*VERBS, "convert-to-gguf"]:
         assert f'<h{3 if "-" in verb else 2} id="{verb}">' in text
     assert str(ROOT) not in text and "accept-config-change" in text
+
+
+def test_every_command_in_the_pages_has_only_flags_that_its_verb_knows(site):
+    page = (site / "commands/index.html").read_text(encoding="utf-8")
+    text = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r'<h2 id="(\w+)">', r"\n## \1 ", page)))
+    known = {
+        section.split()[0]: set(re.findall(r"--(?:\[no\])?([\w-]+)", section))
+        for section in text.split("\n## ")[1:]
+    }
+    assert known.keys() == set(VERBS)
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md"]
+    for page in [ROOT / "README.md", *pages]:
+        lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        for line in lines:
+            for verb, rest in re.findall(r"-m stablelm_jax\.(\w+)([^|;&#`]*)", line):
+                flags = set(re.findall(r"(?<= )--([\w-]+)(?![\w.-])", rest))
+                assert flags - {"config"} <= known[verb], f"{page.name}: {line}"
