@@ -19,8 +19,8 @@ PACKAGE = ROOT / "stablelm_jax"
 # reporting 700. They may shrink to it and never grow.
 # The core, from the top floor down:
 CORE = {
-    "training": 3344,
-    "run": 1664,
+    "training": 3331,
+    "run": 1656,
     "checkpoint": 958,
     "config": 1065,
     "data": 1781,
@@ -42,7 +42,7 @@ SHELL = {
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12338, 32_038
+CORE_WITHOUT_KERNELS, EVERYTHING = 12317, 32_017
 
 
 def files_of(room):

@@ -48,9 +48,9 @@ class Goodput:
         self._cause, self._since = "start", time.monotonic() - age
         self._began = time.time() - age
         self._last: Record = {}  # what the former starts have left
-        self._former: Record = {}  # the same, without what is done again
-        self._place: Path | None = None
-        self._file, self._kept_at = self._place, self._since
+        self._former: Record = {}  # the same, but for what is done again
+        self._file: Path | None = None
+        self._has_begun, self._kept_at = False, self._since
 
     @contextlib.contextmanager
     def cause(self, name: str) -> Iterator[None]:
@@ -109,19 +109,18 @@ class Goodput:
 
         A new file is written once `go_on` was called: a run that cannot begin leaves none.
         """
-        if file is None:
-            yield
-            return
+        self._file = file
+        # One that is missing, or that a loss of power has left empty, says nothing.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             found = json.loads(file.read_text(encoding="utf-8"))
             seconds = {cause: float(value) for cause, value in found["seconds"].items()}
             self._last = self._former = {"time": float(found["time"]), "seconds": seconds}
-        self._place, self._file = file, file if self._last else None
+            self._has_begun = True
         try:
             yield
         finally:
             self.keep()
-            self._file = self._place = None
+            self._file = None
 
     def go_on(self, saved: Record) -> None:
         """From a checkpoint with this record, {} without one: what came after is done again.
@@ -135,19 +134,18 @@ class Goodput:
             lost = max(0.0, seconds[cause] - then.get(cause, 0.0))
             seconds[cause] -= lost
             seconds["redone"] += lost
-        self._former = {**last, "seconds": seconds}
-        self._file = self._place
+        self._former, self._has_begun = {**last, "seconds": seconds}, True
         self.keep()
 
     def keep(self) -> None:
         """A sign of life. A disk that refuses it ends no run."""
-        if self._file is None:
+        if self._file is None or not self._has_begun:
             return
         self._kept_at = time.monotonic()
         with contextlib.suppress(OSError):
             aside = self._file.with_name(self._file.name + PARTIAL)
             aside.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")
-            aside.replace(self._file)  # a loss of power may take it: no need to wait for the disk
+            aside.replace(self._file)  # without waiting for the disk: a loss of power may take it
 
 
 def process_age() -> float:

@@ -38,7 +38,6 @@ class Services:
     """The services of one start of a run; each file names the one it is about."""
 
     stop: StopRequest
-    goodput: Goodput
     console: Console
     cache: CompilationCache
     folder: RunFolder
@@ -48,6 +47,11 @@ class Services:
     log: RunLog
     profiler: Profiler
     watchdog: Watchdog
+
+    @property
+    def goodput(self) -> Goodput:
+        """Where the seconds go; `stop` knows the phases."""
+        return self.stop.goodput
 
 
 @contextlib.contextmanager
@@ -98,17 +102,7 @@ def start_services(config: ConfigDict, workdir: str, stop: StopRequest) -> Itera
         watchdog = watchdog_of(config.training.hang_seconds, stop, folder, events)
         stack.callback(watchdog.stop)
         services = Services(
-            stop,
-            stop.goodput,
-            console,
-            cache,
-            folder,
-            events,
-            store,
-            saver,
-            log,
-            profiler,
-            watchdog,
+            stop, console, cache, folder, events, store, saver, log, profiler, watchdog
         )
         # What a process that leaves at once says, and where it says so.
         stop.whole = functools.partial(newest_finished, folder.checkpoints)

@@ -18,7 +18,6 @@ from stablelm_jax.run.services import Services
 from stablelm_jax.storage.remote import described
 from stablelm_jax.training.begin import Progress
 from stablelm_jax.training.held_out import HeldOutError, evaluate_held_out
-from stablelm_jax.training.layer_norms import norms_line
 from stablelm_jax.training.programs import Programs
 from stablelm_jax.training.setup import Run
 from stablelm_jax.training.state import TrainState
@@ -126,7 +125,8 @@ class Intervals:
             return
         jax.block_until_ready(state)
         with self._services.goodput.cause("evaluation"):
-            line = norms_line(self._programs.layer_norms(state, batch))
+            found = jax.device_get(self._programs.layer_norms(state, batch))
+        line = {key: value.item() for key, value in found.items()}
         self._services.log.write({"step": step, "time": time.time(), **line})
 
     def left(self) -> bool:

@@ -6,7 +6,7 @@ width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from stablelm_jax.training.gradient import make_gradient_function
 from stablelm_jax.training.objectives import Objective
 from stablelm_jax.training.state import TrainState
 
-Norms = dict[str, dict[str, jax.Array]]
+LayerNorms = Callable[[TrainState, Batch], dict[str, jax.Array]]
 
 
 def make_layer_norms(
@@ -38,12 +38,12 @@ def make_layer_norms(
     compute: Compute,
     lora: Lora | None = None,
     **gradient_options: Any,
-) -> Callable[[TrainState, Batch], Norms]:
-    """Jitted f(state, batch) -> float32 norms over the whole batch, which every device holds whole.
+) -> LayerNorms:
+    """Jitted f(state, batch) -> metrics of the whole batch, float32 scalars on every device.
 
-    "grad_norm": by group of parameters the norm of the gradient before clipping, [L] for 'layers';
-    their squares add up to that of the step. "activation_norm": 'layers', [L], the root mean square
-    of the residual stream after each layer, over all B x T x D.
+    "grad_norm/layer<i>", i from 0, and "grad_norm/embed", "final_norm", "head": norms of these
+    parts of the gradient, before clipping. "activation_norm/layer<i>": the root mean square of the
+    residual stream after a layer, over all B x T x D.
     """
     options = dict(objective=objective, accumulation=accumulation, compute=compute, lora=lora)
     gradient = make_gradient_function(model, mesh, **options, **gradient_options)
@@ -60,34 +60,18 @@ def make_layer_norms(
 
     mean_squares = sharding.map_rows(local_mean_squares, mesh, out_specs=PartitionSpec())
 
-    def layer_norms(state: TrainState, batch: Batch) -> Norms:
+    def layer_norms(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         gradients, _ = gradient(state.params, batch, state.frozen)
         weights = lora.join(state.frozen, state.params) if lora else state.params
         squares_L = mean_squares(sharding.gathered(weights, compute.dtype, places), batch)
-        return {
-            "grad_norm": {
-                group: jax.vmap(optax.tree.norm)(part)
-                if group == "layers"
-                else optax.tree.norm(part)
-                for group, part in gradients.items()
-            },
-            "activation_norm": {"layers": jnp.sqrt(squares_L)},
-        }
+        norms_L = jax.vmap(optax.tree.norm)(gradients.pop("layers"))
+        found = {f"grad_norm/{group}": optax.tree.norm(part) for group, part in gradients.items()}
+        for i, (norm, square) in enumerate(zip(norms_L, squares_L)):
+            found |= {f"grad_norm/layer{i}": norm, f"activation_norm/layer{i}": jnp.sqrt(square)}
+        return found
 
     return jax.jit(layer_norms, out_shardings=sharding.replicated(mesh))
 
 
 def _mean_square(x_BTD: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))
-
-
-def norms_line(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The norms as metrics: "grad_norm/layer<i>", i from 0, "grad_norm/embed" and so on."""
-    line = {}
-    for kind, groups in jax.device_get(norms).items():
-        for group, values in groups.items():
-            if group == "layers":
-                line |= {f"{kind}/layer{i}": float(v) for i, v in enumerate(values)}
-            else:
-                line[f"{kind}/{group}"] = float(values)
-    return line

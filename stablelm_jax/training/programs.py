@@ -16,12 +16,11 @@ from rich.console import Console
 from stablelm_jax import config as config_lib
 from stablelm_jax.kernels.attention import choose
 from stablelm_jax.kernels.check import check_attention
-from stablelm_jax.model.loss import Batch
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.compilation import CompilationCache
 from stablelm_jax.training.held_out import EvalStep
-from stablelm_jax.training.layer_norms import Norms, make_layer_norms
+from stablelm_jax.training.layer_norms import LayerNorms, make_layer_norms
 from stablelm_jax.training.objectives import make_objective
 from stablelm_jax.training.setup import Run, compute_of, lora_of, optimizer_and_state
 from stablelm_jax.training.state import TrainState, shardings_of
@@ -40,7 +39,7 @@ class Programs:
     weights: Callable[[TrainState], Any]
     eval_step: EvalStep | None  # of the weights that `Run.joined` gives
     samples: Callable[[Any], dict[str, str]] | None  # f(weights) -> {prompt: continuation}
-    layer_norms: Callable[[TrainState, Batch], Norms] | None
+    layer_norms: LayerNorms | None
 
 
 def compile_programs(
@@ -103,11 +102,15 @@ def compile_eval_step(run: Run) -> EvalStep:
     return run.eval_step.lower(run.joined(run.abstract), batch).compile()
 
 
-def compile_layer_norms(run: Run) -> Callable[[TrainState, Batch], Norms]:
+def compile_layer_norms(run: Run) -> LayerNorms:
     """The norms by layer, compiled ahead for this run's shapes."""
-    accumulation, options = run.config.training.accumulation, gradient_options(run.config)
-    named = dict(objective=run.objective, accumulation=accumulation, **options)
-    layer_norms = make_layer_norms(run.model, run.mesh, **named)
+    layer_norms = make_layer_norms(
+        run.model,
+        run.mesh,
+        objective=run.objective,
+        accumulation=run.config.training.accumulation,
+        **gradient_options(run.config),
+    )
     batch = abstract_batch(run.config, run.mesh, run.num_pairs)
     return layer_norms.lower(run.abstract, batch).compile()
 
