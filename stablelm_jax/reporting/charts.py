@@ -81,23 +81,28 @@ class Axis:
             first = math.ceil(self.low / width - 1e-6)
             count = math.floor(self.high / width + 1e-6) - first + 1
             numbers = [(first + i) * width for i in range(count)]
-        return [(float(self.place(number)), short(number)) for number in numbers]
+        digits = next((n for n in range(4, 12) if _distinct(numbers, n)), 12)
+        return [(float(self.place(number)), short(number, digits)) for number in numbers]
 
     def _times(self, most: int) -> list[tuple[float, str]]:
-        times = np.linspace(self.low, self.high, most)
+        times = np.linspace(self.low, self.high, 2 * most + 1)[1::2]
         pattern = "%m-%d %H:%M" if self.high - self.low > 3600 else "%H:%M:%S"
         texts = [datetime.datetime.fromtimestamp(t, datetime.UTC).strftime(pattern) for t in times]
         return [(float(self.place(t)), text) for t, text in zip(times, texts)]
 
 
-def short(value: float | None) -> str:
-    """A number in few characters: 0.00125, 4.3, 1,250, 1.2M; '' for none."""
+def short(value: float | None, digits: int = 4) -> str:
+    """A number in few characters: 0.00125, 4.3, 1,250, 12.5k, 1.2M; '' for none."""
     if value is None or not math.isfinite(value):
         return ""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.{digits}g}"
+
+
+def _distinct(numbers: Sequence[float], digits: int) -> bool:
+    return len({short(number, digits) for number in numbers}) == len(numbers)
 
 
 def chart(
@@ -133,9 +138,11 @@ def chart(
 
 
 def steps_axis(curves: Sequence[Curve]) -> Axis:
-    """From the first to the last step of all of them."""
+    """From the first to the last step of all of them, with room for whole dots."""
     steps = np.concatenate([part for curve in curves for part in curve.steps()])
-    return Axis(float(steps.min()), float(max(steps.max(), steps.min() + 1)))
+    first, last = float(steps.min()), float(max(steps.max(), steps.min() + 1))
+    room = 0.012 * (last - first)
+    return Axis(first - room, last + room)
 
 
 def values_axis(curves: Sequence[Curve], log: bool = False) -> Axis:
@@ -147,10 +154,10 @@ def values_axis(curves: Sequence[Curve], log: bool = False) -> Axis:
     least, most = float(values.min()), float(values.max())
     if log and least > 0:
         return Axis(least / 1.05, most * 1.05, "log")
-    many = [part for part in each if len(part) > _MOST_DOTS]
-    if many:
-        low = min(np.quantile(part, 0.01) for part in many)
-        high = max(np.quantile(part, 0.99) for part in many)
+    if any(len(part) > _MOST_DOTS for part in each):
+        ends = [np.quantile(part, (0.01, 0.99)) for part in each if len(part) > _MOST_DOTS]
+        ends += [part[1:] for part in each if 1 < len(part) <= _MOST_DOTS]
+        low, high = (float(end(np.concatenate(ends))) for end in (np.min, np.max))
         least, most = max(least, low - (high - low) / 2), min(most, high + (high - low) / 2)
     edge = 0.04 * (most - least) or abs(most) * 0.05 or 1.0
     return Axis(float(least - edge), float(most + edge))
@@ -172,10 +179,8 @@ def _drawn(curve: Curve, x: Axis, y: Axis) -> dict[str, Any]:
     """The paths of one curve, its style and its last value."""
     style = f"c{curve.number % _COLOURS} d{curve.number // _COLOURS % _DASHES}"
     found: dict[str, Any] = {"name": curve.name, "style": style, "hue": curve.hue, "dots": []}
-    for points in (curve.line, curve.dots):  # of the two, held-out values say more
-        if points:
-            found["last"] = short(points.values[-1])
     if curve.line:
+        found["last"] = short(curve.line.values[-1])
         steps, mean, _, _ = thinned(curve.line)
         found["line"] = _path(x.place(steps), y.place(mean))
     if curve.band:
@@ -184,6 +189,7 @@ def _drawn(curve: Curve, x: Axis, y: Axis) -> dict[str, Any]:
         found["band"] = _path(there_and_back, y.place(np.concatenate([low, high[::-1]])))
     if curve.dots:
         found["dots"] = list(_dots(curve, x, y))
+        found["held_out"] = "" if curve.dots is curve.line else short(curve.dots.values[-1])
     return found
 
 

@@ -17,8 +17,8 @@ from stablelm_jax.storage.files import check_writable, write_text
 
 def show_comparisons(
     folders: Sequence[str], last: int | None = None, file: str | None = None
-) -> None:
-    """Prints how each run compares with the first; the JSON `file` gets it too.
+) -> list[Comparison]:
+    """Prints how each run compares with the first, and returns it; the JSON `file` gets it too.
 
     Raises ValueError as `compare` does.
     """
@@ -31,6 +31,7 @@ def show_comparisons(
     if file:
         text = json.dumps([comparison.to_json() for comparison in found], indent=1)
         write_text(Path(file), text + "\n")
+    return found
 
 
 def _show(console: Console, found: Comparison) -> None:

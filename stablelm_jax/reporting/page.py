@@ -19,9 +19,14 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.reporting import run_charts
 from stablelm_jax.reporting.charts import SIZE, Axis, Curve, chart, moment, short
+from stablelm_jax.reporting.compare import Comparison
+from stablelm_jax.reporting.comparison import interval_text, verdict, worth_text
 from stablelm_jax.reporting.curves import Curves, Points
 from stablelm_jax.reporting.run_record import RunRecord
-from stablelm_jax.storage.files import write_text
+from stablelm_jax.reporting.tree import relatives
+from stablelm_jax.run.console import make_console
+from stablelm_jax.storage.files import check_writable, write_text
+from stablelm_jax.storage.remote import is_url
 
 PAGE = "report.html"
 _MOST_EVENTS = 200
@@ -29,14 +34,35 @@ _COMPARED = "stablelm-2-1_6b"  # the published model whose scores stand beside a
 _MFU = 0.45  # what `plan` assumes
 
 
+def show_page(
+    folders: Sequence[str], output: str | None, comparisons: Sequence[Comparison]
+) -> None:
+    """Writes the page to the file `output`, else into the first folder, and says where it is.
+
+    Raises ValueError where it cannot be written there, and as `write_page`.
+    """
+    path = output or f"{folders[0].rstrip('/')}/{PAGE}"
+    if is_url(path):
+        raise ValueError(f"{path} is behind a URL; write --output FILE.html, of this machine")
+    if not output and not Path(folders[0]).is_dir():
+        raise ValueError(f"{folders[0]}: no such folder; name the --workdir of a training")
+    check_writable(Path(path))
+    write_page(folders, Path(path), comparisons=comparisons)
+    make_console().print(f"page: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
 def write_page(
-    folders: Sequence[epath.PathLike], path: Path, curves: Curves | None = None, **more: Any
+    folders: Sequence[epath.PathLike],
+    path: Path,
+    curves: Curves | None = None,
+    comparisons: Sequence[Comparison] = (),
 ) -> None:
     """Writes the page of run folders to `path`.
 
     Args:
-      curves: the metrics of the only folder, where they have been read.
-      more: tables of `reporting.compare` for the template.
+      curves: the metrics of the only folder, where a run that goes on has them: then no runs are
+        looked for that started from it.
+      comparisons: of other folders with the first one.
 
     Raises:
       ValueError: one of them is no run folder.
@@ -47,8 +73,8 @@ def write_page(
         version=__version__,
         size=SIZE,
         sections=run_charts.sections(runs),
-        runs=[_of_run(run) for run in runs],
-        **more,
+        runs=[_of_run(run) | _branches(run, curves is None) for run in runs],
+        comparisons=[_compared(found) for found in comparisons],
     )
     # Half a character, as a JSON file may hold it, is none in UTF-8.
     write_text(path, html.encode(errors="replace").decode())
@@ -86,6 +112,34 @@ def _of_run(run: RunRecord) -> dict[str, Any]:
         "config": [(key, _value(run.config[key]), run.set_by.get(key, "")) for key in run.config],
         "environment": [(moment(time), entry) for time, entry in run.starts],
         "problems": run.problems,
+    }
+
+
+def _branches(run: RunRecord, look: bool) -> dict[str, Any]:
+    """What the run started from, and which runs started from it."""
+    origin, begun = relatives(Path(run.folder)) if look and not is_url(run.folder) else ("", [])
+    return {"origin": origin or run.config.get("branch.parent"), "branches": begun}
+
+
+def _compared(found: Comparison) -> dict[str, Any]:
+    """A comparison in the words and numbers of the terminal's."""
+    tables = []
+    if found.evaluated:
+        tables.append(("held-out text, paired by document", found.evaluated.by_source))
+    if found.trained:
+        title = f"training, steps {found.trained.first + 1:,} to {found.trained.last:,}"
+        tables.append((title, found.trained.by_source))
+    lines = [verdict(found)] if found.evaluated else []
+    lines += [worth_text(found.worth, found.evaluated.tokens_b)] if found.worth else []
+    return {
+        "a": found.a,
+        "b": found.b,
+        "lines": [*lines, *(f"note: {note}" for note in found.notes)],
+        "changes": found.changes,
+        "tables": [
+            (title, [(name, row, interval_text(row.difference)) for name, row in rows.items()])
+            for title, rows in tables
+        ],
     }
 
 
@@ -135,22 +189,28 @@ def _config(run: RunRecord) -> Any:
 
 
 def _sources(run: RunRecord) -> list[dict[str, Any]]:
-    """The ledger, and where each source stands."""
-    last = run.curves.last
-    tokens = {name: last(f"tokens/{name}") or 0.0 for name in run.sources}
+    """The ledger, and where each source stands; columns that say something of one at least."""
+    last, rows = run.curves.last, {}
+    for name in run.sources:
+        error = last(f"eval/loss_stderr/{name}")
+        rows[name] = {
+            "held-out loss": short(last(f"eval/loss/{name}"))
+            + (f" ± {error:.2g}" if error else ""),
+            "bits a byte": short(last(f"eval/bits_per_byte/{name}")),
+            "chosen preferred": short(last(f"eval/rewards/accuracy/{name}")),
+            "tokens": short(last(f"tokens/{name}")),
+            "epochs": short(last(f"epochs/{name}")),
+        }
+    filled = {column for row in rows.values() for column, text in row.items() if text}
+    tokens = {name: last(f"tokens/{name}") or 0.0 for name in rows}
     total = sum(tokens.values()) or 1.0
     return [
         {
             "name": name,
-            "tokens": tokens[name],
+            "numbers": {column: text for column, text in rows[name].items() if column in filled},
             "share": tokens[name] / total,
-            "epochs": last(f"epochs/{name}"),
-            "loss": last(f"eval/loss/{name}"),
-            "error": last(f"eval/loss_stderr/{name}"),
-            "bits": last(f"eval/bits_per_byte/{name}"),
-            "accuracy": last(f"eval/rewards/accuracy/{name}"),
         }
-        for name in sorted(run.sources, key=lambda name: -tokens[name])
+        for name in sorted(rows, key=tokens.get, reverse=True)
     ]
 
 

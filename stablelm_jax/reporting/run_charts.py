@@ -43,6 +43,12 @@ _FIXED = {
         ("Tokens a second", "all devices", {"tokens_per_second": "tokens a second"}),
         ("Model FLOPs utilization", "of the peak", {"mfu": "mfu", "mfu_causal": "causal"}),
         ("Waiting for data", "seconds a step", {"data_wait_seconds": "wait"}),
+        ("Slowest host behind the others", "seconds a step", {"step_seconds/spread": "behind"}),
+        (
+            "Device memory",
+            "GiB, of the fullest",
+            {"memory/in_use_gib": "in use", "memory/peak_gib": "peak"},
+        ),
     ),
 }
 
@@ -69,8 +75,10 @@ def _names(runs: Sequence[RunRecord], prefix: str) -> list[str]:
 
 def _curve(run: RunRecord, key: str, name: str, number: int) -> Curve:
     """A metric of training as a line, and the same of held-out text as dots with errors."""
-    line, dots = run.curves[key], run.curves[key if key.startswith("eval/") else f"eval/{key}"]
-    errors = run.curves.errors(f"eval/{key}".replace("/loss", "/loss_stderr", 1), dots)
+    line = run.curves[key]
+    dots = line if key.startswith("eval/") else run.curves[f"eval/{key}"]
+    errors = run.curves.errors(f"eval/{key.replace('loss', 'loss_stderr', 1)}", dots)
+    errors = errors if key.startswith("loss") else None  # of nothing else they are known
     if key.startswith(_SMOOTHED):
         line = Points(line.steps, smooth(line.values))
     return Curve(name, line, dots, errors, number)

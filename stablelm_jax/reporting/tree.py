@@ -66,8 +66,11 @@ def show_runs(folder: str, picture: str | None = None) -> None:
     draw_runs(kept, Path(picture))
 
 
-def find_runs(folder: Path) -> Iterator[FoundRun]:
-    """The run folders with a readable checkpoint, in a folder and below it."""
+def find_runs(folder: Path, depth: int | None = None) -> Iterator[FoundRun]:
+    """The run folders with a readable checkpoint, in a folder and below it.
+
+    `depth`: of how many folders within one another; None: however many there are.
+    """
     seen = set()  # a link may lead to a folder above it
     for path, folders, _ in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(path)) in seen:
@@ -87,6 +90,8 @@ def find_runs(folder: Path) -> Iterator[FoundRun]:
             hashes = {step: state_hash(run["checksums"]) for step, run in items.items()}
             start = DataPosition.of_checkpoint(newest)
             yield FoundRun(Path(path), steps, hashes, start, newest["config"])
+        if depth is not None and len(Path(path).relative_to(folder).parts) >= depth:
+            folders.clear()
         entered = sorted(name for name in folders if name not in _NEVER_ENTERED)
         folders[:] = sorted(entered, key=lambda name: os.path.islink(os.path.join(path, name)))
 
@@ -125,6 +130,22 @@ def _parent(runs: list[FoundRun], run: FoundRun) -> FoundRun | None:
         if not sibling and other.hashes.get(step) == state:
             return other
     return None
+
+
+def relatives(folder: Path) -> tuple[str, list[tuple[int, Path]]]:
+    """Where a run started from, '' for one of its own, and what started from it: (step, folder).
+
+    They are looked for in the folder that the run lies in and one further down.
+    """
+    folder = folder.resolve()
+    runs = list(find_runs(folder.parent, depth=2))
+    own = next((run for run in runs if run.path == folder), None)
+    if own is None:
+        return "", []
+    begun = [(run.start.parent_step, run.path) for run in runs if _parent(runs, run) is own]
+    parent = _parent(runs, own)
+    origin = parent.path / checkpoint_name(own.start.parent_step) if parent else own.start.parent
+    return str(origin), sorted(begun)
 
 
 def _label(run: FoundRun) -> Text:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import pytest
 from browser import look
 
 from stablelm_jax import config as config_lib
+from stablelm_jax import report
 from stablelm_jax.planning.report import run_hours
 from stablelm_jax.planning.targets import parse_target
 from stablelm_jax.reporting.charts import Axis, Curve, chart, short, thinned
+from stablelm_jax.reporting.compare import Comparison, Cost, Difference, Evaluated, Worth
 from stablelm_jax.reporting.curves import Points
 from stablelm_jax.reporting.page import write_page
+from stablelm_jax.reporting.paired import Interval
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>document.title = 'gone'</script><img src=x onerror=alert(1)>\"'&"
@@ -187,6 +191,54 @@ def test_several_runs_lie_over_one_another(run_folder, tmp_path):
     assert "Sources of second" in found.text
 
 
+def test_the_verb_writes_the_page_of_one_run_beside_it_and_of_two_with_their_comparison(
+    run_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(run_folder, tmp_path / "first")
+    assert report.main([str(folder)]) == 0
+    assert f"page: {folder}/report.html" in capsys.readouterr().out
+    assert "Loss" in (folder / "report.html").read_text()
+    other = write_run(tmp_path / "second", metrics(40, ["books"]), {"seed": 7})
+    out = tmp_path / "both.html"
+    assert report.main([str(folder), str(other), "--output", str(out)]) == 0
+    found = Texts(out.read_text()).text
+    assert f"{other} compared with {folder}" in found and "Settings that differ" in found
+
+
+@pytest.mark.parametrize(
+    "arguments, code, error",
+    [
+        (["{run}", "--json", "x"], 2, "--last, --json and --fit: name two"),
+        (["{run}", "--output", "{tmp}/none/p.html"], 1, "make its folder, or name another"),
+        (["{tmp}/none"], 1, "no such folder"),
+        (["{tmp}"], 1, "name the --workdir of a training"),
+        (["gs://bucket/run"], 1, "write --output FILE.html, of this machine"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_one_line(
+    run_folder, tmp_path, capsys, arguments, code, error
+):
+    given = [text.format(run=run_folder, tmp=tmp_path) for text in arguments]
+    try:
+        assert report.main(given) == code
+    except SystemExit as left:
+        assert left.code == code
+    assert error in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_comparison_is_told_in_the_words_of_the_terminal(run_folder, tmp_path):
+    row = Difference(3.0, 2.5, Interval(-0.5, -0.75, -0.25), 40)
+    evaluated = Evaluated(40, 40, 1e6, 1e6, {"all": row, EVIL: row})
+    worth = Worth(2e6, 1.5e6, 3e6, 1e5, 4e6, 1e7)
+    cost = Cost(40, 1e6, 1e3, 1.0, 8.0, 1.0)
+    notes, changes = [f"of {EVIL}"], {"schedule.peak": [1.0, EVIL]}
+    found = Comparison("a", "b", notes, changes, None, evaluated, worth, (cost, cost))
+    text = shown([run_folder], tmp_path / "p.html", comparisons=[found]).text
+    for part in ("B is better than A, by 0.5000", "-0.7500 to -0.2500", "2e+06 tokens", "of <scri"):
+        assert part in text
+    assert text.count(EVIL) == 3
+
+
 def test_a_known_chip_gets_energy_beside_what_plan_foretells(tmp_path):
     """8 devices for 3,600 s in all: 8 device-hours at 700 W, and 10 % for cooling."""
     config = config_lib.to_dict(config_lib.load(ROOT / "configs/recipe_150m.py:web"))
@@ -216,12 +268,12 @@ def test_a_point_lies_where_its_numbers_say(log):
     found = chart("t", "", [Curve("c", points, points)], log=log)
     x, y = found["x"], found["y"]
     drawn = [tuple(map(float, p.split(","))) for p in found["curves"][0]["line"].split()]
-    assert [a for a, _ in drawn] == [0, 500, 1000]
-    for (_, place), value in zip(drawn, points.values):
+    for (across, place), step, value in zip(drawn, *points):
+        assert x.low + across / 1000 * (x.high - x.low) == pytest.approx(step, abs=0.06)
         share = 1 - place / 1000
         read = y.low * (y.high / y.low) ** share if log else y.low + share * (y.high - y.low)
         assert read == pytest.approx(value, rel=2e-3, abs=0.02)
-    assert x.ticks(6)[0] == (0, "0") and len(found["curves"][0]["dots"]) == 3
+    assert x.ticks(6)[0][1] == "0" and len(found["curves"][0]["dots"]) == 3
 
 
 def test_an_axis_leaves_out_the_first_steps_and_says_round_numbers():
@@ -229,9 +281,9 @@ def test_an_axis_leaves_out_the_first_steps_and_says_round_numbers():
     found = chart("t", "", [Curve("c", Points(np.arange(1000.0), values))])
     assert found["y"].high < 4 and [text for _, text in found["y_ticks"]][0] == "2"
     assert [text for _, text in Axis(0.5, 2000, "log").ticks(5)] == ["1", "10", "100", "1,000"]
-    assert [short(v) for v in (None, math.nan, 0.00125, 1234.4, 2.5e12)] == [
-        *("", "", "0.00125", "1,234", "2.5T")
-    ]
+    assert [text for _, text in Axis(144.41, 144.56).ticks(3)] == ["144.45", "144.5", "144.55"]
+    numbers = {"": None, "0.00125": 0.00125, "1,234": 1234.4, "12.34k": 12341.0, "2.5T": 2.5e12}
+    assert [short(number) for number in (math.nan, *numbers.values())] == ["", *numbers]
 
 
 def test_a_long_run_of_28_sources_stays_below_a_megabyte(tmp_path):

@@ -9,7 +9,7 @@ from tiny import bare_config, train
 
 from stablelm_jax import runs
 from stablelm_jax.reporting import tree
-from stablelm_jax.reporting.tree import find_runs, run_tree
+from stablelm_jax.reporting.tree import find_runs, relatives, run_tree
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,14 @@ def test_branches_hang_under_the_checkpoint_they_came_from(folder):
     assert order[order.index(constant) - 1] == "global_step12"
     assert depth[cooldown] > depth["global_step8"] > depth[main]
     assert "learning rate from 10 to 14 linear to 0" in lines[order.index(cooldown)][2]
+
+
+def test_a_run_knows_what_it_started_from_and_what_started_from_it(folder, tmp_path):
+    main, step12 = folder / "main", folder / "main/checkpoints/global_step12"
+    assert relatives(main) == ("", [(12, folder / "constant"), (12, folder / "cooldown")])
+    assert relatives(folder / "cooldown") == (str(main / "global_step12"), [])
+    alone = shutil.copytree(folder / "cooldown", tmp_path / "alone")
+    assert relatives(alone) == (str(step12), []) and relatives(tmp_path / "none") == ("", [])
 
 
 def test_a_branch_whose_parent_is_elsewhere_stands_at_the_top_and_says_so(folder, tmp_path):

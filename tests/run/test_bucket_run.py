@@ -17,6 +17,7 @@ import pytest
 from tiny import losses, metrics, tiny_config, write_config, write_data
 
 from stablelm_jax import evaluate, generate
+from stablelm_jax.reporting.page import show_page
 from stablelm_jax.run.mirror import RemoteMirror
 
 STEPS = 40
@@ -123,6 +124,13 @@ def test_the_bucket_holds_what_a_local_run_folder_holds(run, gcs):
     assert steps == {"global_step30", "global_step40"}
     starts = json.loads(gcs.objects[f"{prefix}environment.json"])
     assert len(starts) == 2 and all(WORKDIR in " ".join(s["command"]) for s in starts)
+
+
+def test_a_run_in_a_bucket_has_a_page_too(run):
+    path = run[0] / "page.html"
+    show_page([WORKDIR], str(path), [])
+    text = path.read_text()
+    assert f"{STEPS} of {STEPS}" in text and "<h2>Samples" in text and "cannot be read" not in text
 
 
 def here_files(folder: Path):
