@@ -45,6 +45,15 @@ class ParameterSpec:
         """True when axis 0 runs over the layers."""
         return self.axes[0] == LAYERS
 
+    @property
+    def layer_matrix(self) -> tuple[int, int] | None:
+        """(inputs, outputs) of a layer's kernel; None for all else, head and embedding too."""
+        split = 1 + self.num_input_dims
+        is_matrix = self.stacked and self.num_input_dims
+        return (
+            (math.prod(self.shape[1:split]), math.prod(self.shape[split:])) if is_matrix else None
+        )
+
 
 @functools.cache
 def parameter_table(config: ModelConfig) -> tuple[ParameterSpec, ...]:

@@ -56,7 +56,7 @@ def scale_by_muon(
     apart); Liu et al. 2025, "Muon is scalable for LLM training", arXiv 2502.16982 (Moonlight:
     weight decay, the factor, one learning rate for both).
     """
-    matrices = {row.name: row for row in table if row.stacked and row.num_input_dims}
+    matrices = {row.name: row for row in table if row.layer_matrix}
     factors = {name: _factor(row, scale) for name, row in matrices.items()}
     # Momentum is kept here, undivided: optax would correct its bias as Adam's.
     newton_schulz = optax.contrib.scale_by_muon(
@@ -91,6 +91,12 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
+def newton_schulz_flops(table: Iterable[ParameterSpec], steps: int) -> int:
+    """FLOPs of one update of all layers: a turn is X X^T, its square, and the product with X."""
+    sizes = [(row.shape[0], *sorted(row.layer_matrix)) for row in table if row.layer_matrix]
+    return steps * sum(layers * (4 * m * m * n + 2 * m**3) for layers, m, n in sizes)
+
+
 def _dims(row: ParameterSpec) -> optax.contrib.MuonDimensionNumbers:
     split = 1 + row.num_input_dims
     dims = tuple(range(len(row.shape)))
@@ -98,8 +104,7 @@ def _dims(row: ParameterSpec) -> optax.contrib.MuonDimensionNumbers:
 
 
 def _factor(row: ParameterSpec, scale: str) -> float:
-    split = 1 + row.num_input_dims
-    inputs, outputs = math.prod(row.shape[1:split]), math.prod(row.shape[split:])
+    inputs, outputs = row.layer_matrix
     if scale == "jordan":
         return math.sqrt(max(1, outputs / inputs))
     return _ROOT_MEAN_SQUARE * math.sqrt(max(inputs, outputs))

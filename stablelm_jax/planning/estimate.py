@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from stablelm_jax import config as config_lib
 from stablelm_jax.kernels.cross_entropy import ROWS
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.flops import flops_per_token
-from stablelm_jax.model.parameters import ParameterSpec, parameter_table
+from stablelm_jax.model.parameters import ParameterSpec, count_parameters, parameter_table
+from stablelm_jax.optimizer.muon import newton_schulz_flops
 from stablelm_jax.parallel.sharding import mesh_axes
 from stablelm_jax.planning.program import Collective
 from stablelm_jax.planning.targets import Target
@@ -41,10 +43,12 @@ _NORMS, _ROTARY, _SWIGLU = (8, 10), (4, 4), (3, 6)
 
 # Bytes of a logit: float32 exponentials written and read, their gradient written and read twice.
 _LOGIT_BYTES, _LOGIT_BYTES_FORWARD = 4 + 4 + 3 * 2, 4 + 4
-# Bytes of a parameter. AdamW reads gradient, weight and two moments, writes three and the copy in
-# bfloat16 (30), clipping reads the gradient (4). A microbatch reads and writes the float32 sum and
-# reads its own gradient. A float32 weight and two moments are held.
-_UPDATE_BYTES, _ACCUMULATE_BYTES, _STATE_BYTES = 34, 12, 12
+# Bytes of a parameter. An update reads the gradient, reads and writes the weight, writes the copy
+# in bfloat16 (14), clipping reads the gradient (4). A microbatch reads and writes the float32 sum
+# and reads its own gradient.
+_UPDATE_BYTES, _ACCUMULATE_BYTES = 18, 12
+# Float32 values that an optimizer keeps of a parameter; Muon of a matrix one, else two as Adam.
+_STATE_VALUES = {"adamw": 2, "muon": 2, "lion": 1, "ademamix": 3, "schedule_free_adamw": 2}
 _PROJECTS_AGAIN = ("full", "attention")  # remat that runs the layers' projections twice
 
 
@@ -65,6 +69,8 @@ class Layout:
     reduce_bytes: int  # of a gradient's value on its way to another device
     replica: int = 1
     head_passes: int = 1  # forward, of head and loss
+    state_values: float = 2  # float32 values that the optimizer keeps of a parameter, on average
+    muon_steps: int = 0  # of the Newton-Schulz iteration; 0: another optimizer
 
     @property
     def tokens(self) -> int:
@@ -77,13 +83,18 @@ class Layout:
         return self._count(row for row in parameter_table(self.sizes) if row.stacked)
 
     @property
+    def matrix_parameters(self) -> int:
+        """As `parameters`, those of the layers' matrices alone."""
+        return self._count(row for row in parameter_table(self.sizes) if row.layer_matrix)
+
+    @property
     def parameters(self) -> int:
         """All parameters; of those that `model` splits, one device's part."""
         return self._count(parameter_table(self.sizes))
 
     @property
     def master_parameters(self) -> float:
-        """Parameters that a device holds in float32, with two moments of each."""
+        """Parameters that a device holds in float32, with the optimizer's state of each."""
         return self.parameters / (self.data if self.zero1 else 1)
 
     def _count(self, rows: Iterable[ParameterSpec]) -> int:
@@ -95,9 +106,14 @@ def layout_of(config: ConfigDict, num_devices: int) -> Layout:
     mesh = config_lib.validate_mesh(config, num_devices)
     parallel, training = config.parallel, config.training
     dtype_bytes = jnp.dtype(training.dtype).itemsize
+    is_muon, sizes = config.optimizer.kind == "muon", config_lib.model_config(config)
+    values = _STATE_VALUES[config.optimizer.kind]
+    if is_muon:
+        matrices = sum(row.count for row in parameter_table(sizes) if row.layer_matrix)
+        values -= matrices / count_parameters(sizes)
     batch_parts = mesh["replica"] * mesh["data"] * training.accumulation
     return Layout(
-        sizes=config_lib.model_config(config),
+        sizes=sizes,
         sequence_length=config.data.sequence_length,
         rows=config.data.batch_size // batch_parts,
         accumulation=training.accumulation,
@@ -107,6 +123,8 @@ def layout_of(config: ConfigDict, num_devices: int) -> Layout:
         dtype_bytes=dtype_bytes,
         reduce_bytes=4 if parallel.float32_reduce else dtype_bytes,
         head_passes=head_passes(config),
+        state_values=values,
+        muon_steps=config.optimizer.muon_steps if is_muon else 0,
         **mesh,
     )
 
@@ -159,7 +177,7 @@ def step_time(
         microbatch += _ACCUMULATE_BYTES * held
     other_bytes = layout.accumulation * microbatch + update_bytes(layout)
     return StepTime(
-        matrices=layout.accumulation * matrices,
+        matrices=layout.accumulation * matrices + orthogonal_flops(layout) / target.peak_flops,
         memory=other_bytes / bandwidth,
         communication=sum(size / link_bandwidth(target, layout, axis) for axis, size in sent),
     )
@@ -182,6 +200,13 @@ def matrix_flops(layout: Layout) -> float:
     return operations * layout.tokens / layout.model
 
 
+def orthogonal_flops(layout: Layout) -> float:
+    """Muon's operations of one device in a step: of the layers that it has, the most of any."""
+    layers = math.ceil(layout.sizes.num_layers / (layout.data * layout.model))
+    total = newton_schulz_flops(parameter_table(layout.sizes), layout.muon_steps)
+    return total * layers / layout.sizes.num_layers
+
+
 def elementwise_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
     """{part: (forward, backward)}: the layers' traffic of a microbatch beside the products."""
     sizes = layout.sizes
@@ -201,8 +226,8 @@ def logit_bytes(layout: Layout) -> float:
 
 
 def update_bytes(layout: Layout) -> float:
-    """Traffic of clipping, AdamW and the copy in the compute type, once a step."""
-    return _UPDATE_BYTES * layout.master_parameters
+    """Traffic of clipping, the update and the copy in the compute type, once a step."""
+    return (_UPDATE_BYTES + 8 * layout.state_values) * layout.master_parameters
 
 
 def link_bandwidth(target: Target, layout: Layout, axis: str) -> float:
@@ -242,8 +267,8 @@ def least_sent(layout: Layout) -> dict[str, float]:
     return {
         # The gradients that a device is left with after its group's reduce-scatter, summed.
         "replica": over(layout.replica, 2 * gradients_left),
-        "data": over(layout.data, _over_data(layout)),
-        "model": over(layout.model, 2 * _over_model(layout)),
+        "data": over(layout.data, _over_data(layout) + _to_whole_layers(layout)),
+        "model": over(layout.model, 2 * _over_model(layout) + _to_whole_layers(layout)),
     }
 
 
@@ -261,6 +286,17 @@ def _over_data(layout: Layout) -> float:
         again = layout.dtype_bytes * layout.layer_parameters
         return layout.accumulation * (gradients + weights + again)
     return gradients + weights if layout.zero1 else 2 * gradients
+
+
+def _to_whole_layers(layout: Layout) -> float:
+    """Muon: float32 momentum to the devices that have whole layers, and their directions back.
+
+    An all-to-all: a device sends but its own part, and back what it made. Where masters are whole
+    the momentum is there, and the directions go to all.
+    """
+    if not layout.muon_steps:
+        return 0.0
+    return 4 * layout.matrix_parameters * (2 / layout.data if layout.zero1 else 1)
 
 
 def _over_model(layout: Layout) -> float:
@@ -302,4 +338,5 @@ def least_bytes(layout: Layout) -> float:
     copy = 0 if layout.fsdp else layout.dtype_bytes * layout.parameters
     gradients = 4 * held if layout.accumulation > 1 else 0
     logits = 4 * min(layout.tokens, ROWS) * sizes.vocab_size / layout.model
-    return _STATE_BYTES * layout.master_parameters + copy + gradients + saved + logits
+    state = 4 * (1 + layout.state_values) * layout.master_parameters
+    return state + copy + gradients + saved + logits

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -17,14 +18,16 @@ from stablelm_jax import configs_folder
 from stablelm_jax.data.manifest import ManifestMissing, read_manifest
 from stablelm_jax.model.flops import flops_per_token, train_flops_per_token
 from stablelm_jax.model.parameters import parameter_table
+from stablelm_jax.optimizer.muon import newton_schulz_flops
 from stablelm_jax.parallel import sharding
-from stablelm_jax.parallel.mesh import mesh_text
+from stablelm_jax.parallel.mesh import make_mesh, mesh_text
 from stablelm_jax.planning.compile import CompiledStep, DoesNotFit, compile_for
 from stablelm_jax.planning.estimate import divided, head_passes, mode_text
 from stablelm_jax.planning.targets import GIB, Target, parse_target
 from stablelm_jax.run.console import make_console
 from stablelm_jax.storage.remote import as_path
-from stablelm_jax.training.setup import trained_table
+from stablelm_jax.training.setup import optimizer_and_state, trained_table
+from stablelm_jax.training.state import stored_arrays
 
 # The report's own assumptions for Stable LM 2 1.6B (arXiv 2402.17834, section on emissions).
 POWER_USAGE_EFFECTIVENESS = 1.1
@@ -141,8 +144,7 @@ def _flops(config: ConfigDict) -> Table:
     model, length = config_lib.model_config(config), config.data.sequence_length
     full, causal = (train_flops_per_token(model, length, causal=c) for c in (False, True))
     parts = {name: 3 * forward for name, forward in flops_per_token(model, length).items()}
-    if again := _head_again(config):
-        parts["head once more, for the pairs' weights; mfu leaves it out"] = again
+    parts |= _beside_mfu(config)
     parts |= {"mfu counts (full attention)": full, "mfu_causal counts": causal}
     rows = [(name, f"{flops / 1e9:,.3f}", f"{flops / full:.1%}") for name, flops in parts.items()]
     rows.insert(-2, ())
@@ -150,10 +152,16 @@ def _flops(config: ConfigDict) -> Table:
     return table(title, ("part", "forward and backward, G", "share"), rows)
 
 
-def _head_again(config: ConfigDict) -> int:
-    """FLOPs a token of the head's forward passes after the first."""
+def _beside_mfu(config: ConfigDict) -> dict[str, float]:
+    """FLOPs a token that mfu leaves out, by what they are for."""
     parts = flops_per_token(config_lib.model_config(config), config.data.sequence_length)
-    return (head_passes(config) - 1) * parts["head"]
+    found = {"head once more, for the pairs' weights": (head_passes(config) - 1) * parts["head"]}
+    if config.optimizer.kind == "muon":
+        flops = newton_schulz_flops(trained_table(config), config.optimizer.muon_steps)
+        found["Muon's orthogonal matrices, once a step"] = flops / config_lib.tokens_per_step(
+            config
+        )
+    return {f"{name}; mfu leaves it out": flops for name, flops in found.items() if flops}
 
 
 def _tokens(config: ConfigDict) -> Table:
@@ -192,11 +200,15 @@ def _full_tuning(config: ConfigDict, target: Target) -> str:
 
 
 def _checkpoints(config: ConfigDict, target: Target | None) -> Table:
-    saved = 3 * _FLOAT32_BYTES * sum(row.count for row in trained_table(config))
+    state = optimizer_and_state(config, make_mesh(devices=jax.devices()[:1]))[1]
+    saved, alone = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+        for part in (stored_arrays(state), state.params)
+    )
     what, digits = ("adapters", 3) if config.lora.rank else ("weights", 1)
     rows = [
-        (f"a checkpoint: {what} and two moments, float32", f"{saved / 1e9:,.{digits}f}"),
-        (f"its {what} alone", f"{saved / 3 / 1e9:,.{digits}f}"),
+        (f"a checkpoint: {what}, state of the optimizer", f"{saved / 1e9:,.{digits}f}"),
+        (f"its {what} alone", f"{alone / 1e9:,.{digits}f}"),
     ]
     if target:
         name = f"host memory to save, each of {target.num_hosts} host(s)"
@@ -229,7 +241,8 @@ def run_hours(
     """
     model, length = config_lib.model_config(config), config.data.sequence_length
     tokens = config_lib.tokens_of_run(config)
-    flops = train_flops_per_token(model, length, causal=False) + _head_again(config)
+    flops = train_flops_per_token(model, length, causal=False)
+    flops += sum(_beside_mfu(config).values())
     rate = target.num_devices * target.peak_flops * mfu
     reference = _reference_hours(config, rate)
     return rate / flops, tokens * flops / rate / 3600 + sum(reference.values()), reference

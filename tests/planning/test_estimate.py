@@ -6,13 +6,16 @@ import pytest
 
 from stablelm_jax import config as config_lib
 from stablelm_jax import configs_folder
+from stablelm_jax.config.tree import OPTIMIZERS
 from stablelm_jax.model.flops import train_flops_per_token
 from stablelm_jax.planning.estimate import (
     layout_of,
     least_bytes,
     link_bandwidth,
     matrix_flops,
+    orthogonal_flops,
     step_time,
+    update_bytes,
 )
 from stablelm_jax.planning.program import Collective
 from stablelm_jax.planning.targets import chips, parse_target
@@ -49,6 +52,24 @@ def test_of_preferences_the_head_runs_twice_forward():
     again = 2 * 2048 * 100_352 * text.tokens
     assert matrix_flops(pairs) - matrix_flops(text) == pytest.approx(again)
     assert sum(step_time(pairs, H200)) > sum(step_time(text, H200))
+
+
+def test_muons_matrices_are_shared_out_by_layers_and_each_optimizers_state_counts():
+    muon = {"optimizer.kind": "muon", "training.accumulation": 4}
+    one, eight, many = (layout(n, **muon) for n in (1, 8, 64))
+    # five turns, by hand: four matrices of 2048 x 2048, three of 2048 x 5632 in each of 24 layers
+    turn = 4 * 6 * 2048**3 + 3 * (4 * 2048**2 * 5632 + 2 * 2048**3)
+    assert orthogonal_flops(one) == 5 * 24 * turn
+    assert orthogonal_flops(eight) == 5 * 3 * turn and orthogonal_flops(many) == 5 * turn
+    assert orthogonal_flops(layout()) == 0
+    values = {kind: layout(**{"optimizer.kind": kind}).state_values for kind in OPTIMIZERS}
+    assert values == {
+        **{"adamw": 2, "lion": 1, "ademamix": 3, "schedule_free_adamw": 2},
+        "muon": pytest.approx(2 - 1_233_125_376 / 1_644_417_024),
+    }
+    assert update_bytes(layout()) == 34 * one.parameters  # as AdamW reads and writes
+    alike = layout(**{"training.accumulation": 4})
+    assert least_bytes(alike) - least_bytes(one) == pytest.approx(4 * 1_233_125_376)
 
 
 def test_each_way_to_compute_again_takes_longer_than_the_one_before():

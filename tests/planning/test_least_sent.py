@@ -89,3 +89,10 @@ def test_a_split_model_sums_activations_in_every_layer(parallel_residual, remat,
     if not parallel_residual:
         held = split + (PARAMETERS - split) / 2
         assert least_sent(layout)["data"] == 6 * held * 7 / 8
+
+
+def test_muon_sends_each_device_its_part_of_the_momentum_to_whole_layers_and_back():
+    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 128)
+    extra = over_data(muon_steps=5) - over_data()
+    assert extra == 2 * 4 * matrices / 8 * 7 / 8
+    assert over_data(muon_steps=5, zero1=False) - over_data(zero1=False) == 4 * matrices * 7 / 8
