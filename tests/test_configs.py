@@ -14,6 +14,7 @@ import pytest
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.model import config as named_sizes
+from stablelm_jax.model.parameters import count_parameters
 from stablelm_jax.planning.targets import parse_target
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -135,6 +136,30 @@ def test_a_stage_takes_the_weights_of_the_one_before_it(name, first):
     assert all(config.branch.state == "weights" for config in stages)
     objectives = [config.training.objective for config in stages]
     assert objectives == ["dpo" if stage == "dpo" else "sft" for stage in STAGES[name]]
+
+
+@pytest.mark.parametrize("size", ["20m", "45m", "90m", "150m", "300m", "1600m"])
+def test_a_rung_of_the_ladder_follows_its_rule(size):
+    config = load(f"ladder:{size}")
+    model, schedule = config_lib.model_config(config), config.schedule
+    parameters = count_parameters(model)
+    assert parameters == pytest.approx(1e6 * int(size[:-1]), rel=0.35 if size == "20m" else 0.1)
+    assert model.head_size == 64 and model.width == 32 * model.num_layers
+    tokens = config.training.num_steps * config_lib.tokens_per_step(config)
+    assert tokens == pytest.approx(20 * parameters, rel=1e-3)
+    assert config_lib.mixture_weights(config) == config_lib.mixture_weights(load("stablelm_2_1_6b"))
+    end = config.training.num_steps
+    assert schedule.cooldown_start + schedule.cooldown_steps == end and schedule.cooldown_end == 0
+    assert schedule.warmup_steps == round(0.018 * schedule.total_steps)
+    recipe = load("recipe_150m")
+    if size == "150m":
+        assert model == config_lib.model_config(recipe)
+
+
+@pytest.mark.parametrize("size", ["", "10m", "2000m", "20", "web=1"])
+def test_what_is_no_rung_is_refused(size):
+    with pytest.raises(config_lib.ConfigError, match="no size from 20m to 1600m; write 20m, or"):
+        load(f"ladder:{size},web=1")
 
 
 def test_what_was_not_read_in_the_original_is_marked():

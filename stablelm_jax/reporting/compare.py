@@ -109,10 +109,6 @@ class Comparison:
     worth: Worth | None
     costs: tuple[Cost, Cost]
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return dataclasses.asdict(self)
-
 
 def compare(folder_a: str, folder_b: str, last: int | None = None) -> Comparison:
     """Compares two run folders, over the `last` steps that both have.
@@ -179,7 +175,8 @@ def _apart(a: RecordedRun, b: RecordedRun) -> list[str]:
         return [*found, "no step has a line in both"]
     # The ledger shows whatever else makes the rows differ: batch size, weights, what was skipped.
     for name in sorted({*a.curves.names("tokens/"), *b.curves.names("tokens/")}):
-        one, other = a.column(f"tokens/{name}")[steps_a], b.column(f"tokens/{name}")[steps_b]
+        ledgers = a.column(f"tokens/{name}")[steps_a], b.column(f"tokens/{name}")[steps_b]
+        one, other = np.nan_to_num(ledgers)  # a source of a later stage has none at first
         if (unlike := one != other).any():
             step = int(common[unlike.argmax()])
             found.append(f"other tokens of {name} at step {step:,}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from rich.table import Table
 from stablelm_jax.reporting.compare import Comparison, Cost, Difference, Worth, compare
 from stablelm_jax.reporting.paired import LEVEL, Interval
 from stablelm_jax.run.console import make_console
-from stablelm_jax.storage.files import check_writable, write_text
+from stablelm_jax.run.metrics import finite
+from stablelm_jax.storage.files import check_writable, write_json
 
 
 def show_comparisons(
@@ -29,8 +30,7 @@ def show_comparisons(
     for comparison in found:
         _show(console, comparison)
     if file:
-        text = json.dumps([comparison.to_json() for comparison in found], indent=1)
-        write_text(Path(file), text + "\n")
+        write_json(Path(file), finite([dataclasses.asdict(comparison) for comparison in found]))
     return found
 
 

@@ -63,7 +63,8 @@ class RecordedRun(RunRecord):
         prefix = checkpoint_name(0)[:-1]
         files = (self.folder / "held_out").glob(f"{prefix}*.json")
         names = [path.stem.removeprefix(prefix) for path in files]
-        return sorted(int(name) for name in names if name.isdecimal())
+        steps = sorted(int(name) for name in names if name.isdecimal())
+        return [step for step in steps if step <= self.step]  # a later one was cut back
 
     def documents(self, step: int) -> Documents:
         """What an evaluation kept; {} where it cannot be read."""
