@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
 
@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[2]
 
 # Page of the site -> file of the checkout, for those that are not docs/<page>.
 ELSEWHERE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
-LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the target of [text](target#anchor)
+# Code blocks and headings, which stay as they are; the target of [text](target#anchor); `a/name`.
+PART = re.compile(
+    r"^```.*?^```|^(?:    |#)[^\n]*"
+    r"|(?<=\]\()(?!\w+:|#)(?P<target>[^)#\s]+)"
+    r"|`(?P<name>[\w.-]+(?:/[\w.-]+)+)`|`[^`\n]+`",
+    re.MULTILINE | re.DOTALL,
+)
+LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".json": "json", ".toml": "toml"}
 
 
 def on_files(files, config):
@@ -38,18 +45,19 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, **_):
-    """Links as the checkout has them become links of the site; the front page lists the tasks."""
-    name, folder = page.file.src_uri, _folder(page.file.src_uri)
+    """Links as the checkout has them become links of the site, and so do names of its files."""
+    name = page.file.src_uri
 
     def link(match: re.Match) -> str:
-        path = normpath(f"{folder}/{match[0]}")
-        if not (ROOT / path).is_file():  # mkdocs tells of it
+        path = file_meant(match, name)
+        if path is None:  # where it should be one, mkdocs tells of it
             return match[0]
-        return relpath(_page_of(path), dirname(name) or ".")
+        to = relpath(_page_of(path), dirname(name) or ".")
+        return to if match["target"] else f"[{match[0]}]({to})"
 
     # In a table GitHub wants | escaped inside `code` too; here that would show the escape.
     markdown = re.sub(r"(?m)^\|.*", lambda row: row[0].replace("\\|", "|"), markdown)
-    markdown = _outside_code(lambda text: LINK.sub(link, text), markdown)
+    markdown = PART.sub(link, markdown)
     if name == "index.md":  # behind the title and the first paragraph
         title, first, rest = markdown.split("\n\n", 2)
         markdown = "\n\n".join([title, first, tasks(config.nav), rest])
@@ -68,26 +76,36 @@ def tasks(nav: list) -> str:
     return "\n".join(lines)
 
 
+def file_meant(match: re.Match, page: str) -> str | None:
+    """What a match of PART on a page means, from the top of the checkout; None: no file there."""
+    paths = []
+    if match["target"]:
+        paths = [normpath(f"{dirname(ELSEWHERE.get(page, f'docs/{page}'))}/{match['target']}")]
+    elif match["name"] and match.string[match.start() - 1 : match.start()] != "[":
+        paths = [match["name"], f"stablelm_jax/{match['name']}"]
+    paths = [path.removeprefix("/") for path in paths if not path.startswith("..")]
+    return next((path for path in paths if (ROOT / path).is_file()), None)
+
+
 def linked_files(page: str, text: str) -> Iterator[str]:
-    """Those outside docs/ that a page links to, named from the top of the checkout."""
-    for target in LINK.findall(text):
-        path = normpath(f"{_folder(page)}/{target}")
-        if not path.startswith(("docs/", "../")) and path not in ELSEWHERE.values():
-            if (ROOT / path).is_file():
-                yield path
+    """Those outside docs/ that a page links to or names."""
+    for match in PART.finditer(text):
+        path = file_meant(match, page)
+        if path and not path.startswith("docs/") and path not in ELSEWHERE.values():
+            yield path
 
 
 def file_page(path: str) -> str:
     """A file of the checkout as a page, which the search leaves out."""
     text = (ROOT / path).read_text(encoding="utf-8")
-    language = {".py": "python", ".sh": "bash"}.get(Path(path).suffix, "text")
-    head = "---\nsearch:\n  exclude: true\n---\n\n"
+    language = LANGUAGES.get(Path(path).suffix, "text")
+    head = "---\nhide: [toc]\nsearch:\n  exclude: true\n---\n\n"
     return f"{head}# {path}\n\n{_fenced(text, language)}\n"
 
 
 def notebook_page(text: str, name: str) -> str:
     """A notebook as Markdown, with the outputs that it holds."""
-    parts = [f"*[This page as a notebook]({name}), to run and to change.*"]
+    parts = [f'<a href="../{name}" download>This page as a notebook</a>, to run and to change.']
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
         is_code = cell["cell_type"] == "code"
@@ -110,21 +128,6 @@ def _output(output: dict) -> str:
 def _fenced(text: str, language: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _outside_code(change: Callable[[str], str], markdown: str) -> str:
-    """`change` of all that stands in no fence, no indented block and no `code`."""
-    code = re.compile(r"^(?:```.*?^```|    [^\n]*)|`[^`\n]+`", re.MULTILINE | re.DOTALL)
-    parts, end = [], 0
-    for match in code.finditer(markdown):
-        parts += [change(markdown[end : match.start()]), match[0]]
-        end = match.end()
-    return "".join(parts) + change(markdown[end:])
-
-
-def _folder(page: str) -> str:
-    """Where the file that a page is made from lies, from the top of the checkout."""
-    return dirname(ELSEWHERE.get(page, f"docs/{page}")) or "."
 
 
 def _page_of(path: str) -> str:

@@ -59,11 +59,12 @@ def _about_field(key: str, field: tree.Field | dict, comments: dict[str, str]) -
     else:
         default = f"`{field.default!r}`" if field.default not in ("", ()) else "empty"
         lines[1] = f"{_allowed(field)}; {default} by default."
-    lines = [line[:1].upper() + line[1:] for line in lines if line]
-    return f"#### `{key}` {{ #{key} }}\n\n{' '.join(lines)}\n"
+    words = " ".join(line[:1].upper() + line[1:] for line in lines if line)
+    return f"#### `{key}` {{ #{key} }}\n\n{words}\n"
 
 
 def _sentence(comment: str) -> str:
+    comment = comment[:1].upper() + comment[1:]
     return comment if not comment or comment.endswith(".") else f"{comment}."
 
 

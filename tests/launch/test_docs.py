@@ -92,14 +92,22 @@ def test_a_page_that_the_navigation_does_not_name_comes_last():
     assert docs_hooks._more([{"Start": ["new.md"]}], files) == []
 
 
-def test_a_link_to_a_file_of_the_checkout_gets_a_page_of_that_file():
-    text = "[smoke](../configs/smoke.py), `[code](../configs/demo_chat.py)`, [none](../none.py)"
-    assert list(docs_hooks.linked_files("chat.md", text))[0] == "configs/smoke.py"
-    assert "```python\n" in docs_hooks.file_page("configs/smoke.py")
+def test_files_of_the_checkout_that_a_page_links_to_or_names_are_pages_and_links():
+    text = """[smoke](../configs/smoke.py), `data/rows.py`, [`data`](data.md#look), [none](../no.py)
+
+    python configs/demo_chat.py
+
+# `configs/demo_chat.py`
+`[code](../configs/demo_chat.py)`, `data/none.py`, [other](https://host/configs/smoke.py)
+"""
     page = type("Page", (), {"file": type("File", (), {"src_uri": "chat.md"})})
-    assert docs_hooks.on_page_markdown(text, page, None) == text.replace(
-        "../configs/smoke.py", "source/configs/smoke.py.md"
+    changed = text.replace("../configs/smoke.py", "source/configs/smoke.py.md").replace(
+        "`data/rows.py`", "[`data/rows.py`](source/stablelm_jax/data/rows.py.md)"
     )
+    assert docs_hooks.on_page_markdown(text, page, None) == changed
+    named = ["configs/smoke.py", "stablelm_jax/data/rows.py"]
+    assert list(docs_hooks.linked_files("chat.md", text)) == named
+    assert "```python\n" in docs_hooks.file_page("configs/smoke.py")
 
 
 def test_the_page_of_options_has_every_field_with_its_comment_and_a_place_to_link_to(pages):
@@ -146,3 +154,13 @@ def test_every_command_in_the_pages_has_only_flags_that_its_verb_knows(site):
             for verb, rest in re.findall(r"-m stablelm_jax\.(\w+)([^|;&#`]*)", line):
                 flags = set(re.findall(r"(?<= )--([\w-]+)(?![\w.-])", rest))
                 assert flags - {"config"} <= known[verb], f"{page.name}: {line}"
+
+
+def test_the_script_installs_the_extra_and_builds_or_serves_strictly(checkout):
+    assert checkout.run("launch/docs.sh").returncode == 0
+    assert checkout.run("launch/docs.sh", "serve").returncode == 0
+    assert checkout.installed() == [["--editable", ".[docs]"]]
+    strictly = ["--strict", "--config-file", "launch/site/mkdocs.yml"]
+    assert checkout.calls("mkdocs") == [["build", *strictly], ["serve", *strictly]]
+    refused = checkout.run("launch/docs.sh", "deploy")
+    assert refused.returncode == 1 and "usage: " in refused.stderr
