@@ -68,8 +68,12 @@ def write_page(
       ValueError: one of them is no run folder.
     """
     runs = [RunRecord(folder, curves) for folder in folders]
+    name = str(runs[0].config.get("name") or runs[0].name)
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
     html = _template().render(
-        title=" and ".join(run.config.get("name") or run.name for run in runs),
+        title=" and ".join(run.name for run in runs) if runs[1:] else name,
         version=__version__,
         size=SIZE,
         sections=run_charts.sections(runs),
@@ -236,7 +240,9 @@ def _timeline(run: RunRecord) -> dict[str, Any] | None:
     times += [event["time"] for event in run.events]
     if not len(steps.values):
         return None
-    x = Axis(min(times), max(max(times), min(times) + 1), "time")
+    first, last = min(times), max(max(times), min(times) + 1)
+    room = 0.012 * (last - first)
+    x = Axis(first - room, last + room, "time")
     curve = Curve("step", Points(steps.values, steps.steps))
     gaps = [(end, begin) for (_, end, _), (begin, _, _) in zip(spans, spans[1:])]
     marks = [("start", begin, f"start on {entry.get('host')}") for begin, _, entry in spans]

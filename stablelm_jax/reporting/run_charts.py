@@ -61,7 +61,7 @@ def sections(runs: Sequence[RunRecord]) -> dict[str, list[dict[str, Any]]]:
     found = {"Loss": [_loss(runs, unit), *small], "Held-out text": _bits(runs)}
     for heading, charts in _FIXED.items():
         found[heading] = [_plain(runs, *one) for one in charts]
-    found["Optimization"] += [_layers(run, *kind) for run in runs for kind in _LAYERS]
+    found["Optimization"] += [_layers(runs, run, *kind) for run in runs for kind in _LAYERS]
     found["Tasks"] = _each(runs, "eval/tasks/", "score")
     kept = {heading: list(filter(None, charts)) for heading, charts in found.items()}
     return {heading: charts for heading, charts in kept.items() if charts}
@@ -122,12 +122,14 @@ def _plain(
     return chart(title, unit, curves, log="grad_norm" in keys)
 
 
-def _layers(run: RunRecord, key: str, title: str) -> dict[str, Any] | None:
+def _layers(
+    runs: Sequence[RunRecord], run: RunRecord, key: str, title: str
+) -> dict[str, Any] | None:
     """A line for each layer, in colours that run from the first to the last."""
     names = sorted(filter(str.isdecimal, run.curves.names(key)), key=int)
     hues = np.linspace(0, 1, len(names))
     curves = [Curve(f"layer {n}", run.curves[key + n], hue=hue) for n, hue in zip(names, hues)]
-    return chart(f"{title} by layer", run.name, curves, log=True)
+    return chart(f"{title} by layer", run.name if runs[1:] else "", curves, log=True)
 
 
 def _each(runs: Sequence[RunRecord], prefix: str, unit: str) -> list[dict[str, Any] | None]:

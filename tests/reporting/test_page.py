@@ -321,7 +321,7 @@ def test_a_browser_shows_a_page_without_complaint_at_the_width_of_a_phone_and_of
     picture = tmp_path / "shot.png"
     found = look(tmp_path / "p.html", WIDE, picture, width, dark)
     assert found["inner"] == width and found["page"] <= width
-    assert found["title"].startswith("a run") and re.match(r"step \d+", found["says"])
+    assert found["title"].startswith("a and b") and re.match(r"step \d+", found["says"])
     assert (found["dark"] == "rgb(255, 255, 255)") != dark
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[1] == width
