@@ -27,7 +27,7 @@ CORE = {
     "tokenizer": 990,
     "parallel": 804,
     "optimizer": 528,
-    "model": 929,
+    "model": 949,
     "kernels": 1500,
     "storage": 289,
 }
@@ -36,13 +36,13 @@ SHELL = {
     "preparation": 7113,
     "generation": 872,
     "evaluation": 1522,
-    "interop": 1860,
+    "interop": 1879,
     "planning": 1492,
     "reporting": 3090,
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12331, 32_190
+CORE_WITHOUT_KERNELS, EVERYTHING = 12351, 32_229
 
 
 def files_of(room):

@@ -24,7 +24,7 @@ from stablelm_jax.generation.generator import padded_length
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import parameter_table
-from stablelm_jax.model.transformer import hidden_states
+from stablelm_jax.model.transformer import head_kernel, hidden_states
 from stablelm_jax.parallel import sharding
 
 # Places whose float32 logits are held at a time: 0.2 GB of a vocabulary of 100,352.
@@ -88,7 +88,7 @@ class Scorer:
             x_BTD = hidden_states(model, params, *inputs_BT, compute)
             x_BSD = jnp.take_along_axis(x_BTD, arrays["places"][:, :, None], axis=1)
             x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
-            kernel_DV = params["head"]["kernel"].astype(x_RD.dtype)
+            kernel_DV = head_kernel(params).astype(x_RD.dtype)
             found = jax.lax.map(
                 lambda place: score_place(kernel_DV, *place),
                 (x_RD, targets_BS.reshape(-1)),

@@ -23,7 +23,7 @@ from stablelm_jax.checkpoint.merged import adapter_leaves, parent_of
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import from_hf as reading
-from stablelm_jax.interop import gguf_export, gguf_reference, peft_files
+from stablelm_jax.interop import gguf_export, gguf_reference, hf_config, peft_files
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.hf_reference import reference_logits
 from stablelm_jax.interop.safetensors_files import DTYPES
@@ -90,6 +90,7 @@ def to_hf(
 ) -> str:
     """Writes the directory `out`, in a type of safetensors_files.DTYPES."""
     own = SavedModel.open(checkpoint, tokenizer)
+    hf_config.check_export(own.model, "transformers", tied=True)
     size = _tell(own.path, own.model, f", to {dtype}")
     revision = revision or own.name
     with new_result(out, force=force, source=Path(own.path)) as target:
@@ -109,6 +110,7 @@ def to_peft(
     own = SavedModel.open(checkpoint, tokenizer)
     if "lora" not in own.run:
         raise ValueError(f"{own.path} holds whole weights, no adapters; use convert to-hf")
+    hf_config.check_export(own.model, "transformers", tied=True)
     lora, flat = Lora.from_json(own.run["lora"]), dict(adapter_leaves(own.path, own.run))
     _say(f"{own.path}: adapters of rank {lora.rank} on {', '.join(lora.targets)}")
     with new_result(out, force=force, source=Path(own.path)) as target:
@@ -200,6 +202,7 @@ def to_gguf(
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
+    hf_config.check_export(own.model, "llama.cpp", tied=False)
     size = _tell(own.path, own.model, f", to {file_type}")
     finer = [x.name for x in gguf_export.stored_tensors(own.model, file_type) if x.fell_back]
     if finer:

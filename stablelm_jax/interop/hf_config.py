@@ -24,13 +24,13 @@ _FIELDS = {
     "norm_epsilon": (("layer_norm_eps", "norm_eps"), 1e-5),
     "qk_norm": (("qk_layernorm",), False),
     "parallel_residual": (("use_parallel_residual",), False),
+    "tie_embeddings": (("tie_word_embeddings",), False),
     "init_std": (("initializer_range",), 0.02),
 }
 # What must have one of these values, or be absent, for the mathematics to be ours.
 _ALLOWED = {
     "model_type": ("stablelm", "stablelm_epoch"),
     "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
     "rope_type": ("default",),  # plain rotary embeddings
     "rotary_scaling_factor": (1,),
 }
@@ -79,6 +79,22 @@ def read_config(values: Mapping[str, Any], names: Collection[str]) -> ModelConfi
         raise ValueError(f"config.json: {error}") from error
 
 
+def check_export(model: ModelConfig, software: str, tied: bool) -> None:
+    """Raises ValueError where a StableLM of that software cannot hold what our model computes.
+
+    `tied`: whether it can share the embedding with the head.
+    """
+    cannot = {
+        f"model.norm={model.norm}: there norms are LayerNorm": model.norm != "layer",
+        "model.tie_embeddings=True: there the head is its own": model.tie_embeddings and not tied,
+    }
+    for why in (text for text, applies in cannot.items() if applies):
+        raise ValueError(
+            f"{software}'s StableLM cannot hold {why}; generate and evaluate take the checkpoint "
+            "as it is, and a model to be exported is trained with the field's default"
+        )
+
+
 def write_config(
     model: ModelConfig, *, dtype: str, max_positions: int, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -108,7 +124,7 @@ def write_config(
         # Versions before 5 read the flat keys, newer ones the group.
         **rope,
         "rope_parameters": {"rope_type": "default", **rope},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_embeddings,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_cache": True,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.layers import LayerNorm, Make, Projection
+from stablelm_jax.model.layers import Make, Norm, Projection
 from stablelm_jax.model.parameters import specs_by_name
 
 # (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH: what mixes the tokens
@@ -53,8 +53,8 @@ class Attention(nnx.Module):
         out = specs_by_name(config)[f"{name}/out/kernel"]
         self.out = Projection(make, f"{name}/out", out.num_input_dims)
         if config.qk_norm:
-            self.query_norm = LayerNorm(make, f"{name}/query_norm", config.norm_epsilon)
-            self.key_norm = LayerNorm(make, f"{name}/key_norm", config.norm_epsilon)
+            self.query_norm = Norm(make, f"{name}/query_norm", config)
+            self.key_norm = Norm(make, f"{name}/key_norm", config)
         self.qk_norm = config.qk_norm
 
     @jax.named_scope("attention")

@@ -22,12 +22,14 @@ class ModelConfig:
     feed_forward_width: int
     rotary_fraction: float = 0.25  # share of every head's dims that rotary turns
     rotary_theta: float = 10_000.0
+    norm: str = "layer"  # or 'rms', which takes no mean off; biases as the fields for them say
     norm_epsilon: float = 1e-5
     block_norm_bias: bool = False
     final_norm_bias: bool = True
     qkv_bias: bool = True
-    qk_norm: bool = False  # LayerNorm of each query and key head, scale only, before rotary
+    qk_norm: bool = False  # a norm of each query and key head, scale only, before rotary
     parallel_residual: bool = False  # attention and MLP read one shared norm and are added together
+    tie_embeddings: bool = False  # the head is the embedding turned, no matrix of its own
     init_std: float = 0.02
 
     @property
@@ -45,6 +47,8 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"model.{name} is {value!r}: give a whole number of at least 1")
+        if self.norm not in ("layer", "rms"):
+            raise ValueError(f"model.norm is {self.norm!r}: use one of layer, rms")
         for name in ("rotary_theta", "norm_epsilon", "init_std"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

@@ -1,4 +1,4 @@
-"""The two small modules everything is made of: a projection and a LayerNorm.
+"""The two small modules everything is made of: a projection and a norm.
 
 `make(name)` gives the parameter of that name as an nnx.Param, or None when the table of
 parameters has none: the table alone decides which biases exist.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Adapted
 
 Make = Callable[[str], "nnx.Param | None"]
@@ -43,20 +44,24 @@ def product(x: jax.Array, kernel: jax.Array | Adapted, dtype: jnp.dtype | None =
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
-class LayerNorm(nnx.Module):
-    """Normalises the last dim; statistics, scale and bias in float32, result in x's dtype."""
+class Norm(nnx.Module):
+    """Normalises the last dim; statistics, scale and bias in float32, result in x's dtype.
 
-    def __init__(self, make: Make, name: str, epsilon: float):
+    `config.norm`: LayerNorm, or RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
+    """
+
+    def __init__(self, make: Make, name: str, config: ModelConfig):
         self.scale = make(f"{name}/scale")
         self.bias = make(f"{name}/bias")
-        self.epsilon = epsilon
+        self.kind, self.epsilon = config.norm, config.norm_epsilon
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        x_f32 = x.astype(jnp.float32)
-        centred = x_f32 - jnp.mean(x_f32, -1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(y), -1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)

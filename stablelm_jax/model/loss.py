@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from stablelm_jax.kernels.cross_entropy import cross_entropy as cross_entropy_kernel
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.transformer import Fetch, hidden_states
+from stablelm_jax.model.transformer import Fetch, head_kernel, hidden_states
 
 Batch = dict[str, jax.Array]
 
@@ -30,7 +30,7 @@ def batch_loss(
     """scale * sum(nll), and nll: each target's negative log likelihood in nats, 0 where masked.
 
     Both are float32, nll [B, T]. The gradient comes from the first alone. `fetch` is that of
-    `hidden_states`, and is asked for the group 'head' too.
+    `hidden_states`, and is asked for the group of the head too.
     """
     inputs, mask_BT = head_inputs(model, params, batch, compute, fetch), batch["loss_mask"]
     loss, nll_BT = head_loss(*inputs, batch, scale * mask_BT, compute)
@@ -43,8 +43,7 @@ def head_inputs(
     """What `head_loss` begins with: hidden states [B, T, D] and the head's kernel [D, V]."""
     inputs_BT = batch["tokens"], batch["segment_ids"], batch["positions"]
     x_BTD = hidden_states(model, params, *inputs_BT, compute, fetch)
-    head = params["head"] if fetch is None else fetch("head", params["head"])
-    return x_BTD, head["kernel"].astype(compute.dtype)
+    return x_BTD, head_kernel(params, fetch).astype(compute.dtype)
 
 
 def head_loss(

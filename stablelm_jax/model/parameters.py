@@ -78,13 +78,14 @@ def parameter_table(config: ModelConfig) -> tuple[ParameterSpec, ...]:
         shape = tuple(sizes[axis] for axis in axes)
         return ParameterSpec(name, shape, init_std, decay, axes, num_input_dims)
 
+    head = spec("head/kernel", config.init_std, (WIDTH, VOCAB), 1)
     return (
         spec("embed/embedding", config.init_std, (VOCAB, WIDTH)),
         *_norm(spec, "layers/attention_norm", (LAYERS, WIDTH), config.block_norm_bias),
         *_attention(spec, config),
         *_mlp(spec, config),
         *_norm(spec, "final_norm", (WIDTH,), config.final_norm_bias),
-        spec("head/kernel", config.init_std, (WIDTH, VOCAB), 1),
+        *(() if config.tie_embeddings else (head,)),
     )
 
 

@@ -21,7 +21,7 @@ from stablelm_jax.kernels.residuals import SAVED_NAMES
 from stablelm_jax.model.attention import Attend, Attention, Rotary, rotary_angles
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.model.config import ModelConfig
-from stablelm_jax.model.layers import LayerNorm, Make, Projection, product
+from stablelm_jax.model.layers import Make, Norm, Projection, product
 from stablelm_jax.model.lora import PRODUCT
 from stablelm_jax.model.parameters import initial_value, specs_by_name
 
@@ -59,10 +59,10 @@ class Block(nnx.Module):
     """One layer; the parallel form feeds attention and MLP from one norm and adds both at once."""
 
     def __init__(self, config: ModelConfig, make: Make):
-        self.attention_norm = LayerNorm(make, "layers/attention_norm", config.norm_epsilon)
+        self.attention_norm = Norm(make, "layers/attention_norm", config)
         self.attention = Attention(config, make)
         if not config.parallel_residual:
-            self.mlp_norm = LayerNorm(make, "layers/mlp_norm", config.norm_epsilon)
+            self.mlp_norm = Norm(make, "layers/mlp_norm", config)
         self.mlp = Mlp(make)
         self.parallel_residual = config.parallel_residual
 
@@ -99,8 +99,9 @@ class Transformer(nnx.Module):
         make_here = functools.partial(make, key)
         self.embed = Embedding(make_here)
         self.layers = nnx.vmap(block)(jax.random.split(key, config.num_layers))
-        self.final_norm = LayerNorm(make_here, "final_norm", config.norm_epsilon)
-        self.head = Projection(make_here, "head")
+        self.final_norm = Norm(make_here, "final_norm", config)
+        if not config.tie_embeddings:
+            self.head = Projection(make_here, "head")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -177,4 +178,14 @@ def logits(config: ModelConfig, params: Params, *inputs: Any) -> jax.Array:
 @jax.named_scope("head")
 def head_logits(params: Params, x: jax.Array) -> jax.Array:
     """Scores of the next token, float32 [..., V], of what `hidden_states` gives, [..., D]."""
-    return product(x, params["head"]["kernel"], jnp.float32)
+    return product(x, head_kernel(params), jnp.float32)
+
+
+def head_kernel(params: Params, fetch: Fetch | None = None) -> jax.Array:
+    """What the head multiplies by, [D, V]: its own matrix, or the embedding where they are tied.
+
+    `fetch` is that of `hidden_states`.
+    """
+    name = "head" if "head" in params else "embed"
+    group = params[name] if fetch is None else fetch(name, params[name])
+    return group["kernel"] if name == "head" else group["embedding"].T

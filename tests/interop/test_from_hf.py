@@ -140,7 +140,7 @@ def test_another_architecture_is_named(directory, capsys):
     ("values", "said"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"tie_word_embeddings": True}, "unknown: lm_head.weight"),
         ({"rope_parameters": {"rope_type": "yarn", **FLAT}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
