@@ -19,6 +19,7 @@ from stablelm_jax.config.access import (
     to_dict,
 )
 from stablelm_jax.config.derived import (
+    at_step,
     batch_sizes,
     batch_stages,
     largest_step,
@@ -27,6 +28,8 @@ from stablelm_jax.config.derived import (
     model_config,
     parse_weights,
     profiled_steps,
+    sequence_lengths,
+    stage_tokens,
     tokens_of_run,
     tokens_per_step,
 )

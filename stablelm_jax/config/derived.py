@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -36,8 +36,23 @@ def mixture_stages(config: ConfigDict) -> list[tuple[int, dict[str, float]]]:
 def batch_sizes(config: ConfigDict) -> list[tuple[int, int]]:
     """(step, rows): from which step on a batch has so many rows; the first from step 0."""
     form = "STEP:rows; STEP:rows as in 1000:512; 5000:1024"
-    later = _stages(config, "batch_stages", r"0*[1-9]\d*", form)
-    return [(0, config.data.batch_size), *((step, int(rows)) for step, rows in later)]
+    return [(0, config.data.batch_size), *_numbers(config, "batch_stages", form)]
+
+
+def sequence_lengths(config: ConfigDict) -> list[tuple[int, int]]:
+    """(step, tokens): from which step on rows are cut so short; the first from step 0."""
+    form = "STEP:length; STEP:length as in 0:1024; 5000:4096"
+    return [(0, config.data.sequence_length), *_numbers(config, "sequence_stages", form)]
+
+
+def at_step(stages: Sequence[tuple[int, int]], step: int) -> int:
+    """The value of `batch_sizes` or `sequence_lengths` at a step."""
+    return [value for begin, value in stages if begin <= step][-1]
+
+
+def _numbers(config: ConfigDict, key: str, form: str) -> list[tuple[int, int]]:
+    stages = _stages(config, key, r"0*[1-9]\d*", form)
+    return [(step, int(number)) for step, number in stages]
 
 
 def _stages(config: ConfigDict, key: str, what: str, form: str) -> Iterator[tuple[int, str]]:
@@ -53,14 +68,16 @@ def _stages(config: ConfigDict, key: str, what: str, form: str) -> Iterator[tupl
 def batch_stages(config: ConfigDict, first: int = 0) -> list[tuple[int, ConfigDict]]:
     """(step, config) from step `first` to the run's end, one for each shape that its batches have.
 
-    A config that says `data.batch_size` for its own steps, and has no stages of it.
+    A config that says `data.batch_size` and `data.sequence_length` for its own steps, as the
+    program has them, and has no stages of these.
     """
-    sizes, stages = batch_sizes(config), []
-    later = [step for step, _ in sizes if first < step < config.training.num_steps]
-    for step in (first, *later):
-        own = copy.deepcopy(config)
-        own.data.batch_stages = ""
-        own.data.batch_size = [rows for begin, rows in sizes if begin <= step][-1]
+    sizes, lengths, stages = batch_sizes(config), sequence_lengths(config), []
+    changes = {step for step, _ in sizes + lengths if first < step < config.training.num_steps}
+    for step in (first, *sorted(changes)):
+        own, length = copy.deepcopy(config), at_step(lengths, step)
+        own.data.batch_stages = own.data.sequence_stages = ""
+        own.data.batch_size = at_step(sizes, step) * (config.data.sequence_length // length)
+        own.data.sequence_length = length
         stages.append((step, own))
     return stages
 
@@ -97,14 +114,20 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 def largest_step(config: ConfigDict) -> ConfigDict:
     """Of `batch_stages` the one that needs the most memory."""
-    return max((own for _, own in batch_stages(config)), key=tokens_per_step)
+    stages = [own for _, own in batch_stages(config)]
+    return max(stages, key=lambda own: (tokens_per_step(own), own.data.sequence_length))
+
+
+def stage_tokens(config: ConfigDict) -> list[tuple[int, ConfigDict]]:
+    """(tokens, config) of each of the whole run's `batch_stages`."""
+    stages = batch_stages(config)
+    ends = [step for step, _ in stages[1:]] + [config.training.num_steps]
+    return [((end - step) * tokens_per_step(own), own) for (step, own), end in zip(stages, ends)]
 
 
 def tokens_of_run(config: ConfigDict) -> int:
     """Tokens of all steps, from the first to `training.num_steps`."""
-    stages = batch_stages(config)
-    ends = [step for step, _ in stages[1:]] + [config.training.num_steps]
-    return sum((end - step) * tokens_per_step(own) for (step, own), end in zip(stages, ends))
+    return sum(tokens for tokens, _ in stage_tokens(config))
 
 
 def transition_step(config: ConfigDict) -> int:

@@ -13,6 +13,7 @@ from stablelm_jax.config.derived import (
     mixture_stages,
     model_config,
     profiled_steps,
+    sequence_lengths,
     transition_step,
 )
 from stablelm_jax.config.tree import FIELDS, OPTIMIZERS, default_config, flatten
@@ -67,10 +68,11 @@ def _mixture(config: ConfigDict, data: bool) -> None:
         )
         refuse(config, "data.weights", f"no source to train on; {remedy}")
     stages = mixture_stages(config)
-    for key, later in (("stages", stages), ("batch_stages", batch_sizes(config)[1:])):
-        steps = [step for step, _ in later]
-        if steps != sorted(set(steps)) or 0 in steps:
-            why = "the steps at which stages begin must rise, from 1 on"
+    numbers = {"batch_stages": batch_sizes(config)[1:], "sequence_stages": _lengths(config)}
+    for key, later in ({"stages": stages} | numbers).items():
+        steps, least = [step for step, _ in later], 0 if key == "sequence_stages" else 1
+        if steps != sorted(set(steps)) or min(steps, default=least) < least:
+            why = f"the steps at which stages begin must rise, from {least} on"
             refuse(config, f"data.{key}", f"{why}; put them in order, each once")
     for step, stage in [(0, weights), *stages]:
         key = "data.stages" if step else "data.weights"
@@ -89,6 +91,19 @@ def _mixture(config: ConfigDict, data: bool) -> None:
             parse_skip(config.data.skip)
         except ValueError as error:
             refuse(config, "data.skip", str(error))
+
+
+def _lengths(config: ConfigDict) -> list[tuple[int, int]]:
+    """The stages of `data.sequence_stages`."""
+    _, *stages = sequence_lengths(config)
+    length, packing = config.data.sequence_length, config.data.packing
+    if wrong := [tokens for _, tokens in stages if length % tokens]:
+        why = f"{wrong[0]} does not divide config.data.sequence_length={length}, which rows are of"
+        refuse(config, "data.sequence_stages", f"{why}; use divisors of it, or longer rows")
+    if stages and packing != "concatenate":
+        why = f"config.data.packing={packing} keeps documents whole, which this cuts"
+        refuse(config, "data.sequence_stages", f"{why}; use one of the two")
+    return stages
 
 
 def _tokenizer(config: ConfigDict) -> None:

@@ -92,6 +92,8 @@ TREE = {
         "sequence_length": Field(4096, least=1),  # tokens of a row
         "batch_size": Field(int, least=1),  # rows of the whole job in one step
         "batch_stages": Field(""),  # later batch sizes: 'STEP:rows; STEP:rows'
+        # Rows cut into shorter ones from a step on: 'STEP:length; STEP:length', also from step 0.
+        "sequence_stages": Field(""),
         "loss_on_first_token": Field(True),  # of a document, given the end of the one before it
         # 'concatenate' cuts documents at the end of a row; 'best_fit' puts whole ones together, as
         # conversations and pairs need it, and cuts only what no row holds; 'one': each in a row.

@@ -35,6 +35,7 @@ from stablelm_jax.data.rows import SourceRows, token_stream
 from stablelm_jax.data.skipping import LeftOut, leave_out
 
 Batch = dict[str, np.ndarray]
+_BY_TOKEN = ("tokens", "targets", "loss_mask")
 _ENDLESS = 2**53  # batches; grain divides lengths as floats, and this is the last exact one
 
 
@@ -68,6 +69,7 @@ def train_batches(
     *,
     start_row: int = 0,
     first_row: Callable[[int], int] | None = None,
+    pieces: Callable[[int], int] = lambda n: 1,
     share: tuple[int, int] = (0, 1),
     prefetch: int = 2,
     packed: PackedSources | None = None,
@@ -79,6 +81,8 @@ def train_batches(
     batches are not of one size, [first_row(n), first_row(n + 1)). `share` is (p, P): of P equal
     parts of each batch, the p-th. Row i depends on the data, the sequence length, the seed, the
     mixture and what is `left_out` of it alone: neither hosts nor restarts change it.
+
+    `pieces`: f(n), into how many each row of batch n is cut, see `cut`.
 
     `prefetch` batches are made ahead, by a thread for every two of them; 0 makes them in `next`. A
     thread reads the B rows of its batch one by one: a step waits for slow storage where
@@ -117,7 +121,9 @@ def train_batches(
             made = collate(rows_BR, [rows.source_id for rows, _ in chosen], spec)
         else:
             made = collate_packed(chosen, spec, packed.most_pairs)
-        return leave_out(made, [row for _, row in chosen], skips) if left_out else made
+        if left_out:
+            made = leave_out(made, [row for _, row in chosen], skips)
+        return cut(made, pieces(n), spec.eod)
 
     return _made_ahead(grain.MapDataset.range(_ENDLESS).map(batch), prefetch)
 
@@ -216,6 +222,19 @@ def collate(rows_BR: np.ndarray, source_ids: Sequence[int], spec: BatchSpec) -> 
         "loss_mask": loss_mask_BT,
         "source_ids": np.array(source_ids, np.int32),
     }
+
+
+def cut(batch: Batch, pieces: int, eod: int) -> Batch:
+    """The batch with every row cut into so many of one length, which follow one another.
+
+    Token by token it is the same text with the same targets; a piece that opens in mid-document
+    starts at position 0 and sees nothing before it, as a row does.
+    """
+    if pieces == 1:
+        return batch
+    rows = {name: batch[name].reshape(len(batch[name]) * pieces, -1) for name in _BY_TOKEN}
+    rows["segment_ids"], rows["positions"] = mark_documents(rows["tokens"], eod)
+    return rows | {"source_ids": np.repeat(batch["source_ids"], pieces)}
 
 
 def collate_packed(rows: Sequence[PackedRow], spec: BatchSpec, pairs: int) -> Batch:

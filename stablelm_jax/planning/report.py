@@ -55,7 +55,7 @@ def plan(config: ConfigDict, target: Target | None, **assumed: float | None) -> 
     console.print(run_cost(config, target, **assumed))
     with console.status(f"compiling the train step for {target}"):
         step = compile_for(config, target)
-    console.print(_memory(config, step))
+    console.print(_memory(config_lib.largest_step(config), step))
     if config.lora.rank:
         with console.status(f"compiling full tuning for {target}, to compare"):
             console.print(_full_tuning(config, target), soft_wrap=True)
@@ -239,10 +239,12 @@ def run_hours(
 
     `mfu`: share of the peak that the model's FLOPs use, with full attention.
     """
-    model, length = config_lib.model_config(config), config.data.sequence_length
-    tokens = config_lib.tokens_of_run(config)
-    flops = train_flops_per_token(model, length, causal=False)
-    flops += sum(_beside_mfu(config).values())
+    model, tokens = config_lib.model_config(config), config_lib.tokens_of_run(config)
+    flops = 0.0  # of the whole run, then of a mean token
+    for part, own in config_lib.stage_tokens(config):
+        counted = train_flops_per_token(model, own.data.sequence_length, causal=False)
+        flops += part * (counted + sum(_beside_mfu(own).values()))
+    flops /= tokens
     rate = target.num_devices * target.peak_flops * mfu
     reference = _reference_hours(config, rate)
     return rate / flops, tokens * flops / rate / 3600 + sum(reference.values()), reference

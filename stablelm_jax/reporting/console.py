@@ -61,6 +61,7 @@ def _decisions(run: Run) -> dict[str, str]:
         "training FLOPs a token": f"{full / 1e9:.4g} G (full attention), "
         f"{causal / 1e9:.4g} G (causal)",
         **({"rows later": config.data.batch_stages} if config.data.batch_stages else {}),
+        **({"rows cut to": config.data.sequence_stages} if config.data.sequence_stages else {}),
         "tokens of the run": f"{run.first_row(config.training.num_steps) * length:,} "
         f"in {config.training.num_steps:,} steps",
         "learning rate": _learning_rate(config.schedule),

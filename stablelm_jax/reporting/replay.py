@@ -20,6 +20,7 @@ from rich.table import Table
 from stablelm_jax import config as config_lib
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_path, finished_steps
 from stablelm_jax.checkpoint.reading import read_run
+from stablelm_jax.data.batches import mark_documents
 from stablelm_jax.parallel import sharding
 from stablelm_jax.reporting.inspection import RowPlace, places
 from stablelm_jax.run.compilation import CompilationCache, make_deterministic
@@ -196,12 +197,12 @@ def _shares(
         gradients, sums = gradient(weights, rows, state.frozen)
         return optax.tree.norm(gradients), sums
 
-    rows = range(run.first_row(step), run.first_row(step + 1))
+    rows, pieces = range(run.first_row(step), run.first_row(step + 1)), run.pieces(step)
     found = places(run.sources, run.mixture, rows, run.spec, run.tokenizer, run.packed)
     for number, place in enumerate(found):
-        row = {key: value[number] for key, value in batch.items()}
+        row = {k: value[number * pieces : (number + 1) * pieces] for k, value in batch.items()}
         for segments, name, text in _groups(run, place) if wanted(place) else ():
-            alone = _alone(row, segments, devices)
+            alone = _alone(row, segments, devices, run.tokenizer.eod)
             tokens = int(alone["loss_mask"].sum())
             if not tokens or not (alone.get("pair_ids", np.zeros(1)) >= 0).any():
                 continue
@@ -231,12 +232,16 @@ def _groups(run: Run, place: RowPlace) -> Iterator[tuple[list[int], str, str]]:
 
 
 def _alone(
-    row: Mapping[str, np.ndarray], segments: list[int], devices: int
+    row: Mapping[str, np.ndarray], segments: list[int], devices: int, eod: int
 ) -> dict[str, np.ndarray]:
-    """A batch of this row, in which these segments alone count, and of rows that do not."""
-    rows = {name: np.repeat(value[None], devices, axis=0) for name, value in row.items()}
-    rows["loss_mask"] *= np.isin(rows["segment_ids"], segments)
-    rows["loss_mask"][1:] = 0
+    """A batch of this row, [pieces, ...], in which these segments alone count, and of others."""
+    pieces, whole = len(row["tokens"]), row["segment_ids"]
+    if pieces > 1:  # each has numbers of its own
+        whole = mark_documents(row["tokens"].reshape(1, -1), eod)[0].reshape(whole.shape)
+    more = [(0, -pieces % devices)]
+    rows = {k: np.pad(v, more + [(0, 0)] * (v.ndim - 1), "edge") for k, v in row.items()}
+    rows["loss_mask"][:pieces] *= np.isin(whole, segments)
+    rows["loss_mask"][pieces:] = 0
     if "pair_ids" in rows:
         own = np.arange(rows["pair_ids"].shape[1]) == (segments[0] - 1) // 2
         rows["pair_ids"] = np.where(own, rows["pair_ids"], -1)

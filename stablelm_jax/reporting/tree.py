@@ -155,7 +155,7 @@ def _label(run: FoundRun) -> Text:
         end, to = begin + schedule["cooldown_steps"], schedule["cooldown_end"]
         kind = schedule.get("cooldown_kind", "linear")
         text += f", learning rate from {begin:,} to {end:,} {kind} to {to:g}"
-    for kind in ("stages", "batch_stages"):
+    for kind in ("stages", "batch_stages", "sequence_stages"):
         if stages := run.config["data"].get(kind):
             text += f", {kind.replace('_', ' ')} {stages}"
     if run.config["branch"].get("state") == "weights":

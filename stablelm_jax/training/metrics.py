@@ -143,15 +143,17 @@ class Meter:
         return line
 
     def _speed(self, step: int, seconds: float, wait_seconds: float) -> dict[str, float | None]:
-        spec, steps = self._run.spec, self.steps
-        rows = self._run.first_row(step) - self._run.first_row(step - steps)
-        rate = rows * spec.sequence_length / seconds
+        run, steps, length = self._run, self.steps, self._run.spec.sequence_length
+        rows = [run.first_row(n + 1) - run.first_row(n) for n in range(step - steps, step)]
+        lengths = [length // run.pieces(n) for n in range(step - steps, step)]
+        rate = sum(rows) * length / seconds
         per_device = rate / jax.device_count()
         peak = peak_flops(jax.devices()[0].device_kind)
 
         def mfu(causal: bool) -> float | None:
-            flops = train_flops_per_token(self._run.model, spec.sequence_length, causal=causal)
-            return None if peak is None else per_device * flops / peak
+            flops = [train_flops_per_token(run.model, n, causal=causal) for n in lengths]
+            mean = np.average(flops, weights=rows).item()
+            return None if peak is None else per_device * mean / peak
 
         return {
             "tokens_per_second": rate,

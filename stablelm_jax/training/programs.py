@@ -62,7 +62,7 @@ def compile_programs(
     samples = _prepare_samples(run) if run.config.samples.every else None
     layer_norms = None
     if run.config.training.layer_norms_every:
-        layer_norms = _by_size(compile_layer_norms, run, first)
+        layer_norms = _by_shape(compile_layer_norms, run, first)
     return Programs(step, compile_weights(run), eval_step, samples, layer_norms)
 
 
@@ -78,17 +78,18 @@ def compile_weights(run: Run) -> Callable[[TrainState], Any]:
 
 def compile_steps(run: Run, first: int = 0) -> StepFunction:
     """The train step from step `first` on."""
-    return _by_size(compile_step, run, first)
+    return _by_shape(compile_step, run, first)
 
 
-def _by_size(compile_one: Callable[[Run], Callable], run: Run, first: int) -> Callable:
-    """f(state, batch), compiled for each size that batches have from step `first` on."""
-    configs = {c.data.batch_size: c for _, c in config_lib.batch_stages(run.config, first)}
-    runs = {rows: dataclasses.replace(run, config=config) for rows, config in configs.items()}
-    programs = {rows: compile_one(own) for rows, own in runs.items()}
+def _by_shape(compile_one: Callable[[Run], Callable], run: Run, first: int) -> Callable:
+    """f(state, batch), compiled for each shape that batches have from step `first` on."""
+    stages = [config for _, config in config_lib.batch_stages(run.config, first)]
+    configs = {(c.data.batch_size, c.data.sequence_length): c for c in stages}
+    runs = {shape: dataclasses.replace(run, config=config) for shape, config in configs.items()}
+    programs = {shape: compile_one(own) for shape, own in runs.items()}
     if len(programs) == 1:
         return next(iter(programs.values()))
-    return lambda state, batch: programs[len(batch["tokens"])](state, batch)
+    return lambda state, batch: programs[batch["tokens"].shape](state, batch)
 
 
 def compile_step(run: Run) -> StepFunction:

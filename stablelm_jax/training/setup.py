@@ -149,6 +149,15 @@ class Run:
         """(step, rows): from which step on a batch has so many."""
         return config_lib.batch_sizes(self.config)
 
+    @functools.cached_property
+    def sequence_lengths(self) -> list[tuple[int, int]]:
+        """(step, tokens): from which step on rows are cut so short."""
+        return config_lib.sequence_lengths(self.config)
+
+    def pieces(self, step: int) -> int:
+        """Into how many each row of a step is cut."""
+        return self.spec.sequence_length // config_lib.at_step(self.sequence_lengths, step)
+
     def first_row(self, step: int) -> int:
         """The row of the mixture that step `step`, from 0, begins with."""
         return self.data_position.first_row(step, self.batch_sizes)
@@ -171,6 +180,7 @@ class Run:
             self.mixture,
             self.spec,
             first_row=lambda n: self.first_row(step + n),
+            pieces=lambda n: self.pieces(step + n),
             share=self.share,
             prefetch=self.config.data.prefetch_batches,
             packed=self.packed,

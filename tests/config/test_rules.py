@@ -92,6 +92,13 @@ def test_what_reads_no_data_needs_no_tokenizer_and_no_source():
         ("data__batch_stages", "100", "write STEP:rows"),
         ("data__batch_stages", "100:0", "write STEP:rows"),
         ("data__batch_stages", "100:8; 100:16", "put them in order"),
+        ("data__sequence_stages", "0:", "write STEP:length"),
+        (
+            "data__sequence_stages",
+            "0:1000",
+            "1000 does not divide config.data.sequence_length=4096",
+        ),
+        ("data__sequence_stages", "5:1024; 5:2048", "must rise, from 0 on"),
         ("optimizer__b1", 1.0, "0 or more and below 1"),
         ("optimizer__b2", -0.1, "0 or more"),
         ("optimizer__epsilon", 0.0, "above 0"),

@@ -154,6 +154,15 @@ def test_batches_of_several_sizes_are_the_next_rows_in_turn(corpus, mixture, slo
     assert rows == [tokens[1:] for _, tokens in slow[8:56]]
 
 
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_a_cut_row_is_as_many_rows_of_the_same_text_and_targets(corpus, mixture, slow, pieces):
+    (made,) = take(train_batches(corpus[0], mixture, SPEC, pieces=lambda n: pieces), 1)
+    starts, short = range(0, LENGTH, LENGTH // pieces), LENGTH // pieces
+    rows = [(source, row[at : at + short + 1]) for source, row in slow[:4] for at in starts]
+    expected = expected_batch(rows) | {"loss_mask": [[1.0] * short for _ in rows]}
+    assert as_lists(made) == expected
+
+
 def test_a_batch_has_the_types_and_shapes_of_the_contract(corpus, mixture):
     (batch,) = take(train_batches(corpus[0], mixture, SPEC), 1)
     assert list(batch) == KEYS
