@@ -114,7 +114,7 @@ def test_a_norm_is_the_formula_in_float64_with_its_bias(kind):
     np.testing.assert_allclose(norm(jnp.float32(x)), expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", [pytest.param("zero1", marks=pytest.mark.by_hand), "fsdp"])
 def test_a_tied_embedding_has_the_same_gradient_on_a_mesh(mode):
     rng, mesh = new_rng(), make_mesh(4, 2)
     flat, fsdp = random_params(LLAMA), mode == "fsdp"

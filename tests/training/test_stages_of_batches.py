@@ -66,6 +66,7 @@ def test_a_branch_goes_on_with_its_parents_batches(data, whole, tmp_path):
     assert item(tmp_path, 12)["checksums"] == item(whole[0], 12)["checksums"]
 
 
+@pytest.mark.by_hand  # in every run: of sequence stages
 def test_the_mesh_and_accumulation_change_no_stage(data, whole, tmp_path):
     mesh = {"parallel.data": 4, "parallel.model": 2, "training.accumulation": 2}
     found, expected = losses(train(bare_config(data, **STAGES, **mesh), tmp_path)[1]), whole[1]
