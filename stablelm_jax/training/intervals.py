@@ -79,7 +79,8 @@ class Intervals:
             if found is None:
                 return False
         if self.due(self._run.config.report.every or 0, step):
-            services.log.write_page()
+            with services.goodput.cause("evaluation"):
+                services.log.write_page()
         return True
 
     def _held_out(self, state: TrainState, step: int) -> Mapping[str, float | None] | None:
