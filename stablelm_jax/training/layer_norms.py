@@ -20,6 +20,7 @@ from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.loss import Batch
 from stablelm_jax.model.parameters import parameter_table
 from stablelm_jax.model.transformer import hidden_states
+from stablelm_jax.optimizer.parts import Optimizer
 from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.mesh import sum_over
 from stablelm_jax.training.gradient import make_gradient_function
@@ -33,6 +34,7 @@ def make_layer_norms(
     model: ModelConfig,
     mesh: Mesh,
     *,
+    optimizer: Optimizer,
     objective: Objective,
     accumulation: int,
     compute: Compute,
@@ -61,8 +63,9 @@ def make_layer_norms(
     mean_squares = sharding.map_rows(local_mean_squares, mesh, out_specs=PartitionSpec())
 
     def layer_norms(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        gradients, _ = gradient(state.params, batch, state.frozen)
-        weights = lora.join(state.frozen, state.params) if lora else state.params
+        at = optimizer.gradient_at(state.params, state.opt_state)
+        gradients, _ = gradient(at, batch, state.frozen)
+        weights = lora.join(state.frozen, at) if lora else at
         squares_L = mean_squares(sharding.gathered(weights, compute.dtype, places), batch)
         norms_L = jax.vmap(optax.tree.norm)(gradients.pop("layers"))
         found = {f"grad_norm/{group}": optax.tree.norm(part) for group, part in gradients.items()}

@@ -108,6 +108,7 @@ def compile_layer_norms(run: Run) -> LayerNorms:
     layer_norms = make_layer_norms(
         run.model,
         run.mesh,
+        optimizer=run.optimizer,
         objective=run.objective,
         accumulation=run.config.training.accumulation,
         **gradient_options(run.config),
