@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stablelm_jax.model.lora import map_kernels
@@ -86,35 +87,35 @@ def gathered(params: Any, dtype: Any, shardings: Any) -> Any:
 def layers_apart(table: Iterable[ParameterSpec], mesh: Mesh, zero1: bool) -> Callable:
     """What calls f({name: stacked array}) where no layer is split, inside jit.
 
-    The devices of a group each take whole layers, some none; the results lie as masters do.
+    The devices of a group each take whole layers, some of them zeros; the results lie as masters.
     """
     # One axis moves at a time: two at once XLA does not know how to send.
     ways = (
         {row.name: master_spec(row, mesh.shape, zero1) for row in table},
         {row.name: PartitionSpec("data", *mesh_axes(row.axes)[1:]) for row in table},
-        {row.name: PartitionSpec(_axes_of_layers(row, mesh)) for row in table},
+        {row.name: PartitionSpec(("data", "model")) for row in table},
     )
+    parts = mesh.shape["data"] * mesh.shape["model"]
 
     def put(arrays: dict[str, jax.Array], way: dict[str, PartitionSpec]) -> dict[str, jax.Array]:
         places = named(mesh, {name: way[name] for name in arrays})
         return jax.lax.with_sharding_constraint(arrays, places)
 
     def call(function: Callable, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        # Layers that do not divide XLA would pad once they are apart, and send again for it.
+        padded = {
+            name: jnp.pad(x, [(0, -len(x) % parts)] + [(0, 0)] * (x.ndim - 1))
+            for name, x in arrays.items()
+        }
         for way in ways:
-            arrays = put(arrays, way)
+            padded = put(padded, way)
         # Said of the results too, else XLA sends back what they are the sum of, term by term.
-        found = function(arrays)
+        found = function(padded)
         for way in reversed(ways):
             found = put(found, way)
-        return found
+        return {name: x[: len(arrays[name])] for name, x in found.items()}
 
     return call
-
-
-def _axes_of_layers(row: ParameterSpec, mesh: Mesh) -> str | tuple[str, ...]:
-    """`data` alone where XLA would gather all: it pads layers that do not divide along one axis."""
-    axes = ("data", "model")
-    return "data" if row.shape[0] % math.prod(mesh.shape[axis] for axis in axes) else axes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -24,7 +24,7 @@ def config_of(data, kind, make=bare_config, **overrides):
     if kind == "ademamix":
         overrides = {"optimizer.ademamix_warmup_steps": 12, **overrides}
     own = {"optimizer.kind": kind, "schedule.peak": RATES.get(kind, 1e-2)}
-    return make(data, **own, **{"schedule.minimum": 1e-4}, **overrides)
+    return make(data, **own, **overrides)
 
 
 def of_step(workdir, step):
