@@ -45,7 +45,8 @@ def get_config(text="20m"):
     parameters = count_parameters(model_config(config))
     tokens = 20 * parameters  # Hoffmann et al. (2022), approaches 1 and 2: about 20 a parameter
     # Bi et al. (2024, DeepSeek LLM), equation 1: tokens a step and peak of the learning rate by
-    # compute, theirs without the embeddings', here 6 N D with all parameters.
+    # compute, theirs without the embeddings', here 6 N D with all parameters. NOT RE-VERIFIED: the
+    # four constants were not read in the original.
     compute = 6 * parameters * tokens
     rows = 0.2920 * compute**0.3271 / config.data.sequence_length
     config.data.batch_size = 8 * max(1, round(rows / 8))  # ours: 8 devices divide it

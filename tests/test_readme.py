@@ -124,4 +124,8 @@ def test_every_file_it_names_exists(path):
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
 def test_every_link_into_the_project_leads_somewhere(link):
-    assert (ROOT / link).exists()
+    path, _, heading = link.partition("#")
+    assert (ROOT / path).exists()
+    if heading:
+        titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+        assert heading in {title.lower().replace(" ", "-") for title in titles}

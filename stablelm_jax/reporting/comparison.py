@@ -81,7 +81,8 @@ def verdict(found: Comparison) -> str:
     if interval.is_zero_within:
         return f"No difference can be told: {interval_text(interval)} nats a token holds 0."
     better, worse = ("B", "A") if interval.mean < 0 else ("A", "B")
-    return f"{better} is better than {worse}, by {abs(interval.mean):.4f} nats a token."
+    by = f"by {abs(interval.mean):.4f} nats a token"
+    return f"{better} is better than {worse}, {by}; another seed of either may move that by more."
 
 
 def worth_text(worth: Worth, of_b: float) -> str:
