@@ -4,7 +4,7 @@
     python benchmarks/optimizers.py --output runs/optimizers
     python benchmarks/optimizers.py --output runs/optimizers --table   # of the runs that are done
 
-The multilingual demo's eight sources, a model of 3 layers and width 128, one CPU core. Each kind
+The multilingual demo's eight sources, a model of 2 layers and width 64, one CPU core. Each kind
 runs once at every rate of its grid, with the first seed; where the best rate is the grid's first
 or last, once more a step further, until it is not; then at the best rate with the other seeds. A
 seed is that of the first weights and of the order of rows, so that equal seeds pair. All kinds
@@ -39,8 +39,8 @@ GRIDS = {
     "schedule_free_adamw": (2e-3, 4e-3, 8e-3),
 }
 MODEL = {
-    **{"model.num_layers": 3, "model.width": 128, "model.feed_forward_width": 352},
-    **{"model.num_heads": 2, "model.num_kv_heads": 2, "data.sequence_length": 256},
+    **{"model.num_layers": 2, "model.width": 64, "model.feed_forward_width": 176},
+    **{"model.num_heads": 1, "model.num_kv_heads": 1, "data.sequence_length": 128},
 }
 # Student's t for 97.5 % at so many degrees of freedom, from any table of it.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="what launch/demo_corpus.sh has made")
     parser.add_argument("--output", required=True, help="folder of the runs")
     parser.add_argument("--kinds", nargs="+", choices=GRIDS, default=list(GRIDS))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--table", action="store_true", help="runs nothing")
     args = parser.parse_args()
