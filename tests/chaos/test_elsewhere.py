@@ -11,6 +11,9 @@ from tiny import SOURCES, losses, tiny_config, train
 from stablelm_jax.checkpoint.reading import read_run
 from stablelm_jax.training.setup import Run
 
+# Meshes are compared in tests/training/test_devices.py, processes in test_processes.py beside it.
+pytestmark = pytest.mark.by_hand
+
 EVERY_DEVICE = jax.devices()
 QUIET = {"evaluation.every": 0, "samples.every": 0}
 

@@ -167,7 +167,7 @@ def one_jump(monkeypatch):
     return jump
 
 
-@pytest.mark.parametrize("log_every", [1, 5])
+@pytest.mark.parametrize("log_every", [1, pytest.param(5, marks=pytest.mark.by_hand)])
 def test_one_spike_stops_the_run_before_it_where_the_guard_says_so(
     data, tmp_path, one_jump, log_every
 ):

@@ -50,6 +50,7 @@ def test_a_run_stopped_at_before_and_after_a_change_is_the_undisturbed_one(data,
     assert item(tmp_path, 12)["checksums"] == item(whole[0], 12)["checksums"]
 
 
+@pytest.mark.by_hand  # a piece of a row is a row to the mesh: tests/training/test_devices.py
 def test_the_mesh_and_accumulation_change_no_stage(data, whole, tmp_path):
     mesh = {"parallel.data": 4, "parallel.model": 2, "training.accumulation": 2}
     found = losses(train(bare_config(data, **STAGES, **mesh), tmp_path)[1])
