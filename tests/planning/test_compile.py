@@ -76,6 +76,7 @@ def test_tensor_parallelism_gathers_neither_logits_nor_gradients(data, fsdp):
     assert head.size <= 4 * rows * (width + 3) < 4 * rows * vocabulary
 
 
+@pytest.mark.by_hand
 def test_a_gpu_program_beyond_the_memory_is_an_error_that_names_what_is_not_tried_yet(
     data, monkeypatch
 ):
