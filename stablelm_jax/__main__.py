@@ -18,7 +18,7 @@ VERBS = {
     "prepare": "documents into token shards, a held-out split and a manifest",
     "plan": "what a run needs: memory, communication, time, cost, without the machine",
     "train": "pretrain; goes on by itself where the run's folder holds a checkpoint",
-    "report": "runs compared: which is better, by how much, and how sure that is",
+    "report": "the page of a run; runs compared: which is better, and how sure that is",
     "runs": "the tree of runs and their branches below a folder, their curves in one picture",
     "inspect_data": "the documents of a step, what each did to its loss; those of a source",
     "evaluate": "held-out loss of a checkpoint, or the benchmarks of lm-eval",

@@ -94,7 +94,7 @@ def _mixture(config: ConfigDict, data: bool) -> None:
 
 
 def _lengths(config: ConfigDict) -> list[tuple[int, int]]:
-    """The stages of `data.sequence_stages`."""
+    """The stages of `data.sequence_stages`, checked but for their order."""
     _, *stages = sequence_lengths(config)
     length, packing = config.data.sequence_length, config.data.packing
     if wrong := [tokens for _, tokens in stages if length % tokens]:

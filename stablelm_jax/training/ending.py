@@ -47,7 +47,7 @@ def end(trainer: Trainer, finished: bool) -> int:
         if not finished:
             _tell_stopped(trainer)
             return EXIT_STOPPED
-        trainer.intervals.draw()
+        trainer.intervals.draw(at_end=True)
         path = services.folder.checkpoints / checkpoint_name(step)
         services.console.print(f"finished step {trainer.last_step:,}; checkpoint {path}")
         return 0

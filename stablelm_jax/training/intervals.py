@@ -141,12 +141,16 @@ class Intervals:
             "evaluation_failed", text, style="bold red", step=step, after_seconds=seconds
         )
 
-    def draw(self) -> None:
-        """The picture of the losses so far, and the page unless that has an interval of its own."""
+    def draw(self, at_end: bool = False) -> None:
+        """The picture of the losses so far, and the page unless that has an interval of its own.
+
+        `at_end`: of the run, when the page shows the last samples and the last save.
+        """
         is_text = self._run.objective.name == "pretrain"  # of answers it says nothing
         manifests = self._run.manifests.items()
         self._services.log.draw({n: m.unigram_entropy if is_text else None for n, m in manifests})
-        if self._run.config.report.every is None:
+        every = self._run.config.report.every
+        if every is None or (every and at_end):
             self._services.log.write_page()
 
     def sample(self, state: TrainState, progress: Progress) -> None:

@@ -48,7 +48,7 @@ def test_scores_of_tasks_are_metrics_and_change_nothing(data, undisturbed, tmp_p
     assert len([line for line in lines if "eval/tasks/which_word/acc" in line]) == 3
 
 
-@pytest.mark.parametrize("every, at", [(None, [0, 6, 6]), (4, [0, 4, 6]), (0, [])])
+@pytest.mark.parametrize("every, at", [(None, [0, 6, 6]), (4, [0, 4, 6, 6]), (0, [])])
 def test_the_page_of_a_run_is_written_at_evaluations_or_at_its_own_interval(
     data, tmp_path, monkeypatch, every, at
 ):
