@@ -82,7 +82,7 @@ def verdict(found: Comparison) -> str:
         return f"No difference can be told: {interval_text(interval)} nats a token holds 0."
     better, worse = ("B", "A") if interval.mean < 0 else ("A", "B")
     by = f"by {abs(interval.mean):.4f} nats a token"
-    return f"{better} is better than {worse}, {by}; another seed of either may move that by more."
+    return f"{better} is better than {worse}, {by}; other seeds may differ otherwise."
 
 
 def worth_text(worth: Worth, of_b: float) -> str:
