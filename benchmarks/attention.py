@@ -4,6 +4,7 @@
     python benchmarks/attention.py --heads 32 --kv-heads 8 --head-size 160
     python benchmarks/attention.py --tune                 # best tiles of pallas_gpu, for BLOCKS
     python benchmarks/attention.py --smoke                # on a CPU, kernels interpreted
+    python benchmarks/attention.py --aot                  # what the compiler says; needs no GPU
 
 All work on the same random inputs, in one run, causal: with one document a row, then with documents
 of the mean lengths of --documents. Before the clock starts, output and gradients are held against
@@ -75,7 +76,19 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", metavar="NAME", help="leave the others out")
     parser.add_argument("--tune", action="store_true", help="time tiles of pallas_gpu instead")
     parser.add_argument("--smoke", action="store_true", help="tiny, kernels interpreted")
+    targets = ["h100:1x1", "a100-40gb:1x1"]
+    parser.add_argument(
+        "--aot",
+        nargs="*",
+        metavar="TARGET",
+        help=f"our kernels' instructions on {targets}, or others",
+    )
     arguments = parser.parse_args()
+    if arguments.aot is not None:
+        import attention_bound
+
+        attention_bound.show(Console(), arguments.aot or targets, [arguments.head_size])
+        return
     if arguments.smoke:
         vars(arguments).update(SMOKE)
     console = Console(width=140)

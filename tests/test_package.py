@@ -28,6 +28,7 @@ NOT_IMPORTED = {
     "ipykernel",
     "mkdocs-material",
     "nvidia-cuda-nvcc",
+    "nvidia-cuda-nvdisasm",
     "nvidia-nvvm",
     "pytest-xdist",
     "ruff",
