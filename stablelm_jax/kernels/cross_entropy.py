@@ -32,11 +32,15 @@ def cross_entropy(
     scale it with. Matrix products run in the dtype of x, logits and softmax in float32.
 
     Args:
+      targets_BT: int32 ids below num_valid. Any other, such as -1 or padding of the vocabulary, has
+        no probability: with a weight the loss is infinite, and training leaves the update out
+        (training/update_guard.py); with a weight of 0 the token counts for nothing, its nll is 0.
+        It has no gradient in either case.
       weights_BT: each token's weight in the loss, as mask / number of tokens.
       implementation: 'tiled' or 'saved', see there; 'auto': 'tiled' where the batch has more rows
         than a chunk, else 'saved'; 'reference': plain autodiff.
       num_valid: columns of the kernel that take part (None: all, as published); the others, padding
-        of the vocabulary, get no probability and no gradient, and as a target an infinite loss.
+        of the vocabulary, get no probability and no gradient.
 
     Raises:
       ValueError: for an unknown implementation, or a num_valid that the vocabulary does not have.
@@ -51,14 +55,18 @@ def cross_entropy(
     vocab_size = kernel_DV.shape[1]
     if num_valid is not None and not 1 <= num_valid <= vocab_size:
         raise ValueError(f"num_valid is {num_valid}: use 1 to {vocab_size}, or None")
+    num_valid = vocab_size if num_valid is None else num_valid
+    possible_BT = (targets_BT >= 0) & (targets_BT < num_valid)
     loss, nll_R = IMPLEMENTATIONS[implementation](
         x_BTD.reshape(-1, x_BTD.shape[-1]),
         kernel_DV.astype(x_BTD.dtype),
-        targets_BT.reshape(-1),
-        weights_BT.reshape(-1).astype(jnp.float32),
-        vocab_size if num_valid is None else num_valid,
+        jnp.where(possible_BT, targets_BT, 0).reshape(-1),
+        jnp.where(possible_BT, weights_BT, 0).reshape(-1).astype(jnp.float32),
+        num_valid,
     )
-    return loss, jax.lax.stop_gradient(nll_R).reshape(targets_BT.shape)
+    impossible_BT = jnp.where(possible_BT | (weights_BT == 0), 0.0, jnp.inf)
+    nll_BT = jnp.where(possible_BT, nll_R.reshape(targets_BT.shape), impossible_BT)
+    return loss + jnp.max(impossible_BT), jax.lax.stop_gradient(nll_BT)
 
 
 def reference(x_RD, kernel_DV, targets_R, weights_R, num_valid):
@@ -116,6 +124,12 @@ def _log_sum_exp_and_target(logits_RV, targets_R):
     return max_R + jnp.log(sum_R), jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), -1)
 
 
+def _dlogits(logits_RV, log_sum_R, targets_R):
+    """Each row's gradient of its own loss: the probabilities, less 1 at the target."""
+    probs_RV = jnp.exp(logits_RV - log_sum_R[:, None])
+    return probs_RV - _is_target(targets_R, probs_RV.shape[1])
+
+
 def _in_chunks(*arrays_R_):
     """Each as [C, rows, ...]; the last chunk is filled up with zeros, rows of no weight."""
     count = len(arrays_R_[0])
@@ -137,8 +151,7 @@ def _tiled_forward(x_RD, kernel_DV, targets_R, weights_R, num_valid):
         x_RD, targets_R, weights_R = chunk
         logits_RV = _logits(x_RD, kernel_DV, num_valid)
         log_sum_R, target_R = _log_sum_exp_and_target(logits_RV, targets_R)
-        probs_RV = jnp.exp(logits_RV - log_sum_R[:, None])
-        dlogits_RV = weights_R[:, None] * (probs_RV - _is_target(targets_R, probs_RV.shape[1]))
+        dlogits_RV = weights_R[:, None] * _dlogits(logits_RV, log_sum_R, targets_R)
         dlogits_RV = dlogits_RV.astype(x_RD.dtype)
         dx_RD = jnp.matmul(dlogits_RV, kernel_DV.T, preferred_element_type=jnp.float32)
         dkernel_DV += jnp.matmul(x_RD.T, dlogits_RV, preferred_element_type=jnp.float32)
@@ -171,38 +184,27 @@ def _row_losses(num_valid, x_RD, kernel_DV, targets_R):
 
 
 def _saved_forward(num_valid, x_RD, kernel_DV, targets_R):
-    """Turns the exponentials into the gradient of the logits, in their own memory.
-
-    The gradient is (exp / sum - one_hot) * g. Its row factor g / sum is left out here and applied
-    to the small matrices in `_saved_backward`, which saves a pass over all R * V values: only the
-    target's value of each row changes.
-    """
-
     def step(chunk):
         x_RD, targets_R = chunk
         logits_RV = _logits(x_RD, kernel_DV, num_valid)
-        max_R = jnp.max(logits_RV, -1)
-        exp_RV = jnp.exp(logits_RV - max_R[:, None])
-        sum_R = jnp.sum(exp_RV, -1)
-        target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
-        unscaled_RV = exp_RV.at[jnp.arange(len(targets_R)), targets_R].add(-sum_R)
-        return max_R + jnp.log(sum_R) - target_R, unscaled_RV.astype(x_RD.dtype), sum_R
+        log_sum_R, target_R = _log_sum_exp_and_target(logits_RV, targets_R)
+        dlogits_RV = _dlogits(logits_RV, log_sum_R, targets_R).astype(x_RD.dtype)
+        return log_sum_R - target_R, dlogits_RV
 
     chunks = _in_chunks(x_RD, targets_R)
     if len(chunks[0]) == 1:
-        losses_R, unscaled_RV, sum_R = step([x[0] for x in chunks])
+        losses_R, dlogits_RV = step([x[0] for x in chunks])
     else:
-        out = jax.lax.map(step, chunks)
-        losses_R, unscaled_RV, sum_R = (_joined(x, len(targets_R)) for x in out)
-    return losses_R, (x_RD, kernel_DV, unscaled_RV, sum_R)
+        losses_R, dlogits_RV = (_joined(x, len(targets_R)) for x in jax.lax.map(step, chunks))
+    return losses_R, (x_RD, kernel_DV, dlogits_RV)
 
 
 def _saved_backward(num_valid, saved, g_R):
-    x_RD, kernel_DV, unscaled_RV, sum_R = saved
-    scale_R1 = (g_R / sum_R)[:, None]
-    dx_RD = scale_R1 * jnp.matmul(unscaled_RV, kernel_DV.T, preferred_element_type=jnp.float32)
-    scaled_x_RD = (scale_R1 * x_RD).astype(x_RD.dtype)
-    dkernel_DV = jnp.matmul(scaled_x_RD.T, unscaled_RV)
+    """The rows' cotangents go into the small matrices: dlogits are not written a second time."""
+    x_RD, kernel_DV, dlogits_RV = saved
+    g_R1 = g_R[:, None]
+    dx_RD = g_R1 * jnp.matmul(dlogits_RV, kernel_DV.T, preferred_element_type=jnp.float32)
+    dkernel_DV = jnp.matmul((g_R1 * x_RD).astype(x_RD.dtype).T, dlogits_RV)
     return dx_RD.astype(x_RD.dtype), dkernel_DV, None
 
 
