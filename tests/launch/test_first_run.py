@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
@@ -14,6 +15,7 @@ def shown(cells):
     return [sorted({output.output_type for output in cell.get("outputs", ())}) for cell in cells]
 
 
+@pytest.mark.by_hand  # the README's commands, which do the same, are in every run
 def test_the_notebook_runs_learns_and_shows_what_its_committed_form_shows(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -56,7 +56,8 @@ def test_fsdp_gathers_and_scatters_layer_by_layer(data):
     assert large["reduce-scatter", "f32"].count >= layers * microbatches
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.by_hand)])
+@pytest.mark.by_hand
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_tensor_parallelism_gathers_neither_logits_nor_gradients(data, fsdp):
     overrides = {"parallel.model": 4, "parallel.fsdp": fsdp, "training.accumulation": 1}
     config, step = step_for(data, "h100:1x8", **overrides)

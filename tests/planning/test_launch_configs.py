@@ -14,7 +14,6 @@ from stablelm_jax.planning.targets import parse_target
 pytestmark = pytest.mark.aot
 
 NAMES = sorted(path.stem for path in (configs_folder() / "launch").glob("*.py"))
-IN_EVERY_RUN = ("stablelm_2_1_6b_a100_40gb_64x8", "stablelm_2_1_6b_h200_1x1")
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +25,8 @@ def optimized_as_in_a_run():
     jax.config.update("jax_disable_most_optimizations", without)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in IN_EVERY_RUN else pytest.mark.by_hand)
-        for name in NAMES
-    ],
-)
+@pytest.mark.by_hand  # test_plan_verb.py has one compiled in every run
+@pytest.mark.parametrize("name", NAMES)
 def test_a_launch_config_compiles_for_its_target_and_fits(name):
     config = config_lib.load(configs_folder() / "launch" / f"{name}.py")
     step = compile_for(config, parse_target(config.parallel.target))

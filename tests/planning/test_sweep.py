@@ -253,6 +253,7 @@ def tiny_sweep():
 
 
 @pytest.mark.aot
+@pytest.mark.by_hand
 def test_ctrl_c_ends_the_verb_while_the_targets_own_compiler_works(tiny_sweep):
     assert "4 ways to divide a step on a100-40gb:1x1; 0 need" in tiny_sweep.stdout.readline()
     for line in tiny_sweep.stdout:
