@@ -20,6 +20,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -39,10 +40,13 @@ class Tile(documents.Tile):
     Attributes:
       queries, keys: powers of two, at least the matrix instructions' 16.
       warps: how many a program has. stages: one more than the tiles that its loops load ahead.
+      one_loop: over all tiles, a branch around the mask; it loads ahead from end to end. Otherwise
+        three loops, with a mask, without and with: on an A100 the branch costs registers.
     """
 
     warps: int
     stages: int
+    one_loop: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +63,13 @@ class Blocks:
 # and leave room for eight warps on a core. benchmarks/attention.py --tune prints what to put here.
 BLOCKS = {
     "sm80": {
-        64: Blocks(Tile(128, 64, 4, 3), Tile(32, 128, 8, 3), Tile(64, 64, 4, 2)),
+        64: Blocks(Tile(128, 64, 4, 3), Tile(32, 128, 4, 3), Tile(128, 32, 4, 3)),
         80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
         128: Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
         160: Blocks(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
     },
     "sm90": {
-        64: Blocks(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+        64: Blocks(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(128, 64, 8, 3, True)),
         80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
         128: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
         160: Blocks(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
@@ -176,7 +180,7 @@ def _output(inputs, tile, interpret):
     start_BT, q_BTNH, k_BTKH, _ = inputs
     specs = _QuerySpecs(q_BTNH.shape, k_BTKH.shape, tile)
     return pl.pallas_call(
-        partial(_forward_kernel, tile=tile),
+        partial(_forward_kernel, tile=tile, interpret=interpret),
         out_shape=(_like(q_BTNH), jax.eval_shape(_sum_of_heads, q_BTNH)),
         grid=specs.grid,
         in_specs=[specs.bounds, specs.start, specs.queries, specs.keys, specs.keys],
@@ -190,7 +194,7 @@ def _query_gradient(inputs, tile, interpret):
     start_BT, q_BTNH, k_BTKH, *_ = inputs
     specs = _QuerySpecs(q_BTNH.shape, k_BTKH.shape, tile)
     return pl.pallas_call(
-        partial(_query_gradient_kernel, tile=tile),
+        partial(_query_gradient_kernel, tile=tile, interpret=interpret),
         out_shape=_like(q_BTNH),
         grid=specs.grid,
         in_specs=[specs.bounds, specs.start, specs.queries, specs.keys, specs.keys]
@@ -211,7 +215,7 @@ def _key_gradients(inputs, end_BT, tile, interpret):
     keys = pl.BlockSpec((None, tile.keys, None, head_size), lambda j, h, b: (b, j, h, 0))
     sums = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
     return pl.pallas_call(
-        partial(_key_gradients_kernel, tile=tile),
+        partial(_key_gradients_kernel, tile=tile, interpret=interpret),
         out_shape=(_like(k_BTKH), _like(k_BTKH)),
         grid=(length // tile.keys, num_keys, batch),
         in_specs=[bounds, start, queries, keys, keys, queries, sums, sums],
@@ -260,24 +264,21 @@ def _options(tile, interpret):
 
 # The kernels: a program makes a block of one output, and no other writes there. Their refs:
 #   bounds [4]: borders of the blocks to visit. start: where the document of each query starts.
-#   logsumexp: that of a query's scaled scores. delta: the sum over H of o * do.
+#   logsumexp: of a query's scaled scores, to base 2, negated. delta: the sum over H of o * do.
 
 
-def _forward_kernel(bounds, start, q, k, v, o, logsumexp, *, tile):
-    parts, scale = _parts(q.shape[1]), 1 / math.sqrt(q.shape[1])
-    # exp(scale * x) is exp2(exponent * x): the chip has an instruction for powers of two.
-    exponent = scale * _LOG2_E
+def _forward_kernel(bounds, start, q, k, v, o, logsumexp, *, tile, interpret):
+    parts, exponent = _parts(q.shape[1]), _exponent(q)
     q_QH, visible = _load(q, slice(None), parts), _visible_keys(start, tile)
 
     def step(masked, j, carry):
-        maximum_Q, total_Q, o_QH = carry
+        maximum_Q, total_Q, o_QH = carry  # the maximum is one of exponent * scores
         keys = _span(j, tile.keys)
         scores_QS = _dot_transposed(q_QH, _load(k, keys, parts))
-        if masked:
-            scores_QS = jnp.where(visible(j), scores_QS, -jnp.inf)
-        new_maximum_Q = jnp.maximum(maximum_Q, jnp.max(scores_QS, 1))
-        weights_QS = jnp.exp2(exponent * scores_QS - (exponent * new_maximum_Q)[:, None])
-        shrink_Q = jnp.exp2(exponent * (maximum_Q - new_maximum_Q))
+        scores_QS = _mask(masked, scores_QS, partial(visible, j), -jnp.inf)
+        new_maximum_Q = jnp.maximum(maximum_Q, exponent * jnp.max(scores_QS, 1))
+        weights_QS = _exp2(exponent, scores_QS, -new_maximum_Q[:, None], interpret)
+        shrink_Q = _exp2(1.0, maximum_Q, -new_maximum_Q, interpret)
         total_Q = total_Q * shrink_Q + jnp.sum(weights_QS, 1)
         o_QH = [x * shrink_Q[:, None] for x in o_QH]
         o_QH = _add_products(o_QH, weights_QS, _load(v, keys, parts))
@@ -285,33 +286,32 @@ def _forward_kernel(bounds, start, q, k, v, o, logsumexp, *, tile):
 
     zeros_Q = jnp.zeros(tile.queries, jnp.float32)
     carry = (zeros_Q + _LOWEST, zeros_Q, _zeros(tile.queries, parts))
-    maximum_Q, total_Q, o_QH = _visit(bounds, step, carry)
+    maximum_Q, total_Q, o_QH = _visit(bounds, step, carry, tile)
     _store(o, [x / total_Q[:, None] for x in o_QH], parts)
-    logsumexp[...] = scale * maximum_Q + jnp.log(total_Q)
+    logsumexp[...] = -(maximum_Q + jnp.log2(total_Q))
 
 
-def _query_gradient_kernel(bounds, start, q, k, v, do, logsumexp, delta, dq, *, tile):
-    parts, scale = _parts(q.shape[1]), 1 / math.sqrt(q.shape[1])
+def _query_gradient_kernel(bounds, start, q, k, v, do, logsumexp, delta, dq, *, tile, interpret):
+    parts, exponent = _parts(q.shape[1]), _exponent(q)
     q_QH, do_QH = _load(q, slice(None), parts), _load(do, slice(None), parts)
-    logsumexp_Q1, delta_Q1 = _LOG2_E * logsumexp[...][:, None], delta[...][:, None]
+    logsumexp_Q1, delta_Q1 = logsumexp[...][:, None], delta[...][:, None]
     visible = _visible_keys(start, tile)
 
     def step(masked, j, dq_QH):
         keys = _span(j, tile.keys)
         k_SH = _load(k, keys, parts)
-        weights_QS = jnp.exp2(scale * _LOG2_E * _dot_transposed(q_QH, k_SH) - logsumexp_Q1)
-        if masked:
-            weights_QS = jnp.where(visible(j), weights_QS, 0.0)
-        dweights_QS = _dot_transposed(do_QH, _load(v, keys, parts))
-        return _add_products(dq_QH, weights_QS * (dweights_QS - delta_Q1), k_SH)
+        weights_QS = _exp2(exponent, _dot_transposed(q_QH, k_SH), logsumexp_Q1, interpret)
+        weights_QS = _mask(masked, weights_QS, partial(visible, j), 0.0)
+        dweights_QS = _dot_transposed(do_QH, _load(v, keys, parts), -delta_Q1)
+        return _add_products(dq_QH, weights_QS * dweights_QS, k_SH)
 
-    dq_QH = _visit(bounds, step, _zeros(tile.queries, parts))
-    _store(dq, [scale * x for x in dq_QH], parts)
+    dq_QH = _visit(bounds, step, _zeros(tile.queries, parts), tile)
+    _store(dq, [exponent / _LOG2_E * x for x in dq_QH], parts)
 
 
-def _key_gradients_kernel(bounds, start, q, k, v, do, logsumexp, delta, dk, dv, *, tile):
+def _key_gradients_kernel(bounds, start, q, k, v, do, logsumexp, delta, dk, dv, *, tile, interpret):
     """Scores stand as [S, Q] here: as they come out they go into the next product."""
-    parts, scale = _parts(k.shape[1]), 1 / math.sqrt(k.shape[1])
+    parts, exponent = _parts(k.shape[1]), _exponent(k)
     k_SH, v_SH = _load(k, slice(None), parts), _load(v, slice(None), parts)
     keys_S1 = _indices(pl.program_id(0), tile.keys)[:, None]
 
@@ -319,45 +319,79 @@ def _key_gradients_kernel(bounds, start, q, k, v, do, logsumexp, delta, dk, dv, 
         dk_SH, dv_SH = carry
         queries = _span(i, tile.queries)
         q_QH, do_QH = _load(q, (queries, head), parts), _load(do, (queries, head), parts)
-        logsumexp_Q = _LOG2_E * logsumexp[head, queries]
-        scores_SQ = _dot_transposed(k_SH, q_QH)
-        weights_SQ = jnp.exp2(scale * _LOG2_E * scores_SQ - logsumexp_Q[None, :])
-        if masked:
+
+        def visible():
             queries_1Q = _indices(i, tile.queries)[None, :]
-            visible_SQ = (start[queries][None, :] <= keys_S1) & (keys_S1 <= queries_1Q)
-            weights_SQ = jnp.where(visible_SQ, weights_SQ, 0.0)
+            return _is_visible(start[queries][None, :], queries_1Q, keys_S1)
+
+        scores_SQ = _dot_transposed(k_SH, q_QH)
+        weights_SQ = _exp2(exponent, scores_SQ, logsumexp[head, queries][None, :], interpret)
+        weights_SQ = _mask(masked, weights_SQ, visible, 0.0)
         dv_SH = _add_products(dv_SH, weights_SQ, do_QH)
         dweights_SQ = _dot_transposed(v_SH, do_QH)
         dscores_SQ = weights_SQ * (dweights_SQ - delta[head, queries][None, :])
         return _add_products(dk_SH, dscores_SQ, q_QH), dv_SH
 
     def of_head(head, carry):
-        return _visit(bounds, partial(step, head=head), carry)
+        return _visit(bounds, partial(step, head=head), carry, tile)
 
     zeros = _zeros(tile.keys, parts)
     dk_SH, dv_SH = jax.lax.fori_loop(0, q.shape[1], of_head, (zeros, zeros))
-    _store(dk, [scale * x for x in dk_SH], parts)
+    _store(dk, [exponent / _LOG2_E * x for x in dk_SH], parts)
     _store(dv, dv_SH, parts)
 
 
-def _visit(bounds, step, carry):
+def _visit(bounds, step, carry, tile):
     """step(masked, block, carry) for the blocks within the bounds, in order."""
-    for border, masked in enumerate((True, False, True)):
-        begin, end = bounds[border], bounds[border + 1]
-        carry = jax.lax.fori_loop(begin, end, partial(step, masked), carry)
-    return carry
+    begin, whole_begin, whole_end, end = (bounds[border] for border in range(4))
+
+    def turn(block, carry):
+        return step((block < whole_begin) | (whole_end <= block), block, carry)
+
+    if tile.one_loop:
+        return jax.lax.fori_loop(begin, end, turn, carry)
+    carry = jax.lax.fori_loop(begin, whole_begin, partial(step, True), carry)
+    carry = jax.lax.fori_loop(whole_begin, whole_end, partial(step, False), carry)
+    return jax.lax.fori_loop(whole_end, end, partial(step, True), carry)
+
+
+def _mask(masked, x, visible, otherwise):
+    """x; if masked (a bool, or one that is computed) only where visible(), else `otherwise`."""
+    selected = lambda: jnp.where(visible(), x, otherwise)  # noqa: E731
+    if isinstance(masked, bool):
+        return selected() if masked else x
+    return jax.lax.cond(masked, selected, lambda: x)
+
+
+def _exponent(x):
+    """exp(x / sqrt(H)) is exp2(exponent * x): the chip has an instruction for powers of two."""
+    return _LOG2_E / math.sqrt(x.shape[1])
+
+
+def _exp2(factor, x, shift, interpret):
+    """exp2(factor * x + shift) in two instructions: of jnp's the compilers make four or more.
+
+    On a GPU numbers below the smallest normal one are 0.
+    """
+    shift = jnp.broadcast_to(shift, x.shape)
+    if interpret:
+        return jnp.exp2(factor * x + shift)
+    fma = f"fma.rn.ftz.f32 power, $1, 0f{np.float32(factor).view(np.uint32):08X}, $2;"
+    ptx = f"{{ .reg .f32 power; {fma} ex2.approx.ftz.f32 $0, power; }}"
+    types = dict(constraints="=f,f,f", pack=1, result_shape_dtypes=[jax.typeof(x)])
+    return triton.elementwise_inline_asm(ptx, args=[x, shift], **types)[0]
 
 
 def _visible_keys(start, tile):
     """j -> [Q, S]: the keys of block j that each query of this program's block may see."""
     block = pl.num_programs(0) - 1 - pl.program_id(0)
     start_Q1, queries_Q1 = start[...][:, None], _indices(block, tile.queries)[:, None]
+    return lambda j: _is_visible(start_Q1, queries_Q1, _indices(j, tile.keys)[None, :])
 
-    def visible(j):
-        keys_1S = _indices(j, tile.keys)[None, :]
-        return (start_Q1 <= keys_1S) & (keys_1S <= queries_Q1)
 
-    return visible
+def _is_visible(start, query, key):
+    """start <= key <= query in one comparison: as unsigned, numbers below 0 are large."""
+    return (query - key).astype(jnp.uint32) <= (query - start).astype(jnp.uint32)
 
 
 def _indices(block, size):
@@ -388,9 +422,9 @@ def _store(ref, x_H, parts):
         ref[:, part] = x.astype(ref.dtype)
 
 
-def _dot_transposed(a_H, b_H):
-    """a b^T, summed over the parts of the head."""
-    return sum(_dot(a, b, 1) for a, b in zip(a_H, b_H))
+def _dot_transposed(a_H, b_H, start=0.0):
+    """start + a b^T, summed over the parts of the head; a start a row costs nothing."""
+    return sum((_dot(a, b, 1) for a, b in zip(a_H, b_H)), start)
 
 
 def _add_products(sums_H, weights, x_H):

@@ -22,8 +22,8 @@ from stablelm_jax.kernels.attention import reference
 from stablelm_jax.kernels.attention_gpu import Blocks, Tile, pallas_gpu
 from stablelm_jax.kernels.residuals import SAVED_NAMES
 
-# More queries than keys, more keys than queries, and as many.
-BLOCKS = Blocks(forward=Tile(32, 16, 4, 2), keys=Tile(16, 32, 4, 2), queries=Tile(16, 16, 4, 2))
+# More queries than keys, more keys than queries, and as many; a loop for all tiles, and three.
+BLOCKS = Blocks(Tile(32, 16, 4, 2, True), Tile(16, 32, 4, 2, True), Tile(16, 16, 4, 2, True))
 EQUAL = Blocks(*3 * [Tile(16, 16, 4, 2)])
 SWAPPED = Blocks(forward=Tile(16, 32, 4, 2), keys=Tile(32, 16, 4, 2), queries=Tile(16, 32, 4, 2))
 
@@ -50,6 +50,18 @@ def test_output_and_gradients_are_those_of_float64(heads, kv_heads, size, length
     for name, array, expected in zip(("o", "dq", "dk", "dv"), found, in_float64(*inputs)):
         # the worst of 50 draws was 1.3e-6
         tolerance = 3e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(array, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("blocks", [BLOCKS, SWAPPED], ids=["one loop", "three loops"])
+def test_large_scores_and_small_gradients_keep_their_digits(blocks):
+    q, k, v, do, segments = random_inputs(2, 1, 64, 61)
+    inputs = 30 * q, k, v, 1e-6 * do, segments
+    assert np.abs(np.einsum("bth,bsh->bts", inputs[0][:, :, 0], k[:, :, 0]) / 8).max() > 100
+    found = with_gradients(partial(interpreted, blocks=blocks), *inputs)
+    for name, array, expected in zip(("o", "dq", "dk", "dv"), found, in_float64(*inputs)):
+        # float32 holds a score of 100 to 4e-6, and exp passes that on
+        tolerance = 3e-5 * np.abs(expected).max()
         np.testing.assert_allclose(array, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
