@@ -27,10 +27,9 @@ B rows, T tokens of a row, N query heads, K key/value heads, H head size, M most
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,13 +47,6 @@ from stablelm_jax.kernels.documents import document_spans
 
 Attention = Callable[..., jax.Array]
 
-# (queries, keys, warps, stages) to try; of key gradients the first two are exchanged.
-CANDIDATES = [
-    Tile(queries, keys, warps, stages)
-    for queries, keys in ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128))
-    for warps in (4, 8)
-    for stages in (2, 3)
-]
 SMOKE = dict(rows=1, length=256, heads=2, kv_heads=1, head_size=16, repeats=3, documents=[None, 64])
 
 
@@ -94,9 +86,12 @@ def main() -> None:
     console = Console(width=140)
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {vars(arguments)}")
     if arguments.tune:
+        import attention_tune
+
         for mean in arguments.documents:
             console.print(f"documents: {mean or 'whole rows'}")
-            console.print(tune(console, make_inputs(arguments, mean), arguments.repeats))
+            inputs = make_inputs(arguments, mean)
+            console.print(attention_tune.tune(console, inputs, partial(least, arguments.repeats)))
     else:
         console.print(compare(console, arguments))
 
@@ -228,7 +223,7 @@ def compare(console: Console, arguments: argparse.Namespace) -> Table:
                 program = jax.jit(partial(gradients, implementation))
                 found = program(*inputs)
                 forward = time_of(implementation, inputs, arguments.repeats, backward=False)
-                both = least(program, inputs, arguments.repeats)
+                both = least(arguments.repeats, program, inputs)
             except Exception as error:  # of any library: the others are to be seen
                 reason = (str(error).splitlines() or [""])[0]
                 console.print(f"{name} cannot run: {type(error).__name__}: {reason}", style="dim")
@@ -245,29 +240,6 @@ def compare(console: Console, arguments: argparse.Namespace) -> Table:
     return table
 
 
-def tune(console: Console, inputs, repeats: int) -> Blocks:
-    """The fastest of CANDIDATES for each kernel, one kernel after the other."""
-    best = attention_gpu.blocks_for(inputs[0].shape[3], inputs[0].dtype)
-    for field, backward in (("forward", False), ("keys", True), ("queries", True)):
-        seconds = {}
-        for tile in dict.fromkeys([getattr(best, field), *candidates(field)]):
-            blocks = dataclasses.replace(best, **{field: tile})
-            run = partial(attention_gpu.pallas_gpu, blocks=blocks)
-            try:
-                seconds[tile] = time_of(run, inputs, repeats, backward)
-                console.print(f"{field:8} {tile} {1e3 * seconds[tile]:.3f} ms")
-            except RuntimeError as error:  # more shared memory than the chip has
-                console.print(f"{field:8} {tile} {str(error).splitlines()[0][:80]}")
-        best = dataclasses.replace(best, **{field: min(seconds, key=seconds.get)})
-    return best
-
-
-def candidates(field: str) -> Iterable[Tile]:
-    if field != "keys":
-        return CANDIDATES
-    return [dataclasses.replace(t, queries=t.keys, keys=t.queries) for t in CANDIDATES]
-
-
 def gradients(implementation, q, k, v, do, segment_ids):
     """Output and gradients of q, k, v."""
     out, backward = jax.vjp(lambda *qkv: implementation(*qkv, segment_ids), q, k, v)
@@ -277,11 +249,11 @@ def gradients(implementation, q, k, v, do, segment_ids):
 def time_of(implementation, inputs, repeats: int, backward: bool) -> float:
     """Seconds of the forward pass, or of forward and backward."""
     if backward:
-        return least(jax.jit(partial(gradients, implementation)), inputs, repeats)
-    return least(jax.jit(implementation), (*inputs[:3], inputs[4]), repeats)
+        return least(repeats, jax.jit(partial(gradients, implementation)), inputs)
+    return least(repeats, jax.jit(implementation), (*inputs[:3], inputs[4]))
 
 
-def least(function: Callable[..., Any], inputs, repeats: int) -> float:
+def least(repeats: int, function: Callable[..., Any], inputs) -> float:
     """Seconds of the fastest call; ten are queued at a time, so that starting costs nothing."""
     jax.block_until_ready(function(*inputs))  # compiles
     queued = 10 if repeats >= 10 else 1

@@ -29,8 +29,13 @@ _ALU = {"FMNMX", "FSETP", "ISETP", "SEL", "FSEL", "LOP3", "IADD3", "SHF", "PRMT"
 _ALU |= {"IMNMX", "VIMNMX", "VIADD", "PLOP3", "FMNMX3"}
 _FMA = {"FFMA", "FMUL", "FADD"}
 
-# As on a machine whose environment asks for less, as the tests' does.
-_OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# The first two as on a machine whose environment does not ask for less, as the tests' does; the
+# last is what jax 0.12 needs to write PTX down.
+_OPTIONS = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_dump_emitter_re": "ptx",
+}
 
 UNITS = ("matrix", "exponentials", "issue", "fma", "alu", "shared")
 
@@ -171,7 +176,7 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[s
     arguments: `jax.ShapeDtypeStruct`s with a sharding on devices of a target (planning/targets).
     """
     with tempfile.TemporaryDirectory() as folder:
-        jax.jit(function).lower(*arguments).compile(_OPTIMIZED | {"xla_dump_to": folder})
+        jax.jit(function).lower(*arguments).compile(_OPTIONS | {"xla_dump_to": folder})
         launches = _launches("".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.*")))
         # Of those with matrix products alone: mma.sync, wgmma.mma_async.
         texts = [ptx for p in Path(folder).glob("*.ptx") if "mma" in (ptx := p.read_text())]

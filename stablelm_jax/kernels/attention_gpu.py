@@ -70,9 +70,13 @@ BLOCKS = {
     },
     "sm90": {
         64: Blocks(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(128, 64, 8, 3, True)),
-        80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-        128: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-        160: Blocks(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
+        80: Blocks(Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(128, 64, 8, 3, True)),
+        128: Blocks(
+            Tile(128, 64, 8, 3, True), Tile(64, 128, 8, 3, True), Tile(128, 64, 8, 3, True)
+        ),
+        160: Blocks(
+            Tile(128, 64, 8, 3, True), Tile(64, 128, 8, 3, True), Tile(128, 64, 8, 3, True)
+        ),
     },
 }
 
