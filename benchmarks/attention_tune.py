@@ -37,7 +37,8 @@ def candidates(field: str, best: Tile) -> Iterable[Tile]:
 def tune(console: Console, inputs, seconds_of: Callable[..., float], interpret=False) -> Blocks:
     """The fastest candidate for each kernel, printed as they come.
 
-    inputs: as of `attention.make_inputs`, of a length that all tiles divide. seconds_of(program, its inputs): of its fastest call.
+    inputs: as of `attention.make_inputs`, of a length that all tiles divide.
+    seconds_of(program, its inputs): of its fastest call.
     """
     best = attention_gpu.blocks_for(inputs[0].shape[3], inputs[0].dtype)
     for field, program, arguments in kernels(inputs, best, interpret):

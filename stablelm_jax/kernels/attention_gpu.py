@@ -58,6 +58,7 @@ class Blocks:
     queries: Tile  # for dq
 
 
+_WIDE = Tile(128, 64, 8, 3, one_loop=True)
 # By compute capability and largest head size. These are ESTIMATES, none was measured on a chip: of
 # a few tiles that compile ahead of time, those that spill no registers (ptxas; at most 100 bytes)
 # and leave room for eight warps on a core. benchmarks/attention.py --tune prints what to put here.
@@ -69,14 +70,10 @@ BLOCKS = {
         160: Blocks(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
     },
     "sm90": {
-        64: Blocks(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(128, 64, 8, 3, True)),
-        80: Blocks(Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(128, 64, 8, 3, True)),
-        128: Blocks(
-            Tile(128, 64, 8, 3, True), Tile(64, 128, 8, 3, True), Tile(128, 64, 8, 3, True)
-        ),
-        160: Blocks(
-            Tile(128, 64, 8, 3, True), Tile(64, 128, 8, 3, True), Tile(128, 64, 8, 3, True)
-        ),
+        64: Blocks(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), _WIDE),
+        80: Blocks(_WIDE, Tile(64, 64, 4, 3, True), _WIDE),
+        128: Blocks(_WIDE, Tile(64, 128, 8, 3, True), _WIDE),
+        160: Blocks(_WIDE, Tile(64, 128, 8, 3, True), _WIDE),
     },
 }
 
