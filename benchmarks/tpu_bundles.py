@@ -5,9 +5,10 @@
 
 A bundle is what a core issues in a cycle. The compilers of extra `aot` write down how many a kernel
 has and which units each of them uses; a loop's body counts once. Of ours, the bodies of the loops
-over tiles are taken apart by compiling the kernel with each of them alone and with none. "busy" is
-the share of the bundles in which the matrix unit's slots are taken, the vector unit's, the one slot
-for stores, and of that what registers spill.
+over tiles are taken apart by compiling the kernel with all of them, with some and with none; beside
+them is what a row costs, or a block of it: what compilers take out of a loop too. "busy" is the
+share of the bundles in which the matrix unit's slots are taken, the vector unit's, the one slot for
+stores, and of that what registers spill.
 
 From that a time for whole rows: bundles of all visited tiles / clock / cores. jax's splash in
 blocks of 1024 on a v5p comes to 2.5 ms forward for 4 x 4096 tokens and 32 heads; 2.6 ms were
@@ -29,6 +30,8 @@ LENGTH, ROWS = 4096, 4
 # Cores of a chip, and GHz: the data sheet's peak divided by the work of its matrix units.
 CORES_AND_CLOCK = {"v4": (2, 1.05), "v5e": (1, 1.5), "v5p": (2, 1.75), "v6e": (1, 1.75)}
 UNITS = ("MXU", "VALU", "VSTORE", "VSTORE:SPILL")
+# Which of a kernel's three loops over tiles to compile: with a mask, without, with one.
+VISITED = {"none": (), "whole": (1,), "masks": (0, 2), "all": (0, 1, 2)}
 
 
 def main() -> None:
@@ -70,18 +73,33 @@ def _rows(target: str, head_size: int, heads: int):
         for name, (count, used) in kernels.items():
             time = milliseconds * count * sum(tiles)
             yield _row(f"splash {block} {name}", block, count, 0, used, time)
-    own = {part: _bundles(target, part, head_size) for part in ("none", "whole", "masked")}
+    own = {part: _bundles(target, part, head_size) for part in VISITED}
     for name in own["none"]:
-        if name not in own["whole"]:  # did not fit
+        if name not in own["all"]:  # did not fit
             continue
-        beside, used_beside = own["none"][name]
-        times = beside * (LENGTH // 512 if name == "forward" else 1)
-        for part, number in zip(("whole", "masked"), _tiles(512)):
-            count, used = own[part][name]
-            used = {unit: slots - used_beside[unit] for unit, slots in used.items()}
-            times += number * (count - beside)
+        whole, masked, beside = _parts({part: own[part][name] for part in own})
+        times = beside * LENGTH // 512
+        if name == "backward":  # beside the loops over a block's tiles, some is once for the row
+            times -= own["none"][name][0] * (LENGTH // 512 - 1)
+        row = times
+        for part, (count, used), number in zip(("whole", "masked"), (whole, masked), _tiles(512)):
+            times += number * count
             total = milliseconds * times if part == "masked" else None
-            yield _row(f"ours, {name}, {part} tiles", 512, count - beside, beside, used, total)
+            yield _row(f"ours, {name}, {part} tiles", 512, count, row, used, total)
+
+
+def _parts(kernels):
+    """Bundles and use of the body for tiles without a mask, of that with one; bundles beside them.
+
+    A kernel has one loop for the first and two alike for the second.
+    """
+
+    def body(part: str, other: str, copies: int):
+        (more, used), (less, used_less) = kernels[part], kernels[other]
+        return (more - less) // copies, {u: (used[u] - used_less[u]) / copies for u in UNITS}
+
+    masked, whole = body("all", "whole", 2), body("all", "masks", 1)
+    return whole, masked, kernels["whole"][0] - whole[0]
 
 
 def _row(name, block, count, beside, used, milliseconds):
@@ -167,13 +185,12 @@ def _compile(target: str, what: str, head_size: int) -> None:
 
 
 def _visit_only(what: str, bounds, block, step) -> None:
-    """`attention_tpu._visit` with one of its three loops, or none."""
+    """`attention_tpu._visit` with some of its three loops."""
     import jax
 
-    if what != "none":
-        first = {"masked": 0, "whole": 1}[what]
-        begin, end = bounds[4 * block + first], bounds[4 * block + first + 1]
-        jax.lax.fori_loop(begin, end, partial(step, what == "masked"), None)
+    for border in VISITED[what]:
+        begin, end = bounds[4 * block + border], bounds[4 * block + border + 1]
+        jax.lax.fori_loop(begin, end, partial(step, border != 1), None)
 
 
 if __name__ == "__main__":

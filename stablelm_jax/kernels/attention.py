@@ -126,7 +126,7 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "pallas_gpu": _kernel("attention_gpu", "pallas_gpu"),  # ours, for A100 and Hopper
     "pallas_mosaic": _kernel("attention_mosaic", "pallas_mosaic"),  # ours, for Hopper, untried
-    "pallas_tpu": _kernel("attention_tpu", "pallas_tpu"),  # ours, for TPU v5e, v5p and v6e
+    "pallas_tpu": _kernel("attention_tpu", "pallas_tpu"),  # ours, for TPU v4, v5e, v5p and v6e
     "splash": _kernel("attention_splash", "splash"),  # jax's, for any TPU
 }
 

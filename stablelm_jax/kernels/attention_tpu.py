@@ -1,14 +1,16 @@
 """Flash attention inside documents for TPUs, in Pallas.
 
 Forward handles a block of queries of a head at a time, backward a head's row; tiles outside a
-document are never visited. A tile costs a TPU its matrix passes, half empty for heads of 64, as
-long as the vector unit does less than that: so tiles that need no mask have none, and backward is
-one kernel that computes the scores once for all three gradients, five products in place of seven.
-It keeps the sums of a head's row in the core's vector memory, which bounds the length of a row.
+document are never visited. Tiles that need no mask have none, and backward is one kernel that
+computes the scores once for all three gradients, five products in place of seven. It keeps the
+sums of a head's row in the core's vector memory, which bounds the length of a row.
+
+Tokens stand along the 128 lanes, [H, T]. The other way round heads of 64 would fill half of them,
+in memory too, and so would what XLA does before and after: biases, rotary, transposes. This way a
+query's maximum and sums are a row, [1, Q], and no matrix pass is half empty.
 
 B batch, T queries or keys of a row, N query heads, K key/value heads, G = N / K query heads for
-each key head, H head size, L = 128 lanes; of one tile, Q queries and S keys. In the kernels a
-number of each query stands in all lanes of its row, [Q, L], or along the lanes, [1, Q].
+each key head, H head size; of one tile, Q queries and S keys.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ _LOWEST = -1e30
 TILE = Tile(512, 512)
 
 # The vector memory of a core, in MiB, that a kernel may fill, by a part of jax's device_kind: what
-# the compilers say, less a tenth. A v4 has 16, too little for a head's row of 4,096 tokens.
-VECTOR_MEMORY = {"TPU v5 lite": 115, "TPU v5e": 115, "TPU v5": 57, "TPU v6": 115}
+# the compilers say, less a tenth.
+VECTOR_MEMORY = {"TPU v4": 14, "TPU v5 lite": 115, "TPU v5e": 115, "TPU v5": 57, "TPU v6": 115}
 
 
 def pallas_tpu(
@@ -51,8 +53,8 @@ def pallas_tpu(
 ) -> jax.Array:
     """As `attention.attention`; the same id further on in a row is another document.
 
-    Any H goes in as it is, in whole 128 lanes. Products of float32 run in the TPU's default
-    precision, bfloat16, unless `jax.default_matmul_precision` says more.
+    Any H goes in as it is. Products of float32 run in the TPU's default precision, bfloat16,
+    unless `jax.default_matmul_precision` says more.
 
     Args:
       tile: whole lanes; a short row takes smaller ones.
@@ -63,12 +65,12 @@ def pallas_tpu(
     tile = Tile(min(tile.queries, whole), min(tile.keys, whole))
     padding = (0, -length % math.lcm(tile.queries, tile.keys))
     start_BT, end_BT = document_spans(segment_ids_BT, padding[1])
-    q_BNTH, k_BKTH, v_BKTH = (
-        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), padding, (0, 0)))
+    q_BNHT, k_BKHT, v_BKHT = (
+        jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), padding))
         for x in (q_BTNH, k_BTKH, v_BTKH)
     )
-    o_BNTH = _flash(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret)
-    return jnp.swapaxes(o_BNTH, 1, 2)[:, :length]
+    o_BNHT = _flash(q_BNHT, k_BKHT, v_BKHT, start_BT, end_BT, tile, interpret)
+    return o_BNHT[..., :length].transpose(0, 3, 1, 2)
 
 
 def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
@@ -80,9 +82,7 @@ def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
         return f"no matrix product for {q_BTNH.dtype}: use bfloat16 or float32"
     length, size = q_BTNH.shape[1], q_BTNH.shape[3]
     padded = -(-length // TILE.queries) * TILE.queries
-    values = padded * -(-size // LANES) * LANES
-    # Seven arrays come and go, two of each at a time; three float32 sums; a tile's scores.
-    needed = values * (14 * q_BTNH.dtype.itemsize + 12) + 24 * TILE.queries * TILE.keys
+    needed = _backward_memory(size, padded, q_BTNH.dtype.itemsize, TILE)
     if needed > memory << 20:
         return (
             f"a row of {length} tokens with heads of {size} needs {needed >> 20} MiB of vector "
@@ -91,22 +91,39 @@ def why_unsupported(device_kind: str, q_BTNH: jax.Array) -> str | None:
     return None
 
 
+def _forward_memory(size: int, length: int, itemsize: int, tile: Tile) -> int:
+    """Bytes of vector memory: k and v of a row, q and o of a block, two of each at a time."""
+    size = -(-size // 8) * 8
+    return 4 * itemsize * size * (length + tile.queries) + _scores_memory(size, tile)
+
+
+def _backward_memory(size: int, length: int, itemsize: int, tile: Tile) -> int:
+    """As `_forward_memory`: seven arrays of a row, two of each at a time, and three sums."""
+    size = -(-size // 8) * 8
+    return (14 * itemsize + 12) * size * length + _scores_memory(size, tile)
+
+
+def _scores_memory(size: int, tile: Tile) -> int:
+    """For what does not stay in registers of a tile's scores, [Q, S], and results, [H, Q]."""
+    return 12 * tile.queries * (tile.keys + size)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _flash(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret):
-    return _flash_forward(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret)[0]
+def _flash(q_BNHT, k_BKHT, v_BKHT, start_BT, end_BT, tile, interpret):
+    return _flash_forward(q_BNHT, k_BKHT, v_BKHT, start_BT, end_BT, tile, interpret)[0]
 
 
-def _flash_forward(q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, tile, interpret):
-    o_BNTH, logsumexp = named(*_output((start_BT, q_BNTH, k_BKTH, v_BKTH), tile, interpret))
-    return o_BNTH, (q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, o_BNTH, logsumexp)
+def _flash_forward(q_BNHT, k_BKHT, v_BKHT, start_BT, end_BT, tile, interpret):
+    o_BNHT, logsumexp = named(*_output((start_BT, q_BNHT, k_BKHT, v_BKHT), tile, interpret))
+    return o_BNHT, (q_BNHT, k_BKHT, v_BKHT, start_BT, end_BT, o_BNHT, logsumexp)
 
 
-def _flash_backward(tile, interpret, saved, do_BNTH):
-    q_BNTH, k_BKTH, v_BKTH, start_BT, end_BT, o_BNTH, logsumexp = saved
+def _flash_backward(tile, interpret, saved, do_BNHT):
+    q_BNHT, k_BKHT, v_BKHT, start_BT, end_BT, o_BNHT, logsumexp = saved
     # The row sums of weights * dweights, without the weights.
-    products = do_BNTH.astype(jnp.float32) * o_BNTH.astype(jnp.float32)
-    delta = _in_blocks(jnp.sum(products, -1), tile)
-    inputs = (start_BT, q_BNTH, k_BKTH, v_BKTH, do_BNTH, logsumexp, delta)
+    products = do_BNHT.astype(jnp.float32) * o_BNHT.astype(jnp.float32)
+    delta = _in_blocks(jnp.sum(products, 2), tile)
+    inputs = (start_BT, q_BNHT, k_BKHT, v_BKHT, do_BNHT, logsumexp, delta)
     return *_gradients(inputs, end_BT, tile, interpret), None, None
 
 
@@ -121,21 +138,21 @@ def _output(inputs, tile, interpret):
 
     The bounds go in flat: scalar memory would pad an array of several dims.
     """
-    start_BT, q_BNTH, k_BKTH, v_BKTH = inputs
-    batch, num_heads, length, size = q_BNTH.shape
-    group, count = num_heads // k_BKTH.shape[1], length // tile.queries
+    start_BT, q_BNHT, k_BKHT, v_BKHT = inputs
+    batch, num_heads, size, length = q_BNHT.shape
+    group, count = num_heads // k_BKHT.shape[1], length // tile.queries
     row = pl.BlockSpec((None, None, 1, tile.queries), lambda b, n, i, _: (b, i, 0, 0))
-    queries = pl.BlockSpec((None, None, tile.queries, size), lambda b, n, i, _: (b, n, i, 0))
+    queries = pl.BlockSpec((None, None, size, tile.queries), lambda b, n, i, _: (b, n, 0, i))
     # `//` would ask what this machine's TPU is, and fail where it compiles for another.
     keys = pl.BlockSpec(
-        (None, None, length, size), lambda b, n, i, _: (b, jax.lax.div(n, group), 0, 0)
+        (None, None, size, length), lambda b, n, i, _: (b, jax.lax.div(n, group), 0, 0)
     )
     sums = pl.BlockSpec((None, None, None, 1, tile.queries), lambda b, n, i, _: (b, n, i, 0, 0))
     bounds = documents.query_block_bounds(start_BT, tile).reshape(-1)
     return pl.pallas_call(
         partial(_forward_kernel, tile=tile),
         out_shape=(
-            jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
+            jax.ShapeDtypeStruct(q_BNHT.shape, q_BNHT.dtype),
             jax.ShapeDtypeStruct((batch, num_heads, count, 1, tile.queries), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -144,18 +161,18 @@ def _output(inputs, tile, interpret):
             in_specs=[row, queries, keys, keys],
             out_specs=(queries, sums),
             scratch_shapes=[
-                pltpu.VMEM((tile.queries, width), jnp.float32) for width in (LANES, LANES, size)
+                pltpu.VMEM((height, tile.queries), jnp.float32) for height in (1, 1, size)
             ],
         ),
         name="attention_forward",
-        **_options(q_BNTH, interpret),
+        **_options(_forward_memory(size, length, q_BNHT.dtype.itemsize, tile), interpret),
     )(bounds, _in_blocks(start_BT, tile), *inputs[1:])
 
 
 def _gradients(inputs, end_BT, tile, interpret):
-    start_BT, q_BNTH, k_BKTH, *_ = inputs
-    batch, num_heads, length, size = q_BNTH.shape
-    num_keys, count = k_BKTH.shape[1], length // tile.queries
+    start_BT, q_BNHT, k_BKHT, *_ = inputs
+    batch, num_heads, size, length = q_BNHT.shape
+    num_keys, count = k_BKHT.shape[1], length // tile.queries
     group = num_heads // num_keys
 
     # The last axis of the grid runs fastest: heads that share a key head follow each other.
@@ -163,11 +180,11 @@ def _gradients(inputs, end_BT, tile, interpret):
         return b, h * group + g
 
     row = pl.BlockSpec((None, count, 1, tile.queries), lambda b, h, g, _: (b, 0, 0, 0))
-    queries = pl.BlockSpec((None, None, length, size), lambda *at: (*head(*at), 0, 0))
-    keys = pl.BlockSpec((None, None, length, size), lambda b, h, g, _: (b, h, 0, 0))
+    queries = pl.BlockSpec((None, None, size, length), lambda *at: (*head(*at), 0, 0))
+    keys = pl.BlockSpec((None, None, size, length), lambda b, h, g, _: (b, h, 0, 0))
     sums = pl.BlockSpec((None, None, count, 1, tile.queries), lambda *at: (*head(*at), 0, 0, 0))
     bounds = documents.key_block_bounds(end_BT, tile).reshape(-1)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKTH, k_BKTH)]
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNHT, k_BKHT, k_BKHT)]
     return pl.pallas_call(
         partial(_backward_kernel, tile=tile),
         out_shape=like,
@@ -176,10 +193,10 @@ def _gradients(inputs, end_BT, tile, interpret):
             grid=(batch, num_keys, group),
             in_specs=[row, queries, keys, keys, queries, sums, sums],
             out_specs=[queries, keys, keys],
-            scratch_shapes=[pltpu.VMEM((length, size), jnp.float32)] * 3,
+            scratch_shapes=[pltpu.VMEM((size, length), jnp.float32)] * 3,
         ),
         name="attention_gradients",
-        **_options(q_BNTH, interpret),
+        **_options(_backward_memory(size, length, q_BNHT.dtype.itemsize, tile), interpret),
     )(bounds, _in_blocks(start_BT, tile), *inputs[1:])
 
 
@@ -188,8 +205,7 @@ def _in_blocks(x_T, tile):
     return x_T.reshape(*x_T.shape[:-1], -1, 1, tile.queries)
 
 
-def _options(q_BNTH, interpret):
-    memory = max(VECTOR_MEMORY.values()) << 20  # a limit, not a claim
+def _options(memory, interpret):
     params = pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=memory
     )
@@ -203,39 +219,37 @@ def _options(q_BNTH, interpret):
 
 
 def _forward_kernel(bounds, start, q, k, v, o, logsumexp, maximum, total, sums, *, tile):
-    """One block of queries: start [1, Q]; q, o [Q, H]; k, v [T, H]; logsumexp [1, Q].
+    """One block of queries, scores stand as [S, Q]: q, o [H, Q]; k, v [H, T]; others [1, Q].
 
-    Scratch, float32: maximum [Q, L] of the scores, total [Q, L] of their powers of two, a share in
-    each lane; sums [Q, H].
+    Scratch, float32: maximum [1, Q] of the scores, total [1, Q] of their powers of two; sums
+    [H, Q].
     """
     block, num_blocks = pl.program_id(2), pl.num_programs(2)
-    exponent = _LOG2_E / math.sqrt(q.shape[1])
+    exponent = _LOG2_E / math.sqrt(q.shape[0])
     maximum[...] = jnp.full(maximum.shape, _LOWEST, jnp.float32)
     total[...] = jnp.zeros(total.shape, jnp.float32)
     sums[...] = jnp.zeros(sums.shape, jnp.float32)
-    start_Q1 = _as_column(start[...])[:, :1]
-    queries_Q1 = block * tile.queries + _iota((tile.queries, 1), 0)
+    queries_1Q = block * tile.queries + _iota((1, tile.queries), 1)
 
     def step(masked, j, _):
         keys = _span(j, tile.keys)
-        scores_QS = exponent * _dot(q[...], k[keys], 1, 1)
+        scores_SQ = exponent * _dot(k[:, keys], q[...], 0, 0)
         if masked:
-            keys_1S = j * tile.keys + _iota((1, tile.keys), 1)
-            visible_QS = (start_Q1 <= keys_1S) & (keys_1S <= queries_Q1)
-            scores_QS = jnp.where(visible_QS, scores_QS, -jnp.inf)
-        before_QL = maximum[...]
-        after_QL = jnp.maximum(before_QL, jnp.max(scores_QS, 1, keepdims=True))
-        weights_QS = jnp.exp2(scores_QS - _across(after_QL, tile.keys))
-        shrink_QL = jnp.exp2(before_QL - after_QL)
-        maximum[...] = after_QL
-        total[...] = total[...] * shrink_QL + _sums_of_lanes(weights_QS)
-        added_QH = _dot(weights_QS.astype(v.dtype), v[keys], 1, 0)
-        sums[...] = sums[...] * _across(shrink_QL, sums.shape[1]) + added_QH
+            keys_S1 = j * tile.keys + _iota((tile.keys, 1), 0)
+            visible_SQ = (start[...] <= keys_S1) & (keys_S1 <= queries_1Q)
+            scores_SQ = jnp.where(visible_SQ, scores_SQ, -jnp.inf)
+        before_1Q = maximum[...]
+        after_1Q = jnp.maximum(before_1Q, jnp.max(scores_SQ, 0, keepdims=True))
+        weights_SQ = jnp.exp2(scores_SQ - after_1Q)
+        shrink_1Q = jnp.exp2(before_1Q - after_1Q)
+        maximum[...] = after_1Q
+        total[...] = total[...] * shrink_1Q + jnp.sum(weights_SQ, 0, keepdims=True)
+        added_HQ = _dot(v[:, keys], weights_SQ.astype(v.dtype), 1, 0)
+        sums[...] = sums[...] * shrink_1Q + added_HQ
 
     _visit(bounds, pl.program_id(0) * num_blocks + block, step)
-    total_QL = jnp.broadcast_to(jnp.sum(total[...], 1, keepdims=True), total.shape)
-    o[...] = (sums[...] / _across(total_QL, sums.shape[1])).astype(o.dtype)
-    logsumexp[...] = _as_row(maximum[...] / _LOG2_E + jnp.log(total_QL))
+    o[...] = (sums[...] / total[...]).astype(o.dtype)
+    logsumexp[...] = maximum[...] / _LOG2_E + jnp.log(total[...])
 
 
 def _backward_kernel(
@@ -243,12 +257,12 @@ def _backward_kernel(
 ):
     """One query head's row, the heads of a key head in turn; scores stand as [S, Q].
 
-    q, k, v, do, dq, dk, dv [T, H]; start, logsumexp, delta [T / Q, 1, Q]. Scratch, float32: the
-    sums [T, H], those of keys over all heads that share them.
+    q, k, v, do, dq, dk, dv [H, T]; start, logsumexp, delta [T / Q, 1, Q]. Scratch, float32: the
+    sums [H, T], those of keys over all heads that share them.
     """
     head, num_heads = pl.program_id(2), pl.num_programs(2)
-    scale = 1 / math.sqrt(q.shape[1])
-    num_blocks = k.shape[0] // tile.keys
+    scale = 1 / math.sqrt(q.shape[0])
+    num_blocks = k.shape[1] // tile.keys
     first_block = pl.program_id(0) * num_blocks
     dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
 
@@ -263,18 +277,18 @@ def _backward_kernel(
 
         def step(masked, i, _):
             queries = _span(i, tile.queries)
-            q_QH, do_QH, k_SH = q[queries], do[queries], k[keys]
-            scores_SQ = (scale * _LOG2_E) * _dot(k_SH, q_QH, 1, 1)
+            q_HQ, do_HQ, k_HS = q[:, queries], do[:, queries], k[:, keys]
+            scores_SQ = (scale * _LOG2_E) * _dot(k_HS, q_HQ, 0, 0)
             weights_SQ = jnp.exp2(scores_SQ - _LOG2_E * logsumexp[i])
             if masked:
                 queries_1Q = i * tile.queries + _iota((1, tile.queries), 1)
                 visible_SQ = (start[i] <= keys_S1) & (keys_S1 <= queries_1Q)
                 weights_SQ = jnp.where(visible_SQ, weights_SQ, 0.0)
-            dv_sum[keys] += _dot(weights_SQ.astype(do_QH.dtype), do_QH, 1, 0)
-            dweights_SQ = _dot(v[keys], do_QH, 1, 1)
-            dscores_SQ = (weights_SQ * (dweights_SQ - delta[i])).astype(q_QH.dtype)
-            dk_sum[keys] += _dot(dscores_SQ, q_QH, 1, 0)
-            dq_sum[queries] += _dot(dscores_SQ, k_SH, 0, 0)
+            dv_sum[:, keys] += _dot(do_HQ, weights_SQ.astype(do_HQ.dtype), 1, 1)
+            dweights_SQ = _dot(v[:, keys], do_HQ, 0, 0)
+            dscores_SQ = (weights_SQ * (dweights_SQ - delta[i])).astype(q_HQ.dtype)
+            dk_sum[:, keys] += _dot(q_HQ, dscores_SQ, 1, 1)
+            dq_sum[:, queries] += _dot(k_HS, dscores_SQ, 1, 0)
 
         _visit(bounds, first_block + j, step)
 
@@ -300,28 +314,6 @@ def _span(block, size):
 
 def _iota(shape, axis):
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _as_column(x_1Q):
-    """[Q, L]: the values along the lanes, each in all lanes of its row."""
-    return jnp.broadcast_to(x_1Q, (LANES, x_1Q.shape[1])).T
-
-
-def _as_row(x_QL):
-    """[1, Q]: the inverse of `_as_column`."""
-    return x_QL.T[:1]
-
-
-def _sums_of_lanes(x_QS):
-    """[Q, L]: each lane's own sum; between lanes it is added once, after the last tile."""
-    return sum(x_QS[:, i : i + LANES] for i in range(0, x_QS.shape[1], LANES))
-
-
-def _across(x_QL, size):
-    """[Q, size]: the values of rows in as many lanes."""
-    if size <= LANES:
-        return x_QL[:, :size]
-    return jnp.broadcast_to(x_QL[:, :1], (x_QL.shape[0], size))
 
 
 def _dot(a, b, of_a, of_b):

@@ -104,7 +104,8 @@ def test_heads_that_do_not_divide_and_unknown_names_are_refused():
     [
         ("cpu", "cpu", 32, 64, jnp.bfloat16, "chunked"),
         ("tpu", "TPU v5 lite", 32, 64, jnp.bfloat16, "pallas_tpu"),
-        ("tpu", "TPU v4", 32, 64, jnp.bfloat16, "splash"),
+        ("tpu", "TPU v4", 32, 160, jnp.float32, "pallas_tpu"),
+        ("tpu", "TPU v3", 32, 64, jnp.bfloat16, "splash"),
         ("gpu", "NVIDIA H200", 32, 64, jnp.bfloat16, "pallas_gpu"),
         ("cuda", "NVIDIA A100-SXM4-40GB", 32, 160, jnp.bfloat16, "pallas_gpu"),
         ("gpu", "NVIDIA H100 80GB HBM3", 8, 24, jnp.bfloat16, "chunked"),
