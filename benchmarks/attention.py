@@ -91,7 +91,8 @@ def main() -> None:
         for mean in arguments.documents:
             console.print(f"documents: {mean or 'whole rows'}")
             inputs = make_inputs(arguments, mean)
-            console.print(attention_tune.tune(console, inputs, partial(least, arguments.repeats)))
+            seconds_of = partial(least, arguments.repeats)
+            console.print(attention_tune.tune(console, inputs, seconds_of, arguments.smoke))
     else:
         console.print(compare(console, arguments))
 

@@ -17,7 +17,7 @@ predicted.
 
 All start from the same weights: the losses of one batch after two updates with it are compared, so
 that the same work is timed. AdamW with clipping everywhere. `--profile FOLDER` writes a trace of
-ours.
+ours and prints what took the time in it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.compilation import make_deterministic
+from stablelm_jax.run.profile import Profiler
 from stablelm_jax.training.objectives import TokenObjective
 from stablelm_jax.training.state import abstract_state, init_state
 from stablelm_jax.training.step import make_train_step
@@ -180,7 +181,7 @@ def _race(case: Case, arguments: argparse.Namespace) -> dict[str, list[float]]:
     warm_losses = {who: _warm(step, case) for who, step in competitors.items()}
     if why := _differ(warm_losses, case.dtype_name):
         raise SystemExit(why)
-    with _traced(arguments.profile):
+    with _traced(arguments.profile, arguments.steps):
         return _timed(competitors, [case.batch(seed) for seed in range(1, arguments.steps + 1)])
 
 
@@ -223,7 +224,7 @@ def _measure(case: Case, is_peer: bool, steps: int, profile: str | None) -> Resu
     step(case.batch(seed=0))
     ready = time.perf_counter() - began
     loss = _warm(step, case, times=2)
-    with _traced(profile):
+    with _traced(profile, steps):
         seconds = _timed({"": step}, [case.batch(seed) for seed in range(1, steps + 1)])[""]
     if is_peer:
         from transformers_reference import peak_bytes
@@ -315,8 +316,16 @@ def _timed(competitors: Mapping[str, Step], batches) -> dict[str, list[float]]:
     return times
 
 
-def _traced(folder: str | None):
-    return jax.profiler.trace(folder) if folder else contextlib.nullcontext()
+@contextlib.contextmanager
+def _traced(folder: str | None, steps: int):
+    """jax's trace in the folder, and what took the time."""
+    if not folder:
+        yield
+        return
+    profiler = Profiler(range(steps), Path(folder), Console(stderr=True, width=150))
+    profiler.before(0)
+    yield
+    profiler.close()
 
 
 def _ours(case: Case) -> tuple[Step, int | None]:

@@ -10,6 +10,7 @@ import pytest
 from attention_cases import (
     allowed,
     in_float64,
+    layers_of,
     random_inputs,
     rows_of_documents,
     with_gradients,
@@ -112,21 +113,6 @@ def test_just_the_tiles_with_a_visible_key_are_visited_and_full_ones_without_a_m
     np.testing.assert_array_equal((whole_begin <= blocks) & (blocks < whole_end), every)
     assert (begin <= whole_begin).all() and (whole_begin <= whole_end).all()
     assert (whole_end <= end).all()
-
-
-def layers_of(attend, policy):
-    """Three layers of attention, scanned and rematerialised, summed."""
-
-    @partial(jax.checkpoint, policy=policy)
-    def layer(x_BTNH, segments):
-        x_BTNH = jnp.tanh(x_BTNH)  # keeps scores, and with them what rounding does, small
-        return x_BTNH + attend(x_BTNH, 0.5 * x_BTNH, x_BTNH, segments)
-
-    def total(x_BTNH, segments):
-        out = jax.lax.scan(lambda x, _: (layer(x, segments), None), x_BTNH, length=3)[0]
-        return jnp.sum(out**2)
-
-    return total
 
 
 saved = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
