@@ -47,7 +47,7 @@ class Kernel:
     name: str
     threads: int
     registers: int
-    spills: int  # bytes, stored and loaded
+    spills: int  # bytes of registers that had to be stored
     shared: int  # bytes
     warnings: tuple[str, ...]  # of ptxas
     whole: tuple[str, ...]
@@ -205,7 +205,7 @@ def read(ptx: str, name: str, threads: int, shared: int) -> Kernel:
         name=name,
         threads=threads,
         registers=int(re.search(r"Used (\d+) registers", said)[1]),
-        spills=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        spills=int(re.search(r"(\d+) bytes spill stores", said)[1]),
         shared=shared + (int(own[1]) if own else 0),
         warnings=tuple(line for line in said.splitlines() if "info" not in line.split(":")[0]),
         whole=whole,

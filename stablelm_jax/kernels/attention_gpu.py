@@ -60,14 +60,14 @@ class Blocks:
 
 _WIDE = Tile(128, 64, 8, 3, one_loop=True)
 # By compute capability and largest head size. These are ESTIMATES, none was measured on a chip: of
-# a few tiles that compile ahead of time, those that spill no registers (ptxas; at most 100 bytes)
-# and leave room for eight warps on a core. benchmarks/attention.py --tune prints what to put here.
+# some tiles for each those with the best bounds (benchmarks/attention.py --aot) that store at most
+# 100 bytes of registers, none in a loop. benchmarks/attention.py --tune prints what to put here.
 BLOCKS = {
     "sm80": {
         64: Blocks(Tile(128, 64, 4, 3), Tile(32, 128, 4, 3), Tile(128, 32, 4, 3)),
-        80: Blocks(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
-        128: Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        160: Blocks(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
+        80: Blocks(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+        128: Blocks(Tile(128, 32, 4, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+        160: Blocks(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(128, 32, 8, 3)),
     },
     "sm90": {
         64: Blocks(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), _WIDE),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stablelm_jax.kernels.attention_gpu import BLOCKS
 from stablelm_jax.planning.targets import parse_target
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -14,11 +15,16 @@ TARGETS = {"sm80": "a100-40gb:1x1", "sm90": "h100:1x1"}
 # instructions a score in tiles without a mask, and thread blocks that a core must hold.
 EXPECTED = {
     ("sm80", 64): ((10.3, 14.0, 10.7), (2, 2, 2)),
+    ("sm80", 80): ((11.8, 17.5, 12.1), (2, 2, 2)),
+    ("sm80", 128): ((18.6, 24.2, 15.8), (2, 1, 1)),
+    ("sm80", 160): ((19.3, 29.4, 22.6), (1, 2, 1)),
     ("sm90", 64): ((9.0, 10.2, 8.3), (2, 2, 2)),
     ("sm90", 80): ((11.2, 12.1, 10.1), (2, 2, 2)),
     ("sm90", 128): ((11.5, 11.7, 9.6), (1, 1, 1)),
     ("sm90", 160): ((13.6, 14.6, 11.7), (1, 1, 1)),
 }
+# There is no room for them; two blocks a core have something to do while one waits.
+WITHOUT_LOADS_AHEAD = ("sm80", 160, "attention_key_gradients")
 # Beside other tests two compilations are all there is time for.
 ROWS = [
     pytest.param(*row, marks=() if row[1] == 64 else pytest.mark.by_hand, id=f"{row[0]} {row[1]}")
@@ -42,26 +48,31 @@ def compiled(generation, size):
     return {name: (kernels[name], kernels[name].scores(products[name], size)) for name in products}
 
 
+def test_every_tile_of_the_table_has_a_budget():
+    assert set(EXPECTED) == {(name, size) for name, sizes in BLOCKS.items() for size in sizes}
+
+
 @pytest.mark.parametrize("generation, size", ROWS)
 def test_a_table_row_spills_little_loads_ahead_and_keeps_to_its_budget(generation, size):
     facts = parse_target(TARGETS[generation]).facts
     found = compiled(generation, size)
     for name, budget, blocks in zip(found, *EXPECTED[generation, size]):
         kernel, scores = found[name]
-        assert kernel.spills <= 100, name
+        assert kernel.spills <= 100 and kernel.count("STL", "LDL") == 0, name
         assert kernel.shared <= facts["shared_kib_per_block"] << 10, name
         assert kernel.blocks_a_core(facts) >= blocks, name
         assert not kernel.serialised, name
         assert "n16 ss" not in kernel.shapes, name  # waits for shared memory longer than it works
-        assert kernel.loads_ahead > 0, name
+        assert kernel.loads_ahead > 0 or (generation, size, name) == WITHOUT_LOADS_AHEAD, name
         assert kernel.count() / scores <= budget, name
 
 
 @pytest.mark.parametrize("generation, size", ROWS)
 def test_a_score_takes_one_multiply_add_and_one_exponential_and_is_not_compared(generation, size):
     for name, (kernel, scores) in compiled(generation, size).items():
-        # forward one more of each a row and tile, where its maximum grows
-        most = (1.07 if name == "attention_forward" else 1) * scores
+        # Forward a row's sums shrink as its maximum grows: one more, in each of its four threads.
+        rows = 4 / BLOCKS[generation][size].forward.keys if name == "attention_forward" else 0
+        most = (1 + rows) * scores
         for instruction in ("FFMA", "MUFU"):
             assert scores <= kernel.count(instruction) <= most, (name, instruction)
         assert kernel.count("FSETP", "FSEL") == 0, name
