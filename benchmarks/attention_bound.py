@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from stablelm_jax.kernels import attention_gpu, documents
+from stablelm_jax.kernels import attention_gpu, attention_mosaic, documents
+from stablelm_jax.kernels import attention_mosaic_kernels as kernels
 from stablelm_jax.planning.targets import Target, parse_target
 
 # Of each kernel: its field in Blocks, and the products of a pair of query and key.
@@ -53,6 +54,34 @@ def compiled(
 def blocks_of(target: Target, head_size: int) -> attention_gpu.Blocks:
     generation = attention_gpu.generation_of(target.facts["name"])
     return attention_gpu.blocks_for(head_size, generation=generation)
+
+
+def mosaic_blocks(head_size: int) -> attention_gpu.Blocks:
+    """The tiles of `pallas_mosaic` as all warps of a program see them."""
+    tiles, own = attention_mosaic.TILES[head_size], kernels.CONSUMERS * kernels.ROWS
+    warps = 4 * (kernels.CONSUMERS + 1)
+
+    def of_queries(tile):
+        return attention_gpu.Tile(own, tile.streamed, warps, tile.stages)
+
+    of_keys = attention_gpu.Tile(tiles.keys.streamed, own, warps, tiles.keys.stages)
+    return attention_gpu.Blocks(of_queries(tiles.forward), of_keys, of_queries(tiles.queries))
+
+
+def compiled_by_jax(target: str, head_size: int) -> tuple[dict, attention_gpu.Blocks]:
+    """jax's own Mosaic attention: of causal rows it has the forward kernel, in float16."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(
+        block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+    )
+    mesh = jax.sharding.Mesh(parse_target(target).devices()[:1], "data")
+    place = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    q = jax.ShapeDtypeStruct((2, 4096, 2, head_size), jnp.float16, sharding=place)
+    found = sass.compiled(lambda q, k, v: attention_mgpu.attention(q, k, v, config), (q, q, q))
+    tile = attention_gpu.Tile(128, 128, 12, 2)
+    kernel = dataclasses.replace(found.popitem()[1], name="attention_forward")
+    return {kernel.name: kernel}, attention_gpu.Blocks(tile, tile, tile)
 
 
 def compile_gradients(
@@ -119,13 +148,20 @@ def show(console: Console, targets: list[str], head_sizes: list[int]) -> None:
         clock = target.peak_flops / 2 / sass.multiply_adds_a_cycle(target.facts)
         clock = f"{clock / target.facts['cores'] / 1e9:.2f} GHz"
         for size in head_sizes:
-            title = f"pallas_gpu for {name} ({peak}, {clock}), heads of {size}, bfloat16"
-            kernels, blocks = compiled(name, size), blocks_of(target, size)
-            console.print(made_of(title, kernels, blocks, target, size))
-            console.print(bounds(kernels, blocks, target, size))
+            title = f"{{}} for {name} ({peak}, {clock}), heads of {size}, bfloat16"
+            contestants = {"pallas_gpu": (compiled(name, size), blocks_of(target, size))}
+            if "sm90" == attention_gpu.generation_of(target.facts["name"]):
+                if size in attention_mosaic.TILES:
+                    made = compile_gradients(name, attention_mosaic.pallas_mosaic, size)
+                    contestants["pallas_mosaic"] = made, mosaic_blocks(size)
+                if size % 64 == 0:
+                    contestants["jax's Mosaic (float16)"] = compiled_by_jax(name, size)
+            for implementation, (made, blocks) in contestants.items():
+                console.print(made_of(title.format(implementation), made, blocks, target, size))
+                console.print(bounds(made, blocks, target, size))
 
 
-def made_of(title, kernels, blocks, target, head_size) -> Table:
+def made_of(title, made, blocks, target, head_size) -> Table:
     """What each kernel needs and issues; where two numbers stand, tiles without mask and with."""
     table = Table("kernel", title=title, title_justify="left")
     for column in (
@@ -133,8 +169,9 @@ def made_of(title, kernels, blocks, target, head_size) -> Table:
         *("instructions", "a score", "MUFU", "FMA", "compare", "matrix instructions"),
     ):
         table.add_column(column, justify="right")
-    for name, (field, products) in KERNELS.items():
-        kernel, tile = kernels[name], getattr(blocks, field)
+    for name, kernel in made.items():
+        field, products = KERNELS[name]
+        tile = getattr(blocks, field)
         scores = kernel.scores(products, head_size)
         both = [kernel.count(masked=masked) for masked in (False, True)]
         count = lambda *names: f"{kernel.count(*names) / scores:.2f}"  # noqa: B023, E731
@@ -145,7 +182,7 @@ def made_of(title, kernels, blocks, target, head_size) -> Table:
             f"{kernel.spills}",
             f"{kernel.shared / 1024:.0f}",
             f"{kernel.blocks_a_core(target.facts)}",
-            "serialised" if kernel.serialised else f"{kernel.loads_ahead}",
+            "serialised" if kernel.serialised else f"{kernel.loads_ahead or tile.stages - 1}",
             "/".join(f"{n}" for n in both),
             "/".join(f"{n / scores:.1f}" for n in both),
             count("MUFU"),
@@ -156,14 +193,15 @@ def made_of(title, kernels, blocks, target, head_size) -> Table:
     return table
 
 
-def bounds(kernels, blocks, target, head_size) -> Table:
+def bounds(made, blocks, target, head_size) -> Table:
     """Cycles of a core for 1,024 scores, by unit, and TFLOP/s of whole rows."""
     table = Table("cycles for 1,024 scores")
     for column in (*sass.UNITS, "binds", "TFLOP/s overlapped", "in turn"):
         table.add_column(column, justify="right")
     seconds = {}
-    for name, (field, products) in KERNELS.items():
-        kernel, tile = kernels[name], getattr(blocks, field)
+    for name, kernel in made.items():
+        field, products = KERNELS[name]
+        tile = getattr(blocks, field)
         found = seconds[field] = bound(kernel, tile, head_size, target)
         per = 1024 / (32 * kernel.scores(products, head_size))
         plain, masked = (kernel.cycles(target.facts, masked=m) for m in (False, True))
@@ -172,9 +210,10 @@ def bounds(kernels, blocks, target, head_size) -> Table:
         if field == "forward":
             cells += _pair([found], 2, head_size, target)
         table.add_row(name.removeprefix("attention_"), *cells)
-    both = [seconds["keys"], seconds["queries"]]
-    empty = [""] * (len(sass.UNITS) + 1)
-    table.add_row("backward", *empty, *_pair(both, 5, head_size, target))
+    if "keys" in seconds:
+        both = [seconds["keys"], seconds["queries"]]
+        empty = [""] * (len(sass.UNITS) + 1)
+        table.add_row("backward", *empty, *_pair(both, 5, head_size, target))
     return table
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import tempfile
@@ -176,13 +177,29 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[s
     arguments: `jax.ShapeDtypeStruct`s with a sharding on devices of a target (planning/targets).
     """
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         jax.jit(function).lower(*arguments).compile(_OPTIONS | {"xla_dump_to": folder})
+        del os.environ["MOSAIC_GPU_DUMP_TO"]
         launches = _launches("".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.*")))
         # Of those with matrix products alone: mma.sync, wgmma.mma_async.
         texts = [ptx for p in Path(folder).glob("*.ptx") if "mma" in (ptx := p.read_text())]
+        of_mosaic = _of_mosaic(Path(folder))
     names = [(ptx, name) for ptx in texts for name in re.findall(r"\.entry (\w+)\(", ptx)]
     kernels = [read(ptx, name, *launches[name]) for ptx, name in names if name in launches]
-    return {kernel.name: kernel for kernel in kernels if kernel.whole}
+    return of_mosaic | {kernel.name: kernel for kernel in kernels if kernel.whole}
+
+
+def _of_mosaic(folder: Path) -> dict[str, Kernel]:
+    """The kernels that Mosaic GPU compiled: by their own names, of each the last."""
+    found = {}
+    for path in folder.glob("*.mlir-passes.log"):
+        ptx = path.with_name(path.name.replace(".mlir-passes.log", ".ptx")).read_text()
+        name, threads = re.search(r"\.entry (\w+)\([\s\S]*?\.maxntid (\d+)", ptx).groups()
+        shared = re.search(r"dynamic_shared_memory_size %c(\d+)", path.read_text())[1]
+        kernel = read(ptx, name, int(threads), int(shared))
+        name = name.removesuffix("_mosaic_gpu_kernel")
+        found[name] = dataclasses.replace(kernel, name=name)
+    return found
 
 
 def _launches(text: str) -> dict[str, tuple[int, int]]:
@@ -207,11 +224,16 @@ def read(ptx: str, name: str, threads: int, shared: int) -> Kernel:
         registers=int(re.search(r"Used (\d+) registers", said)[1]),
         spills=int(re.search(r"(\d+) bytes spill stores", said)[1]),
         shared=shared + (int(own[1]) if own else 0),
-        warnings=tuple(line for line in said.splitlines() if "info" not in line.split(":")[0]),
+        warnings=tuple(line for line in said.splitlines() if _warns(line)),
         whole=whole,
         masked=masked,
         outside=outside,
     )
+
+
+def _warns(line: str) -> bool:
+    """Also where it only informs that products wait for each other."""
+    return "info" not in line.split(":")[0] or "Performance Loss" in line
 
 
 def tool(name: str) -> Path | None:
@@ -261,7 +283,9 @@ def _target(line: str, labels: dict[str, int]) -> int | None:
 def _matrix_loops(lines, labels) -> list[tuple[int, int]]:
     """First and last instruction of each."""
     back: dict[int, int] = {}
-    for at, line in enumerate(lines):
+    exits = [at for at, line in enumerate(lines) if opcode(line) == "EXIT" and line[0] != "@"]
+    # After the last exit stand second tries of waits, which jump back to where they came from.
+    for at, line in enumerate(lines[: exits[-1]] if exits else lines):
         to = _target(line, labels)
         if to is not None and to <= at and any(map(_multiply_adds, lines[to:at])):
             back[to] = at  # of several jumps to one head the last closes the loop

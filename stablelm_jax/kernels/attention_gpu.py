@@ -70,7 +70,7 @@ BLOCKS = {
         160: Blocks(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(128, 32, 8, 3)),
     },
     "sm90": {
-        64: Blocks(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), _WIDE),
+        64: Blocks(Tile(64, 128, 4, 3, True), Tile(64, 64, 4, 3, True), _WIDE),
         80: Blocks(_WIDE, Tile(64, 64, 4, 3, True), _WIDE),
         128: Blocks(_WIDE, Tile(64, 128, 8, 3, True), _WIDE),
         160: Blocks(_WIDE, Tile(64, 128, 8, 3, True), _WIDE),
