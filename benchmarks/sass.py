@@ -171,8 +171,12 @@ def _shared_bytes(line: str) -> int:
     return 0
 
 
-def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Kernel]:
-    """The kernels with matrix loops of a function, by name, for the GPU of its arguments' sharding.
+def compiled(
+    function: Callable[..., Any], arguments: tuple[Any, ...], loops: bool = True
+) -> dict[str, Kernel]:
+    """The kernels of a function by name, for the GPU of its arguments' sharding.
+
+    loops: only those with matrix loops.
 
     arguments: `jax.ShapeDtypeStruct`s with a sharding on devices of a target (planning/targets).
     """
@@ -181,12 +185,13 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[s
         jax.jit(function).lower(*arguments).compile(_OPTIONS | {"xla_dump_to": folder})
         del os.environ["MOSAIC_GPU_DUMP_TO"]
         launches = _launches("".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.*")))
-        # Of those with matrix products alone: mma.sync, wgmma.mma_async.
-        texts = [ptx for p in Path(folder).glob("*.ptx") if "mma" in (ptx := p.read_text())]
+        texts = [p.read_text() for p in Path(folder).glob("*.ptx")]
         of_mosaic = _of_mosaic(Path(folder))
+    if loops:  # of those with matrix products alone: mma.sync, wgmma.mma_async
+        texts = [ptx for ptx in texts if "mma" in ptx]
     names = [(ptx, name) for ptx in texts for name in re.findall(r"\.entry (\w+)\(", ptx)]
     kernels = [read(ptx, name, *launches[name]) for ptx, name in names if name in launches]
-    return of_mosaic | {kernel.name: kernel for kernel in kernels if kernel.whole}
+    return of_mosaic | {kernel.name: kernel for kernel in kernels if kernel.whole or not loops}
 
 
 def _of_mosaic(folder: Path) -> dict[str, Kernel]:

@@ -23,7 +23,7 @@ HARMLESS = (
 ROUNDING = (
     *("parallel.data", "parallel.model", "parallel.replica", "parallel.zero1", "parallel.fsdp"),
     *("training.accumulation", "training.remat", "training.unroll", "training.attention"),
-    *("training.cross_entropy", "training.deterministic"),
+    *("training.cross_entropy", "training.norms", "training.deterministic"),
 )
 # Fields that make a run this run: no checkpoint of other values is gone on from. The tokenizer is
 # another such, by its hash.

@@ -147,6 +147,7 @@ TREE = {
         "unroll": Field(1, least=1),  # layers compiled one after the other in a turn of the loop
         "attention": Field("auto", choices=_kernels("attention")),
         "cross_entropy": Field("auto", choices=_kernels("cross_entropy")),  # head and loss
+        "norms": Field("xla", choices=("xla", "pallas_gpu")),  # of the layers; kernels/norms.py
         "num_valid_ids": Field(int, optional=True),  # rows of the softmax; unset: padding too
         "deterministic": Field(False),  # GPU: the same bits in every run, slower; else always so
         "log_every": Field(10, least=1),  # steps between two lines of metrics

@@ -10,9 +10,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from stablelm_jax.kernels.device import traced_device
+from stablelm_jax.kernels.device import compilers_axes, traced_device
 from stablelm_jax.kernels.residuals import named
 
 # Queries at a time: their scores against a short row's keys stay in the cache. 128 beat 256 and 512
@@ -136,10 +136,7 @@ def _on_own_heads(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
 
     The compiler cannot split a kernel: left to itself it would gather all heads on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # Axes of one device too: for TPUs, a kernel is an error while any axis is the compiler's.
-    kinds = zip(mesh.axis_names, mesh.axis_types)
-    axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
+    axes = tuple(compilers_axes())
     if not axes:
         return kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     heads = PartitionSpec(None, None, axes)

@@ -1,4 +1,4 @@
-"""Is attention right on this device? A kernel that is wrong on one chip ruins a run silently.
+"""Are the kernels right on this device? One that is wrong on one chip ruins a run silently.
 
 B batch, T queries or keys, N query heads, K key/value heads, H head size.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablelm_jax.kernels import attention
+from stablelm_jax.kernels import attention, norms
 
 # Tokens of the two rows: several tiles of every kernel, with documents that end inside of them.
 LENGTH = 2048
@@ -23,6 +23,7 @@ LIMIT = 5.0
 # The squared relative error of float32 sums in another order, for where the plain form is exact.
 _ROUNDING = 1e-11
 _NAMES = ("the output", "the gradient of queries", "the gradient of keys", "the gradient of values")
+_OF_A_NORM = ("the output", "the gradient of the input", "that of the scale", "that of the bias")
 
 
 class WrongKernel(ValueError):
@@ -57,8 +58,32 @@ def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int
     with jax.default_matmul_precision("highest"):
         expected = run("reference", *(x.astype(jnp.float32) for x in arrays))
     plain, found = run("reference", *arrays), run(name, *arrays)
+    kernel = f"attention {name!r} for heads of {head_size} in {jnp.dtype(dtype).name}"
+    remedy = "config.training.attention='chunked', which is slower"
+    return _worst(kernel, remedy, _NAMES, expected, plain, found)
+
+
+def check_norms(name: str, width: int, bias: bool, kind: norms.Kind, dtype) -> float:
+    """As `check_attention`, of a layer's norm, on random rows, which are judged one by one."""
+    rng = np.random.default_rng(0)
+    shapes = [(LENGTH, width)] * 4 + [(width,)] * (1 + bias)
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+    @partial(jax.jit, static_argnums=0)
+    def run(implementation, dx, dy, dz, x, scale, bias=None):
+        norm = lambda *x: norms.IMPLEMENTATIONS[implementation](*x, kind, 2)  # noqa: E731
+        (_, (out, _)), backward = jax.vjp(norm, x, scale, bias)
+        return out, *backward((dx, (dy, dz)))[: 2 + (bias is not None)]
+
+    expected = run("xla", *(x.astype(jnp.float32) for x in arrays))
+    kernel = f"norms {name!r} for a width of {width} in {jnp.dtype(dtype).name}"
+    plain, found = run("xla", *arrays), run(name, *arrays)
+    return _worst(kernel, "config.training.norms='xla'", _OF_A_NORM, expected, plain, found)
+
+
+def _worst(kernel: str, remedy: str, names, expected, plain, found) -> float:
     worst = 0.0
-    for what, exact, usual, ours in zip(_NAMES, expected, plain, found):
+    for what, exact, usual, ours in zip(names, expected, plain, found):
         error, usual_error = _by_block(ours, exact), _by_block(usual, exact)
         # In a single block, a document's first tokens for one, the plain form may be exact.
         exact_square = np.mean(np.asarray(exact, np.float64) ** 2)
@@ -66,17 +91,18 @@ def check_attention(name: str, num_heads: int, num_kv_heads: int, head_size: int
         ratio = float(np.max(error / np.maximum(usual_error, floor)))
         if not ratio <= LIMIT:  # also where it is not a number
             raise WrongKernel(
-                f"attention {name!r} is wrong on {jax.devices()[0].device_kind}, for heads of "
-                f"{head_size} in {jnp.dtype(dtype).name}: in {BLOCK} tokens of a head {what} errs "
-                f"{ratio:.3g} times as much as the plain form; train with "
-                "config.training.attention='chunked', which is slower, and report this"
+                f"{kernel} is wrong on {jax.devices()[0].device_kind}: in one block {what} errs "
+                f"{ratio:.3g} times as much as the plain form; train with {remedy}, and report this"
             )
         worst = max(worst, ratio)
     return worst
 
 
 def _by_block(found, exact) -> np.ndarray:
-    """Root of the mean squared difference of every BLOCK tokens of a head: [B, T / BLOCK, N]."""
+    """Root of the mean squared difference of every BLOCK tokens of a head, [B, T / BLOCK, N], or of
+    every row."""
     difference = np.asarray(found, np.float64) - np.asarray(exact, np.float64)
+    if difference.ndim < 4:
+        return np.sqrt(np.mean(difference**2, -1))
     blocks = difference.reshape(len(difference), -1, BLOCK, *difference.shape[2:])
     return np.sqrt(np.mean(blocks**2, axis=(2, 4)))

@@ -5,7 +5,7 @@ B batch, T sequence, D width, N query heads, K key/value heads, H head size, R h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,10 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
 
     @jax.named_scope("attention")
-    def __call__(self, x_BTD: jax.Array, rotary: Rotary, attend: Attend) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+    def __call__(self, normed: Sequence[jax.Array], rotary: Rotary, attend: Attend) -> jax.Array:
+        """`normed`: x_BTD for query, key and value, each with its own gradient."""
+        projections = (self.query, self.key, self.value)
+        q_BTNH, k_BTKH, v_BTKH = (p(x_BTD) for p, x_BTD in zip(projections, normed, strict=True))
         if self.qk_norm:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)

@@ -18,6 +18,7 @@ class Compute:
     # 'attention' (all but attention: one more width a token and layer is kept), 'full' (everything)
     remat: str = "none"
     attention: str = "auto"  # name of an implementation in kernels/attention.py
+    norms: str = "xla"  # of a layer's two norms; name of an implementation in kernels/norms.py
     cross_entropy: str = "auto"  # name of an implementation in kernels/cross_entropy.py
     num_valid_ids: int | None = None  # rows of the vocabulary that may be predicted; None: all
     unroll: int = 1  # layers compiled one after the other in each turn of the loop over layers

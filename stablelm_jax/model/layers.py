@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stablelm_jax.kernels import norms
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Adapted
 
@@ -45,23 +46,21 @@ def product(x: jax.Array, kernel: jax.Array | Adapted, dtype: jnp.dtype | None =
 
 
 class Norm(nnx.Module):
-    """Normalises the last dim; statistics, scale and bias in float32, result in x's dtype.
-
-    `config.norm`: LayerNorm, or RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
-    """
+    """Normalises the last dim, as kernels/norms.py says, by the kind that `config.norm` names."""
 
     def __init__(self, make: Make, name: str, config: ModelConfig):
         self.scale = make(f"{name}/scale")
         self.bias = make(f"{name}/bias")
-        self.kind, self.epsilon = config.norm, config.norm_epsilon
+        self.kind = norms.Kind(config.norm, config.norm_epsilon)
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        if self.kind == "layer":
-            y = y - jnp.mean(y, -1, keepdims=True)
-        variance = jnp.mean(jnp.square(y), -1, keepdims=True)
-        y = y * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        return norms.norm(x, *self._weights())
+
+    @jax.named_scope("norm")
+    def branch(self, x: jax.Array, readers: int, implementation: str):
+        """x, and its norm once for each product that reads it, as kernels/norms.py has it."""
+        return norms.IMPLEMENTATIONS[implementation](x, *self._weights(), readers)
+
+    def _weights(self) -> tuple[jax.Array, jax.Array | None, norms.Kind]:
+        return self.scale[...], None if self.bias is None else self.bias[...], self.kind

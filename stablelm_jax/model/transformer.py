@@ -9,7 +9,7 @@ B batch, T sequence, D width, V vocabulary, N query heads, K key/value heads, H 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,8 +51,10 @@ class Mlp(nnx.Module):
         self.down = Projection(make, "layers/mlp/down")
 
     @jax.named_scope("mlp")
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+    def __call__(self, normed: Sequence[jax.Array]) -> jax.Array:
+        """`normed`: x_BTD for gate and up, each with its own gradient."""
+        to_gate_BTD, to_up_BTD = normed
+        return self.down(jax.nn.silu(self.gate(to_gate_BTD)) * self.up(to_up_BTD))
 
 
 class Block(nnx.Module):
@@ -66,14 +68,17 @@ class Block(nnx.Module):
         self.mlp = Mlp(make)
         self.parallel_residual = config.parallel_residual
 
-    def __call__(self, x_BTD: jax.Array, rotary: Rotary, attend: Attend) -> jax.Array:
-        normed_BTD = self.attention_norm(x_BTD)
-        attended_BTD = self.attention(normed_BTD, rotary, attend)
+    def __call__(
+        self, x_BTD: jax.Array, rotary: Rotary, attend: Attend, norms: str = "xla"
+    ) -> jax.Array:
+        readers = 5 if self.parallel_residual else 3
+        x_BTD, normed = self.attention_norm.branch(x_BTD, readers, norms)
+        attended_BTD = self.attention(normed[:3], rotary, attend)
         if self.parallel_residual:
             # These two first: split over `model` they are partial sums, and need one sum, not two.
-            return x_BTD + (attended_BTD + self.mlp(normed_BTD))
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+            return x_BTD + (attended_BTD + self.mlp(normed[3:]))
+        x_BTD, normed = self.mlp_norm.branch(x_BTD + attended_BTD, 2, norms)
+        return x_BTD + self.mlp(normed)
 
 
 class Embedding(nnx.Module):
@@ -155,7 +160,7 @@ def hidden_states(
         return attention_kernel(*qkv, segment_ids_BT, implementation=compute.attention)
 
     def layer(x_BTD, group):
-        x_BTD = fetched("layers", group)(x_BTD, rotary, attend)
+        x_BTD = fetched("layers", group)(x_BTD, rotary, attend, compute.norms)
         return x_BTD, watch and watch(x_BTD)
 
     if compute.remat != "none":

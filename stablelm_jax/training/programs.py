@@ -15,7 +15,8 @@ from rich.console import Console
 
 from stablelm_jax import config as config_lib
 from stablelm_jax.kernels.attention import choose
-from stablelm_jax.kernels.check import check_attention
+from stablelm_jax.kernels.check import check_attention, check_norms
+from stablelm_jax.kernels.norms import Kind
 from stablelm_jax.optimizer.schedule import make_schedule
 from stablelm_jax.parallel import distributed, sharding
 from stablelm_jax.run.compilation import CompilationCache
@@ -45,12 +46,12 @@ class Programs:
 def compile_programs(
     run: Run, console: Console, cache: CompilationCache, first: int = 0
 ) -> Programs:
-    """Tries the attention out, compiles what steps from `first` on need, says how long that took.
+    """Tries the kernels out, compiles what steps from `first` on need, says how long that took.
 
-    Raises WrongKernel, or a MeetingError where attention fails on one host of several.
+    Raises WrongKernel, or a MeetingError where one fails on one host of several.
     """
     with distributed.together_or_not(Exception):  # else the others would wait for this host
-        console.print(try_attention(run), soft_wrap=True)
+        console.print(try_attention(run) + try_norms(run), soft_wrap=True)
     began = time.monotonic()
     with console.status("compiling the train step"):
         step = compile_steps(run, first)
@@ -192,6 +193,16 @@ def try_attention(run: Run) -> str:
     heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_size
     error = check_attention(name, *heads, run.compute.dtype)
     return f"attention: {name} ({why}); tried out here, it errs {error:.2f} times the plain form"
+
+
+def try_norms(run: Run) -> str:
+    """The same of the layers' norms; '' where they are left to the compiler."""
+    name, sizes = run.compute.norms, run.model
+    if name == "xla":
+        return ""
+    kind = Kind(sizes.norm, sizes.norm_epsilon)
+    error = check_norms(name, sizes.width, sizes.block_norm_bias, kind, run.compute.dtype)
+    return f"\nnorms: {name}; tried out here, they err {error:.2f} times the plain form"
 
 
 def _prepare_samples(run: Run) -> Callable[[Any], dict[str, str]]:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stablelm_jax.kernels import attention, check
-from stablelm_jax.kernels.check import LIMIT, WrongKernel, check_attention
+from stablelm_jax.kernels import attention, check, norms
+from stablelm_jax.kernels.check import LIMIT, WrongKernel, check_attention, check_norms
 
 
 @pytest.mark.parametrize("dtype, length", [(jnp.float32, 512), (jnp.bfloat16, check.LENGTH)])
@@ -62,5 +62,24 @@ gradient_of_keys_halved.defvjp(_forward, _backward)
 def test_one_that_is_wrong_is_refused_with_its_name_and_what_to_do(monkeypatch, wrong):
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "wrong", wrong)
     monkeypatch.setattr(check, "LENGTH", 512)
-    with pytest.raises(WrongKernel, match="'wrong' is wrong on .*config.training.attention='chunk"):
+    with pytest.raises(WrongKernel, match="'wrong' .*is wrong on .*training.attention='chunked'"):
         check_attention("wrong", 2, 2, 16, jnp.bfloat16)
+
+
+def one_wrong_row(x, scale, bias, kind, readers):
+    x, normed = norms.xla(x, scale, bias, kind, readers)
+    return x, tuple(y.at[7].multiply(1.1) for y in normed)
+
+
+def gradient_of_the_scale_halved(x, scale, bias, kind, readers):
+    return norms.xla(x, scale / 2 + jax.lax.stop_gradient(scale / 2), bias, kind, readers)
+
+
+@pytest.mark.parametrize("wrong", [one_wrong_row, gradient_of_the_scale_halved])
+def test_norms_that_are_wrong_are_refused_and_right_ones_pass(monkeypatch, wrong):
+    monkeypatch.setitem(norms.IMPLEMENTATIONS, "wrong", wrong)
+    monkeypatch.setattr(check, "LENGTH", 64)
+    arguments = 48, True, norms.Kind("layer", 1e-5), jnp.bfloat16
+    assert 0 < check_norms("xla", *arguments) <= 3 < LIMIT
+    with pytest.raises(WrongKernel, match="norms 'wrong' .*is wrong on .*training.norms='xla'"):
+        check_norms("wrong", *arguments)

@@ -15,9 +15,9 @@ from attention_cases import in_float64, layers_of, random_inputs, with_gradients
 from jax.sharding import PartitionSpec as P
 from seeds import new_rng
 
-from stablelm_jax.kernels import attention
+from stablelm_jax.kernels import attention, norms
 from stablelm_jax.kernels.attention import chunked, reference
-from stablelm_jax.kernels.check import WrongKernel, check_attention
+from stablelm_jax.kernels.check import WrongKernel, check_attention, check_norms
 from stablelm_jax.kernels.cross_entropy import cross_entropy
 from stablelm_jax.kernels.residuals import SAVED_NAMES
 
@@ -218,3 +218,28 @@ def test_float32_is_tf32_at_most(shape):
         error = np.linalg.norm(array - right) / np.linalg.norm(right)
         print(f"{shape} {what}: {error:.1e}")
         assert error < 2**-10, what
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the norms are for GPUs")
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("width, bias", [(2048, False), (2560, True), (5120, False), (100, True)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_norms_are_right_and_the_same_bits_in_every_run(dtype, width, bias, kind):
+    kind = norms.Kind(kind, 1e-5)
+    error = check_norms("pallas_gpu", width, bias, kind, dtype)
+    print(f"norms of {width} {jnp.dtype(dtype).name}: {error:.2f} times the plain form's error")
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, dx, *dys = (jax.random.normal(key, (8192, width), dtype) for key in keys)
+    scale = jnp.ones(width, dtype)
+
+    @jax.jit
+    def run(x, dx, *dys):
+        norm = lambda *vectors: norms.pallas_gpu(*vectors, kind, len(dys))  # noqa: E731
+        (_, normed), backward = jax.vjp(norm, x, scale, scale if bias else None)
+        return normed[0], backward((dx, dys))
+
+    first = jax.tree.leaves(run(x, dx, *dys))
+    assert all(np.isfinite(np.float32(a)).all() for a in first)
+    for _ in range(49):
+        for before, now in zip(first, jax.tree.leaves(run(x, dx, *dys)), strict=True):
+            np.testing.assert_array_equal(np.float32(before), np.float32(now))

@@ -147,6 +147,12 @@ def test_a_kernel_that_is_wrong_here_ends_the_run_before_its_first_step(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
+def test_norms_of_another_device_end_the_run_before_its_first_step(data, tmp_path):
+    config = tiny_config(data, **{"training.norms": "pallas_gpu"})
+    with pytest.raises(ValueError, match="run on GPUs, not on a cpu: use 'xla'"):
+        run_training(config, {}, str(tmp_path / "run"))
+
+
 def test_a_folder_in_which_another_process_trains_is_refused(data, tmp_path):
     holder = (
         "import fcntl, sys\n"
