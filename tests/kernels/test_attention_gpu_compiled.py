@@ -12,16 +12,17 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TARGETS = {"sm80": "a100-40gb:1x1", "sm90": "h100:1x1"}
 
 # By generation and head size, for the forward kernel, key gradients and the query gradient: most
-# instructions a score in tiles without a mask, and thread blocks that a core must hold.
+# instructions a score in tiles without a mask (jax 0.12 has some more than 0.10), and thread blocks
+# that a core must hold.
 EXPECTED = {
     ("sm80", 64): ((10.3, 14.0, 10.7), (2, 2, 2)),
     ("sm80", 80): ((11.8, 17.5, 12.1), (2, 2, 2)),
     ("sm80", 128): ((18.6, 24.2, 15.8), (2, 1, 1)),
     ("sm80", 160): ((19.3, 29.4, 22.6), (1, 2, 1)),
-    ("sm90", 64): ((9.0, 10.2, 8.3), (2, 2, 2)),
-    ("sm90", 80): ((11.2, 12.1, 10.1), (2, 2, 2)),
-    ("sm90", 128): ((11.5, 11.7, 9.6), (1, 1, 1)),
-    ("sm90", 160): ((13.6, 14.6, 11.7), (1, 1, 1)),
+    ("sm90", 64): ((8.0, 11.2, 8.9), (2, 2, 2)),
+    ("sm90", 80): ((11.6, 13.2, 10.8), (2, 2, 2)),
+    ("sm90", 128): ((11.9, 12.6, 10.3), (1, 1, 1)),
+    ("sm90", 160): ((14.0, 15.5, 12.4), (1, 1, 1)),
 }
 # There is no room for them; two blocks a core have something to do while one waits.
 WITHOUT_LOADS_AHEAD = ("sm80", 160, "attention_key_gradients")
