@@ -273,5 +273,7 @@ def run(monkeypatch, kernel, bounds, heads, kv_heads, tile, block, seed) -> Run:
         "first": ring("first"),
         "second": ring("second"),
     }
+    if tile.turns:
+        scratch["turns"] = Barrier(1, kernels.CONSUMERS)
     RUN.go(lambda: kernel(np.asarray(bounds), *arrays, **scratch), kernels.CONSUMERS + 1)
     return RUN

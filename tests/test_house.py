@@ -28,7 +28,7 @@ CORE = {
     "parallel": 805,
     "optimizer": 528,
     "model": 956,
-    "kernels": 2286,
+    "kernels": 2310,
     "storage": 289,
 }
 # The shell around it, a single floor.
@@ -42,7 +42,7 @@ SHELL = {
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12455, 33_158
+CORE_WITHOUT_KERNELS, EVERYTHING = 12455, 33_182
 
 
 def files_of(room):

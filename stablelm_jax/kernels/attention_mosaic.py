@@ -31,18 +31,19 @@ _BLOCK = CONSUMERS * ROWS
 class Tile:
     """streamed: keys (for dk and dv: queries) that consumers read at a time, 64 or 128.
 
-    stages: tiles that shared memory holds.
+    stages: tiles that shared memory holds. turns: forward, consumers start products by turns.
     """
 
     streamed: int
     stages: int
+    turns: bool = False
 
 
 # By head size. These are ESTIMATES, none was measured on a chip: the largest that spill at most a
 # few registers and fit in shared memory.
 TILES = {
-    64: Blocks(forward=Tile(128, 4), keys=Tile(64, 4), queries=Tile(128, 3)),
-    128: Blocks(forward=Tile(128, 3), keys=Tile(64, 2), queries=Tile(64, 4)),
+    64: Blocks(forward=Tile(128, 4, turns=True), keys=Tile(64, 4), queries=Tile(128, 3)),
+    128: Blocks(forward=Tile(128, 3, turns=True), keys=Tile(64, 2), queries=Tile(64, 4)),
 }
 
 
@@ -161,6 +162,9 @@ def _launch(kernel, inputs, outputs, tile, interpret):
     )
     copies = 1 if kernel is kernels.forward else 2
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=CONSUMERS)
+    scratch = {"own": own_arrays, "ready": ready, "first": ring, "second": ring}
+    if tile.turns:
+        scratch["turns"] = plgpu.Barrier(num_barriers=CONSUMERS)
     options = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     return plgpu.kernel(
         kernel,
@@ -170,7 +174,7 @@ def _launch(kernel, inputs, outputs, tile, interpret):
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name=f"attention_{kernel.__name__}",
-        scratch_types={"own": own_arrays, "ready": ready, "first": ring, "second": ring},
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,

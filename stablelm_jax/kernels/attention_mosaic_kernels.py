@@ -79,6 +79,7 @@ class Part:
     Attributes:
       role: which consumer of its program. first: of its ROWS rows. head: of the output.
       begin, end: tiles that any consumer of the program needs. borders: its own, see `documents`.
+      turns: a barrier for each of two consumers that start their products by turns, or None.
     """
 
     role: Any
@@ -88,6 +89,7 @@ class Part:
     begin: Any
     end: Any
     borders: list
+    turns: Any
 
     def of(self, x_BTNH):
         return x_BTNH.at[self.row, pl.ds(self.first, ROWS), self.head]
@@ -95,10 +97,22 @@ class Part:
     def numbers_of(self, x_BNT):
         return x_BNT.at[self.row, self.head, pl.ds(self.first, ROWS)]
 
+    def start(self, products) -> None:
+        """products(), in this consumer's turn: then one multiplies while the other exponentiates.
+
+        Each has one turn for each tile of the program, also for those that it skips.
+        """
+        if self.turns is not None:
+            plgpu.barrier_wait(self.turns.at[self.role])
+        products()
+        if self.turns is not None:
+            plgpu.barrier_arrive(self.turns.at[1 - self.role])
+
     def skip(self, begin, end, offset, *rings) -> None:
         """Lets tiles pass that only other consumers of the program need."""
 
         def step(j, _):
+            self.start(lambda: None)
             for ring in rings:
                 ring.wait(j - offset)
                 ring.release(j - offset)
@@ -134,7 +148,7 @@ class Part:
         return visible
 
 
-def forward(bounds, start, q, k, v, o, logsumexp, *, own, ready, first, second):
+def forward(bounds, start, q, k, v, o, logsumexp, *, own, ready, first, second, turns=None):
     """The output, and the log-sum-exp of each query's scaled scores in base 2."""
     keys, values = Ring(*first), Ring(*second)
 
@@ -151,7 +165,7 @@ def forward(bounds, start, q, k, v, o, logsumexp, *, own, ready, first, second):
         sums_Q[...] = maximum_Q + jnp.log2(total_Q)
         _store((q_QH, part.of(o)), (sums_Q, part.numbers_of(logsumexp)))
 
-    _run(bounds, partial(_produce_keys, q, (k, v), (keys, values)), consume)
+    _run(bounds, partial(_produce_keys, q, (k, v), (keys, values)), consume, turns)
 
 
 def _attend(part, q_QH, keys, values, weigh, o_QH):
@@ -163,7 +177,7 @@ def _attend(part, q_QH, keys, values, weigh, o_QH):
     first, last = part.borders[0], part.borders[3] - 1
 
     def begin(scores_QS):
-        plgpu.wgmma(scores_QS, q_QH, keys.wait(first - part.begin)[0].T)
+        part.start(lambda: plgpu.wgmma(scores_QS, q_QH, keys.wait(first - part.begin)[0].T))
         zeros_Q = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), _BY_ROW)
         weights_QS, _, *state = weigh(True, first, scores_QS[...], zeros_Q + _LOWEST, zeros_Q)
         return weights_QS.astype(q_QH.dtype), *state
@@ -171,8 +185,12 @@ def _attend(part, q_QH, keys, values, weigh, o_QH):
     def step(masked, j, carry):
         def overlapped(scores_QS):
             weights_QS, *state = carry
-            plgpu.wgmma(scores_QS, q_QH, keys.wait(j - part.begin)[0].T)
-            plgpu.wgmma(o_QH, weights_QS, values.wait(j - 1 - part.begin)[0])
+
+            def products():
+                plgpu.wgmma(scores_QS, q_QH, keys.wait(j - part.begin)[0].T)
+                plgpu.wgmma(o_QH, weights_QS, values.wait(j - 1 - part.begin)[0])
+
+            part.start(products)
             scores = plgpu.wgmma_accumulator_load(scores_QS, wait_n=1)
             keys.release(j - part.begin)
             weights_QS, shrink_Q, *state = weigh(masked, j, scores, *state)
@@ -305,7 +323,7 @@ def _add_key_gradients(rings, k_SH, v_SH, scale, visible, dk_SH, dv_SH, offset, 
         ring.release(j - offset)
 
 
-def _run(bounds, produce, consume, last_first=True) -> None:
+def _run(bounds, produce, consume, turns=None, last_first=True) -> None:
     """produce(row, head, begin, end) in the last warpgroup, consume(part) in the others."""
     role, block, head, row = map(jax.lax.axis_index, ("warpgroup", "block", "head", "row"))
     if last_first:  # the last queries see the most keys: the longest work is begun first
@@ -323,7 +341,9 @@ def _run(bounds, produce, consume, last_first=True) -> None:
         plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
         mine = block * CONSUMERS + role
         borders = [bounds[row, mine, i] for i in range(4)]
-        consume(Part(role, row, head, mine * ROWS, begin, end, borders))
+        if turns is not None:
+            pl.when(role == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))  # the first turn
+        consume(Part(role, row, head, mine * ROWS, begin, end, borders, turns))
 
 
 def _produce_keys(q, sources, rings, row, head, begin, end) -> None:
