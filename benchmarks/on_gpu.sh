@@ -82,6 +82,9 @@ step attention_80 2 "${attention[@]}" --head-size 80 --documents whole 512 "${sm
 # The other choices of a config, and the peer.
 step choices 9 "${train_step[@]}" --also training.unroll=24 --also training.remat=attention \
     --also training.cross_entropy=saved --also training.attention=chunked
+# the layers' norms as kernels of their own; a rehearsal has no GPU for them
+[[ -n $smoke ]] || step norms 5 "${train_step[@]}" "${alone[@]}" --also training.norms=pallas_gpu \
+    --also training.norms=pallas_gpu,training.unroll=24,training.remat=none
 step documents 2 "${train_step[@]}" "${alone[@]}" --mean-document 1000
 # what the same bits in every run cost
 step deterministic 4 "${train_step[@]}" "${alone[@]}" --also training.deterministic=True

@@ -221,8 +221,10 @@ def test_float32_is_tf32_at_most(shape):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the norms are for GPUs")
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-@pytest.mark.parametrize("width, bias", [(2048, False), (2560, True), (5120, False), (100, True)])
+@pytest.mark.parametrize(
+    "width, bias, kind",
+    [(2048, False, "layer"), (2560, True, "layer"), (5120, False, "layer"), (100, True, "rms")],
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_norms_are_right_and_the_same_bits_in_every_run(dtype, width, bias, kind):
     kind = norms.Kind(kind, 1e-5)
