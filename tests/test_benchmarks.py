@@ -1,5 +1,6 @@
 """Benchmarks start, on a machine that has little more than jax too, and run where they can."""
 
+import argparse
 import ast
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -25,6 +27,25 @@ def test_attention_runs_everything_that_a_cpu_can_interpret():
     table = result.stdout[result.stdout.index("┏") :]
     for name in ("reference", "chunked (auto)", "pallas_gpu", "pallas_tpu", "splash"):
         assert table.count(name) == 2, table  # whole rows, and documents
+
+
+@pytest.mark.by_hand
+def test_of_each_attention_kernel_the_fastest_tile_is_chosen(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import attention
+    import attention_tune
+
+    # As if the kernels took longer the more is loaded ahead; each is run, interpreted.
+    def seconds_of(program, inputs):
+        program(*inputs)
+        return program.__wrapped__.keywords["tile"].stages
+
+    monkeypatch.setattr(attention_tune, "SHAPES", [(32, 64, 4)])
+    shape = dict(rows=1, length=256, heads=2, kv_heads=1, head_size=16, dtype="bfloat16")
+    inputs = attention.make_inputs(argparse.Namespace(**shape), 64)
+    best = attention_tune.tune(Console(quiet=True), inputs, seconds_of, interpret=True)
+    assert best.forward == best.queries == attention_tune.Tile(32, 64, 4, 2)
+    assert best.keys == attention_tune.Tile(64, 32, 4, 2)
 
 
 @pytest.mark.slow
