@@ -126,8 +126,8 @@ def contestants(arguments: argparse.Namespace, inputs) -> dict[str, tuple[Attent
         found["tokamax, documents"] = (tokamax, True)
         for name in ("mosaic", "triton"):
             found[f"tokamax's {name}"] = (partial(tokamax_public, name), False)
-    # Last: it never ran on a chip, and if it hangs there the others are told.
-    found["pallas_mosaic"] = found.pop("pallas_mosaic")
+    if not arguments.implementations:
+        del found["pallas_mosaic"]  # it never ran on a chip and might hang there: by name alone
     chosen, _ = attention.choose(traced_device(), *inputs[:2])
     found = {(f"{n} (auto)" if n == chosen else n): v for n, v in found.items()}
     if arguments.implementations:

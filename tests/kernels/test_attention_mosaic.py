@@ -215,7 +215,7 @@ def test_the_forward_kernel_compiles_for_a_hopper_that_is_not_here():
 
 
 # Most instructions a score in tiles without a mask: forward, query gradient, key gradients.
-BUDGETS = {64: (7.3, 7.0, 9.5), 128: (7.9, 9.5, 11.3)}
+BUDGETS = {64: (7.3, 7.0, 9.5), 128: (8.0, 9.5, 11.3)}
 
 
 @pytest.mark.by_hand

@@ -22,7 +22,7 @@ from stablelm_jax.kernels.cross_entropy import cross_entropy
 from stablelm_jax.kernels.residuals import SAVED_NAMES
 
 KERNELS = {
-    "gpu": ("pallas_gpu",),
+    "gpu": ("pallas_gpu", "pallas_mosaic"),
     "tpu": ("pallas_tpu", "splash"),
     "cpu": (),
 }[jax.default_backend()]
