@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stablelm_jax.kernels import norms
+from stablelm_jax.kernels.device import traced_device
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.lora import Adapted
 
@@ -30,10 +31,14 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel.get_value()
-        in_shape, out_shape = kernel.shape[: self.num_in], kernel.shape[self.num_in :]
-        # One matrix by one matrix: with more dims XLA:CPU copies operands of the backward products.
-        y = product(x.reshape(-1, math.prod(in_shape)), kernel)
-        y = y.reshape(*x.shape[: x.ndim - self.num_in], *out_shape)
+        if traced_device().platform == "tpu" and not isinstance(kernel, Adapted):
+            # Dims as they are: joined, XLA:TPU lays out every operand and result anew.
+            y = jnp.tensordot(x, kernel.astype(x.dtype), self.num_in)
+        else:
+            in_shape, out_shape = kernel.shape[: self.num_in], kernel.shape[self.num_in :]
+            # One matrix by one: with more dims XLA:CPU copies operands of the backward products.
+            y = product(x.reshape(-1, math.prod(in_shape)), kernel)
+            y = y.reshape(*x.shape[: x.ndim - self.num_in], *out_shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
