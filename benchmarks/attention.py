@@ -79,7 +79,7 @@ def main() -> None:
     if arguments.aot is not None:
         import attention_bound
 
-        attention_bound.show(Console(), arguments.aot or targets, [arguments.head_size])
+        attention_bound.show(Console(width=175), arguments.aot or targets, [arguments.head_size])
         return
     if arguments.smoke:
         vars(arguments).update(SMOKE)

@@ -191,7 +191,8 @@ def compiled(
         texts = [ptx for ptx in texts if "mma" in ptx]
     names = [(ptx, name) for ptx in texts for name in re.findall(r"\.entry (\w+)\(", ptx)]
     kernels = [read(ptx, name, *launches[name]) for ptx, name in names if name in launches]
-    return of_mosaic | {kernel.name: kernel for kernel in kernels if kernel.whole or not loops}
+    found = of_mosaic | {kernel.name: kernel for kernel in kernels if kernel.whole or not loops}
+    return dict(sorted(found.items()))
 
 
 def _of_mosaic(folder: Path) -> dict[str, Kernel]:
