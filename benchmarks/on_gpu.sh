@@ -92,7 +92,7 @@ step documents 2 "${train_step[@]}" "${alone[@]}" --mean-document 1000
 # what the same bits in every run cost
 step deterministic 4 "${train_step[@]}" "${alone[@]}" --also training.deterministic=True
 # numbers near zero taken as zero everywhere: what the rest of a step would gain by it
-XLA_FLAGS="${XLA_FLAGS:-} $ftz" step small_numbers_as_zero 3 "${train_step[@]}" "${alone[@]}"
+XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$ftz step small_numbers_as_zero 3 "${train_step[@]}" "${alone[@]}"
 step generate_beside_peer 8 "$python" benchmarks/generate.py "${model_of[@]}"
 step cross_entropy 3 "$python" benchmarks/cross_entropy.py "${head_of[@]}"
 # 19.7 GB saved four times and read back four times: minutes by the disk, not by the GPU
