@@ -94,7 +94,11 @@ def main() -> None:
             seconds_of = partial(least, arguments.repeats)
             console.print(attention_tune.tune(console, inputs, seconds_of, arguments.smoke))
     else:
-        console.print(compare(console, arguments))
+        table, failed = compare(console, arguments)
+        console.print(table)
+        named = {*(arguments.implementations or ()), "auto"}
+        if wrong := [name for name in failed if named & set(name.strip(")").split(" ("))]:
+            raise SystemExit(f"cannot run here: {', '.join(wrong)}")
 
 
 def make_inputs(arguments: argparse.Namespace, mean: float | None) -> tuple[jax.Array, ...]:
@@ -205,12 +209,13 @@ def tokamax_public(name, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     )
 
 
-def compare(console: Console, arguments: argparse.Namespace) -> Table:
-    """A row for each implementation and round; one that cannot run here says why in a line."""
+def compare(console: Console, arguments: argparse.Namespace) -> tuple[Table, list[str]]:
+    """A row for each implementation and round, and who cannot run here, which a line explains."""
     table = Table("documents", "area", "implementation", "error")
     for column in ("forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "both ms", "of whole"):
         table.add_column(column, justify="right")
     whole: dict[str, float] = {}
+    failed: list[str] = []
     for mean in arguments.documents:
         inputs = make_inputs(arguments, mean)
         area = unmasked_area(inputs[4])
@@ -225,35 +230,35 @@ def compare(console: Console, arguments: argparse.Namespace) -> Table:
             try:
                 program = jax.jit(partial(gradients, implementation))
                 found = program(*inputs)
-                forward = time_of(implementation, inputs, arguments.repeats, backward=False)
+                forward = least(
+                    arguments.repeats, jax.jit(implementation), (*inputs[:3], inputs[4])
+                )
                 both = least(arguments.repeats, program, inputs)
             except Exception as error:  # of any library: the others are to be seen
                 reason = (str(error).splitlines() or [""])[0]
                 console.print(f"{name} cannot run: {type(error).__name__}: {reason}", style="dim")
+                failed.append(name)
                 continue
             if mean is None:
                 whole[name] = both
-            row = [*first, name, f"{max(map(relative_distance, found, expected)):.1e}"]
+            row = [
+                *first,
+                name,
+                f"{np.max([relative_distance(*pair) for pair in zip(found, expected)]):.1e}",
+            ]
             for seconds, count in ((forward, 2 * flops), (both - forward, 5 * flops)):
                 row += [f"{1e3 * seconds:.3f}", f"{count / seconds / 1e12:.3g}"]
             row += [f"{1e3 * both:.3f}", f"{both / whole[name]:.3f}" if name in whole else ""]
             table.add_row(*row)
             console.print("  ".join(row), style="dim")  # a long run shows that it runs
         table.add_section()
-    return table
+    return table, failed
 
 
 def gradients(implementation, q, k, v, do, segment_ids):
     """Output and gradients of q, k, v."""
     out, backward = jax.vjp(lambda *qkv: implementation(*qkv, segment_ids), q, k, v)
     return out, *backward(do)
-
-
-def time_of(implementation, inputs, repeats: int, backward: bool) -> float:
-    """Seconds of the forward pass, or of forward and backward."""
-    if backward:
-        return least(repeats, jax.jit(partial(gradients, implementation)), inputs)
-    return least(repeats, jax.jit(implementation), (*inputs[:3], inputs[4]))
 
 
 def least(repeats: int, function: Callable[..., Any], inputs) -> float:

@@ -175,6 +175,7 @@ def made_of(title, made, blocks, target, head_size) -> Table:
         scores = kernel.scores(products, head_size)
         both = [kernel.count(masked=masked) for masked in (False, True)]
         count = lambda *names: f"{kernel.count(*names) / scores:.2f}"  # noqa: B023, E731
+        ahead = tile.stages - 1 if kernel.loads_ahead is None else kernel.loads_ahead
         table.add_row(
             name.removeprefix("attention_"),
             f"{tile.queries}x{tile.keys} w{tile.warps} s{tile.stages}",
@@ -182,7 +183,7 @@ def made_of(title, made, blocks, target, head_size) -> Table:
             f"{kernel.spills}",
             f"{kernel.shared / 1024:.0f}",
             f"{kernel.blocks_a_core(target.facts)}",
-            "serialised" if kernel.serialised else f"{kernel.loads_ahead or tile.stages - 1}",
+            "serialised" if kernel.serialised else f"{ahead}",
             "/".join(f"{n}" for n in both),
             "/".join(f"{n / scores:.1f}" for n in both),
             count("MUFU"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from stablelm_jax.kernels import attention_gpu
@@ -55,13 +56,13 @@ def tune(console: Console, inputs, seconds_of: Callable[..., float], interpret=F
             try:
                 found = run(*arguments)
                 expected = found if expected is None else expected
-                error = max(jax.tree.leaves(jax.tree.map(_relative_distance, found, expected)))
+                error = np.max(jax.tree.leaves(jax.tree.map(_relative_distance, found, expected)))
                 took = seconds_of(run, arguments)
                 console.print(f"{field:8} {tile} {1e3 * took:.3f} ms, other by {error:.0e}")
             except RuntimeError as error:  # more shared memory than the chip has
                 console.print(f"{field:8} {tile} {str(error).splitlines()[0][:80]}")
                 continue
-            if error < LIMIT:  # also where it is a number at all
+            if error < LIMIT:  # false where it is no number
                 seconds[tile] = took
             else:
                 console.print(f"{field:8} {tile} is wrong", style="bold red")

@@ -182,8 +182,10 @@ def compiled(
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        jax.jit(function).lower(*arguments).compile(_OPTIONS | {"xla_dump_to": folder})
-        del os.environ["MOSAIC_GPU_DUMP_TO"]
+        try:
+            jax.jit(function).lower(*arguments).compile(_OPTIONS | {"xla_dump_to": folder})
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_TO"]
         launches = _launches("".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.*")))
         texts = [p.read_text() for p in Path(folder).glob("*.ptx")]
         of_mosaic = _of_mosaic(Path(folder))

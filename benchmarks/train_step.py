@@ -77,6 +77,7 @@ COUNTED = (
     "training.unroll",
     "training.attention",
     "training.cross_entropy",
+    "training.norms",
     "training.num_valid_ids",
     "training.deterministic",
 )
@@ -148,8 +149,10 @@ def main() -> None:
         parser.error("--mean-document: the peer knows no documents; use --peer none")
     if not arguments.config and (arguments.also or arguments.rows):
         parser.error("--also and --rows belong to --config")
-    table = _one_by_one(arguments) if arguments.config else _in_turns(arguments)
+    table, failed = _one_by_one(arguments) if arguments.config else (_in_turns(arguments), None)
     Console(width=150).print(table)
+    if failed:
+        raise SystemExit(failed)
 
 
 def _in_turns(arguments: argparse.Namespace) -> Table:
@@ -185,7 +188,8 @@ def _race(case: Case, arguments: argparse.Namespace) -> dict[str, list[float]]:
         return _timed(competitors, [case.batch(seed) for seed in range(1, arguments.steps + 1)])
 
 
-def _one_by_one(arguments: argparse.Namespace) -> Table:
+def _one_by_one(arguments: argparse.Namespace) -> tuple[Table, str | None]:
+    """The table, and what makes it worthless, if anything does."""
     case = _case(arguments, {})
     contestants = {"ours": case}
     if arguments.peer != "none":
@@ -206,9 +210,10 @@ def _one_by_one(arguments: argparse.Namespace) -> Table:
             results[who] = str(error)
             console.print(f"{who}: {error}", markup=False)
     found = {who: r.loss for who, r in results.items() if isinstance(r, Result)}
-    if why := _differ(found, case.dtype_name):
-        console.print(f"[red]{why}[/red]")
-    return _table(case, results)
+    failed = _differ(found, case.dtype_name)
+    if not isinstance(results["ours"], Result):
+        failed = f"ours did not run: {results['ours']}"
+    return _table(case, results), failed
 
 
 def _measure(case: Case, is_peer: bool, steps: int, profile: str | None) -> Result:

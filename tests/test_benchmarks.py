@@ -112,3 +112,12 @@ def test_every_benchmark_starts_shows_its_commands_and_has_the_flags_that_these_
         assert commands(path), f"{path.name} shows no command"
         for flag in set() if "not installed:" in told else set.union(*commands(path)):
             assert re.search(rf"{flag}\b", told), f"{path.name} has no {flag}"
+
+
+def test_each_field_that_on_gpu_changes_is_one_that_train_step_counts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from benchmarks.train_step import COUNTED
+
+    changes = re.findall(r"--also (\S+)", (BENCHMARKS / "on_gpu.sh").read_text(encoding="utf-8"))
+    fields = [change.split("=")[0] for text in changes for change in text.split(",")]
+    assert len(fields) > 5 and set(fields) <= set(COUNTED)

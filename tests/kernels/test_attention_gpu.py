@@ -22,6 +22,7 @@ from stablelm_jax.kernels import attention, attention_gpu, documents
 from stablelm_jax.kernels.attention import reference
 from stablelm_jax.kernels.attention_gpu import Blocks, Tile, pallas_gpu
 from stablelm_jax.kernels.residuals import SAVED_NAMES
+from stablelm_jax.planning.targets import parse_target
 
 # More queries than keys, more keys than queries, and as many; a loop for all tiles, and three.
 BLOCKS = Blocks(Tile(32, 16, 4, 2, True), Tile(16, 32, 4, 2, True), Tile(16, 16, 4, 2, True))
@@ -208,8 +209,7 @@ def test_the_table_is_chosen_by_the_name_of_the_chip(kind, generation):
 
 def compiled(target, heads, kv_heads, size, length):
     """Forward and backward for that GPU, two rows in bfloat16."""
-    targets = pytest.importorskip("stablelm_jax.planning.targets")
-    mesh = jax.sharding.Mesh(targets.parse_target(target).devices()[:1], "data")
+    mesh = jax.sharding.Mesh(parse_target(target).devices()[:1], "data")
     sharding = jax.sharding.NamedSharding(mesh, P())
 
     def struct(*shape, dtype=jnp.bfloat16):

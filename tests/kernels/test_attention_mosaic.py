@@ -23,6 +23,7 @@ from stablelm_jax.kernels.attention import reference
 from stablelm_jax.kernels.attention_gpu import Blocks
 from stablelm_jax.kernels.attention_mosaic import Tile, pallas_mosaic
 from stablelm_jax.kernels.residuals import SAVED_NAMES
+from stablelm_jax.planning.targets import parse_target
 
 SMALL = Blocks(Tile(64, 2, turns=True), Tile(64, 2), Tile(64, 2))
 UNEVEN = Blocks(Tile(128, 3), Tile(64, 3), Tile(128, 2))
@@ -226,10 +227,9 @@ def test_it_errs_little_more_than_the_plain_form(heads, kv_heads, size, length, 
 
 def compiled(heads, size, length, backward=True):
     """For an H100, two rows in bfloat16."""
-    targets = pytest.importorskip("stablelm_jax.planning.targets")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("needs extra aot")
-    mesh = jax.sharding.Mesh(targets.parse_target("h100:1x1").devices()[:1], "data")
+    mesh = jax.sharding.Mesh(parse_target("h100:1x1").devices()[:1], "data")
     sharding = jax.sharding.NamedSharding(mesh, P())
 
     # jax 0.12 asks the mesh which GPU it compiles for.
