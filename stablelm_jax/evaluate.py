@@ -244,7 +244,9 @@ def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -
     config.training.dtype = arguments.dtype or config.training.dtype
     # Rows and devices are those of this machine, not of the training.
     config.parallel.update(data=-1, model=arguments.model, replica=1, fsdp=False)
-    config.training.accumulation = 1
+    config.training.update(accumulation=1, norms="xla")
+    if config.training.attention not in ("chunked", "reference"):
+        config.training.attention = "auto"  # the kernel named may be another chip's
     rows = max(1, arguments.batch_tokens // config.data.sequence_length)
     config.data.batch_size = rows * max(1, jax.device_count() // arguments.model)
     config.data.batch_stages = ""

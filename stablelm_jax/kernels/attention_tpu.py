@@ -98,9 +98,9 @@ def _forward_memory(size: int, length: int, itemsize: int, tile: Tile) -> int:
 
 
 def _backward_memory(size: int, length: int, itemsize: int, tile: Tile) -> int:
-    """As `_forward_memory`: seven arrays of a row, two of each at a time, and three sums."""
+    """As `_forward_memory`: seven arrays of a row and three of a number a token, and three sums."""
     size = -(-size // 8) * 8
-    return (14 * itemsize + 12) * size * length + _scores_memory(size, tile)
+    return ((14 * itemsize + 12) * size + 24) * length + _scores_memory(size, tile)
 
 
 def _scores_memory(size: int, tile: Tile) -> int:

@@ -195,7 +195,10 @@ class PairObjective:
         if self.kind == "ipo":
             return jnp.square((margins_BP - 0.5) / self.beta)
         wrong, right = self.label_smoothing, 1 - self.label_smoothing
-        return -right * jax.nn.log_sigmoid(margins_BP) - wrong * jax.nn.log_sigmoid(-margins_BP)
+        loss_BP = -right * jax.nn.log_sigmoid(margins_BP)
+        if wrong:  # an infinite margin times 0 would be no number
+            loss_BP -= wrong * jax.nn.log_sigmoid(-margins_BP)
+        return loss_BP
 
 
 Objective = TokenObjective | PairObjective

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 from task_files import write_task
-from tiny import SOURCES, tiny_config, train
+from tiny import SOURCES, tiny_config, train, write_config
 
 from stablelm_jax import evaluate
 from stablelm_jax.evaluation import checkpoint_tasks
@@ -47,6 +47,13 @@ def test_rows_and_devices_of_another_size_give_the_losses_of_the_training(traine
     for what in ("perplexity", "documents", "loss_stderr"):
         assert {f"eval/{what}/{source}" for source in SOURCES} < set(expected)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernels_of_the_chip_that_trained_are_not_asked_for_here(trained, data, tmp_path, capsys):
+    kernels = {"training.norms": "pallas_gpu", "training.attention": "pallas_mosaic"}
+    config = write_config(tiny_config(data, **kernels, **{"evaluation.max_rows": 10_000}), tmp_path)
+    found = evaluated(capsys, "--checkpoint", trained[0], "--config", config)
+    assert found["eval/loss"] == pytest.approx(trained[1]["eval/loss"], rel=1e-6)
 
 
 def test_tasks_are_run_alone_and_written_with_versions(trained, tmp_path, capsys):

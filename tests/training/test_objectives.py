@@ -258,3 +258,8 @@ def test_the_sums_of_an_objective_are_what_its_metrics_are_made_of():
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
         *("logps/chosen", "logps/rejected", "answer_tokens/chosen", "answer_tokens/rejected"),
     }
+
+
+def test_an_infinite_margin_costs_nothing_where_no_preference_is_doubted():
+    margins = jnp.array([np.inf, 0.0])
+    np.testing.assert_allclose(DPO_SIGMOID._of_margin(margins), [0.0, np.log(2)], rtol=1e-6)
