@@ -20,7 +20,7 @@ def run(*command):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_attention_runs_everything_that_a_cpu_can_interpret():
     result = run("benchmarks/attention.py", "--smoke")
     assert result.returncode == 0, result.stderr
@@ -48,7 +48,7 @@ def test_of_each_attention_kernel_the_fastest_tile_is_chosen(monkeypatch):
     assert best.keys == attention_tune.Tile(64, 32, 4, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_checkpoint_times_each_who_saves_and_each_who_restores_bit_for_bit():
     result = run("benchmarks/checkpoint.py", "--smoke")
     assert result.returncode == 0, result.stderr

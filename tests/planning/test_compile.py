@@ -46,6 +46,7 @@ def test_zero1_reduces_once_a_step_in_float32_and_gathers_once_in_bfloat16(
     assert gather.size == pytest.approx(2 * parameters, rel=0.01)
 
 
+@pytest.mark.by_hand
 def test_fsdp_gathers_and_scatters_layer_by_layer(data):
     config, step = step_for(data, "a100-40gb:1x8", **{"parallel.fsdp": True})
     large = {(c.kind, c.dtype): c for c in step.collectives if c.size > 1000}

@@ -146,6 +146,7 @@ def test_the_final_weights_are_those_of_the_local_run(run):
     assert ours["checksums"] == theirs["checksums"]
 
 
+@pytest.mark.by_hand
 def test_evaluate_and_generate_read_a_checkpoint_in_the_bucket(run, capsys):
     folder, _, _ = run
     printed = []
@@ -160,7 +161,7 @@ def test_evaluate_and_generate_read_a_checkpoint_in_the_bucket(run, capsys):
     assert printed[0] == printed[1]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_finished_run_started_again_has_nothing_to_do(run, gcs, config_file):
     before = stored_metrics(gcs)
     finish(start(config_file, WORKDIR, run[0] / "host-3", f"--config.data.root={ROOT}"))

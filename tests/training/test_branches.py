@@ -158,6 +158,7 @@ def test_harmless_changes_pass(data, parent, half):
     assert not events(half, "config_changed")
 
 
+@pytest.mark.by_hand
 def test_an_accepted_change_is_recorded_in_events_and_checkpoints(data, half):
     options = ResumeOptions(accept_config_change=True)
     _, lines = resumed(data, half, options, **{"optimizer.b2": 0.9, "data.batch_size": 16})

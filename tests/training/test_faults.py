@@ -407,6 +407,7 @@ def test_a_save_that_hangs_ends_the_run_by_its_bound_with_75(data, tmp_path):
     assert train(bare_config(data), run)[0] == 0
 
 
+@pytest.mark.by_hand
 def test_temporary_checkpoints_come_by_time_and_go_as_newer_ones_come(data, tmp_path):
     by_time = {"checkpoint.every_minutes": 1e-9, "checkpoint.every": 12}
     train(bare_config(data, **by_time, **{"checkpoint.keep_latest": 4}), tmp_path)

@@ -93,6 +93,7 @@ def test_the_norms_are_those_of_numpy_on_any_mesh(data, mesh):
     assert line == pytest.approx(expected, rel=2e-5)
 
 
+@pytest.mark.by_hand
 def test_norms_by_layer_are_lines_of_their_own_and_leave_the_training_as_it_is(data, tmp_path):
     free = {"optimizer.kind": "schedule_free_adamw"}  # its gradient is not taken at the weights
     _, undisturbed = train(bare_config(data, **free), tmp_path / "undisturbed")

@@ -83,6 +83,7 @@ def test_a_finished_run_says_what_it_decided_and_where_its_checkpoint_lies(undis
     assert f"global_step{STEPS}" in out.replace("\n", "").split("finished step")[1]
 
 
+@pytest.mark.by_hand
 def test_a_run_does_not_depend_on_its_terminal(config_file, undisturbed, tmp_path):
     """Its reader goes away after a line, and the terminal has no letter for the folder's name."""
     workdir = tmp_path / "lr[a] é"

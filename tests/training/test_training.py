@@ -111,6 +111,7 @@ def test_lines_past_the_checkpoint_are_cut_and_a_torn_line_is_repaired(data, und
     assert [line["step"] for line in resumed] == sorted(line["step"] for line in resumed)
 
 
+@pytest.mark.by_hand
 def test_the_mean_between_two_lines_survives_a_restart_between_them(data, tmp_path):
     every_five = {"training.log_every": 5, "samples.every": 0}
     _, whole = train(tiny_config(data, **every_five), tmp_path / "whole")
