@@ -77,6 +77,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.aot is not None:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs; the compilers need no device
         import attention_bound
 
         attention_bound.show(Console(width=175), arguments.aot or targets, [arguments.head_size])

@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--aot", metavar="TARGET", help="compile for that machine, time nothing")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="leave the others out")
     arguments = parser.parse_args()
+    if arguments.aot:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs; the compilers need no device
     losses = _contestants()
     if arguments.only:
         losses = {name: losses[name] for name in arguments.only}
