@@ -73,7 +73,7 @@ def main() -> None:
         "--aot",
         nargs="*",
         metavar="TARGET",
-        help=f"our kernels' instructions on {targets}, or others",
+        help=f"attention kernels' instructions on {targets}, or others",
     )
     arguments = parser.parse_args()
     if arguments.aot is not None:

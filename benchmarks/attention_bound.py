@@ -148,7 +148,7 @@ def show(console: Console, targets: list[str], head_sizes: list[int]) -> None:
         clock = target.peak_flops / 2 / sass.multiply_adds_a_cycle(target.facts)
         clock = f"{clock / target.facts['cores'] / 1e9:.2f} GHz"
         for size in head_sizes:
-            title = f"{{}} for {name} ({peak}, {clock}), heads of {size}, bfloat16"
+            title = f"{{}} for {name} ({peak}, {clock}), heads of {size}, 16 bits"
             contestants = {"pallas_gpu": (compiled(name, size), blocks_of(target, size))}
             if "sm90" == attention_gpu.generation_of(target.facts["name"]):
                 if size in attention_mosaic.TILES:

@@ -269,7 +269,7 @@ def _options(tile, interpret):
 
 
 def _forward_kernel(bounds, start, q, k, v, o, logsumexp, *, tile, interpret):
-    parts, exponent = _parts(q.shape[1]), _exponent(q)
+    parts, exponent = parts_of(q.shape[1]), _exponent(q)
     q_QH, visible = _load(q, slice(None), parts), _visible_keys(start, tile)
 
     def step(masked, j, carry):
@@ -293,7 +293,7 @@ def _forward_kernel(bounds, start, q, k, v, o, logsumexp, *, tile, interpret):
 
 
 def _query_gradient_kernel(bounds, start, q, k, v, do, logsumexp, delta, dq, *, tile, interpret):
-    parts, exponent = _parts(q.shape[1]), _exponent(q)
+    parts, exponent = parts_of(q.shape[1]), _exponent(q)
     q_QH, do_QH = _load(q, slice(None), parts), _load(do, slice(None), parts)
     logsumexp_Q1, delta_Q1 = logsumexp[...][:, None], delta[...][:, None]
     visible = _visible_keys(start, tile)
@@ -312,7 +312,7 @@ def _query_gradient_kernel(bounds, start, q, k, v, do, logsumexp, delta, dq, *, 
 
 def _key_gradients_kernel(bounds, start, q, k, v, do, logsumexp, delta, dk, dv, *, tile, interpret):
     """Scores stand as [S, Q] here: as they come out they go into the next product."""
-    parts, exponent = _parts(k.shape[1]), _exponent(k)
+    parts, exponent = parts_of(k.shape[1]), _exponent(k)
     k_SH, v_SH = _load(k, slice(None), parts), _load(v, slice(None), parts)
     keys_S1 = _indices(pl.program_id(0), tile.keys)[:, None]
 
@@ -403,9 +403,9 @@ def _span(block, size):
     return pl.ds(block * size, size)
 
 
-def _parts(head_size):
-    """Slices that make up a head, each a power of two wide, the widest first."""
-    sizes = [1 << bit for bit in reversed(range(head_size.bit_length())) if head_size >> bit & 1]
+def parts_of(width: int) -> list[slice]:
+    """Slices that make up a head or a row, each a power of two wide, the widest first."""
+    sizes = [1 << bit for bit in reversed(range(width.bit_length())) if width >> bit & 1]
     return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
+from stablelm_jax.kernels.attention_gpu import parts_of
 from stablelm_jax.kernels.device import compilers_axes, traced_device
 
 # Of the backward pass: four for each core of an A100 or H100. An ESTIMATE, not timed on a chip.
@@ -83,7 +84,7 @@ _norm.defvjp(_forward, _backward)
 
 def _call(kernel, arrays, out_shape, **options):
     """The kernel on whole arrays, on every device along the axes that are the compiler's."""
-    widest = _parts(arrays[0].shape[1])[0].stop
+    widest = parts_of(arrays[0].shape[1])[0].stop
     warps = min(16, max(1, widest // 256))  # a thread has 8 neighbours: 16 bytes in bfloat16
     params = triton.CompilerParams(num_warps=warps, num_stages=1)
     call = pl.pallas_call(kernel, out_shape=out_shape, compiler_params=params, **options)
@@ -96,7 +97,7 @@ def _call(kernel, arrays, out_shape, **options):
 def _forward_kernel(x, scale, *refs, kind):
     """One row; scale and, if there is one, bias are [D]."""
     *bias, y = refs
-    parts = _parts(x.shape[0])
+    parts = parts_of(x.shape[0])
     centred_D, inverse = _statistics(_load(x, parts), kind)
     y_D = [x * inverse * scale for x, scale in zip(centred_D, _load(scale, parts))]
     if bias:
@@ -108,7 +109,7 @@ def _backward_kernel(x, scale, dx, *refs, count, num_dys, kind):
     """With z the normalised row and g = dy * scale, the row's gradient is
     dx + (g - mean(g) - z * mean(g * z)) / deviation; 'rms' has no mean(g)."""
     dys, (d, *sums) = refs[:num_dys], refs[num_dys:]
-    parts = _parts(x.shape[1])
+    parts = parts_of(x.shape[1])
     scale_D = _load(scale, parts)
 
     def of_row(row, totals):
@@ -143,12 +144,6 @@ def _statistics(x_D, kind):
 
 def _mean(x_D):
     return sum(jnp.sum(x) for x in x_D) / sum(x.size for x in x_D)
-
-
-def _parts(width):
-    """Slices that make up a row, each a power of two wide, the widest first."""
-    sizes = [1 << bit for bit in reversed(range(width.bit_length())) if width >> bit & 1]
-    return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
 def _load(ref, parts, *row):

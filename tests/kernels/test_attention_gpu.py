@@ -67,9 +67,16 @@ def test_large_scores_and_small_gradients_keep_their_digits(blocks):
         np.testing.assert_allclose(array, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_16_bits_lose_no_more_than_they_do_in_the_plain_form(dtype):
-    inputs = random_inputs(4, 2, 80, 61, dtype)
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (jnp.bfloat16, 80),
+        (jnp.float16, 80),
+        *(pytest.param(jnp.bfloat16, n, marks=pytest.mark.by_hand) for n in (64, 128, 160)),
+    ],
+)
+def test_16_bits_lose_no_more_than_they_do_in_the_plain_form(dtype, size):
+    inputs = random_inputs(4, 2, size, 61, dtype)
     expected = in_float64(*inputs)
     found, plain = (with_gradients(f, *inputs) for f in (interpreted, reference))
     for name, array, other, right in zip(("o", "dq", "dk", "dv"), found, plain, expected):

@@ -66,7 +66,8 @@ def in_float64(kind, x, scale, bias, dx, dys):
 @pytest.mark.parametrize("name", ["layer", "rms"])
 @pytest.mark.parametrize(
     "width, bias, readers",
-    [(24, False, 1), (100, True, 3), pytest.param(1, True, 2, marks=pytest.mark.by_hand)],
+    # 4 + 2 + 1; of one number alone the gradient would be a difference of two that are nearly equal
+    [(24, False, 1), (100, True, 3), pytest.param(7, True, 2, marks=pytest.mark.by_hand)],
 )
 def test_results_and_gradients_are_those_of_float64(name, width, bias, readers):
     kind, inputs = Kind(name, 1e-3), random_inputs(width, bias, readers)
