@@ -7,10 +7,9 @@
 
 Heads, rotary dims and switches are those of the published models, widths and depth are not. Each
 model goes out as Hugging Face and as GGUF files, and the other program computes the fixed prompt of
-the conversions' own check: `largest difference` is of a logit (llama.cpp: of a log probability,
-which is what it tells, at 8 to 32 positions), `of the spread` the same in standard deviations of
-the logits. In float32 `tokens equal` counts the greedy continuation, and `bits back` says whether
-the Hugging Face files, read again, hold every bit.
+the conversions' own check: `largest difference` is of a logit, `of the spread` the same in standard
+deviations of the logits. In float32 `tokens equal` counts the greedy continuation, and `bits back`
+says whether the Hugging Face files, read again, hold every bit.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from rich.table import Table
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.saving import write_checkpoint
-from stablelm_jax.interop import from_hf, gguf_export, gguf_reference, hf_reference, to_hf
+from stablelm_jax.interop import from_hf, gguf_export, hf_reference, llama_cpp, to_hf
 from stablelm_jax.interop.gguf_export import FILE_TYPES
 from stablelm_jax.interop.safetensors_files import DTYPES
 from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_ids
@@ -127,13 +126,13 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
     greedy = our_greedy(own.model, params, ids) if types == "float32" else []
     for dtype in DTYPES if types == "all" else ("float32",):
         yield dtype, *hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
-    if not gguf_reference.installed():
+    if not llama_cpp.installed():
         return
     for file_type in FILE_TYPES if types == "all" else ("f32",):
         file = folder / f"{file_type}.gguf"
         gguf_export.write_file(own, file, file_type)
         told = gguf_row(own, file, ids, ours_TV, greedy)
-        yield file_type, gguf_reference.reference_name(), *told
+        yield file_type, llama_cpp.name(), *told
 
 
 def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ...]:
@@ -149,11 +148,10 @@ def hf_row(own, folder: Path, dtype: str, ids, ours_TV, greedy) -> tuple[str, ..
 
 
 def gguf_row(own, file: Path, ids, ours_TV, greedy) -> tuple[str, ...]:
-    both = gguf_reference.log_probabilities(file, own.tokenizer, ids, ours_TV)
-    told = shown(compare(*both), file.stat().st_size)
+    llama = llama_cpp.LlamaCpp(file, len(ids) + NEW_TOKENS)
+    told = shown(compare(ours_TV, llama.logits([ids])), file.stat().st_size)
     if not greedy:
         return *told, "", ""
-    llama = gguf_reference.LlamaCpp(file, len(ids) + NEW_TOKENS)
     return *told, same(greedy, llama.generate(ids, NEW_TOKENS)), ""
 
 

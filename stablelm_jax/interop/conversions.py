@@ -23,7 +23,7 @@ from stablelm_jax.checkpoint.merged import adapter_leaves, parent_of
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import from_hf as reading
-from stablelm_jax.interop import gguf_export, gguf_reference, hf_config, peft_files
+from stablelm_jax.interop import gguf_export, hf_config, llama_cpp, peft_files
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.hf_reference import reference_logits
 from stablelm_jax.interop.safetensors_files import DTYPES
@@ -222,16 +222,17 @@ def to_gguf(
 
 
 def _checked_by_llama_cpp(own: SavedModel, target: Path, file_type: str) -> str:
-    if not gguf_reference.installed():
+    if not llama_cpp.installed():
         return (
-            "gguf, which read every value back; `pip install xllamacpp` for llama.cpp, which would "
+            f"gguf, which read every value back; `{llama_cpp.INSTALL}` for llama.cpp, which would "
             "compute a prompt too"
         )
-    ids = prompt_ids(own.tokenizer)[: own.max_positions - 1]  # one more is made
-    logits_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
-    both = gguf_reference.log_probabilities(target, own.tokenizer, ids, logits_TV)
+    ids = prompt_ids(own.tokenizer)[: own.max_positions]
+    llama = llama_cpp.LlamaCpp(target, len(ids))
+    llama.check_tokens(own.tokenizer)
+    ours_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
     code = gguf_export.FILE_TYPES[file_type].matrices.name
-    return check(gguf_reference.reference_name(), *both, code)
+    return check(llama_cpp.name(), ours_TV, llama.logits([ids]), code)
 
 
 def _model_mesh(model: ModelConfig) -> Mesh:

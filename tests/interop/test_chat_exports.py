@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import string
+import urllib.request
 from pathlib import Path
 
 import gguf
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from stablelm_jax import convert
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.generation.generator import Generator
-from stablelm_jax.interop import from_hf, gguf_reference
+from stablelm_jax.interop import from_hf
 from stablelm_jax.model.parameters import nest
 from stablelm_jax.tokenizer.chat import (
     ChatTemplate,
@@ -138,20 +139,42 @@ def test_transformers_makes_our_prompt_and_stops_where_we_stop(exported):
 
 @pytest.mark.parity
 def test_llama_cpp_makes_our_prompt_and_stops_where_we_stop(chat):
-    pytest.importorskip("xllamacpp")
-    out = chat.path.parent / "model.gguf"
-    assert run("to-gguf", chat.path, out, "--type=f32", "--no-verify") == 0
-    tokenizer, llama = SavedModel.open(chat.path).tokenizer, gguf_reference.LlamaCpp(out, 256)
+    ask = served(chat.path, chat.path.parent / "model.gguf")
+    tokenizer = SavedModel.open(chat.path).tokenizer
     for messages, prompt, answer in zip(CHATS, chat.prompts, chat.answers):
-        asked = llama._call("/apply-template", messages=messages)
+        asked = ask("/apply-template", messages=messages)
         assert asked["prompt"] == render_chat(messages, chat.template)
-        found = llama._complete(prompt, NEW, return_tokens=True)
+        wanted = {"n_predict": NEW, "temperature": 0.0, "return_tokens": True}
+        found = ask("/completion", prompt=prompt, **wanted)
         assert (found["tokens"], found["stop_type"]) == ([*answer, chat.end], "eos")
-        found = llama._call("/v1/chat/completions", messages=messages, temperature=0.0)
+        found = ask("/v1/chat/completions", messages=messages, temperature=0.0)
         (choice,) = found["choices"]
         assert choice["message"]["content"] == tokenizer.decode(answer)
         assert choice["finish_reason"] == "stop"
         assert found["usage"]["prompt_tokens"] == len(prompt)
+
+
+def served(checkpoint, out):
+    """llama.cpp's own server, whose templates are its own Jinja, on a checkpoint: f(what, ...)."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    assert run("to-gguf", checkpoint, out, "--type=f32", "--no-verify") == 0
+    given = xllamacpp.CommonParams()
+    given.model.path, given.n_ctx, given.n_parallel = str(out), 257, 1
+    given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    given.warmup, given.fit_params, given.verbosity = False, False, -1
+    server = xllamacpp.Server(given)
+
+    def ask(what, **wanted):
+        request = urllib.request.Request(
+            server.listening_address + what,
+            data=json.dumps(wanted).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    return ask
 
 
 # --- the files ---

@@ -15,7 +15,7 @@ from small_models import KINDS, random_params, write_checkpoint
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from stablelm_jax import convert
-from stablelm_jax.interop import conversions, gguf_export, gguf_reference, tokenizer_files, verify
+from stablelm_jax.interop import gguf_export, llama_cpp, tokenizer_files, verify
 from stablelm_jax.interop.gguf_export import FILE_TYPES, LARGEST_ERRORS, stored_tensors
 from stablelm_jax.interop.gguf_tokens import vocabulary
 from stablelm_jax.model.parameters import nest
@@ -132,19 +132,31 @@ def test_transformers_computes_the_same_logits(written):
 
 
 def test_llama_cpp_computes_the_same_logits_and_tokens(written, tokenizer_file):
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("cyllama")
     model, params, out = written
-    llama = gguf_reference.LlamaCpp(out, 64)
+    llama = llama_cpp.LlamaCpp(out, 64)
     ids = load_tokenizer(tokenizer_file).encode(TEXT)
     assert llama.tokenize(TEXT) == ids
     new = llama.generate(ids, 8)
-    logits = verify.our_logits(model, nest(params), ids + new)
-    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new
-    positions = np.arange(0, len(ids), 5)
-    ours = verify.log_softmax(logits[positions].astype(np.float64))
+    ours = verify.our_logits(model, nest(params), ids + new)
+    assert ours[len(ids) - 1 : -1].argmax(-1).tolist() == new
     assert np.ptp(ours) > 1  # there is something to compare
-    theirs = [llama.log_probabilities(ids[: position + 1]) for position in positions]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(llama.logits([ids + new]), ours, rtol=0, atol=1e-4)
+
+
+def test_texts_of_one_call_do_not_see_one_another(f32_file):
+    pytest.importorskip("cyllama")
+    llama = llama_cpp.LlamaCpp(f32_file, 64)
+    texts = [[5, 9, 200, 31], [7], [9, 5, 31]]
+    alone = np.concatenate([llama.logits([text]) for text in texts])
+    np.testing.assert_allclose(llama.logits(texts), alone, rtol=0, atol=1e-5)
+    assert np.abs(alone[0] - alone[4]).max() > 1e-2
+
+
+def test_a_file_with_another_vocabulary_is_refused(f32_file):
+    pytest.importorskip("cyllama")
+    with pytest.raises(ValueError, match="other tokens of a text with model.gguf than arcade100k"):
+        llama_cpp.LlamaCpp(f32_file, 16).check_tokens(load_tokenizer("arcade100k"))
 
 
 # --- tokenizer ---
@@ -214,7 +226,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer_file):
 
 @pytest.mark.by_hand
 def test_llama_cpp_makes_arcade100ks_tokens_of_real_text(tmp_path):
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("cyllama")
     arcade = load_tokenizer("arcade100k")
     model = dataclasses.replace(KINDS["1.6b"], vocab_size=arcade.vocab_size, num_layers=1)
     content = tokenizer_files.tokenizer_json(arcade)
@@ -224,7 +236,7 @@ def test_llama_cpp_makes_arcade100ks_tokens_of_real_text(tmp_path):
     )
     out = tmp_path / "model.gguf"
     assert run("to-gguf", source, out, "--type", "q8_0") == 0
-    llama = gguf_reference.LlamaCpp(out, 64)
+    llama = llama_cpp.LlamaCpp(out, 64)
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::4]:
         text = without_specials(path.read_text(encoding="utf-8"))
         assert llama.tokenize(text) == arcade.encode(text), path
@@ -256,11 +268,11 @@ def test_the_verb_offers_every_type():
 
 
 def test_a_file_is_checked_before_it_is_there(checkpoint, tmp_path, capsys):
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("cyllama")
     out = tmp_path / "model.gguf"
     assert run("to-gguf", checkpoint, out, "--type", "q8_0") == 0
     said = capsys.readouterr()
-    assert f"checked by {gguf_reference.reference_name()}: largest" in said.err.replace("\n", " ")
+    assert f"checked by {llama_cpp.name()}: largest" in said.err.replace("\n", " ")
     assert f"llama-cli -m {out}" in said.out
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -290,7 +302,7 @@ def test_a_file_with_a_wrong_hyperparameter_is_not_kept(checkpoint, tmp_path, mo
 
 
 def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("cyllama")
     change_rope(monkeypatch)
     monkeypatch.setattr(gguf_export, "check_file", lambda *_: None)  # llama.cpp alone is asked
     assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", "f16") == 1
@@ -310,17 +322,17 @@ def change_rope(monkeypatch):
 def test_without_llama_cpp_every_value_is_read_back_and_it_is_said_what_was_not_done(
     checkpoint, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(conversions.gguf_reference, "installed", lambda: False)
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
     assert run("to-gguf", checkpoint, tmp_path / "model.gguf", "--type", "q8_0") == 0
-    assert "`pip install xllamacpp` for llama.cpp" in capsys.readouterr().err.replace("\n", " ")
+    assert f"`{llama_cpp.INSTALL}` for llama.cpp" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_file_that_llama_cpp_does_not_load_is_a_mismatch(tmp_path, f32_file):
-    pytest.importorskip("xllamacpp")
+def test_a_file_that_llama_cpp_does_not_load_is_refused_with_its_reason(tmp_path, f32_file):
+    pytest.importorskip("cyllama")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(f32_file.read_bytes()[:-1000])
-    with pytest.raises(verify.Mismatch, match="does not load cut.gguf"):
-        gguf_reference.LlamaCpp(cut, 16)
+    with pytest.raises(llama_cpp.LoadError, match="does not load cut.gguf"):
+        llama_cpp.LlamaCpp(cut, 16)
 
 
 def test_a_file_that_is_there_is_kept_unless_forced(checkpoint, tmp_path, capsys):

@@ -1,0 +1,154 @@
+"""llama.cpp (PyPI `cyllama`), which runs GGUF files, in this process.
+
+T tokens of a text, N of all texts of a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stablelm_jax.interop.verify import PROMPT
+from stablelm_jax.tokenizer.tokenizer import Tokenizer
+
+INSTALL = "pip install 'stablelm_jax[edge]'"
+_MOST_TEXTS = 256  # of one call: llama.cpp's LLAMA_MAX_SEQ
+_F32, _NO_FLASH = 0, 0
+
+
+class LoadError(ValueError):
+    """llama.cpp cannot load a file."""
+
+
+def installed() -> bool:
+    """Whether llama.cpp is."""
+    return importlib.util.find_spec("cyllama") is not None
+
+
+def name() -> str:
+    """What it is called, for a person."""
+    return f"llama.cpp (cyllama {importlib.metadata.version('cyllama')})"
+
+
+class LlamaCpp:
+    """One GGUF file on this machine's processor.
+
+    Attributes:
+      vocab_size: rows of its vocabulary.
+      bits_per_weight: of its tensors, norms and biases among them.
+    """
+
+    def __init__(
+        self, path: str | Path, num_tokens: int, *, exact: bool = True, threads: int | None = None
+    ):
+        """Loads the file.
+
+        Args:
+          num_tokens: of all texts of a call, at most.
+          exact: keys and values in float32 and plain attention; else float16 and flash attention,
+            as llama.cpp's programs have it.
+          threads: default: the processors that this process may use.
+
+        Raises:
+          ImportError: llama.cpp is not installed. LoadError: it cannot load the file.
+        """
+        try:
+            from cyllama.llama import llama_cpp as library
+        except ImportError as error:
+            raise ImportError(f"GGUF files need llama.cpp ({error}): {INSTALL}") from error
+        self._library, self.path, said = library, Path(path), []
+        # Levels from 3 on are warnings and errors.
+        library.set_log_callback(lambda level, text: said.append(text.strip()) if level > 2 else 0)
+        try:
+            self._model, self._context = _load(library, path, num_tokens, exact, threads)
+        except (RuntimeError, ValueError, FileNotFoundError) as error:
+            why = "; ".join(text for text in said if text) or str(error)
+            raise LoadError(f"llama.cpp does not load {self.path.name}: {why}") from error
+        finally:
+            library.disable_logging()
+        self._vocab = self._model.get_vocab()
+        self.vocab_size = self._vocab.n_vocab
+        self.bits_per_weight = 8 * self._model.size / self._model.n_params
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, with no token put before or after it; spelt special tokens are these."""
+        return list(self._vocab.tokenize(text, False, True))
+
+    def check_tokens(self, tokenizer: Tokenizer) -> None:
+        """ValueError where the file makes other tokens of a text than `tokenizer`."""
+        if self.tokenize(PROMPT) != tokenizer.encode(PROMPT):
+            raise ValueError(
+                f"llama.cpp makes other tokens of a text with {self.path.name} than "
+                f"{tokenizer.name}: the file has another vocabulary"
+            )
+
+    def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """[N, V] float32, after each token of texts that do not see one another, in their order."""
+        found = []
+        for start in range(0, len(texts), _MOST_TEXTS):
+            self._context.kv_cache_clear(True)
+            part = enumerate(texts[start : start + _MOST_TEXTS])
+            found.append(self._decode([(n, range(len(ids)), ids) for n, ids in part]))
+        return np.concatenate(found)
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """[V] after the last token of a text, which `follow` goes on with."""
+        self._context.kv_cache_clear(True)
+        return self._decode([(0, range(len(ids)), ids)], every=False)[-1]
+
+    def follow(self, token: int, place: int) -> np.ndarray:
+        """[V] after one more token, at its place in the text from 0 on."""
+        return self._decode([(0, [place], [token])])[-1]
+
+    def generate(self, ids: Sequence[int], count: int) -> list[int]:
+        """The `count` tokens that follow, each the likeliest; an end of text does not end it."""
+        new = [int(self.read(ids).argmax())]
+        while len(new) < count:
+            new.append(int(self.follow(new[-1], len(ids) + len(new) - 1).argmax()))
+        return new
+
+    def _decode(
+        self, texts: Iterable[tuple[int, Iterable[int], Sequence[int]]], every: bool = True
+    ) -> np.ndarray:
+        """`texts`: number, places and ids of each; logits after every token, or the last alone."""
+        tokens = [(t, p, n) for n, places, ids in texts for p, t in zip(places, ids)]
+        count = len(tokens)
+        batch = self._library.LlamaBatch(n_tokens=count, embd=0, n_seq_max=1)
+        for index, (token, place, number) in enumerate(tokens):
+            batch.add(int(token), place, [number], every or index == count - 1)
+        self._context.decode(batch)
+        wanted = range(count) if every else [-1]
+        found = np.empty((len(wanted), self.vocab_size), np.float32)
+        for row, index in enumerate(wanted):  # each comes as a list of Python's floats
+            found[row] = self._context.get_logits_ith(index)
+        return found
+
+
+def _load(library, path: str | Path, num_tokens: int, exact: bool, threads: int | None):
+    """(model, context) of cyllama."""
+
+    class Model(library.LlamaModel):
+        # cyllama 0.2.18's `get_logits_ith` asks for it, and it is not there.
+        n_vocab = property(lambda self: self.get_vocab().n_vocab)
+
+    given = library.LlamaModelParams()
+    given.n_gpu_layers = 0
+    model = Model(str(path), given)
+    given = library.LlamaContextParams()
+    given.n_ctx = given.n_batch = num_tokens
+    given.n_seq_max, given.kv_unified = _MOST_TEXTS, True
+    given.n_threads = given.n_threads_batch = threads or num_processors()
+    if exact:
+        given.type_k = given.type_v = _F32
+        given.flash_attn_type = _NO_FLASH
+    return model, library.LlamaContext(model, given)
+
+
+def num_processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
