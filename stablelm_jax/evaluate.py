@@ -1,4 +1,4 @@
-"""`evaluate --checkpoint C`: held-out text of each source, or --tasks, or --mt-bench.
+"""`evaluate --checkpoint C` or `--gguf FILE`: held-out text of each source, --tasks or --mt-bench.
 
 JSON goes to stdout or --output, tables to stderr. With --tasks or --mt-bench only these are run,
 unless --config or --data says where held-out text lies. --chat asks as a conversation does.
@@ -21,6 +21,8 @@ from stablelm_jax.storage.files import check_writable, write_json
 if TYPE_CHECKING:
     from stablelm_jax.checkpoint.saved_model import SavedModel
     from stablelm_jax.generation.generator import Generator
+    from stablelm_jax.interop.llama_cpp import LlamaCpp
+    from stablelm_jax.reporting.evaluations import Told
     from stablelm_jax.tokenizer.chat import ChatTemplate
     from stablelm_jax.training.setup import Run
 
@@ -30,6 +32,7 @@ _ONLY_WITH = {
     **dict.fromkeys(("contamination", "num_fewshot", "compare"), "tasks"),
     **dict.fromkeys(("questions", "model_id", "judge", "judge_model"), "mt_bench"),
 }
+_NOT_OF_FILES = ("model", "dtype", "chat", "mt_bench", "max_new_tokens")
 _CONVERSATIONS = 64  # held-out ones of each source that are answered
 _INTERRUPTED = "nothing was printed; answers and grades of --mt-bench are kept"
 
@@ -44,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{flag} is empty: name something, or leave it out")
         if needed and value not in (None, ()) and not getattr(arguments, needed):
             parser.error(f"{flag}: only with --{needed.replace('_', '-')}")
+    if not (arguments.checkpoint or arguments.gguf):
+        parser.error("--checkpoint or --gguf: name what is to be evaluated")
+    for name in _NOT_OF_FILES if arguments.gguf else ():
+        if getattr(arguments, name) not in (None, 1):
+            parser.error(f"--{name.replace('_', '-')}: not with --gguf")
+    if arguments.tasks and not arguments.checkpoint:
+        parser.error("--tasks: with --gguf, name the --checkpoint it was written from too")
     try:
         from stablelm_jax.run.metrics import finite  # imports jax, which takes seconds
 
@@ -79,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a folder global_step<N>, or its gs:// URL")
+    add("--checkpoint", help="a folder global_step<N>, or its gs:// URL")
+    what = "a file of llama.cpp; --checkpoint then only says from what it was written"
+    add("--gguf", metavar="FILE", help=what)
     add("--output", type=Path, help="file for the JSON; default: stdout")
     add("--model", type=_count, default=1, help="devices that share the model (%(default)s)")
     what = "default: held-out text as in training; tasks bfloat16, float32 on a CPU"
@@ -147,8 +159,10 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from stablelm_jax.checkpoint.saved_model import SavedModel
     from stablelm_jax.storage.remote import described
 
-    saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
-    found = {"checkpoint": str(saved.path), "step": saved.run["step"]}
+    saved, found = None, {"gguf": arguments.gguf} if arguments.gguf else {}
+    if arguments.checkpoint:
+        saved = SavedModel.open(arguments.checkpoint, arguments.tokenizer)
+        found |= {"checkpoint": str(saved.path), "step": saved.run["step"]}
     template = None
     if arguments.chat or arguments.mt_bench:
         named = arguments.chat if isinstance(arguments.chat, str) else None
@@ -172,19 +186,30 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _tasks(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> dict[str, Any]:
     from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks
-    from stablelm_jax.parallel.mesh import make_mesh
 
-    names = ("limit", "num_fewshot", "max_new_tokens", "dtype", "max_length", "batch_tokens")
     return evaluate_tasks(
-        saved,
-        make_mesh(model=arguments.model),
+        lambda told: _lm(arguments, saved, template, told),
         arguments.tasks,
         data=arguments.task_data,
         compared=arguments.compare or f"stablelm-2-{'zephyr-' if template else ''}1_6b",
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
         chat=template,
         contamination=arguments.contamination,
-        **{name: getattr(arguments, name) for name in names},
     )
+
+
+def _lm(arguments: argparse.Namespace, saved: SavedModel, template: Any, told: Told) -> Any:
+    """What answers lm-eval: the checkpoint, or the GGUF file."""
+    from stablelm_jax.evaluation.checkpoint_tasks import lm_of_checkpoint, lm_of_gguf
+    from stablelm_jax.parallel.mesh import make_mesh
+
+    if arguments.gguf:
+        return lm_of_gguf(arguments.gguf, saved, told=told, max_length=arguments.max_length)
+    names = ("max_new_tokens", "dtype", "max_length", "batch_tokens")
+    options = {name: getattr(arguments, name) for name in names}
+    mesh = make_mesh(model=arguments.model)
+    return lm_of_checkpoint(saved, mesh, told=told, chat=template, **options)
 
 
 def _mt_bench(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> dict[str, Any]:
@@ -223,46 +248,21 @@ def _generator(arguments: argparse.Namespace, saved: SavedModel) -> Generator:
 
 
 def _held_out(arguments: argparse.Namespace, saved: SavedModel, template: Any) -> dict[str, Any]:
-    import jax
-
-    from stablelm_jax import config as config_lib
-    from stablelm_jax.data.position import DataPosition
+    from stablelm_jax.evaluation.other_program import held_out_run, open_gguf
     from stablelm_jax.reporting.console import show_evaluation
-    from stablelm_jax.training.setup import prepare_run
 
-    if arguments.config:
-        config = config_lib.load(arguments.config)
-    elif "config" in saved.run:
-        config = config_lib.from_dict(saved.run["config"])
-    else:
-        raise ValueError(
-            f"{saved.path} was imported and names no held-out text: give --config (with "
-            "data.weights of the sources), or --tasks or --mt-bench"
-        )
-    config.data.root = arguments.data or config.data.root
-    config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
-    config.training.dtype = arguments.dtype or config.training.dtype
-    # Rows and devices are those of this machine, not of the training.
-    config.parallel.update(data=-1, model=arguments.model, replica=1, fsdp=False)
-    config.training.update(accumulation=1, norms="xla")
-    if config.training.attention not in ("chunked", "reference"):
-        config.training.attention = "auto"  # the kernel named may be another chip's
-    rows = max(1, arguments.batch_tokens // config.data.sequence_length)
-    config.data.batch_size = rows * max(1, jax.device_count() // arguments.model)
-    config.data.batch_stages = ""
-    config.evaluation.max_rows = arguments.max_rows
-    run = prepare_run(config, DataPosition.of_checkpoint(saved.run))
-    if saved.model != run.model:
-        found = config_lib.differing(vars(saved.model), vars(run.model))
-        what = config_lib.show_changes({f"model.{name}": two for name, two in found.items()})
-        raise ValueError(f"the checkpoint has another model: {what}")
-    line = _means(saved, run)
-    show_evaluation(make_console(stderr=True), run, saved.run["step"], line)
+    names = ("config", "data", "tokenizer", "dtype", "model", "batch_tokens", "max_rows")
+    run = held_out_run(saved, **{name: getattr(arguments, name) for name in names})
+    llama = open_gguf(arguments.gguf, run) if arguments.gguf else None
+    line = _means(saved, run, llama)
+    what = Path(arguments.gguf).name if arguments.gguf else saved.run["step"]
+    show_evaluation(make_console(stderr=True), run, what, line)
     return line | (_answers(arguments, saved, template, run) if template else {})
 
 
-def _means(saved: SavedModel, run: Run) -> dict[str, Any]:
+def _means(saved: SavedModel, run: Run, llama: LlamaCpp | None) -> dict[str, Any]:
     """Over held-out text or pairs; without rewards where the reference of DPO is gone."""
+    from stablelm_jax.evaluation.other_program import eval_step_of
     from stablelm_jax.training.held_out import evaluate_held_out
     from stablelm_jax.training.reference import NoParent, compute_held_out
 
@@ -273,8 +273,9 @@ def _means(saved: SavedModel, run: Run) -> dict[str, Any]:
         except NoParent as error:  # its NaN reach what is left out, and nothing else
             left_out = ("eval/loss", "eval/rewards/")
             print(f"evaluate: loss and rewards are left out: {error}", file=sys.stderr)
-    parameters, held_out = saved.load(run.mesh), run.held_out()
-    line = evaluate_held_out(run.eval_step, parameters, held_out, run.mesh, run.objective)
+    parameters = saved.load(run.mesh) if llama is None else None
+    eval_step = run.eval_step if llama is None else eval_step_of(llama.logits, run)
+    line = evaluate_held_out(eval_step, parameters, run.held_out(), run.mesh, run.objective)
     return {key: value for key, value in line.items() if not key.startswith(left_out)}
 
 

@@ -19,9 +19,11 @@ except ImportError as error:
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.evaluation.lm_eval_model import CheckpointLM
+from stablelm_jax.evaluation.other_program import GgufScorer
 from stablelm_jax.evaluation.scores import published_scores, scores_to_json, table_of_scores
 from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.evaluation.suite import Asked, Left, load_tasks, run_tasks
+from stablelm_jax.interop.llama_cpp import LlamaCpp
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel import sharding
 from stablelm_jax.preparation.lists import read_list
@@ -33,8 +35,7 @@ from stablelm_jax.training.setup import Run
 
 
 def evaluate_tasks(
-    saved: SavedModel,
-    mesh: Mesh,
+    model_of: Callable[[Told], CheckpointLM],
     names: Sequence[str],
     *,
     data: str | Path | None,
@@ -43,16 +44,15 @@ def evaluate_tasks(
     num_fewshot: int | None,
     chat: ChatTemplate | None = None,
     contamination: Sequence[Path] = (),
-    **options: Any,
 ) -> dict[str, Any]:
     """Prints a table to stderr and returns what goes into the JSON.
 
     Args:
+      model_of: makes the model, with what it tells how far it is.
       names, data: those of `load_tasks`; limit, num_fewshot: of `run_tasks`.
       compared: the published model whose scores stand beside.
       chat: the template of all prompts; None: they are plain text.
       contamination: the lists of sources (CONTAMINATED_NAME) of the items that stand in them.
-      options: those of `lm_of_checkpoint`.
 
     Returns:
       As `scores_to_json`; "inputs_cut"; and "failed", {task: reason}, where there are any.
@@ -69,7 +69,7 @@ def evaluate_tasks(
     asked = load_tasks(names, data)
     touched = touched_items(contamination, asked) if contamination else None
     with bar(console) as told, contextlib.redirect_stdout(sys.stderr):  # lm-eval prints
-        model = lm_of_checkpoint(saved, mesh, told=told, chat=chat, **options)
+        model = model_of(told)
         scores = run_tasks(
             model,
             asked,
@@ -131,6 +131,21 @@ def lm_of_checkpoint(
     model = CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids, **options)
     model.load(saved.load(mesh))
     return model
+
+
+def lm_of_gguf(
+    path: str, saved: SavedModel, *, told: Told, max_length: int | None = None
+) -> CheckpointLM:
+    """A GGUF file as lm-eval's model, which scores and generates nothing.
+
+    `saved`: the checkpoint that it was written from, whose tokenizer and context it has.
+    """
+    length = max_length or saved.max_positions
+    llama = LlamaCpp(path, length)
+    llama.check_tokens(saved.tokenizer)
+    return CheckpointLM(
+        GgufScorer(llama, length), saved.tokenizer, told=told, end_ids=saved.end_ids
+    )
 
 
 class TrainingTasks:

@@ -167,8 +167,11 @@ def _sources(title: str, columns: Iterable[str]) -> Table:
     return table
 
 
-def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, Any]) -> None:
-    """Held-out loss of each source, with its standard error, beside its unigram entropy."""
+def show_evaluation(console: Console, run: Run, step: int | str, line: Mapping[str, Any]) -> None:
+    """Held-out loss of each source, with its standard error, beside its unigram entropy.
+
+    `step`: of training, or the name of a file that was evaluated.
+    """
     if run.objective.name == "dpo":
         return _show_preferences(console, run, step, line)
     columns = ("documents", "loss (nats)", "bits a byte", "unigram entropy", "loss below it by")
@@ -177,7 +180,8 @@ def show_evaluation(console: Console, run: Run, step: int, line: Mapping[str, An
     if run.packed is not None:
         held = run.spec.sequence_length * max(len(run.packed[n, "held_out"]) for n in run.sources)
     part = "all of it" if most * run.spec.sequence_length >= held else f"{most:,} rows a source"
-    table = _sources(f"held-out text after step {step:,}: {part}", columns)
+    whose = f"of {step}" if isinstance(step, str) else f"after step {step:,}"
+    table = _sources(f"held-out text {whose}: {part}", columns)
     for name, manifest in run.manifests.items():
         loss = line.get(f"eval/loss/{name}")
         if loss is None:
