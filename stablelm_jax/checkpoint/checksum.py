@@ -8,22 +8,57 @@ sums do not depend on order, hence not on the sharding.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from stablelm_jax.model.parameters import flatten
+from stablelm_jax.parallel import distributed
 
 _PART = 2**22  # elements
+_BLOCK = 2**13  # elements: with their weights they stay in a core's first cache
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """{leaf name: uint32 checksum} of a nested dict of arrays; waits for the devices."""
-    # One program a leaf: XLA:CPU holds the products of all leaves of a program at once. And one
-    # after the other: of many that are under way together, its devices may wait for one another.
-    return {name: int(jax.device_get(_checksum(leaf))) for name, leaf in flatten(tree).items()}
+    """{leaf name: uint32 checksum} of a nested dict of arrays; waits for the devices.
+
+    Of arrays that lie on the devices of several processes, every process calls it alike.
+    """
+    started = start_checksums(tree)
+    own = own_shares(started)
+    spread = not all(x.is_fully_addressable for x in started.values())
+    return add_shares(started, own, distributed.gathered(own) if spread else [own])
+
+
+def start_checksums(tree: Any) -> dict[str, jax.Array]:
+    """{leaf name: what each of its devices has of its checksum}; does not wait for the devices.
+
+    The programs read the leaves before any later one, to which they may be donated, and need
+    nothing from another device: so many can be under way together.
+    """
+    return {name: _shares(leaf, leaf.sharding) for name, leaf in flatten(tree).items()}
+
+
+def own_shares(started: dict[str, jax.Array]) -> dict[str, int]:
+    """{leaf name: what the devices of this process have of its checksum}; waits for them."""
+    local = {name: [s.data for s in x.addressable_shards] for name, x in started.items()}
+    found = jax.device_get(local)
+    return {name: int(np.sum(parts, dtype=np.uint32)) for name, parts in found.items()}
+
+
+def add_shares(
+    started: dict[str, jax.Array], own: dict[str, int], all_processes: list[dict[str, int]]
+) -> dict[str, int]:
+    """{leaf name: uint32 checksum} from what `own_shares` gave here and on every process."""
+    return {
+        name: own[name] if x.is_fully_addressable else sum(s[name] for s in all_processes) % 2**32
+        for name, x in started.items()
+    }
 
 
 def host_checksum(x: np.ndarray) -> int:
@@ -34,9 +69,60 @@ def host_checksum(x: np.ndarray) -> int:
     return sum(map(int, parts)) % 2**32
 
 
-def leaf_checksum(x: jax.Array, start: Any = 0) -> jax.Array:
-    """uint32 scalar of one array, inside jit; its elements are those from position `start` on."""
-    return jnp.sum(_bits(x) * _weights(_positions(x.shape) + start), dtype=jnp.uint32)
+def leaf_checksum(x: jax.Array, start: Any = 0, whole: tuple[int, ...] = ()) -> jax.Array:
+    """uint32 scalar of one array, inside jit.
+
+    `start`: the flat position of its first element in the array of the shape `whole` (by default
+    its own) that it is a part of.
+    """
+    start, whole = jnp.asarray(start, jnp.uint32), whole or x.shape
+    at_once = functools.partial(_at_once, whole=whole)
+    if x.shape[1:] != whole[1:]:
+        return at_once(x, start)
+    # Whole rows: the elements follow one another.
+    return jax.lax.platform_dependent(x, start, cpu=_blockwise, default=at_once)
+
+
+def _at_once(x: jax.Array, start: jax.Array, whole: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(_bits(x) * _weights(_positions(x.shape, whole) + start), dtype=jnp.uint32)
+
+
+def _blockwise(x: jax.Array, start: jax.Array) -> jax.Array:
+    """The same sum. XLA:CPU would write all products to memory before it sums them."""
+    block = math.gcd(x.size, _BLOCK)
+    if block < 2**8:  # an odd size: so many short blocks would be slower
+        return _at_once(x, start, x.shape)
+    blocks = x.reshape(-1, block)
+
+    def add(i, sums):
+        first = start + i.astype(jnp.uint32) * jnp.uint32(block)
+        return sums + _bits(blocks[i]) * _weights(jnp.arange(block, dtype=jnp.uint32) + first)
+
+    zeros = jnp.zeros(block, jnp.uint32)
+    return jnp.sum(jax.lax.fori_loop(0, len(blocks), add, zeros), dtype=jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _shares(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """uint32 [devices]: each device's share of the sum; of equal parts one device has it all."""
+    if sharding.num_devices == 1:
+        return leaf_checksum(leaf)[None]
+    mesh, spec = sharding.mesh, sharding.spec
+    split = {d: axes for d, axes in enumerate(spec) if axes}
+    split_by = [name for axes in split.values() for name in np.atleast_1d(axes)]
+    copied_by = tuple(name for name in mesh.axis_names if name not in split_by)
+
+    def share(part):
+        start = jnp.uint32(0)
+        for dim, axes in split.items():
+            span = part.shape[dim] * math.prod(leaf.shape[dim + 1 :])
+            start += jax.lax.axis_index(axes).astype(jnp.uint32) * jnp.uint32(span % 2**32)
+        found = leaf_checksum(part, start, leaf.shape)
+        counts = jax.lax.axis_index(copied_by) == 0 if copied_by else True
+        return jnp.where(counts, found, jnp.uint32(0))[None]
+
+    places = dict(in_specs=(spec,), out_specs=PartitionSpec(mesh.axis_names))
+    return jax.shard_map(share, mesh=mesh, **places, check_vma=False)(leaf)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -44,13 +130,13 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...]) -> jax.Array:
-    """The flat position of each element, modulo 2^32."""
+def _positions(shape: tuple[int, ...], whole: tuple[int, ...]) -> jax.Array:
+    """The flat position of each element, modulo 2^32, in an array of the shape `whole`."""
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for dim in reversed(range(len(shape))):
         position += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride % 2**32)
-        stride *= shape[dim]
+        stride *= whole[dim]
     return position
 
 

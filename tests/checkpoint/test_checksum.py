@@ -21,7 +21,10 @@ def oracle(x):
 
 def test_the_checksum_is_the_documented_sum():
     rng = np.random.default_rng(0)
-    for x in (rng.normal(size=(5, 7, 3)).astype(np.float32), rng.integers(-9, 9, 11, np.int32)):
+    for shape in ((5, 7, 3), (3, 2**13), (5, 768)):  # no blocks; 3; 15
+        x = rng.normal(size=shape).astype(np.float32)
+        assert checksums({"leaf": jnp.asarray(x)}) == {"leaf": oracle(x)}
+    for x in (rng.integers(-9, 9, 11, np.int32), rng.integers(-9, 9, (), np.int32)):
         assert checksums({"leaf": jnp.asarray(x)}) == {"leaf": oracle(x)}
     x = jnp.asarray(rng.normal(size=(4, 4)), jnp.bfloat16)
     assert checksums({"leaf": x}) == {"leaf": oracle(np.asarray(x))}
@@ -53,8 +56,17 @@ def test_on_the_host_it_is_the_same_sum_part_by_part(monkeypatch):
         assert host_checksum(x) == checksums({"x": jnp.asarray(x)})["x"]
 
 
-@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
-def test_the_checksum_does_not_depend_on_the_sharding(data, model):
-    x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
-    split = jax.device_put(x, NamedSharding(make_mesh(data, model), P("data", "model")))
-    assert checksums({"x": split}) == checksums({"x": jnp.asarray(x)})
+@pytest.mark.parametrize(
+    "data, model, spec",
+    [
+        (8, 1, P("data", "model")),
+        (4, 2, P("data", "model")),
+        (4, 2, P(("model", "data"))),  # whole rows, summed in blocks
+        (4, 2, P(None, None, "model")),  # each part on four devices
+        (8, 1, P()),
+    ],
+)
+def test_the_checksum_does_not_depend_on_the_sharding(data, model, spec):
+    x = np.random.default_rng(0).normal(size=(8, 16, 24)).astype(np.float32)
+    split = jax.device_put(x, NamedSharding(make_mesh(data, model), spec))
+    assert checksums({"x": split}) == {"x": oracle(x)}

@@ -138,6 +138,20 @@ def test_a_save_that_fails_in_the_background_is_noticed_and_leaves_nothing(saver
     assert saver.store.steps() == [] and list(saver.store.folder.iterdir()) == []
 
 
+def test_a_save_whose_checksums_fail_is_told_and_leaves_nothing(saver, monkeypatch):
+    saver = saver()
+
+    def broken(started):
+        raise RuntimeError("out of memory on the device")
+
+    monkeypatch.setattr(saving, "own_shares", broken)
+    saver.save(3, small)
+    saver.close()
+    ((event, step, text),) = saver.told
+    assert (event, step) == ("save_failed", 3) and "out of memory on the device" in text
+    assert saver.store.steps() == [] and list(saver.store.folder.iterdir()) == []
+
+
 def test_the_last_save_is_tried_twice(saver, monkeypatch):
     saver = saver()
     fails(monkeypatch, 7, 8, 8)
