@@ -31,7 +31,7 @@ from rich.table import Table
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.checkpoint.saving import write_checkpoint
 from stablelm_jax.interop import from_hf, gguf_export, hf_reference, llama_cpp, to_hf
-from stablelm_jax.interop.gguf_export import FILE_TYPES
+from stablelm_jax.interop.gguf_types import FILE_TYPES
 from stablelm_jax.interop.safetensors_files import DTYPES
 from stablelm_jax.interop.verify import Difference, compare, our_logits, prompt_ids
 from stablelm_jax.model.config import ModelConfig

@@ -11,7 +11,10 @@ from pathlib import Path
 from stablelm_jax.run_verb import run_verb
 
 DTYPES = ("bfloat16", "float16", "float32")
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+GGUF_TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q4_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs"),
+    *("q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

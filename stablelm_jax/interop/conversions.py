@@ -6,10 +6,11 @@ something else, each raises a ValueError and leaves nothing.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from stablelm_jax.checkpoint.merged import adapter_leaves, parent_of
 from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import from_hf as reading
-from stablelm_jax.interop import gguf_export, hf_config, llama_cpp, peft_files
+from stablelm_jax.interop import gguf_export, gguf_types, hf_config, llama_cpp, peft_files
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.hf_reference import reference_logits
 from stablelm_jax.interop.safetensors_files import DTYPES
@@ -198,18 +199,17 @@ def _rounded(params: Any, dtype: str) -> Any:
 def to_gguf(
     checkpoint: str, out: Path, *, file_type: str, tokenizer: str | None, verify: bool, force: bool
 ) -> str:
-    """Writes the GGUF file `out`, of a type of gguf_export.FILE_TYPES."""
+    """Writes the GGUF file `out`, of a type of gguf_types.FILE_TYPES."""
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
     hf_config.check_export(own.model, "llama.cpp", tied=False)
-    size = _tell(own.path, own.model, f", to {file_type}")
-    finer = [x.name for x in gguf_export.stored_tensors(own.model, file_type) if x.fell_back]
-    if finer:
-        _say(
-            f"  {len(finer)} tensors, such as {finer[0]}, have rows that are no whole number of "
-            f"{file_type} blocks: stored as f16"
-        )
+    if gguf_types.needs_llama_cpp(file_type):
+        gguf_types.llama_cpp_function()  # before any work is done
+    stored = gguf_export.stored_tensors(own.model, file_type)
+    num_bytes = sum(one.num_bytes for one in stored)
+    size = _tell(own.path, own.model, f", to {file_type}: {num_bytes / 1e9:.2f} GB")
+    _tell_fallen_back(stored)
     with new_result(out, force=force, source=Path(own.path)) as target:
         with _bar("writing", size) as advance:
             gguf_export.write_file(own, target, file_type, advance)
@@ -219,6 +219,19 @@ def to_gguf(
                 told = _checked_by_llama_cpp(own, target, file_type)
             _say(f"checked by {told}")
     return f"{out} is whole: llama-cli -m {out} runs it"
+
+
+def _tell_fallen_back(stored: Sequence[gguf_export.Stored]) -> None:
+    """Says which tensors are of another type than the file's, since their rows do not suit it."""
+    found = collections.defaultdict(list)
+    for one in stored:
+        if one.wished is not None:
+            found[one.wished, one.quantization, one.tensor.shape[-1]].append(one.name)
+    for (wished, type_, columns), names in found.items():
+        _say(
+            f"  {len(names)} tensors, such as {names[0]}, have rows of {columns} values, no whole "
+            f"number of {wished.name.lower()} blocks: stored as {type_.name.lower()}"
+        )
 
 
 def _checked_by_llama_cpp(own: SavedModel, target: Path, file_type: str) -> str:
@@ -231,7 +244,7 @@ def _checked_by_llama_cpp(own: SavedModel, target: Path, file_type: str) -> str:
     llama = llama_cpp.LlamaCpp(target, len(ids))
     llama.check_tokens(own.tokenizer)
     ours_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
-    code = gguf_export.FILE_TYPES[file_type].matrices.name
+    code = gguf_types.plain_type(file_type).name
     return check(llama_cpp.name(), ours_TV, llama.logits([ids]), code)
 
 

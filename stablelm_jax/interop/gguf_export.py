@@ -9,52 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quantization
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGUFValueType
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
+from stablelm_jax.interop import gguf_types
 from stablelm_jax.interop.gguf_tokens import add_tokenizer
 from stablelm_jax.interop.tensor_map import Tensor, tensor_values, tensors
 from stablelm_jax.interop.verify import Mismatch
 from stablelm_jax.model.config import ModelConfig
 from stablelm_jax.model.parameters import count_parameters, specs_by_name
-
-
-class FileType(NamedTuple):
-    """What a file says of itself, and the types of its matrices and of its head.
-
-    Norms and biases are float32 in every file. The head of a 4-bit file is finer, as llama.cpp's
-    own quantiser has it: q6_K there, which PyPI `gguf` cannot write.
-    """
-
-    code: LlamaFileType
-    matrices: Quantization
-    head: Quantization
-
-
-FILE_TYPES = {
-    "f32": FileType(LlamaFileType.ALL_F32, Quantization.F32, Quantization.F32),
-    "f16": FileType(LlamaFileType.MOSTLY_F16, Quantization.F16, Quantization.F16),
-    "bf16": FileType(LlamaFileType.MOSTLY_BF16, Quantization.BF16, Quantization.BF16),
-    "q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, Quantization.Q8_0, Quantization.Q8_0),
-    "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, Quantization.Q4_0, Quantization.Q8_0),
-}
-# Largest error of a stored value: a share of the largest of its block, half a step of the type and
-# the float16 rounding of the step; and what that rounding comes to where steps are tiny. q4_0
-# reaches its block's largest value on one side of zero, and a step less on the other.
-LARGEST_ERRORS = {
-    Quantization.F32: (0.0, 0.0),
-    Quantization.F16: (2**-11, 2**-25),
-    Quantization.BF16: (2**-8, 0.0),
-    Quantization.Q8_0: (1 / 254 + 2**-11, 2**-18),
-    Quantization.Q4_0: (1 / 8 + 2**-11, 2**-22),
-}
 
 
 class Stored(NamedTuple):
@@ -63,17 +34,26 @@ class Stored(NamedTuple):
     name: str
     tensor: Tensor  # which part of ours it holds, in which layout
     quantization: Quantization
-    fell_back: bool = False  # its rows are no whole number of the blocks that were wished for
+    wished: Quantization | None = None  # where its rows are no whole number of that one's blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values."""
+        block_values, block_bytes = gguf.GGML_QUANT_SIZES[self.quantization]
+        return math.prod(self.tensor.shape) // block_values * block_bytes
 
 
 @functools.cache
-def stored_tensors(model: ModelConfig, file_type: str) -> tuple[Stored, ...]:
+def stored_tensors(
+    model: ModelConfig, file_type: str, weighted: bool = False
+) -> tuple[Stored, ...]:
     """Every tensor of the file in its order, which is that of our table of parameters.
 
-    llama.cpp wants biases in all norms: those that the model lacks are there as zeros.
+    llama.cpp wants biases in all norms: those that the model lacks are there as zeros. `weighted`:
+    whether there is an importance matrix.
     """
     file_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STABLELM, model.num_layers)
-    types, stored = FILE_TYPES[file_type], []
+    stored = []
     for tensor in tensors(model):
         if len(tensor.index) == 2:  # the norms of a layer's heads are one tensor here
             layer, head = tensor.index
@@ -86,10 +66,9 @@ def stored_tensors(model: ModelConfig, file_type: str) -> tuple[Stored, ...]:
         if len(tensor.shape) < 2 or "norm" in tensor.ours:
             stored.append(Stored(name, tensor, Quantization.F32))
             continue
-        wished = types.head if tensor.ours == "head/kernel" else types.matrices
-        block_values, _ = gguf.GGML_QUANT_SIZES[wished]
-        fits = tensor.shape[-1] % block_values == 0
-        stored.append(Stored(name, tensor, wished if fits else Quantization.F16, not fits))
+        wished = gguf_types.wished_type(model, file_type, name, weighted)
+        found = gguf_types.fitting_type(wished, tensor.shape[-1])
+        stored.append(Stored(name, tensor, found, None if found == wished else wished))
     return tuple(stored)
 
 
@@ -98,33 +77,38 @@ def write_file(
     path: Path,
     file_type: str,
     on_parameters: Callable[[int], None] = lambda count: None,
+    importance: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
     """Writes the GGUF file `path`. The host holds one of our parameters at a time.
 
     Args:
-      file_type: key of FILE_TYPES.
+      file_type: one of gguf_types.FILE_TYPES.
       on_parameters: called with how many were written.
+      importance: the mean square of each input of a matrix, by the matrix' name in the file.
 
     Raises:
-      ValueError: the checkpoint is damaged, llama.cpp could not run its tokenizer, or a value is
-        too large for the type.
+      ValueError: the checkpoint is damaged, llama.cpp could not run its tokenizer or is not there
+        to round to this type, or a value is not finite or too large for it.
     """
-    stored = stored_tensors(checkpoint.model, file_type)
+    stored = stored_tensors(checkpoint.model, file_type, bool(importance))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.STABLELM])
     try:
         _add_metadata(writer, checkpoint, file_type)
         add_tokenizer(writer, checkpoint)
         for one in stored:
-            block_values, block_bytes = gguf.GGML_QUANT_SIZES[one.quantization]
-            shape = one.tensor.shape
-            size = math.prod(shape) // block_values * block_bytes
-            writer.add_tensor_info(one.name, shape, np.dtype(np.float32), size, one.quantization)
+            writer.add_tensor_info(
+                one.name,
+                one.tensor.shape,
+                np.dtype(np.float32),
+                one.num_bytes,
+                one.quantization,
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         found = tensor_values([one.tensor for one in stored], checkpoint.leaves())
         for one, values in zip(stored, found):
-            writer.write_tensor_data(_rounded(one, values))
+            writer.write_tensor_data(_rounded(one, values, importance))
             on_parameters(0 if one.tensor.absent else values.size)
     finally:
         writer.close()
@@ -154,23 +138,28 @@ def _add_metadata(writer: gguf.GGUFWriter, checkpoint: SavedModel, file_type: st
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{origin} {checkpoint.name}")
     writer.add_size_label(gguf.size_label(count_parameters(checkpoint.model), 0, 0, 0))
-    writer.add_file_type(FILE_TYPES[file_type].code)
+    kind = "ALL" if file_type == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{kind}_{file_type.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, (value, kind) in _hyperparameters(checkpoint).items():
         writer.add_key_value(f"{writer.arch}.{key}", value, kind)
 
 
-def _rounded(stored: Stored, values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        rounded = gguf.quants.quantize(values, stored.quantization)
-    if rounded.dtype == np.float16 and not np.isfinite(rounded).all():
-        raise ValueError(
-            f"{stored.name} holds {np.abs(values).max():g}, which float16 cannot; write it as bf16"
-        )
-    return rounded
+def _rounded(
+    stored: Stored, values: np.ndarray, importance: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    try:
+        return gguf_types.rounded(values, stored.quantization, importance.get(stored.name))
+    except ValueError as error:
+        raise ValueError(f"{stored.name} {error}") from None
 
 
-def check_file(checkpoint: SavedModel, path: Path, file_type: str) -> None:
+def check_file(
+    checkpoint: SavedModel,
+    path: Path,
+    file_type: str,
+    importance: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> None:
     """Has `gguf` read every hyperparameter and every tensor back; compares with the checkpoint.
 
     Raises:
@@ -184,13 +173,9 @@ def check_file(checkpoint: SavedModel, path: Path, file_type: str) -> None:
         if field is None or field.contents() != value:
             raise Mismatch(f"stablelm.{key} {wrong}")
     written = {tensor.name: tensor.data for tensor in reader.tensors}
-    stored = stored_tensors(checkpoint.model, file_type)
+    stored = stored_tensors(checkpoint.model, file_type, bool(importance))
     meant = tensor_values([one.tensor for one in stored], checkpoint.leaves())
     for one, values in zip(stored, meant):
-        read = gguf.quants.dequantize(written[one.name], one.quantization)
-        block_values, _ = gguf.GGML_QUANT_SIZES[one.quantization]
-        share, least = LARGEST_ERRORS[one.quantization]
-        largest = np.abs(values).reshape(-1, block_values).max(-1, keepdims=True)
-        off = np.abs(values - read).reshape(-1, block_values)
-        if not (off <= share * largest + least).all():
+        weights = importance.get(one.name)
+        if not gguf_types.explains(one.quantization, written[one.name], values, weights):
             raise Mismatch(f"{one.name} {wrong}")

@@ -56,7 +56,16 @@ LIMITS = {
     "F16": (0.06, 1e-4),
     "BF16": (0.6, 5e-3),
     "Q8_0": (1.5, 0.04),
+    "Q6_K": (3.0, 0.15),
+    "Q5_K": (5.0, 0.6),
+    "Q4_K": (8.0, 2.0),
+    "IQ4_XS": (8.0, 2.0),
+    "IQ4_NL": (8.0, 2.0),
     "Q4_0": (8.0, 2.0),
+    # Random weights keep little of what they compute in so few bits: these find a broken file, a
+    # wrong one hardly.
+    "Q3_K": (12.0, 4.0),
+    "Q2_K": (14.0, 8.0),
 }
 
 
