@@ -57,6 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     to_gguf.add_argument(
         "--type", choices=GGUF_TYPES, default="f16", dest="file_type", help="%(default)s"
     )
+    to_gguf.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="DATA|FILE",
+        help="round by importance: of a prepared folder's held-out text, or llama.cpp's file",
+    )
+    to_gguf.add_argument(
+        "--imatrix-rows", type=_count, default=128, help="of 512 tokens; default %(default)s"
+    )
+    to_gguf.add_argument(
+        "--save-imatrix", type=Path, metavar="FILE", help="keep it for other types"
+    )
     from_peft = directions.add_parser("from-peft", help="a directory of PEFT's as a checkpoint")
     from_peft.add_argument("source", type=Path, metavar="DIR", help="holds adapter_config.json")
     from_peft.add_argument("out", type=Path, metavar="OUT", help="as of from-hf")
@@ -93,6 +105,12 @@ def _takes_checkpoint(parser: argparse.ArgumentParser, out: str) -> None:
 def _step(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no step, a number from 0 on")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
 
 

@@ -36,13 +36,13 @@ SHELL = {
     "preparation": 7113,
     "generation": 872,
     "evaluation": 1757,
-    "interop": 2139,
+    "interop": 2324,
     "planning": 1494,
     "reporting": 3101,
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12602, 33_829
+CORE_WITHOUT_KERNELS, EVERYTHING = 12602, 34_032
 
 
 def files_of(room):

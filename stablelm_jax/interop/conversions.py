@@ -25,6 +25,7 @@ from stablelm_jax.checkpoint.names import checkpoint_name, checkpoint_step
 from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import from_hf as reading
 from stablelm_jax.interop import gguf_export, gguf_types, hf_config, llama_cpp, peft_files
+from stablelm_jax.interop import importance as importance_matrix
 from stablelm_jax.interop import to_hf as writing
 from stablelm_jax.interop.hf_reference import reference_logits
 from stablelm_jax.interop.safetensors_files import DTYPES
@@ -34,7 +35,7 @@ from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.parameters import count_parameters, nest
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.console import make_console
-from stablelm_jax.storage.files import new_result
+from stablelm_jax.storage.files import new_result, replacing
 from stablelm_jax.tokenizer.chat import ChatTemplate
 
 _console = make_console(stderr=True)
@@ -197,28 +198,58 @@ def _rounded(params: Any, dtype: str) -> Any:
 
 
 def to_gguf(
-    checkpoint: str, out: Path, *, file_type: str, tokenizer: str | None, verify: bool, force: bool
+    checkpoint: str,
+    out: Path,
+    *,
+    file_type: str,
+    imatrix: Path | None = None,
+    imatrix_rows: int = 0,
+    save_imatrix: Path | None = None,
+    tokenizer: str | None,
+    verify: bool,
+    force: bool,
 ) -> str:
-    """Writes the GGUF file `out`, of a type of gguf_types.FILE_TYPES."""
+    """Writes the GGUF file `out`, of a type of gguf_types.FILE_TYPES.
+
+    `imatrix`: a file of llama.cpp's, or prepared data of which so many rows are taken.
+    """
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
     hf_config.check_export(own.model, "llama.cpp", tied=False)
     if gguf_types.needs_llama_cpp(file_type):
         gguf_types.llama_cpp_function()  # before any work is done
-    stored = gguf_export.stored_tensors(own.model, file_type)
+    elif imatrix:
+        raise ValueError(f"{file_type} takes no importance matrix; K-quants and iq4_xs do")
+    stored = gguf_export.stored_tensors(own.model, file_type, imatrix is not None)
     num_bytes = sum(one.num_bytes for one in stored)
     size = _tell(own.path, own.model, f", to {file_type}: {num_bytes / 1e9:.2f} GB")
     _tell_fallen_back(stored)
+    importance = _importance(own, imatrix, imatrix_rows, save_imatrix) if imatrix else {}
     with new_result(out, force=force, source=Path(own.path)) as target:
         with _bar("writing", size) as advance:
-            gguf_export.write_file(own, target, file_type, advance)
+            gguf_export.write_file(own, target, file_type, advance, importance)
         if verify:
             with _console.status("comparing every tensor, then what they compute"):
-                gguf_export.check_file(own, target, file_type)
+                gguf_export.check_file(own, target, file_type, importance)
                 told = _checked_by_llama_cpp(own, target, file_type)
             _say(f"checked by {told}")
     return f"{out} is whole: llama-cli -m {out} runs it"
+
+
+def _importance(
+    own: SavedModel, source: Path, rows: int, save: Path | None
+) -> dict[str, np.ndarray]:
+    """The importance matrix of a file or of held-out text, saved where wished."""
+    if source.is_file():
+        return importance_matrix.read_file(source, own.model)
+    with _bar(f"importance of {source}", rows) as advance:
+        params = own.load(_model_mesh(own.model))
+        found = importance_matrix.of_data(own, params, source, rows, advance)
+    if save:
+        with replacing(save) as aside:
+            importance_matrix.write_file(aside, found, str(source))
+    return found
 
 
 def _tell_fallen_back(stored: Sequence[gguf_export.Stored]) -> None:

@@ -94,6 +94,8 @@ def write_file(
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.STABLELM])
     try:
         _add_metadata(writer, checkpoint, file_type)
+        if importance:
+            writer.add_uint32("quantize.imatrix.entries_count", len(importance))
         add_tokenizer(writer, checkpoint)
         for one in stored:
             writer.add_tensor_info(
