@@ -22,10 +22,10 @@ LANGUAGES = ("en", "de", "es", "fr", "it", "nl", "pt")  # Stable LM 2's seven (m
 
 
 def get_config():
-    config = load(Path(__file__).with_name("smoke.py"))
+    config = load(Path(__file__).with_name("own_text.py"))
     config.name = "demo_multilingual"
 
-    # Ours: about three times the smoke model without its embeddings, still for CPUs.
+    # Ours: about three times own_text's model without its embeddings, still for CPUs.
     config.model.vocab_size = 8192  # ours: launch/demo_corpus.sh trains it on the eight sources
     config.data.tokenizer = "data/tokenizer.json"
     config.model.num_layers = 6
@@ -40,7 +40,7 @@ def get_config():
     config.data.sequence_length = 512  # ours: about one page of help
     config.data.batch_size = 8  # ours, 4,096 tokens a step
 
-    config.schedule.peak = 2e-3  # ours: less than the smoke run's for a third more width
+    config.schedule.peak = 2e-3  # ours: less than own_text's for a third more width
     config.schedule.minimum = 2e-4  # a tenth of the peak, the 1.6B's ratio
     config.schedule.warmup_steps = 80  # ours: 5 % of the schedule
     # Ours: 4.9 M tokens, an hour of two CPU cores; as with the 1.6B, the schedule's horizon lies

@@ -34,7 +34,7 @@ for language in "${languages[@]}"; do
         --skip .MAC --skip .relatedtopics --skip .howtoget --skip .noteicon)
     texts+=("$text")
 done
-(cd "$root" && "$python" launch/corpora/smoke_corpus.py --output "$downloads")
+(cd "$root" && "$python" launch/corpora/smoke_corpus.py --output "$downloads" --sources stdlib_code)
 
 say 'Training a tokenizer of 8,192 tokens on them'
 (cd "$root" && "$python" -m stablelm_jax.train_tokenizer --rows 8192 --output "$tokenizer" \

@@ -40,15 +40,16 @@ else
 fi
 cd "$root"
 
-say 'Collecting text that is on this machine already: the standard library, package descriptions'
-"$python" launch/corpora/smoke_corpus.py --output "$workdir/corpus"
+say 'Collecting English that is on this machine already: the docstrings of Python and of packages'
+"$python" launch/corpora/smoke_corpus.py --output "$workdir/corpus" --sources python_docs package_docs
 tokenizer="$workdir/corpus/tokenizer.json"
 say 'Training a small tokenizer on it'
-"$python" -m stablelm_jax.train_tokenizer --output "$tokenizer" \
-    --input "$workdir/corpus/stdlib_code.jsonl" "$workdir/corpus/package_docs.jsonl"
-for source in stdlib_code package_docs; do
+"$python" -m stablelm_jax.train_tokenizer --rows 2048 --output "$tokenizer" \
+    --input "$workdir/corpus/python_docs.jsonl" "$workdir/corpus/package_docs.jsonl"
+for source in python_docs package_docs; do
     say "Preparing $source: documents into tokens"
-    "$python" -m stablelm_jax.prepare --source "$source" \
+    # Whole files are held out: within one, docstrings repeat each other.
+    "$python" -m stablelm_jax.prepare --source "$source" --held-out-by id --held-out 0.03 \
         --input "$workdir/corpus/$source.jsonl" --output "$workdir/data" --tokenizer "$tokenizer"
 done
 
@@ -66,9 +67,9 @@ checkpoint=$(newest_checkpoint)
 say 'Evaluating on the held-out text'
 "$python" -m stablelm_jax.evaluate --checkpoint "$checkpoint" >"$workdir/held_out.json"
 
-say 'Samples. They are not yet language: the model is tiny and has seen minutes of text.'
+say 'Samples: English in form, not in sense. The model is tiny and has read minutes of docstrings.'
 "$python" -m stablelm_jax.generate --checkpoint "$checkpoint" \
-    --prompt 'def read_' --prompt 'This package provides'
+    --prompt 'Return the' --prompt 'This function' --prompt 'If the'
 
 say 'Done. Everything lies here:'
 cat <<EOF

@@ -3,7 +3,7 @@
     python -m stablelm_jax.inspect_data --config configs/smoke.py \\
         --config.data.root=runs/smoke/data --step 12 --rows 2
     python -m stablelm_jax.inspect_data --workdir runs/smoke/run --step 12 --loss
-    python -m stablelm_jax.inspect_data --source stdlib_code --data runs/smoke/data --show longest
+    python -m stablelm_jax.inspect_data --source python_docs --data runs/smoke/data --show longest
 
 Step N is the one whose metrics line says N: the update after which N have been done. Where a run is
 a branch, or its config was changed on the way, name its `--workdir`: its checkpoints say from which

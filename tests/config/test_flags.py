@@ -45,7 +45,7 @@ def verb(tmp_path_factory):
 def test_overrides_reach_the_config_and_mains_exit_code_the_shell(verb):
     done = verb(
         "--config", SMOKE,
-        "--config.data.weights.stdlib_code=2.0",
+        "--config.data.weights.python_docs=2.0",
         "--config.checkpoint.keep_every", "200",
         "--noconfig.parallel.zero1",
         "--config.samples.prompts=('a', 'b')",
@@ -54,12 +54,12 @@ def test_overrides_reach_the_config_and_mains_exit_code_the_shell(verb):
     assert done.returncode == 75, done.stderr
     out = json.loads(done.stdout)
     config, set_by = out["config"], out["set_by"]
-    assert config["data"]["weights"] == {"stdlib_code": 2.0, "package_docs": 0.3}
+    assert config["data"]["weights"] == {"python_docs": 2.0, "package_docs": 0.7}
     assert config["checkpoint"]["keep_every"] == 200
     assert config["parallel"]["zero1"] is False
     assert config["samples"]["prompts"] == ["a", "b"]
     assert config["schedule"]["peak"] == 1.0
-    assert set_by["data.weights.stdlib_code"] == set_by["parallel.zero1"] == "command line"
+    assert set_by["data.weights.python_docs"] == set_by["parallel.zero1"] == "command line"
     assert set_by["data.weights.package_docs"] == "file"
     assert set_by["optimizer.b1"] == "default"
 
@@ -140,7 +140,7 @@ def test_none_unsets_what_the_file_has_set(verb, tmp_path):
     path.write_text(
         "from stablelm_jax.config import load\n"
         f"def get_config():\n    c = load({SMOKE!r})\n    c.checkpoint.keep_every = 200\n"
-        "    c.parallel.target = 'h200:1x1'\n    c.training.num_valid_ids = 4000\n"
+        "    c.parallel.target = 'h200:1x1'\n    c.training.num_valid_ids = 2000\n"
         "    return c\n"
     )
     assert json.loads(verb("--config", str(path)).stdout)["config"]["parallel"]["target"]

@@ -28,7 +28,7 @@ def test_it_installs_prepares_trains_evaluates_and_samples_in_this_order(checkou
     done = checkout.run("launch/smoke.sh")
     assert done.returncode == 0, done.stderr
     assert [call[0] for call in checkout.calls()] == STEPS
-    assert "not yet language" in done.stdout
+    assert "English in form, not in sense" in done.stdout
 
 
 def test_every_folder_it_names_at_the_end_is_the_one_the_steps_used(checkout):

@@ -1,6 +1,7 @@
-"""The smoke run's corpus: what every Python holds, the same at every call."""
+"""The smoke run's corpus: what every installation holds, the same at every call."""
 
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import sys
@@ -13,7 +14,7 @@ import smoke_corpus
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    smoke_corpus.write(folder)
+    smoke_corpus.write(folder, ["stdlib_code"])
     return folder
 
 
@@ -52,22 +53,66 @@ def test_sources_that_python_would_not_take_or_that_are_empty_are_left_out(tmp_p
     }
 
 
-def test_the_prose_is_one_long_description_a_package(corpus):
-    rows = read(corpus / "package_docs.jsonl")
-    names = [row["id"].split()[0].lower() for row in rows]
-    assert names == sorted(set(names))
-    numpy = next(row for row in rows if row["id"] == f"numpy {importlib.metadata.version('numpy')}")
-    assert numpy["text"] == importlib.metadata.metadata("numpy").get_payload().strip() + "\n"
-    assert not numpy["text"].startswith("Metadata-Version")
+DOCSTRINGS = '''"""Return the  :class:`~a.Thing` of ``x``,
+without *any* markup.
+
+    >>> code(1)
+
+Parameters
+----------
+x : array_like
+    It may be of any size.
+
+Return the  :class:`~a.Thing` of ``x``, without *any* markup.
+"""
+def f():
+    """the ``f(x) = x`` + 1 of `it <https://a.b>`_."""
+    async def g():
+        """It holds 1, 2, 3, 4 and 5.
+
+        If the name is `None <n>`__, the second paragraph is kept as well.
+        """
+'''
+
+
+def test_of_docstrings_english_sentences_are_kept_once_and_without_markup(tmp_path, monkeypatch):
+    for name in ("b.py", "a.py", "tests/c.py", "test/d.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(DOCSTRINGS if name == "b.py" else '"""It is a second file."""')
+    (tmp_path / "old.py").write_text('"""Print it as Python 2 has it."""\nprint "it"\n')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(smoke_corpus.pydoc_data.topics, "topics", {"if": "The topic of a help."})
+    assert list(smoke_corpus.python_docs()) == [
+        ("a.py", "It is a second file.\n"),
+        ("b.py", "Return the Thing of x, without any markup.\n"),
+        ("b.py", "If the name is None, the second paragraph is kept as well.\n"),
+        ("pydoc_data/topics.py", "The topic of a help.\n"),
+    ]
+
+
+def test_the_packages_are_those_of_every_installation(monkeypatch):
+    names = smoke_corpus._PACKAGES
+    assert all(importlib.util.find_spec(name) for name in names)
+    needed = " ".join(importlib.metadata.requires("stablelm_jax")).lower().replace("-", "_")
+    assert not [name for name in names if name != "fontTools" and name not in needed]
+    assert "fonttools" in " ".join(importlib.metadata.requires("matplotlib"))
+    monkeypatch.setattr(smoke_corpus, "_PACKAGES", ("jinja2", "no_such_package", "orbax"))
+    documents = list(smoke_corpus.package_docs())
+    paths = {path for path, _ in documents}
+    assert {"jinja2/lexer.py", "orbax/checkpoint/checkpoint_manager.py"} <= paths
+    assert not [path for path in paths if "tests" in path.split("/")]
+    assert len({text for _, text in documents}) == len(documents) > 1_000
 
 
 def test_files_that_are_there_are_kept_and_written_anew_they_are_the_same(corpus, tmp_path, capsys):
-    (tmp_path / "stdlib_code.jsonl").write_text("mine\n")
-    assert smoke_corpus.main(["--output", str(tmp_path)]) == 0
-    assert "stdlib_code.jsonl: kept" in capsys.readouterr().out
-    assert (tmp_path / "stdlib_code.jsonl").read_text() == "mine\n"
-    written = (tmp_path / "package_docs.jsonl").read_bytes()
-    assert written == (corpus / "package_docs.jsonl").read_bytes()
+    (tmp_path / "python_docs.jsonl").write_text("mine\n")
+    named = ["--sources", "python_docs", "stdlib_code"]
+    assert smoke_corpus.main(["--output", str(tmp_path), *named]) == 0
+    assert "python_docs.jsonl: kept" in capsys.readouterr().out
+    assert (tmp_path / "python_docs.jsonl").read_text() == "mine\n"
+    written = (tmp_path / "stdlib_code.jsonl").read_bytes()
+    assert written == (corpus / "stdlib_code.jsonl").read_bytes()
+    assert not (tmp_path / "package_docs.jsonl").exists()
 
 
 def test_writing_it_needs_nothing_but_python(tmp_path):

@@ -103,5 +103,5 @@ def test_a_config_with_other_sources_is_told_what_the_recipe_lacks(capsys):
     config = config_lib.load(Path(configs_folder()) / "smoke.py")
     recipe_costs.show(load_recipe("demo"), config)
     said = " ".join(capsys.readouterr().out.split())
-    assert "in the config's weights, not in the recipe: package_docs" in said
+    assert "in the config's weights, not in the recipe: package_docs, python_docs" in said
     assert "not in the config's weights: libreoffice_help_en" in said
