@@ -21,7 +21,7 @@ PACKAGE = ROOT / "stablelm_jax"
 CORE = {
     "training": 3367,
     "run": 1656,
-    "checkpoint": 1097,
+    "checkpoint": 1159,
     "config": 1109,
     "data": 1800,
     "tokenizer": 990,
@@ -42,7 +42,7 @@ SHELL = {
     "drilling": 384,
 }
 ROOMS = CORE | SHELL
-CORE_WITHOUT_KERNELS, EVERYTHING = 12602, 34_032
+CORE_WITHOUT_KERNELS, EVERYTHING = 12664, 34_094
 
 
 def files_of(room):
@@ -159,7 +159,7 @@ def test_text_is_read_and_written_as_utf_8_whatever_the_locale():
     """Each call that opens a text, a process's output too, names its encoding."""
     opening = re.compile(r"open|.*\.(open|read_text|write_text|fdopen|TextIOWrapper)", re.DOTALL)
     not_text = re.compile(
-        r"(os|SavedModel|tokenize|services\.log\.writers|streams|archive|tarfile\.TarFile)\."
+        r"(os|ts|SavedModel|tokenize|services\.log\.writers|streams|archive|tarfile\.TarFile)\."
     )
     for path in [*files_of("."), *sorted((ROOT / "launch").rglob("*.py"))]:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

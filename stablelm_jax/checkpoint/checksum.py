@@ -29,7 +29,11 @@ def checksums(tree: Any) -> dict[str, int]:
 
     Of arrays that lie on the devices of several processes, every process calls it alike.
     """
-    started = start_checksums(tree)
+    return finished(start_checksums(tree))
+
+
+def finished(started: dict[str, jax.Array]) -> dict[str, int]:
+    """The same of sums that `start_checksums` has started."""
     own = own_shares(started)
     spread = not all(x.is_fully_addressable for x in started.values())
     return add_shares(started, own, distributed.gathered(own) if spread else [own])

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
-from stablelm_jax.checkpoint.checksum import checksums, host_checksum
+from stablelm_jax.checkpoint.checksum import finished, host_checksum, start_checksums
 from stablelm_jax.checkpoint.names import REMEDY, checkpoint_path, checkpoint_step
-from stablelm_jax.model.parameters import nest
+from stablelm_jax.model.parameters import flatten, nest
 from stablelm_jax.storage.files import what_is
 from stablelm_jax.storage.remote import described, is_url, retried
 
 FORMAT_VERSION = 2
+_READERS = 4  # leaves that are read at once, and so held by the host
+_ALIGNMENT = 64  # bytes
 _ELSE = "use another checkpoint"
 _OF_THE_HOST = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
 
@@ -83,12 +88,28 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
     Raises:
       DamagedCheckpoint: a leaf is missing, has another shape, or its bits have changed.
     """
-    path = checkpoint_path(path)
-    wanted = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-    restored = _restore(path, wanted)
-    arrays = {name: restored[name] for name in abstract}
-    _compare(path, run["checksums"], checksums(arrays))
-    return arrays
+    path, context, wanted = checkpoint_path(path), _context(), flatten(abstract)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaves, started = {}, {}
+
+    def read(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        stored, parts = _open(path, name, like.shape, like.dtype, context), {}
+
+        def part(index):  # devices that hold the same one share one reading
+            key = str(index)
+            if key not in parts:
+                parts[key] = _read(stored[index])
+            return parts[key]
+
+        return jax.make_array_from_callback(like.shape, like.sharding or here, part)
+
+    with _refused(path), ThreadPoolExecutor(_READERS) as pool:
+        # The devices sum a leaf while the next ones are read.
+        for name, leaf in zip(wanted, pool.map(read, wanted, wanted.values())):
+            leaves[name] = leaf
+            started |= start_checksums({name: leaf})
+    _compare(path, run["checksums"], finished(started))
+    return nest(leaves)
 
 
 def read_leaves(
@@ -98,31 +119,61 @@ def read_leaves(
 
     Checked, and refused, as by `read_arrays`.
     """
-    path = checkpoint_path(path)
+    path, context = checkpoint_path(path), _context()
     for name, shape in shapes.items():
-        wanted = nest({name: jax.ShapeDtypeStruct(shape, "float32")})
-        # Without `restore_args` Orbax would give jax arrays, on the devices of the run.
-        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restore = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
-        (leaf,) = jax.tree.leaves(_restore(path, {"params": restore})["params"])
-        if leaf.shape != shape:
-            raise DamagedCheckpoint(f"{path}: params/{name} is {leaf.shape}, not {shape}; {_ELSE}")
+        with _refused(path):
+            leaf = _read(_open(path, f"params/{name}", shape, "float32", context))
         _compare(path, run["checksums"], {f"params/{name}": host_checksum(leaf)})
         yield name, leaf
 
 
-def _restore(path: epath.Path, items: dict[str, Any]) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as reader:
-        try:
-            return reader.restore(path, args=ocp.args.Composite(**items))
-        except Exception as error:  # from JSON, msgpack, tensorstore, asyncio or the device
-            # Too little memory or a missing permission is not the checkpoint's fault: another start
-            # may read it. Of several processes each reads its own part, while the others wait for
-            # it inside Orbax. There a person decides; else the run goes on from an older one.
-            ends = isinstance(error, MemoryError | PermissionError) or jax.process_count() > 1
-            ends = ends or any(text in str(error) for text in _OF_THE_HOST)
-            kind = CheckpointError if ends else DamagedCheckpoint
-            raise kind(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
+def _context() -> ts.Context:
+    """What the leaves of one reading share: the index of what lies where."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})
+
+
+def _open(
+    path: epath.Path, name: str, shape: tuple[int, ...], dtype: Any, context: ts.Context
+) -> ts.TensorStore:
+    """The stored leaf "ITEM/a/b" of a checkpoint, as Orbax lays it out."""
+    item, _, leaf = name.partition("/")
+    scheme, _, place = f"{path / item}/".rpartition("://")
+    base = {"driver": "file", "path": place}
+    if scheme:
+        bucket, _, key = place.partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": key}
+    store = {"driver": "ocdbt", "base": base, "path": leaf.replace("/", ".")}
+    spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+    stored = ts.open(spec, open=True, read=True, context=context).result()
+    if (stored.shape, stored.dtype.numpy_dtype) != (shape, np.dtype(dtype)):
+        what = f"{stored.dtype.name} {stored.shape}"
+        raise ValueError(f"{name} is {what}, not {np.dtype(dtype)} {shape}")
+    return stored
+
+
+def _read(stored: ts.TensorStore) -> np.ndarray:
+    """Into memory that starts where a device of the CPU takes it as it is, without a copy."""
+    dtype = stored.dtype.numpy_dtype
+    room = np.empty(stored.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    found = room[start : start + stored.size * dtype.itemsize].view(dtype).reshape(stored.shape)
+    ts.array(found).write(stored.translate_to[(0,) * stored.rank]).result()
+    return found
+
+
+@contextlib.contextmanager
+def _refused(path: epath.Path) -> Iterator[None]:
+    """What fails inside becomes a CheckpointError."""
+    try:
+        yield
+    except Exception as error:  # from tensorstore or the device
+        # Too little memory or a missing permission is not the checkpoint's fault: another start
+        # may read it. Of several processes each reads its own part, while the others wait for
+        # its sums. There a person decides; else the run goes on from an older one.
+        ends = isinstance(error, MemoryError | PermissionError) or jax.process_count() > 1
+        ends = ends or any(text in str(error) for text in _OF_THE_HOST)
+        kind = CheckpointError if ends else DamagedCheckpoint
+        raise kind(f"{path} cannot be read: {described(error)}; {_ELSE}") from error
 
 
 def _compare(path: epath.Path, recorded: dict[str, int], found: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit; what is damaged, half or of another kind is refused."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stablelm_jax.checkpoint import saving
 from stablelm_jax.checkpoint import store as store_module
 from stablelm_jax.checkpoint.reading import (
     CheckpointError,
     DamagedCheckpoint,
     read_arrays,
+    read_leaves,
     read_run,
 )
 from stablelm_jax.checkpoint.saving import write_checkpoint
@@ -71,6 +74,33 @@ def test_a_checkpoint_is_restored_on_another_mesh(written):
     kernel = arrays["params"]["layers"]["kernel"]
     assert kernel.sharding == place
     np.testing.assert_array_equal(kernel, saved[0]["params"]["layers"]["kernel"])
+
+
+@pytest.mark.parametrize("chunk, compressed", [(256, False), (None, True)])
+def test_leaves_in_chunks_and_compressed_ones_of_earlier_versions_come_back(
+    written, monkeypatch, chunk, compressed
+):
+    handler = saving.ocp.PyTreeCheckpointHandler
+    as_then = functools.partial(handler, use_compression=compressed)
+    monkeypatch.setattr(saving, "_CHUNK", chunk)
+    monkeypatch.setattr(saving.ocp, "PyTreeCheckpointHandler", lambda **_: as_then())
+    saved = random_checkpoint(4, shape=(64, 24))
+    path = written(saved)
+    stored = json.loads((path / "params/array_metadatas/process_0").read_text())
+    shapes = [leaf["array_metadata"]["chunk_shape"] for leaf in stored["array_metadatas"]]
+    assert ([64, 24] in shapes) == compressed
+    place = NamedSharding(make_mesh(4, 2), P("data", "model"))
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved[0]["params"]
+    )
+    found = read_arrays(path, {"params": like}, read_run(path))
+    jax.tree.map(np.testing.assert_array_equal, found["params"], saved[0]["params"])
+    (leaf,) = (x for _, x in read_leaves(path, {"layers/kernel": (64, 24)}, read_run(path)))
+    np.testing.assert_array_equal(leaf, saved[0]["params"]["layers"]["kernel"])
+    with saving.ocp.Checkpointer(handler()) as reader:  # as Orbax alone finds them
+        jax.tree.map(
+            np.testing.assert_array_equal, reader.restore(path / "params"), found["params"]
+        )
 
 
 @pytest.mark.parametrize("leaf", ["params/layers/kernel", "optimizer/m/layers/kernel"])
