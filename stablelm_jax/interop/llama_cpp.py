@@ -1,20 +1,28 @@
 """llama.cpp (PyPI `cyllama`), which runs GGUF files, in this process.
 
-T tokens of a text, N of all texts of a call, V vocabulary.
+    python -m stablelm_jax.interop.llama_cpp FILE.gguf TOKENS  # speed and memory, as JSON
+
+N tokens of all texts of a call, V vocabulary. No jax here: it would be in the memory measured.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
-from collections.abc import Iterable, Sequence
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stablelm_jax.interop.verify import PROMPT
-from stablelm_jax.tokenizer.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from stablelm_jax.tokenizer.tokenizer import Tokenizer
 
 INSTALL = "pip install 'stablelm_jax[edge]'"
 _MOST_TEXTS = 256  # of one call: llama.cpp's LLAMA_MAX_SEQ
@@ -81,6 +89,8 @@ class LlamaCpp:
 
     def check_tokens(self, tokenizer: Tokenizer) -> None:
         """ValueError where the file makes other tokens of a text than `tokenizer`."""
+        from stablelm_jax.interop.verify import PROMPT
+
         if self.tokenize(PROMPT) != tokenizer.encode(PROMPT):
             raise ValueError(
                 f"llama.cpp makes other tokens of a text with {self.path.name} than "
@@ -96,33 +106,36 @@ class LlamaCpp:
             found.append(self._decode([(n, range(len(ids)), ids) for n, ids in part]))
         return np.concatenate(found)
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """[V] after the last token of a text, which `follow` goes on with."""
-        self._context.kv_cache_clear(True)
-        return self._decode([(0, range(len(ids)), ids)], every=False)[-1]
-
-    def follow(self, token: int, place: int) -> np.ndarray:
-        """[V] after one more token, at its place in the text from 0 on."""
-        return self._decode([(0, [place], [token])])[-1]
-
     def generate(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` tokens that follow, each the likeliest; an end of text does not end it."""
-        new = [int(self.read(ids).argmax())]
+        self._context.kv_cache_clear(True)
+        new, unread = [], (0, range(len(ids)), ids)
         while len(new) < count:
-            new.append(int(self.follow(new[-1], len(ids) + len(new) - 1).argmax()))
+            new.append(int(self._decode([unread], [-1])[0].argmax()))
+            unread = (0, [len(ids) + len(new) - 1], new[-1:])
         return new
 
+    def read(self, ids: Sequence[int], first: int = 0) -> None:
+        """Reads a text's tokens from place `first` on, behind those already read, for the last
+        one's logits, which stay where they are."""
+        if first == 0:
+            self._context.kv_cache_clear(True)
+        self._decode([(0, range(first, first + len(ids)), ids)], [])
+        self._context.synchronize()
+
     def _decode(
-        self, texts: Iterable[tuple[int, Iterable[int], Sequence[int]]], every: bool = True
+        self,
+        texts: Iterable[tuple[int, Iterable[int], Sequence[int]]],
+        wanted: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """`texts`: number, places and ids of each; logits after every token, or the last alone."""
+        """`texts`: number, places and ids of each. Logits of all tokens, or of the `wanted`."""
         tokens = [(t, p, n) for n, places, ids in texts for p, t in zip(places, ids)]
-        count = len(tokens)
+        count, every = len(tokens), wanted is None
         batch = self._library.LlamaBatch(n_tokens=count, embd=0, n_seq_max=1)
         for index, (token, place, number) in enumerate(tokens):
             batch.add(int(token), place, [number], every or index == count - 1)
         self._context.decode(batch)
-        wanted = range(count) if every else [-1]
+        wanted = range(count) if every else wanted
         found = np.empty((len(wanted), self.vocab_size), np.float32)
         for row, index in enumerate(wanted):  # each comes as a list of Python's floats
             found[row] = self._context.get_logits_ith(index)
@@ -152,3 +165,56 @@ def _load(library, path: str | Path, num_tokens: int, exact: bool, threads: int 
 def num_processors() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def time_reading(
+    read: Callable[[Sequence[int], int], None], vocab_size: int, prompt: int, repeats: int = 5
+) -> dict[str, Any]:
+    """Tokens a second of `read(ids, first)` with a prompt at once and then 64 one by one: medians.
+
+    What the tokens are plays no part, nor does choosing them.
+    """
+    ids = np.random.default_rng(0).integers(0, vocab_size, prompt + 64).tolist()
+    read(ids[:prompt], 0)  # what is loaded or compiled when first needed
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        read(ids[:prompt], 0)
+        middle = time.perf_counter()
+        for place in range(prompt, prompt + 64):
+            read(ids[place : place + 1], place)
+        seconds.append((middle - start, time.perf_counter() - middle))
+    reading, writing = (statistics.median(times) for times in zip(*seconds))
+    return {
+        "prompt_tokens": prompt,
+        "read_tokens_per_second": prompt / reading,
+        "write_tokens_per_second": 64 / writing,
+        "repeats": repeats,
+        "cores": num_processors(),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most, mapped files among them."""
+    status = Path("/proc/self/status")  # getrusage's would be the parent's, where that held more
+    if status.exists():
+        (line,) = (
+            line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM")
+        )
+        return 1024 * int(line.split()[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def main(path: str, num_tokens: str) -> None:
+    """Prints speed, and the memory that the file takes over what Python and the library take."""
+    import cyllama.llama.llama_cpp  # noqa: F401
+
+    before = peak_memory()
+    llama = LlamaCpp(path, int(num_tokens), exact=False)
+    found = time_reading(llama.read, llama.vocab_size, int(num_tokens) - 64)
+    print(json.dumps(found | {"memory_bytes": peak_memory() - before}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

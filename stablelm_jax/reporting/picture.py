@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,38 @@ def draw_documents(found: Mapping[str, Any], path: Path) -> None:
     told = found["languages"] or {"not told": 0}
     languages.barh(list(told)[:12][::-1], list(told.values())[:12][::-1], color="C1")
     languages.set(xlabel="documents", title="Of a sample, by language")
+    _save(figure, path)
+
+
+def draw_edge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the rows of `report --edge` into a PNG: KL, and bits a byte, against size, labelled.
+
+    The row without a KL is the model itself: a line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    files = [row for row in rows if row.get("kl_mean") is not None]
+    programs = list(dict.fromkeys(row["program"].split(" ")[0] for row in files))
+    for number, program in enumerate(programs):
+        mine = [row for row in files if row["program"].startswith(program)]
+        megabytes = [row["bytes"] / 1e6 for row in mine]
+        dots = {"color": f"C{number}", "markeredgecolor": "black", "label": program}
+        for axes, key in zip(panels, ("kl_mean", "bits_per_byte")):
+            axes.plot(megabytes, [row[key] for row in mine], "o", **dots)
+            for row, x in zip(mine, megabytes):
+                place = {"xytext": (7, 3 - 11 * (number % 2)), "textcoords": "offset points"}
+                axes.annotate(row["type"], (x, row[key]), fontsize=9, **place)
+    for row in rows:
+        if row not in files:
+            panels[1].axhline(row["bits_per_byte"], color="black", linestyle=":", label=row["type"])
+    panels[0].set(yscale="log", ylabel="nats a token", title="KL from the unquantised model")
+    panels[1].set(ylabel="bits a byte", title="Held-out text")
+    for axes in panels:
+        axes.set(xlabel="MB")
+        axes.margins(x=0.12)
+    panels[1].legend(fontsize=9)
     _save(figure, path)
 
 

@@ -2,14 +2,13 @@
 
 import json
 import types
-from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from edge_files import config_of, write_files
 from scipy.special import log_softmax, rel_entr, softmax
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stablelm_jax import convert, evaluate
 from stablelm_jax.checkpoint.saved_model import SavedModel
@@ -37,36 +36,13 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(llama_cpp, "num_processors", lambda: 1)
 
 
-def write_bytes_tokenizer(path):
-    """Bytes, one merge and `<|endoftext|>`: llama.cpp reads no tokenizer of words."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = {token: number for number, token in enumerate([*letters, "th"])}
-    tokenizer = Tokenizer(models.BPE(tokens, [("t", "h")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(path))
-    return path
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """(data, checkpoint of random weights, its float32 file)."""
-    folder = tmp_path_factory.mktemp("files")
-    with mock.patch.object(tiny, "write_tokenizer", write_bytes_tokenizer):
-        data = tiny.write_data(folder / "data")
-    with mock.patch.object(tiny, "tiny_config", config_of):
-        checkpoint = tiny.write_parent(folder / "global_step3", data)
-    out = folder / "model.gguf"
+    data, checkpoint = write_files(tmp_path_factory.mktemp("files"))
+    out = checkpoint.parent / "model.gguf"
     assert convert.main(["to-gguf", str(checkpoint), str(out), "--type=f32", "--no-verify"]) == 0
     return data, checkpoint, out
-
-
-_tiny_config = tiny.tiny_config
-
-
-def config_of(data, **overrides):
-    return _tiny_config(data, **{"model.vocab_size": 320, **overrides})
 
 
 @pytest.mark.parametrize("rows", ROWS)
