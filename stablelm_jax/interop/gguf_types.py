@@ -65,6 +65,8 @@ BLOCKS = {
     Type.IQ4_XS: Blocks(slice(8, 136), 0x00, 0xFF, _IQ4_STEP, _16, 32 * 127 * 2**-25),
 }
 _BY_LLAMA_CPP = set(_FALL_BACK) | {Type.IQ4_NL}
+# Given importance, llama.cpp refits the scale of these after it has chosen the codes.
+_REFITTED = {Type.Q4_0, Type.Q5_0, Type.Q5_1}
 _BLOCKS_AT_ONCE = 1 << 14  # up to 17 MB of values, several times
 
 
@@ -136,7 +138,7 @@ def rounded(values: np.ndarray, type_: Type, importance: np.ndarray | None = Non
     """
     if not np.isfinite(values).all():
         raise ValueError("holds values that are not finite")
-    if type_ in _BY_LLAMA_CPP:
+    if type_ in _BY_LLAMA_CPP or (importance is not None and type_ in _REFITTED):
         return _rounded_by_llama_cpp(values, type_, importance)
     with np.errstate(over="ignore"):
         found = gguf.quants.quantize(values, type_)
@@ -193,10 +195,11 @@ def explains(
     block: it is off by half a step at most, and beyond the lowest or highest level has that one.
     How far a block reaches is llama.cpp's choice: scales are searched for a small weighted error,
     which may cut a value off. So where a block has lost half of its squares, as one whose scale
-    was damaged would have, the whole is rounded again and must be the same bytes.
+    was damaged would have, the whole is rounded again and must be the same bytes. So must types
+    without blocks, and those whose codes are not the nearest of the scale as it is in the end.
     """
-    if type_ not in BLOCKS:
-        return np.array_equal(data, rounded(values, type_))
+    if type_ not in BLOCKS or (importance is not None and type_ in _REFITTED):
+        return np.array_equal(data, rounded(values, type_, importance))
     layout, (block_values, block_bytes) = BLOCKS[type_], gguf.GGML_QUANT_SIZES[type_]
     blocks, wanted = data.reshape(-1, block_bytes), values.reshape(-1, block_values)
     for first in range(0, len(blocks), _BLOCKS_AT_ONCE):

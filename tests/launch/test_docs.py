@@ -54,7 +54,7 @@ def pages(site):
     return {
         urljoin(HERE, path.relative_to(site).as_posix().removesuffix("index.html")): Links(path)
         for path in site.rglob("*.html")
-        if path.name != "404.html"  # its addresses are the server's own
+        if path.is_file() and path.name != "404.html"  # its addresses are the server's own
     }
 
 
