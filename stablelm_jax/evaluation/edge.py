@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -44,6 +43,7 @@ Row = dict[str, Any]
 _COLUMNS: tuple[tuple[str, Callable[[Row], Any], str], ...] = (
     ("MB", lambda row: row["bytes"] / 1e6, ".1f"),
     ("bits a weight", lambda row: row["bits_per_weight"], ".2f"),
+    ("nats a token", lambda row: row["held_out"]["eval/loss"], ".4f"),
     ("bits a byte", lambda row: row["bits_per_byte"], ".4f"),
     ("KL, nats", lambda row: row.get("kl_mean"), ".1e"),
     ("KL, 99 %", lambda row: row.get("kl_p99"), ".1e"),
@@ -107,8 +107,10 @@ class Edge:
             differences = Differences(run)
             eval_step = eval_step_of(logits, run, differences)
         line = evaluate_held_out(eval_step, self._params, run.held_out(), run.mesh, run.objective)
-        bits = [line.get(f"eval/bits_per_byte/{source}", math.nan) for source in run.sources]
-        found = {"bits_per_byte": float(np.nanmean(bits)), "held_out": line}
+        bits = [line.get(f"eval/bits_per_byte/{source}") for source in run.sources]
+        bits = [value for value in bits if value is not None]  # conversations have none
+        mean = float(np.mean(bits)) if bits else None
+        found = {"bits_per_byte": mean, "held_out": line}
         if differences:
             kl = np.array(differences.kl)
             found |= {"kl_mean": float(kl.mean()), "kl_p99": float(np.percentile(kl, 99))}

@@ -97,28 +97,31 @@ def draw_documents(found: Mapping[str, Any], path: Path) -> None:
 def draw_edge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the rows of `report --edge` into a PNG: KL, and bits a byte, against size, labelled.
 
-    The row without a KL is the model itself: a line.
+    The row without a KL is the model itself: a line. Of conversations it is nats a token.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 2)
     files = [row for row in rows if row.get("kl_mean") is not None]
+    in_bits = all(row["bits_per_byte"] is not None for row in rows)
+    worth = {r["type"]: r["bits_per_byte"] if in_bits else r["held_out"]["eval/loss"] for r in rows}
     programs = list(dict.fromkeys(row["program"].split(" ")[0] for row in files))
     for number, program in enumerate(programs):
         mine = [row for row in files if row["program"].startswith(program)]
         megabytes = [row["bytes"] / 1e6 for row in mine]
         dots = {"color": f"C{number}", "markeredgecolor": "black", "label": program}
-        for axes, key in zip(panels, ("kl_mean", "bits_per_byte")):
-            axes.plot(megabytes, [row[key] for row in mine], "o", **dots)
+        for axes, values in zip(panels, ({r["type"]: r["kl_mean"] for r in mine}, worth)):
+            axes.plot(megabytes, [values[row["type"]] for row in mine], "o", **dots)
             for row, x in zip(mine, megabytes):
                 place = {"xytext": (7, 3 - 11 * (number % 2)), "textcoords": "offset points"}
-                axes.annotate(row["type"], (x, row[key]), fontsize=9, **place)
+                axes.annotate(row["type"], (x, values[row["type"]]), fontsize=9, **place)
     for row in rows:
         if row not in files:
-            panels[1].axhline(row["bits_per_byte"], color="black", linestyle=":", label=row["type"])
+            panels[1].axhline(worth[row["type"]], color="black", linestyle=":", label=row["type"])
     panels[0].set(yscale="log", ylabel="nats a token", title="KL from the unquantised model")
-    panels[1].set(ylabel="bits a byte", title="Held-out text")
+    unit = "bits a byte" if in_bits else "nats a token"
+    panels[1].set(ylabel=unit, title="Held-out text")
     for axes in panels:
         axes.set(xlabel="MB")
         axes.margins(x=0.12)

@@ -50,7 +50,9 @@ def test_every_type_is_measured_once_against_the_checkpoint_and_stands_in_the_ta
     said = capsys.readouterr().out
     assert "1,234" in said and "128 held-out tokens" in said and "Speed on 2 cores" in said
     lines = (folder / "edge.md").read_text("utf-8").splitlines()
-    assert lines[0].startswith("| type | MB | bits a weight | bits a byte | KL, nats |")
+    assert lines[0].startswith(
+        "| type | MB | bits a weight | nats a token | bits a byte | KL, nats |"
+    )
     assert lines[4].startswith("| q4_0 |") and "| 57 | 9 |" in lines[4] and "tasks" not in lines[0]
     assert (folder / "edge.png").read_bytes()[:4] == b"\x89PNG"
 
