@@ -12,15 +12,17 @@ from gguf import GGMLQuantizationType as Type
 from small_models import KINDS, random_params, write_checkpoint
 
 from stablelm_jax import convert
+from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.interop import gguf_export, gguf_types, llama_cpp
 from stablelm_jax.interop.gguf_types import BLOCKS, explains, rounded
 from stablelm_jax.model.config import ModelConfig
 
 PUBLISHED = ModelConfig(100352, 24, 2048, 32, 32, 5632)  # the 1.6B
-WIDE = dataclasses.replace(KINDS["1.6b"], width=256, feed_forward_width=512)
+WIDE = dataclasses.replace(KINDS["1.6b"], width=256, feed_forward_width=96, num_layers=8)
 LLAMA_CPP = pytest.mark.skipif(
     not importlib.util.find_spec("xllamacpp"), reason="rounds by llama.cpp: the extra edge"
 )
+_OFTEN = ("q2_k", "q3_k_m", "iq4_xs", "q5_k_m")
 BY_LLAMA_CPP = [name for name in gguf_types.FILE_TYPES if gguf_types.needs_llama_cpp(name)]
 
 
@@ -194,6 +196,13 @@ def checkpoint(tmp_path_factory, tokenizer_file):
     return write_checkpoint(folder / "global_step7", WIDE, random_params(WIDE), tokenizer_file)
 
 
+@pytest.fixture(scope="module")
+def f32_file(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("f32") / "f32.gguf"
+    gguf_export.write_file(SavedModel.open(checkpoint), out, "f32")
+    return out
+
+
 def run(*arguments):
     return convert.main([str(argument) for argument in arguments])
 
@@ -216,12 +225,34 @@ def test_a_file_of_llama_cpps_rounding_is_checked_and_computed(
 
 
 @LLAMA_CPP
-def test_it_is_said_which_tensors_fall_back_and_to_what(tmp_path, tokenizer_file, capsys):
-    model = dataclasses.replace(WIDE, feed_forward_width=96, num_layers=8)
-    source = write_checkpoint(
-        tmp_path / "global_step1", model, random_params(model), tokenizer_file
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "file_type",
+    [x if x in _OFTEN else pytest.param(x, marks=pytest.mark.by_hand) for x in BY_LLAMA_CPP],
+)
+def test_every_byte_is_that_of_llama_cpps_own_quantiser(checkpoint, f32_file, tmp_path, file_type):
+    """On 8 layers with rows of 256 and of 96, which fall back."""
+    library = pytest.importorskip("cyllama.llama.llama_cpp")
+    library.disable_logging()
+    params = library.LlamaModelQuantizeParams()
+    params.ftype = gguf.LlamaFileType[f"MOSTLY_{file_type.upper()}"].value
+    params.nthread = 1
+    library.model_quantize(str(f32_file), str(tmp_path / "theirs.gguf"), params)
+    gguf_export.write_file(SavedModel.open(checkpoint), tmp_path / "ours.gguf", file_type)
+    ours, theirs = (
+        {
+            tensor.name: (tensor.tensor_type, tensor.data.tobytes())
+            for tensor in gguf.GGUFReader(tmp_path / name).tensors
+        }
+        for name in ("ours.gguf", "theirs.gguf")
     )
-    assert run("to-gguf", source, tmp_path / "m.gguf", "--type=q4_k_m", "--no-verify") == 0
+    different = [name for name in ours if ours[name] != theirs.pop(name)]
+    assert not different and not theirs
+
+
+@LLAMA_CPP
+def test_it_is_said_which_tensors_fall_back_and_to_what(checkpoint, tmp_path, capsys):
+    assert run("to-gguf", checkpoint, tmp_path / "m.gguf", "--type=q4_k_m", "--no-verify") == 0
     said = capsys.readouterr().err
     assert "4 tensors, such as blk.0.ffn_down.weight, have rows of 96 values, no whole" in said
     assert "number of q6_k blocks: stored as q8_0" in said
