@@ -161,47 +161,47 @@ def show_edge(
         return whole | edge.quality(None)
 
     edge.row(UNQUANTISED, ours, dict)
+    length = str(edge.run.spec.sequence_length)
     for file_type in types:
         weighted = imatrix if gguf_types.needs_llama_cpp(file_type) else None
         kind = f"{file_type}-imatrix" if weighted else file_type
         path = edge.folder / f"{edge.saved.name}-{kind}.gguf"
         console.print(f"{kind}: {path.name}", soft_wrap=True)
-        write = functools.partial(_write, edge, path, file_type, weighted)
-        measure = functools.partial(_measure, edge, path, write, tasks, task_data)
-        edge.row(kind, measure, functools.partial(_speed, edge, path), again)
-    write_report(edge, console)
+        measure = functools.partial(_measure, edge, path, file_type, weighted, tasks, task_data)
+        timing = ("-m", "stablelm_jax.interop.llama_cpp", str(path), length)
+        edge.row(kind, measure, functools.partial(in_fresh_process, *timing), again)
+    _write_report(edge, console)
 
 
-def write_report(edge: Edge, console: Console) -> None:
+def _write_report(edge: Edge, console: Console) -> None:
     """Table, JSON, Markdown and picture of all rows that are there."""
     rows = edge.rows()
-    table = _table(f"{edge.saved.path}", rows)
+    (headings, *lines), notes = _cells(rows), _notes(rows)
+    table = Table(*headings, title=str(edge.saved.path), title_justify="left")
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
-    for note in _notes(rows):
-        console.print(note, soft_wrap=True)
+    console.print(*notes, sep="\n", soft_wrap=True)
     write_json(edge.folder / "edge.json", rows)
-    write_text(edge.folder / "edge.md", _markdown(rows))
+    markdown = [f"| {' | '.join(x)} |" for x in (headings, ["---"] * len(headings), *lines)]
+    write_text(edge.folder / "edge.md", "\n".join([*markdown, "", "\n\n".join(notes), ""]))
     draw_edge(rows, edge.folder / "edge.png")
     console.print(f"{edge.folder}/edge.json, edge.md, edge.png", soft_wrap=True)
-
-
-def _write(edge: Edge, path: Path, file_type: str, imatrix: Path | None) -> None:
-    options = {"tokenizer": None, "verify": True, "force": False}
-    if imatrix:
-        options |= {"imatrix": imatrix, "imatrix_rows": _IMATRIX_ROWS}
-    to_gguf(str(edge.saved.path), path, file_type=file_type, **options)
 
 
 def _measure(
     edge: Edge,
     path: Path,
-    write: Callable[[], None],
+    file_type: str,
+    imatrix: Path | None,
     tasks: Sequence[str],
     task_data: str | None,
 ) -> Row:
     """Writes the file where it is not there yet."""
     if not path.exists():
-        write()
+        how = {"tokenizer": None, "verify": True, "force": False}
+        how |= {"imatrix": imatrix, "imatrix_rows": _IMATRIX_ROWS} if imatrix else {}
+        to_gguf(str(edge.saved.path), path, file_type=file_type, **how)
     llama = open_gguf(str(path), edge.run)
     row = {"program": llama_cpp.name(), "file": path.name, "bytes": path.stat().st_size}
     row |= {"bits_per_weight": llama.bits_per_weight} | edge.quality(llama.logits)
@@ -222,14 +222,11 @@ def _tasks(saved: SavedModel, path: Path, names: Sequence[str], data: str | None
     return {"tasks": found["tasks"], "tasks_mean": float(np.mean(values)) if values else None}
 
 
-def _speed(edge: Edge, path: Path) -> Row:
-    """In a process of its own, so that the memory is that of the file alone."""
-    length = str(edge.run.spec.sequence_length)
-    return in_fresh_process("-m", "stablelm_jax.interop.llama_cpp", str(path), length)
-
-
 def in_fresh_process(*command: str) -> Row:
-    """The JSON that a command of this Python prints; ValueError where it fails."""
+    """The JSON that a command of this Python prints; ValueError where it fails.
+
+    In a process of its own the memory is that of one file alone.
+    """
     done = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
@@ -244,23 +241,6 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
         if any(x is not None for x in found):
             columns.append((heading, ["" if x is None else format(x, form) for x in found]))
     return [[h for h, _ in columns], *(list(line) for line in zip(*(c for _, c in columns)))]
-
-
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
-    headings, *lines = _cells(rows)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "type" else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    headings, *lines = _cells(rows)
-    cells = [headings, ["---"] * len(headings), *lines]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in cells)
-    return table + "".join(f"\n{note}\n" for note in _notes(rows))
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -21,6 +21,7 @@ from stablelm_jax.checkpoint.saved_model import SavedModel
 from stablelm_jax.data.position import DataPosition
 from stablelm_jax.evaluation.scoring import Answer, Request
 from stablelm_jax.interop.llama_cpp import LlamaCpp
+from stablelm_jax.interop.verify import log_softmax
 from stablelm_jax.model.transformer import logits as our_logits
 from stablelm_jax.training.held_out import EvalStep
 from stablelm_jax.training.setup import Run, prepare_run
@@ -145,18 +146,12 @@ def _texts(row: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
 
 def nll(logits_NV: np.ndarray, targets_N: np.ndarray) -> np.ndarray:
     """Negative log likelihood of each target, nats, float64 [N]."""
-    found = [
-        -_log_softmax(logits_NV[start:][:_AT_A_TIME])[np.arange(len(targets)), targets]
-        for start in range(0, len(targets_N), _AT_A_TIME)
-        for targets in (targets_N[start:][:_AT_A_TIME],)
-    ]
-    return np.concatenate(found)
-
-
-def _log_softmax(x_NV: np.ndarray) -> np.ndarray:
-    x_NV = x_NV.astype(np.float64)
-    x_NV -= x_NV.max(-1, keepdims=True)
-    return x_NV - np.log(np.exp(x_NV).sum(-1, keepdims=True))
+    found_N = np.empty(len(targets_N))
+    for start in range(0, len(targets_N), _AT_A_TIME):
+        part = slice(start, start + _AT_A_TIME)
+        logs_NV = log_softmax(logits_NV[part].astype(np.float64))
+        found_N[part] = -np.take_along_axis(logs_NV, targets_N[part, None], axis=1)[:, 0]
+    return found_N
 
 
 class Differences:
@@ -184,7 +179,8 @@ class Differences:
         ours_NV, theirs_NV = ours_TV[places_N[counted_N]], theirs_NV[counted_N]
         self.same += (ours_NV.argmax(-1) == theirs_NV.argmax(-1)).tolist()
         for start in range(0, len(ours_NV), _AT_A_TIME):
-            ours, theirs = (_log_softmax(x[start:][:_AT_A_TIME]) for x in (ours_NV, theirs_NV))
+            parts = (x[start:][:_AT_A_TIME].astype(np.float64) for x in (ours_NV, theirs_NV))
+            ours, theirs = map(log_softmax, parts)
             self.kl += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
 
 

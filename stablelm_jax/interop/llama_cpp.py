@@ -106,39 +106,26 @@ class LlamaCpp:
             found.append(self._decode([(n, range(len(ids)), ids) for n, ids in part]))
         return np.concatenate(found)
 
-    def generate(self, ids: Sequence[int], count: int) -> list[int]:
-        """The `count` tokens that follow, each the likeliest; an end of text does not end it."""
-        self._context.kv_cache_clear(True)
-        new, unread = [], (0, range(len(ids)), ids)
-        while len(new) < count:
-            new.append(int(self._decode([unread], [-1])[0].argmax()))
-            unread = (0, [len(ids) + len(new) - 1], new[-1:])
-        return new
-
     def read(self, ids: Sequence[int], first: int = 0) -> None:
         """Reads a text's tokens from place `first` on, behind those already read, for the last
         one's logits, which stay where they are."""
         if first == 0:
             self._context.kv_cache_clear(True)
-        self._decode([(0, range(first, first + len(ids)), ids)], [])
+        self._decode([(0, range(first, first + len(ids)), ids)], every=False)
         self._context.synchronize()
 
     def _decode(
-        self,
-        texts: Iterable[tuple[int, Iterable[int], Sequence[int]]],
-        wanted: Sequence[int] | None = None,
+        self, texts: Iterable[tuple[int, Iterable[int], Sequence[int]]], every: bool = True
     ) -> np.ndarray:
-        """`texts`: number, places and ids of each. Logits of all tokens, or of the `wanted`."""
+        """`texts`: number, places and ids of each. Logits after every token, or none."""
         tokens = [(t, p, n) for n, places, ids in texts for p, t in zip(places, ids)]
-        count, every = len(tokens), wanted is None
-        batch = self._library.LlamaBatch(n_tokens=count, embd=0, n_seq_max=1)
-        for index, (token, place, number) in enumerate(tokens):
-            batch.add(int(token), place, [number], every or index == count - 1)
+        batch = self._library.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
+        for index, (token, place, number) in enumerate(tokens, 1):
+            batch.add(int(token), place, [number], every or index == len(tokens))
         self._context.decode(batch)
-        wanted = range(count) if every else wanted
-        found = np.empty((len(wanted), self.vocab_size), np.float32)
-        for row, index in enumerate(wanted):  # each comes as a list of Python's floats
-            found[row] = self._context.get_logits_ith(index)
+        found = np.empty((len(tokens) if every else 0, self.vocab_size), np.float32)
+        for index in range(len(found)):  # each comes as a list of Python's floats
+            found[index] = self._context.get_logits_ith(index)
         return found
 
 

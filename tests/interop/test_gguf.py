@@ -143,17 +143,15 @@ def test_transformers_computes_the_same_logits(written):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_llama_cpp_computes_the_same_logits_and_tokens(written, tokenizer_file):
+def test_llama_cpp_makes_the_same_tokens_and_computes_the_same_logits(written, tokenizer_file):
     pytest.importorskip("cyllama")
     model, params, out = written
     llama = llama_cpp.LlamaCpp(out, 64)
     ids = load_tokenizer(tokenizer_file).encode(TEXT)
     assert llama.tokenize(TEXT) == ids
-    new = llama.generate(ids, 8)
-    ours = verify.our_logits(model, nest(params), ids + new)
-    assert ours[len(ids) - 1 : -1].argmax(-1).tolist() == new
+    ours = verify.our_logits(model, nest(params), ids)
     assert np.ptp(ours) > 1  # there is something to compare
-    np.testing.assert_allclose(llama.logits([ids + new]), ours, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(llama.logits([ids]), ours, rtol=0, atol=1e-4)
 
 
 def test_texts_of_one_call_do_not_see_one_another(f32_file):
