@@ -80,11 +80,17 @@ def _sums(model: ModelConfig, params: Any, tokens_BT, segment_ids_BT, positions_
     """{name of a kernel: [L, I]}: sums over the counted tokens."""
     seen: dict[str, jax.Array] = {}
 
-    def fetch(name, group):
-        return _watched(name, group, note) if name == "layers" else group
-
     def note(name, x_NI):
         seen[name] = jnp.square(x_NI.astype(jnp.float32)).T @ counted_BT.reshape(-1)
+
+    def watched(path, leaf):
+        name = "/".join(key.key for key in path)
+        if not name.endswith("/kernel"):
+            return leaf
+        return _Watched(leaf, None, None, 1.0, functools.partial(note, f"layers/{name}"))
+
+    def fetch(name, group):
+        return group if name != "layers" else jax.tree.map_with_path(watched, group)
 
     inputs = tokens_BT, segment_ids_BT, positions_BT
     with jax.default_matmul_precision("float32"):
@@ -102,15 +108,6 @@ class _Watched(Adapted):
     def times(self, x_NI: jax.Array) -> jax.Array:
         self.note(x_NI)
         return x_NI @ self.kernel.astype(x_NI.dtype).reshape(x_NI.shape[-1], -1)
-
-
-def _watched(name: str, group: Any, note: Callable[[str, jax.Array], None]) -> Any:
-    if not isinstance(group, Mapping):
-        is_kernel = name.endswith("/kernel")
-        return (
-            _Watched(group, None, None, 1.0, functools.partial(note, name)) if is_kernel else group
-        )
-    return {key: _watched(f"{name}/{key}", part, note) for key, part in group.items()}
 
 
 def write_file(path: Path, importance: Mapping[str, np.ndarray], source: str) -> None:
