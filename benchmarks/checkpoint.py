@@ -6,16 +6,15 @@
     python benchmarks/checkpoint.py --smoke                      # shows in seconds that all runs
 
 Saved is a whole train state, float32 weights and two moments: 12 bytes a parameter, on all devices
-at hand. `blocked` is the time inside `save()`, checksums included, while which training stands;
-`whole after` that until the checkpoint is finished. Neither says where the bytes are: `on disk
-after` adds an fsync of every file, and GB/s (of the state's bytes) and the ratio go by it. Give a
---folder on the disk that is meant.
+at hand. `blocked` is the time inside `save()`, while which training stands; after `whole` the
+checkpoint is finished. `on disk after` adds an fsync of every file; GB/s (of the state's bytes) and
+the ratio go by it. Give a --folder on the disk that is meant.
 
-`async` is saved beside steps (products of matrices, 0.1 s of each), so that what a save takes from
-them shows; everybody else has the machine to himself. Orbax alone is the same library with its
-defaults and without our checksums; numpy.save fetches one leaf after the other and writes it. What
-is read back "from disk" was first dropped from the page cache, and everything read is compared with
-the state bit for bit. Contestants take turns; medians.
+Who saves "beside steps" has products of matrices done meanwhile, 0.1 s of each, so that what a save
+takes from them shows; everybody else has the machine to himself. Orbax alone is the same library
+with its defaults and without our checksums; numpy.save fetches one leaf after the other and writes
+it. What is read back "from disk" was first dropped from the page cache, and everything read is
+compared with the state bit for bit. Contestants take turns; medians.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,26 +66,21 @@ Step = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """`save` blocks training, `wait` returns when all of it is written."""
+    """`save` blocks training; `ended`, asked after every step, says whether all is written."""
 
     save: Callable[[], None]
-    wait: Callable[[], None]
+    ended: Callable[[], bool] = lambda: True
 
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """Seconds from the call on, and the bytes of the files."""
+    """Seconds from the call on, the bytes of the files, and steps: their median seconds alone and
+    during the save, all seconds that it took from them; zeros where there were none."""
 
     blocked: float
     whole: float
     on_disk: float
     bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """Median seconds of steps with nothing else and during a save; all that a save took."""
-
     alone: float
     during: float
     lost: float
@@ -109,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="checkpoint", dir=arguments.folder) as folder:
         _check_space(Path(folder), arrays)
         results = _race(Path(folder), arrays, 1 if arguments.smoke else arguments.repeats)
-        Console(width=150).print(_table(Path(folder), arrays, results))
+        Console(width=170).print(_table(Path(folder), arrays, results))
 
 
 def _model(arguments: argparse.Namespace) -> ModelConfig:
@@ -133,10 +126,6 @@ def _check_space(folder: Path, arrays: Arrays) -> None:
             f"{folder.parent}: {free / 1e9:.1f} GB are free, one checkpoint needs "
             f"{needed / 1e9:.1f}; give a larger disk by --folder or a smaller model"
         )
-
-
-# --------------------------------------------------------------------------------------------------
-# What is saved
 
 
 def train_state(model: ModelConfig) -> Arrays:
@@ -179,40 +168,36 @@ def _same_bits(a: Arrays, b: Arrays) -> jax.Array:
     return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, a, b))))
 
 
-# --------------------------------------------------------------------------------------------------
-# The contestants
-
-
 @contextlib.contextmanager
-def _ours(folder: Path, arrays: Arrays, *, asynchronous: bool = True) -> Iterator[Contestant]:
-    settings = SimpleNamespace(asynchronous=asynchronous, every_minutes=0, timeout_seconds=1800)
-    saver = Saver(settings, CheckpointStore(folder, keep_latest=1), _Teller())
+def _ours(folder: Path, arrays: Arrays) -> Iterator[Contestant]:
+    settings = SimpleNamespace(asynchronous=True, every_minutes=0, timeout_seconds=1800)
+    store = CheckpointStore(folder, keep_latest=1)
+    saver = Saver(settings, store, SimpleNamespace(tell=_end))
 
-    def make():
-        return arrays, {}
+    def ended():
+        saver.look()
+        return STEP in store.steps()
 
     with contextlib.closing(saver):
-        save, wait = (functools.partial(f, STEP, make) for f in (saver.save, saver.finish))
-        yield Contestant(save, wait)
+        yield Contestant(lambda: saver.save(STEP, lambda: (arrays, {})), ended)
 
 
-class _Teller:
-    """Ends the race where a save failed or was slow."""
-
-    def tell(self, event: str, text: str, **fields: Any) -> None:
-        raise SystemExit(f"{event}: {text}")
+def _end(event: str, text: str, **fields: Any) -> None:
+    raise SystemExit(f"{event}: {text}")  # a save failed or was slow
 
 
 @contextlib.contextmanager
 def _orbax(folder: Path, arrays: Arrays) -> Iterator[Contestant]:
-    handler = ocp.CompositeCheckpointHandler(*arrays)
-    with ocp.AsyncCheckpointer(handler) as checkpointer:
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*arrays)) as checkpointer:
 
         def save():
-            items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             checkpointer.save(folder / "orbax", args=ocp.args.Composite(**items))
 
-        yield Contestant(save, checkpointer.wait_until_finished)
+        def ended():
+            return not checkpointer._async_manager._thread.is_alive()
+
+        yield Contestant(save, ended)
 
 
 @contextlib.contextmanager
@@ -221,14 +206,15 @@ def _numpy(folder: Path, arrays: Arrays) -> Iterator[Contestant]:
         for number, leaf in enumerate(jax.tree.leaves(arrays)):
             np.save(folder / f"{number}.npy", jax.device_get(leaf))
 
-    yield Contestant(save, lambda: None)
+    yield Contestant(save)
 
 
-BESIDE_STEPS, PLAIN = "ours, async", "numpy.save"
+OURS, ORBAX, PLAIN, BESIDE = "ours", "Orbax alone", "numpy.save", ", beside steps"
 SAVERS = {
-    BESIDE_STEPS: _ours,
-    "ours, waited for": functools.partial(_ours, asynchronous=False),
-    "Orbax alone, async": _orbax,
+    OURS + BESIDE: _ours,
+    ORBAX + BESIDE: _orbax,
+    OURS: _ours,
+    ORBAX: _orbax,
     PLAIN: _numpy,
 }
 
@@ -251,11 +237,7 @@ def _read_numpy(folder: Path, arrays: Arrays) -> Arrays:
 
 
 # By who has saved; each with its name.
-READERS = {"ours, waited for": ("ours", _read_ours), PLAIN: ("numpy.load", _read_numpy)}
-
-
-# --------------------------------------------------------------------------------------------------
-# The race
+READERS = {OURS: (OURS, _read_ours), PLAIN: ("numpy.load", _read_numpy)}
 
 
 @dataclasses.dataclass
@@ -264,23 +246,20 @@ class Results:
 
     saves: dict[str, list[Save]] = dataclasses.field(default_factory=dict)
     restores: dict[tuple[str, str], list[float]] = dataclasses.field(default_factory=dict)
-    beside: list[Beside] = dataclasses.field(default_factory=list)
     checksums: list[float] = dataclasses.field(default_factory=list)
 
 
 def _race(folder: Path, arrays: Arrays, repeats: int) -> Results:
     results, step = Results(), _make_step()
-    console = Console(stderr=True, width=150)  # should a time limit end the call
+    console = Console(stderr=True, width=170)  # should a time limit end the call
     checksums(arrays)  # compiles, as once in a run
     for _ in range(repeats):
         results.checksums.append(_seconds(lambda: checksums(arrays)))
         for who, contestant in SAVERS.items():
             place = folder / "saved"
             place.mkdir()
-            beside_steps = step if who == BESIDE_STEPS else None
-            save, beside = _measure(contestant, place, arrays, beside_steps)
+            save = _save(contestant, place, arrays, step if BESIDE in who else None)
             results.saves.setdefault(who, []).append(save)
-            results.beside += beside
             console.print(f"{who}: blocked {save.blocked:.3f} s, on disk after {save.on_disk:.3f}")
             if who in READERS:
                 name, reader = READERS[who]
@@ -291,50 +270,24 @@ def _race(folder: Path, arrays: Arrays, repeats: int) -> Results:
     return results
 
 
-def _measure(
-    contestant: Callable, folder: Path, arrays: Arrays, step: Step | None
-) -> tuple[Save, list[Beside]]:
-    """One save of a copy: an array that was fetched once keeps what it gave the host."""
+def _save(contestant: Callable, folder: Path, arrays: Arrays, step: Step | None) -> Save:
+    """One save into the empty `folder`, `step` being done over and over until it is written."""
+    alone = [_seconds(step) for _ in range(STEPS_ALONE)] if step else [0.0]
+    during = []
+    # A copy, as an array that was fetched once keeps what it gave the host.
     copy = jax.block_until_ready(jax.tree.map(jnp.copy, arrays))
     with contestant(folder, copy) as saver:
-        if step is None:
-            return _save(saver, folder), []
-        save, beside = _save_beside(step, saver, folder)
-        return save, [beside]
-
-
-def _save(
-    saver: Contestant, folder: Path, meanwhile: Callable[[Future], None] | None = None
-) -> Save:
-    """One save into the empty `folder`; `meanwhile` is given what ends when it is written."""
-    with ThreadPoolExecutor(1) as pool:
         began = time.perf_counter()
         saver.save()
         blocked = time.perf_counter() - began
-        if meanwhile:
-            end = pool.submit(saver.wait)
-            meanwhile(end)
-            end.result()
-        else:
-            saver.wait()
+        while not saver.ended():
+            during.append(_seconds(step) if step else time.sleep(0.002) or 0.0)
         whole = time.perf_counter() - began
         size = _to_disk(folder)
-        return Save(blocked, whole, time.perf_counter() - began, size)
-
-
-def _save_beside(step: Step, saver: Contestant, folder: Path) -> tuple[Save, Beside]:
-    """As `_save`, with `step` done over and over until it is written, and once at least."""
-    alone = statistics.median(_seconds(step) for _ in range(STEPS_ALONE))
-    during = []
-
-    def work(end: Future) -> None:
-        during.append(_seconds(step))
-        while not end.done():
-            during.append(_seconds(step))
-
-    save = _save(saver, folder, work)
-    lost = save.whole - alone * len(during)
-    return save, Beside(alone, statistics.median(during), lost)
+        on_disk = time.perf_counter() - began
+    seconds = statistics.median(alone)
+    usual, lost = statistics.median(during or [0.0]), whole - seconds * len(during)
+    return Save(blocked, whole, on_disk, size, seconds, usual, lost)
 
 
 def _restore(reader: Callable, folder: Path, arrays: Arrays) -> dict[str, float]:
@@ -373,10 +326,6 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-# --------------------------------------------------------------------------------------------------
-# The disk
-
-
 def _to_disk(folder: Path) -> int:
     """Makes every file durable, and gives their bytes."""
     total = 0
@@ -412,29 +361,27 @@ def _file_system(folder: Path) -> str:
     return f"{kind}, which is memory and no disk" if kind in ("tmpfs", "ramfs") else kind
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-
-
 def _table(folder: Path, arrays: Arrays, results: Results) -> Table:
     total, device = _bytes(arrays), jax.devices()[0]
     table = Table(
         title=f"{total / 1e9:.3g} GB of state in {len(flatten(arrays))} arrays, "
         f"{jax.device_count()} x {device.device_kind}, {_file_system(folder)}, "
         f"repeated {len(results.checksums)} times",
-        caption=_caption(results),
+        caption=f"All checksums take {statistics.median(results.checksums):.3f} s.",
     )
-    for column in ("who", "GB in files", "of the state's", "blocked s", "whole after s"):
+    for column in ("who", "GB in files", "blocked s", "of Orbax's", "whole after s"):
         table.add_column(column, justify="right")
-    for column in ("on disk after s", "GB/s", "time / numpy's"):
+    for column in ("on disk after s", "GB/s", "time / numpy's", "a step s", "of alone", "lost s"):
         table.add_column(column, justify="right")
-    plain = _medians(results.saves[PLAIN])
-    for who, found in results.saves.items():
-        save = _medians(found)
-        sizes = [f"{save.bytes / 1e9:.3g}", f"{save.bytes / total:.0%}"]
-        times = [f"{s:.3f}" for s in (save.blocked, save.whole, save.on_disk)]
-        speed = f"{total / save.on_disk / 1e9:.3f}"
-        table.add_row(who, *sizes, *times, speed, f"{save.on_disk / plain.on_disk:.2f}")
+    saves = {who: _medians(found) for who, found in results.saves.items()}
+    for who, save in saves.items():
+        rival = saves[ORBAX + BESIDE if BESIDE in who else ORBAX]
+        times = [f"{save.blocked:.3f}", f"{save.blocked / rival.blocked:.2f}", f"{save.whole:.3f}"]
+        times += [f"{save.on_disk:.3f}", f"{total / save.on_disk / 1e9:.3f}"]
+        times.append(f"{save.on_disk / saves[PLAIN].on_disk:.2f}")
+        if save.alone:
+            times += [f"{save.during:.3f}", f"{save.during / save.alone:.2f}", f"{save.lost:.3f}"]
+        table.add_row(who, f"{save.bytes / 1e9:.3g}", *times)
     table.add_section()
     for (name, where), found in results.restores.items():
         seconds = statistics.median(found)
@@ -447,16 +394,6 @@ def _table(folder: Path, arrays: Arrays, results: Results) -> Table:
 def _medians(saves: list[Save]) -> Save:
     names = [field.name for field in dataclasses.fields(Save)]
     return Save(*(statistics.median(getattr(save, name) for save in saves) for name in names))
-
-
-def _caption(results: Results) -> str:
-    beside = [(b.alone, b.during, b.lost) for b in results.beside]
-    alone, during, lost = (statistics.median(column) for column in zip(*beside))
-    return (
-        f"Checksums take {statistics.median(results.checksums):.3f} s of each `blocked` of ours "
-        f"and of each restore. A step takes {alone:.3f} s alone, {during:.3f} s while a save is "
-        f"written; one save costs the steps {lost:.3f} s in all, `blocked` included."
-    )
 
 
 if __name__ == "__main__":

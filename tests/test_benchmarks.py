@@ -53,7 +53,7 @@ def test_checkpoint_times_each_who_saves_and_each_who_restores_bit_for_bit():
     result = run("benchmarks/checkpoint.py", "--smoke")
     assert result.returncode == 0, result.stderr
     table = result.stdout[result.stdout.index("┏") :]
-    for name in ("ours, async", "ours, waited for", "Orbax alone, async", "numpy.save"):
+    for name in ("ours, beside steps", "Orbax alone, beside steps", "numpy.save"):
         assert table.count(name) == 1, table
     for name in ("restore, ours", "restore, numpy.load"):
         assert table.count(name) >= 1, table  # from page cache, and where it can be from disk

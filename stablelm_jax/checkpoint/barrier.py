@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
-from typing import Any
 
 import jax
 from jax._src.distributed import global_state  # its key-value store has no public name
 
-_KEYS, _LEFT = "stablelm_jax/save", "stablelm_jax/left"
+_KEYS = "stablelm_jax/save"
 _SECONDS = 600.0  # for the others to come to a barrier at which a failure is told
 
 
@@ -54,19 +52,6 @@ class SaveBarrier:
             global_state.client.key_value_set(key, f"{text}: {cause}", allow_overwrite=True)
             arguments = (self._save, self._passed, int(1000 * _SECONDS))
             threading.Thread(target=self._wait, args=arguments, daemon=True).start()
-
-    def leave(self, value: Any) -> None:
-        """Leaves a JSON value for process 0, before this process comes to the first barrier."""
-        if jax.process_count() > 1:
-            key = f"{_LEFT}{self._save}/{jax.process_index()}"
-            global_state.client.key_value_set(key, json.dumps(value), allow_overwrite=True)
-
-    def collect(self) -> list[Any]:
-        """What all of several processes have left, after the first barrier; it is then gone."""
-        folder = f"{_LEFT}{self._save}/"
-        found = global_state.client.key_value_dir_get(folder)
-        global_state.client.key_value_delete(folder)
-        return [json.loads(text) for _, text in found]
 
     def _wait(self, save: int, place: int, timeout_ms: int) -> None:
         global_state.client.wait_at_barrier(f"{_KEYS}{save}-{place}", timeout_ms)

@@ -15,12 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stablelm_jax.model.parameters import flatten
-from stablelm_jax.parallel import distributed
 
-_PART = 2**22  # elements
 _BLOCK = 2**13  # elements: with their weights they stay in a core's first cache
 
 
@@ -29,48 +27,35 @@ def checksums(tree: Any) -> dict[str, int]:
 
     Of arrays that lie on the devices of several processes, every process calls it alike.
     """
-    return finished(start_checksums(tree))
-
-
-def finished(started: dict[str, jax.Array]) -> dict[str, int]:
-    """The same of sums that `start_checksums` has started."""
-    own = own_shares(started)
-    spread = not all(x.is_fully_addressable for x in started.values())
-    return add_shares(started, own, distributed.gathered(own) if spread else [own])
+    return fetch_checksums(start_checksums(tree))
 
 
 def start_checksums(tree: Any) -> dict[str, jax.Array]:
-    """{leaf name: what each of its devices has of its checksum}; does not wait for the devices.
+    """What `fetch_checksums` makes the checksums of; does not wait for the devices.
 
-    The programs read the leaves before any later one, to which they may be donated, and need
-    nothing from another device: so many can be under way together.
+    The programs read the leaves before any later one, to which they may be donated.
     """
-    return {name: _shares(leaf, leaf.sharding) for name, leaf in flatten(tree).items()}
+    # The small ones first, which are soon over: a CPU's client takes 32 programs before it waits.
+    leaves = sorted(flatten(tree).items(), key=lambda item: item[1].size)
+    return gathered({name: shares(leaf) for name, leaf in leaves})
 
 
-def own_shares(started: dict[str, jax.Array]) -> dict[str, int]:
-    """{leaf name: what the devices of this process have of its checksum}; waits for them."""
-    local = {name: [s.data for s in x.addressable_shards] for name, x in started.items()}
-    found = jax.device_get(local)
+def shares(leaf: jax.Array) -> jax.Array:
+    """uint32 [devices]: what each has of the leaf's checksum; they need nothing of each other."""
+    return _shares(leaf, leaf.sharding)
+
+
+def gathered(by_leaf: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The `shares` of leaves, now also those of other processes; does not wait for the devices."""
+    spread = {name: x for name, x in by_leaf.items() if not x.is_fully_addressable}
+    whole = {name: NamedSharding(x.sharding.mesh, PartitionSpec()) for name, x in spread.items()}
+    return by_leaf | (jax.jit(lambda x: x, out_shardings=whole)(spread) if spread else {})
+
+
+def fetch_checksums(by_leaf: dict[str, jax.Array]) -> dict[str, int]:
+    """{leaf name: uint32 checksum} of what was `gathered`; waits for the devices."""
+    found = jax.device_get(by_leaf)
     return {name: int(np.sum(parts, dtype=np.uint32)) for name, parts in found.items()}
-
-
-def add_shares(
-    started: dict[str, jax.Array], own: dict[str, int], all_processes: list[dict[str, int]]
-) -> dict[str, int]:
-    """{leaf name: uint32 checksum} from what `own_shares` gave here and on every process."""
-    return {
-        name: own[name] if x.is_fully_addressable else sum(s[name] for s in all_processes) % 2**32
-        for name, x in started.items()
-    }
-
-
-def host_checksum(x: np.ndarray) -> int:
-    """As `leaf_checksum`, of an array in the host's memory: it is copied a part at a time."""
-    flat = x.reshape(-1)
-    starts = range(0, flat.size, _PART)
-    parts = (_checksum(flat[start : start + _PART], np.uint32(start % 2**32)) for start in starts)
-    return sum(map(int, parts)) % 2**32
 
 
 def leaf_checksum(x: jax.Array, start: Any = 0, whole: tuple[int, ...] = ()) -> jax.Array:
@@ -108,7 +93,7 @@ def _blockwise(x: jax.Array, start: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _shares(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """uint32 [devices]: each device's share of the sum; of equal parts one device has it all."""
+    # Of equal parts one device has it all.
     if sharding.num_devices == 1:
         return leaf_checksum(leaf)[None]
     mesh, spec = sharding.mesh, sharding.spec
@@ -150,6 +135,3 @@ def _weights(position: jax.Array) -> jax.Array:
     mixed = (position ^ (position >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     return mixed | jnp.uint32(1)
-
-
-_checksum = jax.jit(leaf_checksum)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from stablelm_jax.checkpoint.checksum import finished, host_checksum, start_checksums
+from stablelm_jax.checkpoint.checksum import checksums, fetch_checksums, gathered, shares
 from stablelm_jax.checkpoint.names import REMEDY, checkpoint_path, checkpoint_step
 from stablelm_jax.model.parameters import flatten, nest
 from stablelm_jax.storage.files import what_is
@@ -106,9 +106,8 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
     with _refused(path), ThreadPoolExecutor(_READERS) as pool:
         # The devices sum a leaf while the next ones are read.
         for name, leaf in zip(wanted, pool.map(read, wanted, wanted.values())):
-            leaves[name] = leaf
-            started |= start_checksums({name: leaf})
-    _compare(path, run["checksums"], finished(started))
+            leaves[name], started[name] = leaf, shares(leaf)
+    _compare(path, run["checksums"], fetch_checksums(gathered(started)))
     return nest(leaves)
 
 
@@ -123,7 +122,7 @@ def read_leaves(
     for name, shape in shapes.items():
         with _refused(path):
             leaf = _read(_open(path, f"params/{name}", shape, "float32", context))
-        _compare(path, run["checksums"], {f"params/{name}": host_checksum(leaf)})
+        _compare(path, run["checksums"], checksums({f"params/{name}": jax.device_put(leaf)}))
         yield name, leaf
 
 

@@ -9,6 +9,7 @@ hosts.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -24,16 +25,18 @@ from etils import epath
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 from stablelm_jax.checkpoint.barrier import FailedElsewhere, SaveBarrier
-from stablelm_jax.checkpoint.checksum import add_shares, own_shares, start_checksums
+from stablelm_jax.checkpoint.checksum import fetch_checksums, start_checksums
 from stablelm_jax.checkpoint.names import checkpoint_name
 from stablelm_jax.checkpoint.reading import FORMAT_VERSION, sealed
 from stablelm_jax.checkpoint.store import CheckpointStore
+from stablelm_jax.parallel import distributed
 from stablelm_jax.storage.remote import described
 
 RETRY_SECONDS = 60.0  # from a save that failed to the next try
 # Bytes that are read at once: memory for them is used again and again, where that for whole leaves
 # would come from the system anew (glibc: from 32 MiB on), which takes longer than reading them.
 _CHUNK = 2**24
+_NICE = 15  # Linux's scale; of a core that a step keeps busy such a thread gets 3 %
 SLOW_SECONDS = 10.0  # a wait for a save that is longer than this is told
 
 
@@ -61,7 +64,7 @@ class Saver:
         self._config, self._store, self._events, self._pages = config, store, events, pages
         self._barrier = SaveBarrier()
         options = ocp.AsyncOptions(config.timeout_seconds, barrier_sync_fn=self._barrier)
-        self._writer = ocp.AsyncCheckpointer(_handlers(self._barrier), async_options=options)
+        self._writer = ocp.AsyncCheckpointer(_handlers(), async_options=options)
         self._writing = False
         self._began_at = time.monotonic()  # the newest save, or this start of the run
         self._retry_at: float | None = None
@@ -79,6 +82,8 @@ class Saver:
         """Notices that the save under way has come to its end, well or not."""
         if self._writing and self._has_ended():
             self._settle()
+        elif self._writing:
+            _leave_cores_to_steps()
 
     def save(self, step: int, make: Callable[[], Content]) -> None:
         """Starts to save a step that is due, unless it is saved; a failure is told, not raised.
@@ -176,60 +181,66 @@ class Saver:
 
 def write_checkpoint(path: epath.PathLike, arrays: dict[str, Any], run: dict[str, Any]) -> None:
     """One checkpoint outside a run, whole on return. `path`: named global_step<N>."""
-    with ocp.Checkpointer(_handlers(SaveBarrier())) as writer:
+    with ocp.AsyncCheckpointer(_handlers()) as writer:  # which waits as it is closed
         start_writing(writer, epath.Path(path).resolve(), arrays, run)
 
 
 def start_writing(
-    writer: ocp.Checkpointer, path: epath.Path, arrays: dict[str, Any], run: dict[str, Any]
+    writer: ocp.AsyncCheckpointer, path: epath.Path, arrays: dict[str, Any], run: dict[str, Any]
 ) -> None:
     """Gives Orbax the items of a checkpoint; every leaf's checksum is under way on return."""
-    chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK)
+    chunks, sums = ocp.SaveArgs(chunk_byte_size=_CHUNK), concurrent.futures.Future()
     items = {
         name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
         for name, tree in arrays.items()
     }
-    items["run"] = _RunSave(run, start_checksums(arrays))
-    writer.save(path, args=ocp.args.Composite(**items))
+    try:
+        writer.save(path, args=ocp.args.Composite(**items, run=_RunSave(run, sums)))
+        # After Orbax's own part, whose threads would else wait for the cores that sum.
+        sums.set_result(start_checksums(arrays))
+    finally:
+        sums.cancel()  # where it has no result: nobody shall wait for one
 
 
-def _handlers(barrier: SaveBarrier) -> ocp.CompositeCheckpointHandler:
+def _handlers() -> ocp.CompositeCheckpointHandler:
     # Compressed, float32 loses 7 % of its bytes and saving takes three times as long.
     arrays = ("params", "optimizer")
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in arrays}
-    return ocp.CompositeCheckpointHandler(**handlers, run=_RunHandler(barrier))
+    return ocp.CompositeCheckpointHandler(**handlers, run=_RunHandler())
+
+
+def _leave_cores_to_steps() -> None:
+    """Lowers the priority of tensorstore's threads, for as long as they live; on Linux alone.
+
+    They copy into the page cache, as fast as they are let: of two cores they took one. On a host
+    whose devices compute elsewhere there are idle cores, and nothing changes.
+    """
+    nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))
+    for task in os.listdir("/proc/self/task") if os.path.exists("/proc/self/task") else ():
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            with open(f"/proc/self/task/{task}/comm", "rb") as name:
+                if name.read().startswith(b"ts_pool"):
+                    os.setpriority(os.PRIO_PROCESS, int(task), nice)
 
 
 class _RunHandler(ocp.JsonCheckpointHandler):
-    """Writes the item `run` last, with the checksums, which only its own thread waits for.
-
-    A checkpoint gets its name after `finalize`: there is none without its checksums.
-    """
-
-    def __init__(self, barrier: SaveBarrier):
-        super().__init__()
-        self._barrier = barrier
+    """Writes the item `run`, with the checksums, which only its own thread waits for."""
 
     async def async_save(self, directory: epath.Path, args: _RunSave) -> list[Future]:
-        self._saved = args
-        return [CommitFutureAwaitingContractedSignals(self._fetch(), name="checksums")]
+        return [CommitFutureAwaitingContractedSignals(self._write(directory, args), name="run")]
 
-    async def _fetch(self) -> None:
-        self._own = own_shares(self._saved.started)
-        self._barrier.leave(self._own)
-
-    def finalize(self, directory: epath.Path) -> None:
-        """On process 0, when every process has written and fetched its part."""
-        everywhere = self._barrier.collect() if jax.process_count() > 1 else [self._own]
-        sums = add_shares(self._saved.started, self._own, everywhere)
-        record = sealed({"format_version": FORMAT_VERSION, **self._saved.run, "checksums": sums})
-        (directory / "metadata").write_text(json.dumps(record), "utf-8")
+    async def _write(self, directory: epath.Path, args: _RunSave) -> None:
+        sums = fetch_checksums(args.sums.result())
+        _leave_cores_to_steps()
+        if distributed.is_first():
+            record = {"format_version": FORMAT_VERSION, **args.run, "checksums": sums}
+            (directory / "metadata").write_text(json.dumps(sealed(record)), "utf-8")
 
 
 @ocp.args.register_with_handler(_RunHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _RunSave(ocp.args.CheckpointArgs):
-    """The item `run` but for its checksums, and these as `start_checksums` gives them."""
+    """The item `run` but for its checksums, and what `start_checksums` will give."""
 
     run: dict[str, Any]
-    started: dict[str, jax.Array]
+    sums: concurrent.futures.Future

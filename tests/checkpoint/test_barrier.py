@@ -18,9 +18,6 @@ class Client:
     def key_value_dir_get(self, folder):
         return [(key, text) for key, text in self.told.items() if key.startswith(folder)]
 
-    def key_value_delete(self, folder):
-        self.told = {k: text for k, text in self.told.items() if not k.startswith(folder)}
-
     def key_value_set(self, key, text, allow_overwrite):
         self.told[key] = text
 
@@ -62,13 +59,3 @@ def test_the_next_try_has_barriers_of_its_own_and_does_not_fail(client):
     process.begin()
     process(key="written", timeout_ms=1)
     assert len(set(client.waited)) == 2
-
-
-def test_what_each_process_leaves_in_a_save_is_collected_once_and_not_in_the_next(client):
-    process = SaveBarrier()
-    process.begin()
-    process.leave({"params/kernel": 7})
-    client.told["stablelm_jax/left1/0"] = '{"params/kernel": 5}'
-    assert process.collect() == [{"params/kernel": 7}, {"params/kernel": 5}]
-    process.begin()
-    assert process.collect() == []

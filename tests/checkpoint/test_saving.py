@@ -1,5 +1,10 @@
 """The states of a save: under way, whole, failed and tried again."""
 
+import contextlib
+import os
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,12 +149,30 @@ def test_a_save_whose_checksums_fail_is_told_and_leaves_nothing(saver, monkeypat
     def broken(started):
         raise RuntimeError("out of memory on the device")
 
-    monkeypatch.setattr(saving, "own_shares", broken)
+    monkeypatch.setattr(saving, "fetch_checksums", broken)
     saver.save(3, small)
     saver.close()
     ((event, step, text),) = saver.told
     assert (event, step) == ("save_failed", 3) and "out of memory on the device" in text
     assert saver.store.steps() == [] and list(saver.store.folder.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own")
+def test_threads_that_write_leave_the_cores_to_the_steps_and_no_other_thread_does(saver):
+    saver = saver()
+    arrays = {"params": {"kernel": jnp.ones((2**20, 8))}, "optimizer": {"count": jnp.int32(3)}}
+    saver.save(1, lambda: (arrays, {}))
+    nice, usual = {}, os.getpriority(os.PRIO_PROCESS, 0)
+    while saver._writing:
+        saver.look()
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):  # it has just ended
+                name = Path(f"/proc/self/task/{task}/comm").read_text().strip()
+                now = os.getpriority(os.PRIO_PROCESS, int(task))
+                nice[name] = max(nice.get(name, usual), now)
+    assert saver.store.steps() == [1] and nice["ts_pool_worker"] == max(usual, 15)
+    steps = {value for name, value in nice.items() if name.startswith("tf_XLA")}
+    assert steps == {usual} == {os.getpriority(os.PRIO_PROCESS, 0)}
 
 
 def test_the_last_save_is_tried_twice(saver, monkeypatch):
