@@ -6,9 +6,14 @@ whose training step is `python -m stablelm_jax.train --config configs/smoke.py -
 
 Everything is shaped as in the 1.6B (heads of 64, a quarter of them rotated, SwiGLU, untied
 embeddings), only small, but for what makes it write English within minutes: a tokenizer of
-Arcade100k's rules and 2,048 tokens learned from the text, rows of 128 tokens, Muon in place of
+Arcade100k's rules and 4,096 tokens learned from the text, rows of 128 tokens, Muon in place of
 AdamW, and a cosine to zero. What each of these is worth, and what was worse: docs/log.md,
 2026-11-29.
+
+Result (2026-11-29, 2 CPU cores beside other jobs): held-out text of package_docs ends at 1.55 bits
+a byte, of python_docs at 1.68 (loss 4.30 and 4.43 nats, unigram entropy 6.76 and 6.60), standard
+errors 0.03 and 0.07. Samples have the form of sentences and little sense. Other releases of the
+packages give other text.
 """
 
 from stablelm_jax.config import default_config
@@ -18,8 +23,8 @@ def get_config():
     config = default_config()
     config.name = "smoke"
 
-    # The size is ours: of those that learn as long, the one of the least held-out loss.
-    config.model.vocab_size = 2048  # the tokenizer that launch/smoke.sh trains on this very text
+    # The size is ours: of those that learn as long on 2 CPU cores, the one of least held-out loss.
+    config.model.vocab_size = 4096  # the tokenizer that launch/smoke.sh trains on this very text
     config.model.num_layers = 4
     config.model.width = 128
     config.model.num_heads = 2  # heads of 64, the 1.6B's
@@ -30,17 +35,17 @@ def get_config():
     config.data.weights.python_docs = 0.3  # as they are long: 1.1 MB
     config.data.weights.package_docs = 0.7  # 2.6 MB
     config.data.sequence_length = 128  # ours: most docstrings are shorter
-    config.data.batch_size = 8  # ours, 1,024 tokens a step: many small steps learn most here
+    config.data.batch_size = 16  # ours, 2,048 tokens a step
 
-    config.optimizer.kind = "muon"  # learns in a fifth of the steps what AdamW does here
+    config.optimizer.kind = "muon"  # ours: worth more here than any other choice but the text
 
     config.schedule.kind = "cosine"
     config.schedule.peak = 1e-2  # ours: ten times the 1.6B's
     config.schedule.minimum = 0.0
-    config.schedule.warmup_steps = 80  # ours: 5 % of the run (1.6B: 2 %)
-    config.schedule.total_steps = 1600  # ours: the length of the run
+    config.schedule.warmup_steps = 40  # ours: 5 % of the run (1.6B: 2 %)
+    config.schedule.total_steps = 800  # ours: the length of the run
 
-    config.training.num_steps = 1600  # ours: minutes
+    config.training.num_steps = 800  # ours: minutes
     config.training.dtype = "float32"  # bfloat16 is slow on CPUs
     config.training.log_every = 1  # every step in metrics.jsonl
 
@@ -48,6 +53,6 @@ def get_config():
     config.checkpoint.every = 200
     config.evaluation.every = 200
     config.evaluation.max_rows = 300  # all that is held out
-    config.samples.every = 400
-    config.samples.prompts = ("Return the", "This function", "If the")
+    config.samples.every = 200
+    config.samples.prompts = ("Return the", "If the", "The name of")
     return config

@@ -44,7 +44,7 @@ say 'Collecting English that is on this machine already: the docstrings of Pytho
 "$python" launch/corpora/smoke_corpus.py --output "$workdir/corpus" --sources python_docs package_docs
 tokenizer="$workdir/corpus/tokenizer.json"
 say 'Training a small tokenizer on it'
-"$python" -m stablelm_jax.train_tokenizer --rows 2048 --output "$tokenizer" \
+"$python" -m stablelm_jax.train_tokenizer --output "$tokenizer" \
     --input "$workdir/corpus/python_docs.jsonl" "$workdir/corpus/package_docs.jsonl"
 for source in python_docs package_docs; do
     say "Preparing $source: documents into tokens"
@@ -68,8 +68,8 @@ say 'Evaluating on the held-out text'
 "$python" -m stablelm_jax.evaluate --checkpoint "$checkpoint" >"$workdir/held_out.json"
 
 say 'Samples: English in form, not in sense. The model is tiny and has read minutes of docstrings.'
-"$python" -m stablelm_jax.generate --checkpoint "$checkpoint" \
-    --prompt 'Return the' --prompt 'This function' --prompt 'If the'
+"$python" -m stablelm_jax.generate --checkpoint "$checkpoint" --temperature 0.6 \
+    --prompt 'Return the' --prompt 'If the' --prompt 'The name of'
 
 say 'Done. Everything lies here:'
 cat <<EOF

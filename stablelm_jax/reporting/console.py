@@ -219,6 +219,4 @@ def show_sample(console: Console, step: int, texts: Mapping[str, str], note: str
 def reading_note(run: Run, rows: int) -> str:
     """How much the model has read after so many rows, for whoever reads its samples."""
     share = rows * run.spec.sequence_length / count_parameters(run.model)
-    note = f"{share:.2g} tokens read for each parameter"
-    # Before about one token a parameter nobody should expect language.
-    return f"{note}: not yet language" if share < 1 else note
+    return f"{share:.2g} tokens read for each parameter"

@@ -80,8 +80,8 @@ def test_sources_of_ones_own_come_after_the_colon(verb):
         (["--config", SMOKE, "--config.data.batchsize=3"], "did you mean config.data.batch_size?"),
         (["--config", SMOKE, "--config.modle.width", "3"], "did you mean config.model.width?"),
         (["--config", SMOKE, "--config.data.weights.new=1"], "configs/own_text.py:mine=1"),
-        (["--config", SMOKE, "--config.data.batch_size=many"], "of type int, like 8"),
-        (["--config", SMOKE, "--config.data.batch_size", "1.5"], "of type int, like 8"),
+        (["--config", SMOKE, "--config.data.batch_size=many"], "of type int, like 16"),
+        (["--config", SMOKE, "--config.data.batch_size", "1.5"], "of type int, like 16"),
         (["--config", SMOKE, "--config.checkpoint.keep_every=x"], "give a value of type int"),
         (["--config", SMOKE, "--config.data.batch_size=none"], "config.data.batch_size=not set"),
         (["--config", SMOKE, "--config.learning_rate=1"], "did you mean config.schedule.peak?"),
@@ -140,7 +140,7 @@ def test_none_unsets_what_the_file_has_set(verb, tmp_path):
     path.write_text(
         "from stablelm_jax.config import load\n"
         f"def get_config():\n    c = load({SMOKE!r})\n    c.checkpoint.keep_every = 200\n"
-        "    c.parallel.target = 'h200:1x1'\n    c.training.num_valid_ids = 2000\n"
+        "    c.parallel.target = 'h200:1x1'\n    c.training.num_valid_ids = 4000\n"
         "    return c\n"
     )
     assert json.loads(verb("--config", str(path)).stdout)["config"]["parallel"]["target"]
