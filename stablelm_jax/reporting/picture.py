@@ -94,6 +94,15 @@ def draw_documents(found: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+# Where a program's labels stand, so that those of three cross little.
+_AT_DOT = {"textcoords": "offset points", "fontsize": 9}
+_LABELS = (
+    _AT_DOT | {"xytext": (6, 4)},
+    _AT_DOT | {"xytext": (7, -10)},
+    _AT_DOT | {"xytext": (-7, -10), "ha": "right"},
+)
+
+
 def draw_edge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the rows of `report --edge` into a PNG: KL, and bits a byte, against size, labelled.
 
@@ -114,8 +123,9 @@ def draw_edge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for axes, values in zip(panels, ({r["type"]: r["kl_mean"] for r in mine}, worth)):
             axes.plot(megabytes, [values[row["type"]] for row in mine], "o", **dots)
             for row, x in zip(mine, megabytes):
-                place = {"xytext": (7, 3 - 11 * (number % 2)), "textcoords": "offset points"}
-                axes.annotate(row["type"], (x, values[row["type"]]), fontsize=9, **place)
+                turned = 0 if number or axes is panels[0] else 30  # where dots lie side by side
+                place = _LABELS[number % 3] | {"rotation": turned}
+                axes.annotate(row["type"], (x, values[row["type"]]), **place)
     for row in rows:
         if row not in files:
             panels[1].axhline(worth[row["type"]], color="black", linestyle=":", label=row["type"])
