@@ -66,6 +66,8 @@ EXTRA_OF = {
     "aiohttp": "http",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "cyllama": "edge",
+    "xllamacpp": "edge",
 }
 
 
