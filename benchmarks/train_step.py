@@ -8,7 +8,8 @@
 
 Without --config, for a CPU: 115.6 M parameters (4 layers, width 512, 8 heads of 64, feed-forward
 1408, 100,352 untied rows), float32. Contestants take turns, one step each, so that a machine whose
-speed drifts slows all; the median and the ratio of each pair are printed.
+speed drifts slows all; the median and the ratio of each pair are printed. Ours keeps the memory
+that it frees, as `train` does; the peer has a process of its own, without any setting of ours.
 
 With --config, for one accelerator: that config's model and choices, one microbatch and one update a
 step. Contestants run one after the other, each in a process of its own with the whole memory; each
@@ -51,6 +52,7 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.compilation import make_deterministic
+from stablelm_jax.run.memory import keep_freed_memory
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.training.objectives import TokenObjective
 from stablelm_jax.training.state import abstract_state, init_state
@@ -83,6 +85,7 @@ COUNTED = (
 )
 
 Step = Callable[[Mapping[str, np.ndarray]], float]
+_peer_step_here: Step | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each shape")
     parser.add_argument("--profile", metavar="FOLDER", help="write a jax.profiler trace of ours")
     arguments = parser.parse_args()
+    if not arguments.config:
+        keep_freed_memory()
     if arguments.mean_document and arguments.peer != "none":
         parser.error("--mean-document: the peer knows no documents; use --peer none")
     if not arguments.config and (arguments.also or arguments.rows):
@@ -178,14 +183,27 @@ def _in_turns(arguments: argparse.Namespace) -> Table:
 
 def _race(case: Case, arguments: argparse.Namespace) -> dict[str, list[float]]:
     """{who: seconds of each timed step}; the competitors take turns."""
-    competitors = {"ours": _ours(case)[0]}
-    if arguments.peer == "transformers":
-        competitors["transformers"] = _transformers(case)
-    warm_losses = {who: _warm(step, case) for who, step in competitors.items()}
-    if why := _differ(warm_losses, case.dtype_name):
-        raise SystemExit(why)
-    with _traced(arguments.profile, arguments.steps):
-        return _timed(competitors, [case.batch(seed) for seed in range(1, arguments.steps + 1)])
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _set_peer, (case,)) as pool:
+        competitors = {"ours": _ours(case)[0]}
+        if arguments.peer == "transformers":
+            competitors["transformers"] = lambda batch: pool.submit(_peer_step, batch).result()
+        warm_losses = {who: _warm(step, case) for who, step in competitors.items()}
+        if why := _differ(warm_losses, case.dtype_name):
+            raise SystemExit(why)
+        with _traced(arguments.profile, arguments.steps):
+            batches = [case.batch(seed) for seed in range(1, arguments.steps + 1)]
+            return _timed(competitors, batches)
+
+
+def _set_peer(case: Case) -> None:
+    global _peer_step_here
+    _peer_step_here = _transformers(case)
+
+
+def _peer_step(batch: Mapping[str, np.ndarray]) -> float:
+    """A step of the peer, in its process."""
+    return _peer_step_here(batch)
 
 
 def _one_by_one(arguments: argparse.Namespace) -> tuple[Table, str | None]:

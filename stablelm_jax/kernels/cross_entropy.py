@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from stablelm_jax.kernels.device import traced_device
+
 # Rows whose float32 logits are held at a time: 1.6 GB with 100,352 ids. With fewer rows the float32
 # sum of the kernel's gradient would be read and written more often, once for each chunk.
 ROWS = 4096
@@ -120,8 +122,12 @@ def _is_target(targets_R, vocab_size):
 def _log_sum_exp_and_target(logits_RV, targets_R):
     max_R = jnp.max(logits_RV, -1)
     sum_R = jnp.sum(jnp.exp(logits_RV - max_R[:, None]), -1)
-    is_target_RV = _is_target(targets_R, logits_RV.shape[1])
-    return max_R + jnp.log(sum_R), jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), -1)
+    if traced_device().platform == "cpu":  # there it would be one more array of R * V
+        target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
+    else:
+        is_target_RV = _is_target(targets_R, logits_RV.shape[1])
+        target_R = jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), -1)
+    return max_R + jnp.log(sum_R), target_R
 
 
 def _dlogits(logits_RV, log_sum_R, targets_R):

@@ -25,11 +25,14 @@ class Optimizer(NamedTuple):
       init: f(params) -> state.
       update: f(gradients, state, params) -> (what is to be added to the params, state).
       gradient_at: f(params, state) -> the weights at which the gradient is taken.
+      in_place: None, or the same update as a CPU does it fastest: f(gradients, their norm, state,
+        params, good) -> (params, state), both as they were unless `good`.
     """
 
     init: Callable[[Any], dict[str, Any]]
     update: Callable[[Any, dict[str, Any], Any], tuple[Any, dict[str, Any]]]
     gradient_at: Callable[[Any, dict[str, Any]], Any] = lambda params, state: params
+    in_place: Callable[..., tuple[Any, dict[str, Any]]] | None = None
 
 
 def decoupled(

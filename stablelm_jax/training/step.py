@@ -43,6 +43,8 @@ def make_train_step(
     scalars: "skipped", APPLIED or why the update was left out; "updates_skipped", how many so far.
     """
     gradient = make_gradient_function(model, mesh, objective=objective, **gradient_options)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    update = (on_cpu and optimizer.in_place) or _update_of(optimizer)
 
     def train_step(state: TrainState, batch: Batch):
         weights = optimizer.gradient_at(state.params, state.opt_state)
@@ -50,7 +52,16 @@ def make_train_step(
         grad_norm = optax.tree.norm(gradients)
         loss = mean_loss(objective, sums)
         skipped, guard_after = update_guard.decide(state.guard, loss, grad_norm, guard)
-        new = _update(optimizer, state, gradients, guard_after, skipped == update_guard.APPLIED)
+        good = skipped == update_guard.APPLIED
+        params, opt_state = update(gradients, grad_norm, state.opt_state, state.params, good)
+        new = TrainState(
+            step=state.step + 1,
+            updates_skipped=state.updates_skipped + jnp.where(good, 0, 1),
+            params=params,
+            opt_state=opt_state,
+            guard=dict(guard_after),
+            frozen=state.frozen,
+        )
         return new, {
             **sums,
             "grad_norm": grad_norm,
@@ -67,22 +78,12 @@ def make_train_step(
     )
 
 
-def _update(
-    optimizer: Optimizer,
-    state: TrainState,
-    gradients: Any,
-    guard_after: Mapping[str, jax.Array],
-    good: jax.Array,
-) -> TrainState:
-    """One optimizer update; weights and moments stay as they are unless `good`."""
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-    return TrainState(
-        step=state.step + 1,
-        updates_skipped=state.updates_skipped + jnp.where(good, 0, 1),
-        params=jax.tree.map(keep, params, state.params),
-        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-        guard=dict(guard_after),
-        frozen=state.frozen,
-    )
+def _update_of(optimizer: Optimizer) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """One update in the form of `Optimizer.in_place`."""
+
+    def update(gradients, norm, state, params, good):
+        updates, new_state = optimizer.update(gradients, state, params)
+        new = optax.apply_updates(params, updates), new_state
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, (params, state))
+
+    return update

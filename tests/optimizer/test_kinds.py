@@ -137,16 +137,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{CASES[n][0]}{n}")
-def test_twenty_steps_follow_the_formulas(number):
+WAYS = [(number, False) for number in range(len(CASES))] + [(0, True), (1, True), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("number", "in_place"), WAYS, ids=[f"{CASES[n][0]}{n}{'_in_place' * way}" for n, way in WAYS]
+)
+def test_twenty_steps_follow_the_formulas(number, in_place):
     found, rng = settings(CASES[number][0], **CASES[number][1]), np.random.default_rng(number)
     optimizer, params = made(found, schedule), random_tree(rng, 1.0)
     oracle, state = Oracle(found, flatten(params)), optimizer.init(params)
 
     @jax.jit
     def step(gradients, state, params):
+        norm = optax.tree.norm(gradients)
+        if in_place:
+            return *optimizer.in_place(gradients, norm, state, params, jnp.bool_(True)), norm
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, optax.tree.norm(gradients)
+        return optax.apply_updates(params, updates), state, norm
 
     norms = []
     for _ in range(20):
@@ -168,6 +176,22 @@ def test_twenty_steps_follow_the_formulas(number):
             # 1 - b3 has five digits in float32
             near = dict(rtol=1e-5, atol=1e-7) if part != "m_slow" else dict(rtol=1e-3, atol=1e-6)
             np.testing.assert_allclose(got, exact, **near)
+
+
+def test_in_place_no_array_is_copied_and_an_update_left_out_changes_nothing():
+    row = ParameterSpec("head/kernel", (64, 64), 1.0, True, ("width", "vocab"), 1)
+    optimizer, rng = made(settings("adamw"), schedule, (row,)), np.random.default_rng(0)
+    gradients, params, m, v = (nest({row.name: rng.random(row.shape, "f4")}) for _ in range(4))
+    state = {"m": m, "v": v, "count": np.int32(5)}
+
+    def update(params, state, good):
+        return optimizer.in_place(gradients, jnp.float32(1.0), state, params, good)
+
+    arguments = params, state, jnp.bool_(False)
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
+    after = compiled(*arguments)
+    jax.tree.map(np.testing.assert_array_equal, after, (params, state))
+    assert compiled.memory_analysis().temp_size_in_bytes < params["head"]["kernel"].nbytes
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
