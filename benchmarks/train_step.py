@@ -52,7 +52,7 @@ from stablelm_jax.parallel import sharding
 from stablelm_jax.parallel.chips import peak_flops
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.compilation import make_deterministic
-from stablelm_jax.run.memory import keep_freed_memory
+from stablelm_jax.run.cpu import prepare_cpu
 from stablelm_jax.run.profile import Profiler
 from stablelm_jax.training.objectives import TokenObjective
 from stablelm_jax.training.state import abstract_state, init_state
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FOLDER", help="write a jax.profiler trace of ours")
     arguments = parser.parse_args()
     if not arguments.config:
-        keep_freed_memory()
+        prepare_cpu()
     if arguments.mean_document and arguments.peer != "none":
         parser.error("--mean-document: the peer knows no documents; use --peer none")
     if not arguments.config and (arguments.also or arguments.rows):

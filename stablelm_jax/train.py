@@ -20,7 +20,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from stablelm_jax import config as config_lib
-from stablelm_jax.run.memory import keep_freed_memory
+from stablelm_jax.run.cpu import prepare_cpu
 from stablelm_jax.run.signals import EXIT_STOPPED, StopRequest
 from stablelm_jax.run_verb import run_verb
 
@@ -33,7 +33,7 @@ _TELL_SECONDS = 30.0  # in which the others may come to hear why this process le
 def main() -> None:
     """Leaves with one of the exit codes above."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     with StopRequest(last=True) as stop:  # from here on: importing takes seconds
         config_lib.define_flags()
         flags.DEFINE_string("workdir", None, "The run's folder or gs:// URL.", required=True)
