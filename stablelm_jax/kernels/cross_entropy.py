@@ -123,11 +123,9 @@ def _log_sum_exp_and_target(logits_RV, targets_R):
     max_R = jnp.max(logits_RV, -1)
     sum_R = jnp.sum(jnp.exp(logits_RV - max_R[:, None]), -1)
     if traced_device().platform == "cpu":  # there it would be one more array of R * V
-        target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
-    else:
-        is_target_RV = _is_target(targets_R, logits_RV.shape[1])
-        target_R = jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), -1)
-    return max_R + jnp.log(sum_R), target_R
+        return max_R + jnp.log(sum_R), jnp.take_along_axis(logits_RV, targets_R[:, None], 1)[:, 0]
+    is_target_RV = _is_target(targets_R, logits_RV.shape[1])
+    return max_R + jnp.log(sum_R), jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), -1)
 
 
 def _dlogits(logits_RV, log_sum_R, targets_R):
