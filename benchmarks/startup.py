@@ -26,8 +26,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="data.tokenizer")
     parser.add_argument("--rounds", type=int, default=3)
     arguments, given = parser.parse_known_args()
-    given += ["--config", arguments.config, f"--config.data.root={arguments.data}"]
-    given += [f"--config.data.tokenizer={arguments.tokenizer}"]
+    places = {"root": arguments.data, "tokenizer": arguments.tokenizer}
+    fields = [f"--config.data.{name}={place}" for name, place in places.items()]
+    given = ["--config", arguments.config, *fields, *given]
     found = {"cold": [], "warm": []}
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:  # the cache lies beside the run folders
