@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 import sysconfig
 import tempfile
@@ -126,7 +127,7 @@ def rows(own: SavedModel, folder: Path, types: str) -> Iterator[tuple[str, ...]]
     greedy = our_greedy(own.model, params, ids) if types == "float32" else []
     for dtype in DTYPES if types == "all" else ("float32",):
         yield dtype, *hf_row(own, folder / dtype, dtype, ids, ours_TV, greedy)
-    if not llama_cpp.installed():
+    if importlib.util.find_spec("cyllama") is None:
         return
     for file_type in FILE_TYPES if types == "all" else ("f32",):
         file = folder / f"{file_type}.gguf"

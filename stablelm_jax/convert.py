@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from stablelm_jax.interop import conversions
 
         print(getattr(conversions, direction.replace("-", "_"))(**options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     return 0
@@ -64,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         help="round by importance: of a prepared folder's held-out text, or llama.cpp's file",
     )
     to_gguf.add_argument(
-        "--imatrix-rows", type=_count, default=128, help="of 512 tokens; default %(default)s"
+        "--imatrix-rows", type=_count, metavar="N", help="of 512 tokens of DATA; default 128"
     )
     to_gguf.add_argument(
-        "--save-imatrix", type=Path, metavar="FILE", help="keep it for other types"
+        "--save-imatrix", type=Path, metavar="FILE", help="keep that of DATA for other types"
     )
     from_peft = directions.add_parser("from-peft", help="a directory of PEFT's as a checkpoint")
     from_peft.add_argument("source", type=Path, metavar="DIR", help="holds adapter_config.json")

@@ -10,6 +10,7 @@ WebAssembly one thread.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import http.server
 from pathlib import Path
@@ -21,7 +22,7 @@ HEADERS = {
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Three places: the page, the file, the program."""
+    """Three places: the page, the file, the program; nothing else of this machine."""
 
     def __init__(self, *request, model: Path, program: Path, **more):
         self.model, self.program = model, program
@@ -31,8 +32,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         path = path.partition("?")[0]
         if path == "/model.gguf":
             return str(self.model)
-        if path.startswith("/wllama/") and ".." not in path:
-            return str(self.program / path.removeprefix("/wllama/"))
+        if path.startswith("/wllama/"):
+            found = (self.program / path.removeprefix("/wllama/")).resolve()
+            # A name that no file has is answered with 404.
+            inside = found.is_file() and found.is_relative_to(self.program.resolve())
+            return str(found if inside else self.program / "not there")
         return str(Path(__file__).with_name("page.html"))
 
     def end_headers(self) -> None:
@@ -51,10 +55,19 @@ def main() -> None:
     for path in (given.model, program / "index.js"):
         if not path.is_file():
             parser.error(f"{path} is not there")
+    if given.model.stat().st_size >= 2**31:
+        parser.error(f"{given.model} has 2 GB or more, which no browser loads: take fewer bits")
     handler = functools.partial(Handler, model=given.model, program=program)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", given.port), handler) as server:
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", given.port), handler)
+    except OSError as error:
+        parser.error(
+            f"port {given.port} cannot be had ({error.strerror}): name another with --port"
+        )
+    with server:
         print(f"http://localhost:{server.server_port}/", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import finite
 from stablelm_jax.storage.files import write_json, write_text
 
-_IMATRIX_ROWS = 128  # the default of `convert`
 UNQUANTISED = "unquantised"  # the checkpoint in float32, by our own forward pass
 Row = dict[str, Any]
 # (heading, value of a row or None, format)
@@ -200,7 +199,7 @@ def _measure(
     """Writes the file where it is not there yet."""
     if not path.exists():
         how = {"tokenizer": None, "verify": True, "force": False}
-        how |= {"imatrix": imatrix, "imatrix_rows": _IMATRIX_ROWS} if imatrix else {}
+        how |= {"imatrix": imatrix} if imatrix else {}
         to_gguf(str(edge.saved.path), path, file_type=file_type, **how)
     llama = open_gguf(str(path), edge.run)
     row = {"program": llama_cpp.name(), "file": path.name, "bytes": path.stat().st_size}

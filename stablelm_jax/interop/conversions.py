@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,12 @@ from stablelm_jax.model.lora import Lora
 from stablelm_jax.model.parameters import count_parameters, nest
 from stablelm_jax.parallel.mesh import make_mesh
 from stablelm_jax.run.console import make_console
-from stablelm_jax.storage.files import new_result, replacing
+from stablelm_jax.storage.files import check_writable, new_result, replacing
 from stablelm_jax.tokenizer.chat import ChatTemplate
 
 _console = make_console(stderr=True)
 _say = functools.partial(_console.print, soft_wrap=True)
+_IMPORTANCE_ROWS = 128  # unless told otherwise
 
 
 def from_hf(
@@ -203,7 +205,7 @@ def to_gguf(
     *,
     file_type: str,
     imatrix: Path | None = None,
-    imatrix_rows: int = 0,
+    imatrix_rows: int | None = None,
     save_imatrix: Path | None = None,
     tokenizer: str | None,
     verify: bool,
@@ -213,6 +215,10 @@ def to_gguf(
 
     `imatrix`: a file of llama.cpp's, or prepared data of which so many rows are taken.
     """
+    if (imatrix_rows or save_imatrix) and not (imatrix and imatrix.is_dir()):
+        raise ValueError("--imatrix-rows and --save-imatrix: only with --imatrix DATA, a folder")
+    if save_imatrix:
+        check_writable(save_imatrix)
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'model.gguf'}")
     own = SavedModel.open(checkpoint, tokenizer)
@@ -227,6 +233,11 @@ def to_gguf(
     _tell_fallen_back(stored)
     importance = _importance(own, imatrix, imatrix_rows, save_imatrix) if imatrix else {}
     with new_result(out, force=force, source=Path(own.path)) as target:
+        if (free := shutil.disk_usage(target.parent).free) < num_bytes:
+            raise ValueError(
+                f"{out} needs {num_bytes / 1e9:.3g} GB, its disk has {free / 1e9:.3g} free: free "
+                "some, or choose a smaller --type"
+            )
         with _bar("writing", size) as advance:
             gguf_export.write_file(own, target, file_type, advance, importance)
         if verify:
@@ -238,11 +249,12 @@ def to_gguf(
 
 
 def _importance(
-    own: SavedModel, source: Path, rows: int, save: Path | None
+    own: SavedModel, source: Path, rows: int | None, save: Path | None
 ) -> dict[str, np.ndarray]:
     """The importance matrix of a file or of held-out text, saved where wished."""
     if source.is_file():
         return importance_matrix.read_file(source, own.model)
+    rows = rows or _IMPORTANCE_ROWS
     with _bar(f"importance of {source}", rows) as advance:
         params = own.load(_model_mesh(own.model))
         found = importance_matrix.of_data(own, params, source, rows, advance)
@@ -266,13 +278,11 @@ def _tell_fallen_back(stored: Sequence[gguf_export.Stored]) -> None:
 
 
 def _checked_by_llama_cpp(own: SavedModel, target: Path, file_type: str) -> str:
-    if not llama_cpp.installed():
-        return (
-            f"gguf, which read every value back; `{llama_cpp.INSTALL}` for llama.cpp, which would "
-            "compute a prompt too"
-        )
     ids = prompt_ids(own.tokenizer)[: own.max_positions]
-    llama = llama_cpp.LlamaCpp(target, len(ids))
+    try:
+        llama = llama_cpp.LlamaCpp(target, len(ids))
+    except ImportError as error:
+        return f"gguf, which read every value back; llama.cpp would compute a prompt too: {error}"
     llama.check_tokens(own.tokenizer)
     ours_TV = our_logits(own.model, own.load(_model_mesh(own.model)), ids)
     code = gguf_types.plain_type(file_type).name

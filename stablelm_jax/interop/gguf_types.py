@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import functools
-import os
 import re
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from stablelm_jax.interop.llama_cpp import INSTALL
+from stablelm_jax.interop.llama_cpp import INSTALL, num_processors
 from stablelm_jax.model.config import ModelConfig
 
 FILE_TYPES = (
@@ -151,7 +150,7 @@ def _rounded_by_llama_cpp(
     values: np.ndarray, type_: Type, importance: np.ndarray | None
 ) -> np.ndarray:
     """Parts of the rows in threads, as many as there are cores."""
-    function, (rows, columns), threads = llama_cpp_function(), values.shape, os.cpu_count() or 1
+    function, (rows, columns), threads = llama_cpp_function(), values.shape, num_processors()
     found = np.empty(gguf.quant_shape_to_byte_shape(values.shape, type_), np.uint8)
     weights = None if importance is None else importance.ctypes.data
 

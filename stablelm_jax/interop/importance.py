@@ -140,10 +140,11 @@ def read_file(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
     for one in _matrices(model):
         (columns,) = one.tensor.shape[-1:]
         sums, counts = (found.get(one.name + ending, np.empty(0)) for ending in (_SUMS, _COUNTS))
-        if sums.size != columns or counts.size != 1 or not np.isfinite(sums).all():
+        right = sums.size == columns and counts.size == 1 and np.isfinite(sums).all()
+        if not (right and counts.item() >= 1 and sums.min() >= 0 and sums.max() > 0):
             raise ValueError(
-                f"{path} has no {columns} finite numbers for {one.name}: it is damaged, or of "
+                f"{path} has no {columns} sums of squares for {one.name}: it is damaged, or of "
                 "another model"
             )
-        importance[one.name] = np.float32(sums / max(counts.item(), 1)).ravel()
+        importance[one.name] = np.float32(sums / counts.item()).ravel()
     return importance

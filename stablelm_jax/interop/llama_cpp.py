@@ -8,7 +8,6 @@ N tokens of all texts of a call, V vocabulary. No jax here: it would be in the m
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import resource
@@ -31,11 +30,6 @@ _F32, _NO_FLASH = 0, 0
 
 class LoadError(ValueError):
     """llama.cpp cannot load a file."""
-
-
-def installed() -> bool:
-    """Whether llama.cpp is."""
-    return importlib.util.find_spec("cyllama") is not None
 
 
 def name() -> str:

@@ -176,7 +176,7 @@ def test_the_bytes_are_llama_cpps_whatever_the_threads(monkeypatch):
     pointers = (values.ctypes.data, expected.ctypes.data, 0, 37, 512, importance.ctypes.data)
     gguf_types.llama_cpp_function()(Type.Q6_K, *pointers)
     for threads in (1, 3):
-        monkeypatch.setattr(gguf_types.os, "cpu_count", lambda: threads)  # noqa: B023
+        monkeypatch.setattr(gguf_types, "num_processors", lambda: threads)  # noqa: B023
         np.testing.assert_array_equal(rounded(values, Type.Q6_K, importance), expected)
 
 

@@ -116,14 +116,27 @@ def test_a_file_written_with_importance_says_so_and_its_matrix_serves_again(
     found = {tensor.name: tensor.shape.tolist() for tensor in gguf.GGUFReader(kept).tensors}
     assert found["blk.1.ffn_up.weight.in_sum2"] == [256, 1] and len(found) == 28
     assert found["blk.1.ffn_up.weight.counts"] == [1, 1]
-    with pytest.raises(ValueError, match="no 64 finite numbers for blk.0.attn_q.weight"):
+    with pytest.raises(ValueError, match="no 64 sums of squares for blk.0.attn_q.weight"):
         importance.read_file(kept, KINDS["1.6b"])
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.inf])
+def test_sums_that_no_text_has_are_refused(tmp_path, value):
+    model = KINDS["1.6b"]
+    matrices = importance._matrices(model)
+    wrong = {m.name: np.full(m.tensor.shape[-1], value, np.float32) for m in matrices}
+    importance.write_file(tmp_path / "wrong.gguf", wrong, "none")
+    with pytest.raises(ValueError, match="no 64 sums of squares for blk.0.attn_q.weight"):
+        importance.read_file(tmp_path / "wrong.gguf", model)
 
 
 @pytest.mark.parametrize(
     "given, why",
     [
         (["--type=q8_0", "--imatrix=."], "q8_0 takes no importance matrix"),
+        (["--type=q4_k_m", "--save-imatrix=FILE"], "only with --imatrix DATA"),
+        (["--type=q4_k_m", "--imatrix=FILE", "--imatrix-rows=3"], "only with --imatrix DATA"),
+        (["--type=q4_k_m", "--imatrix=EMPTY", "--save-imatrix=EMPTY"], "is a folder"),
         (["--type=q4_k_m", "--imatrix=EMPTY"], "neither a folder of prepared sources nor"),
         (["--type=q4_k_m", "--imatrix=FILE"], "is no imatrix file of llama.cpp's"),
     ],

@@ -34,16 +34,20 @@ def test_the_server_gives_the_file_the_program_and_the_page_with_both_headers(tm
     program = tmp_path / "node_modules/@wllama/wllama/esm"
     program.mkdir(parents=True)
     (program / "index.js").write_text("program")
+    (program.parent / "package.json").write_text("beside it")
     (tmp_path / "m.gguf").write_text("file")
     server = serve(tmp_path / "m.gguf", tmp_path)
     try:
         address = server.stdout.readline().strip()
         found = {}
-        for path in ("model.gguf", "wllama/index.js", "?threads=1", "wllama/../serve.py"):
+        for path in ("model.gguf", "wllama/index.js", "?threads=1", "serve.py"):
             with urllib.request.urlopen(address + path, timeout=30) as answer:
                 found[path] = answer.read().decode()
                 assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
                 assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        for path in ("../package.json", f"/{tmp_path}/m.gguf", "", "..//", "%2e%2e/package.json"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"{address}wllama/{path}", timeout=30)
     finally:
         server.terminate()
     page = SERVE.with_name("page.html").read_text(encoding="utf-8")
