@@ -10,18 +10,19 @@ as there (--time).
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
-import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from stablelm_jax.interop.llama_cpp import peak_memory, time_reading
+from stablelm_jax.report import add_edge
 
 GROUP = 64  # weights that share a scale: MLX's default; it divides every width of ours
-PROMPT = 448
 
 
 class Mlx:
@@ -131,34 +132,40 @@ class OpenVino:
 PROGRAMS = {"mlx": Mlx, "openvino": OpenVino}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("checkpoint")
     parser.add_argument("--output")
-    parser.add_argument("--config")
-    parser.add_argument("--data")
-    parser.add_argument("--max-rows", type=int, default=2**31 - 1)
-    parser.add_argument("--speed", action="store_true")
-    given, _ = parser.parse_known_args()  # the others are of GGUF files
+    add_edge(parser)  # types, tasks and importance matrix are of GGUF files
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    given = arguments()
     from stablelm_jax.evaluation.edge import Edge, in_fresh_process
     from stablelm_jax.interop.conversions import to_hf
+    from stablelm_jax.storage.files import new_result
 
     held_out = {name: getattr(given, name) for name in ("config", "data", "max_rows")}
     edge = Edge(given.checkpoint, given.output, **held_out)
-    program, export = PROGRAMS[given.program], edge.folder / f"{edge.saved.name}-hf-float16"
-    if not export.exists():
+    program = PROGRAMS[given.program]
+
+    @functools.cache  # once for all types, and only where one must be written
+    def exported() -> Path:
+        export = edge.folder / f"{edge.saved.name}-hf-float16"
         how = {"revision": None, "max_file_bytes": 5 * 10**9, "tokenizer": None}
-        to_hf(given.checkpoint, export, dtype="float16", verify=False, force=False, **how)
+        to_hf(str(edge.saved.path), export, dtype="float16", verify=False, force=True, **how)
+        return export
+
     for kind in program.types:
         folder = edge.folder / f"{edge.saved.name}-{kind}"
 
-        def measure(folder=folder, kind=kind):
-            if not folder.exists():
-                aside = folder.with_name(folder.name + ".partial")
-                shutil.rmtree(aside, ignore_errors=True)
-                program.write(export, aside, kind)
-                aside.rename(folder)
+        def write(folder=folder, kind=kind):
+            with new_result(folder, force=True) as aside:
+                program.write(exported(), aside, kind)
+
+        def measure(folder=folder):
             size = program.size(folder)
             row = {"program": program.program(), "file": folder.name, "bytes": size}
             row["bits_per_weight"] = 8 * size / edge.num_parameters
@@ -168,7 +175,7 @@ def main() -> None:
             return in_fresh_process(__file__, "--time", given.program, str(folder))
 
         print(f"{kind}: {folder.name}", flush=True)
-        edge.row(kind, measure, speed, given.speed)
+        edge.row(kind, measure, (folder, write), speed, again=given.speed)
 
 
 def time_one(name: str, folder: str) -> None:
@@ -179,7 +186,7 @@ def time_one(name: str, folder: str) -> None:
         import openvino  # noqa: F401
     before = peak_memory()
     program = PROGRAMS[name](Path(folder))
-    found = time_reading(program.read, program.vocab_size, PROMPT)
+    found = time_reading(program.read, program.vocab_size)
     if name == "openvino":
         del found["write_tokens_per_second"]  # each token would read the whole text again
     print(json.dumps(found | {"memory_bytes": peak_memory() - before}))

@@ -21,6 +21,9 @@ from pathlib import Path
 
 from stablelm_jax.run_verb import run_verb
 
+_OF_EDGE = ("types", "imatrix", "config", "data", "max_rows", "tasks", "task_data", "speed")
+_INTERRUPTED = "nothing was written, but what --edge has measured is kept"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 after an error; bad arguments leave with 2."""
@@ -36,10 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--last", type=_steps, metavar="STEPS", help="of training; else a fifth")
     parser.add_argument("--json", metavar="FILE", help="gets the comparisons")
     parser.add_argument("--fit", action="store_true", help="the scaling law of finished runs")
-    _add_edge(parser.add_argument_group("small machines"))
+    add_edge(parser.add_argument_group("small machines"))
     given = parser.parse_args(argv)
     if given.edge:
         return _edge(parser, given)
+    for name in _OF_EDGE:
+        if getattr(given, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: only with --edge")
     if len(given.folders) < 2 and (given.last or given.json or given.fit):
         parser.error("--last, --json and --fit: name two run folders or more")
     for name in ("last", "output") if given.fit else ():
@@ -62,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _add_edge(group: argparse._ArgumentGroup) -> None:
+def add_edge(group: argparse._ActionsContainer) -> None:
+    """The flags of --edge, which launch/edge_others.py takes too."""
     add = group.add_argument
     add("--edge", action="store_true", help="DIR is a checkpoint or run: table of its small files")
     types = "f16,q8_0,q6_k,q5_k_m,q4_k_m,q4_0"
@@ -72,7 +79,7 @@ def _add_edge(group: argparse._ArgumentGroup) -> None:
     add("--config", help="config file of the held-out text; else the checkpoint's")
     add("--data", help="folder or URL of the prepared sources; else the config's")
     add("--max-rows", type=_steps, default=2**31 - 1, help="held-out rows a source; else all")
-    add("--tasks", default="", help="of lm-eval, with commas between, for each file")
+    add("--tasks", default="", help="of lm-eval, with commas between: model and each GGUF file")
     add("--task-data", metavar="DIR", help="as of evaluate")
     add("--speed", action="store_true", help="measure speed and memory again")
 
@@ -104,4 +111,4 @@ def _steps(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, "report", prints_result=True)
+    run_verb(main, "report", prints_result=True, interrupted=_INTERRUPTED)

@@ -143,9 +143,8 @@ def lm_of_gguf(
     length = max_length or saved.max_positions
     llama = LlamaCpp(path, length)
     llama.check_tokens(saved.tokenizer)
-    return CheckpointLM(
-        GgufScorer(llama, length), saved.tokenizer, told=told, end_ids=saved.end_ids
-    )
+    scorer = GgufScorer(llama, length, saved.num_valid_ids)
+    return CheckpointLM(scorer, saved.tokenizer, told=told, end_ids=saved.end_ids)
 
 
 class TrainingTasks:

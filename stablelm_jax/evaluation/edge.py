@@ -6,7 +6,9 @@ programs to the same folder.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stablelm_jax.checkpoint.saved_model import SavedModel
-from stablelm_jax.data.manifest import data_hash
+from stablelm_jax.data.manifest import MANIFEST_NAME, data_hash
 from stablelm_jax.evaluation.other_program import (
     Differences,
     Logits,
@@ -28,6 +30,7 @@ from stablelm_jax.evaluation.other_program import (
     held_out_run,
     open_gguf,
 )
+from stablelm_jax.evaluation.scores import TaskScore, shown_scores
 from stablelm_jax.interop import gguf_types, llama_cpp
 from stablelm_jax.interop.conversions import to_gguf
 from stablelm_jax.model.parameters import count_parameters
@@ -35,7 +38,9 @@ from stablelm_jax.reporting.picture import draw_edge
 from stablelm_jax.run.console import make_console
 from stablelm_jax.run.metrics import finite
 from stablelm_jax.storage.files import write_json, write_text
+from stablelm_jax.storage.remote import is_url
 
+_MATRIX = "imatrix.gguf"  # computed once for all types
 UNQUANTISED = "unquantised"  # the checkpoint in float32, by our own forward pass
 Row = dict[str, Any]
 # (heading, value of a row or None, format)
@@ -65,35 +70,53 @@ class Edge:
             raise ValueError("report --edge scores text: give the --config and --data of a base")
         place = Path(self.saved.path).parent
         beside = place.parent if place.name == "checkpoints" else place
+        if is_url(output or self.saved.path):
+            raise ValueError(f"files cannot go to {output or place}: name a folder by --output")
         self.folder = Path(output) if output else beside / "edge" / self.saved.name
         (self.folder / "rows").mkdir(parents=True, exist_ok=True)
         self.num_parameters = count_parameters(self.saved.model)
         self._measured = {
-            "checkpoint": str(self.saved.path),
+            "checkpoint": self.saved.run["seal"],  # over the checksums of all weights
             "data": data_hash(self.run.manifests),
             "rows_of_a_source": min(self.run.config.evaluation.max_rows, 2**31 - 1),
-            "sequence_length": self.run.spec.sequence_length,
+            "num_valid_ids": self.run.compute.num_valid_ids,
+            **dataclasses.asdict(self.run.spec) | {"batch_size": None},  # that is this machine's
         }
 
-    @functools.cached_property
-    def _params(self) -> Any:
-        return self.saved.load(self.run.mesh)
-
     def row(
-        self, kind: str, measure: Callable[[], Row], speed: Callable[[], Row], again: bool = False
+        self,
+        kind: str,
+        measure: Callable[[], Row],
+        file: tuple[Path, Callable[[], Any]] | None = None,
+        speed: Callable[[], Row] = dict,
+        tasks: Callable[[], Row] = dict,
+        *,
+        again: bool = False,
+        asked: Row | None = None,
+        imatrix: str | None = None,
     ) -> Row:
-        """The row of a type: kept from before where it was measured on the same, else measured.
+        """The row of a type: what was measured before on the same is kept, the rest measured.
 
-        `again`: speed and memory are measured anew, whatever is kept.
+        Args:
+          measure, speed, tasks: give its parts.
+          file: its path, and what writes it anew unless a kept row says what it is of.
+          again: speed and memory are measured, whatever is kept.
+          asked: the tasks; None: those kept will do. imatrix: tells importance matrices apart.
         """
-        file = self.folder / "rows" / f"{kind}.json"
-        kept = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        if kept.get("measured") != self._measured:
-            kept = {"type": kind, "measured": self._measured} | measure()
-            write_json(file, finite(kept))
+        place, of = self.folder / "rows" / f"{kind}.json", [self.saved.run["seal"], imatrix]
+        kept = json.loads(place.read_text("utf-8")) if place.exists() else {}
+        if (kept.get("of"), kept.get("measured")) != (of, self._measured):
+            if file and not (kept.get("of") == of and file[0].exists()):
+                place.unlink(missing_ok=True)  # it would vouch for the new file
+                file[1]()
+            kept = {"type": kind, "of": of, "measured": self._measured} | measure()
+            write_json(place, finite(kept))
         if again or "cores" not in kept:
             kept |= speed() or {"cores": None}
-            write_json(file, finite(kept))
+            write_json(place, finite(kept))
+        if asked and kept.get("asked") != asked:
+            kept |= tasks() | {"asked": asked}
+            write_json(place, finite(kept))
         return kept
 
     def quality(self, logits: Logits | None) -> Row:
@@ -105,7 +128,8 @@ class Edge:
         if logits:
             differences = Differences(run)
             eval_step = eval_step_of(logits, run, differences)
-        line = evaluate_held_out(eval_step, self._params, run.held_out(), run.mesh, run.objective)
+        params = self.saved.load(run.mesh)  # each time: conversions need the room meanwhile
+        line = evaluate_held_out(eval_step, params, run.held_out(), run.mesh, run.objective)
         bits = [line.get(f"eval/bits_per_byte/{source}") for source in run.sources]
         bits = [value for value in bits if value is not None]  # conversations have none
         mean = float(np.mean(bits)) if bits else None
@@ -121,7 +145,11 @@ class Edge:
         files = sorted((self.folder / "rows").glob("*.json"))
         rows = [json.loads(file.read_text("utf-8")) for file in files]
         fitting = [row for row in rows if row["measured"] == self._measured]
-        return sorted(fitting, key=lambda row: (row["type"] != UNQUANTISED, -row["bytes"]))
+        found = sorted(fitting, key=lambda row: (row["type"] != UNQUANTISED, -row["bytes"]))
+        for row in found[1:]:
+            if row.get("asked") != found[0].get("asked"):  # means of other tasks
+                row.pop("tasks_mean", None)
+        return found
 
 
 def show_edge(
@@ -140,12 +168,16 @@ def show_edge(
     Args:
       types: of GGUF files, which are written into the folder too. output: that folder.
       imatrix: of `to_gguf`, for those of the types that take one.
-      tasks, task_data: lm-eval's, for each file. again: see `Edge.row`.
+      tasks, task_data: lm-eval's, for each file and the checkpoint. again: see `Edge.row`.
 
     Raises:
       ValueError, ImportError: as of `held_out_run`, of the conversion and of llama.cpp.
     """
+    weighted = [name for name in types if imatrix and gguf_types.needs_llama_cpp(name)]
+    if imatrix and types and not weighted:
+        raise ValueError(f"--imatrix: {', '.join(types)} take none; K-quants and iq4_xs do")
     edge = Edge(checkpoint, output, **held_out)
+    (edge.folder / _MATRIX).unlink(missing_ok=True)
     console = make_console(file_width=140)
     size = 4 * edge.num_parameters
     free = shutil.disk_usage(edge.folder).free
@@ -154,21 +186,29 @@ def show_edge(
         f"{free / 1e9:.0f} GB are free",
         soft_wrap=True,
     )
+    asked = {"names": list(tasks), "data": task_data} if tasks else None
 
     def ours() -> Row:
         whole = {"program": "JAX", "bytes": size, "bits_per_weight": 32.0}
         return whole | edge.quality(None)
 
-    edge.row(UNQUANTISED, ours, dict)
-    length = str(edge.run.spec.sequence_length)
+    tasks_of = functools.partial(functools.partial, _tasks, edge, asked)
+    edge.row(UNQUANTISED, ours, tasks=tasks_of(None), asked=asked)
     for file_type in types:
-        weighted = imatrix if gguf_types.needs_llama_cpp(file_type) else None
-        kind = f"{file_type}-imatrix" if weighted else file_type
+        matrix = imatrix if file_type in weighted else None
+        kind = f"{file_type}-imatrix" if matrix else file_type
         path = edge.folder / f"{edge.saved.name}-{kind}.gguf"
         console.print(f"{kind}: {path.name}", soft_wrap=True)
-        measure = functools.partial(_measure, edge, path, file_type, weighted, tasks, task_data)
-        timing = ("-m", "stablelm_jax.interop.llama_cpp", str(path), length)
-        edge.row(kind, measure, functools.partial(in_fresh_process, *timing), again)
+        edge.row(
+            kind,
+            functools.partial(_measure, edge, path, matrix),
+            (path, functools.partial(_write, edge, path, file_type, matrix)),
+            functools.partial(in_fresh_process, "-m", "stablelm_jax.interop.llama_cpp", str(path)),
+            tasks_of(path),
+            again=again,
+            asked=asked,
+            imatrix=matrix and _fingerprint(matrix),
+        )
     _write_report(edge, console)
 
 
@@ -188,37 +228,50 @@ def _write_report(edge: Edge, console: Console) -> None:
     console.print(f"{edge.folder}/edge.json, edge.md, edge.png", soft_wrap=True)
 
 
-def _measure(
-    edge: Edge,
-    path: Path,
-    file_type: str,
-    imatrix: Path | None,
-    tasks: Sequence[str],
-    task_data: str | None,
-) -> Row:
-    """Writes the file where it is not there yet."""
-    if not path.exists():
-        how = {"tokenizer": None, "verify": True, "force": False}
-        how |= {"imatrix": imatrix} if imatrix else {}
-        to_gguf(str(edge.saved.path), path, file_type=file_type, **how)
+def _write(edge: Edge, path: Path, file_type: str, imatrix: Path | None) -> None:
+    how = {"tokenizer": None, "verify": True, "force": True}
+    if imatrix:
+        computed = edge.folder / _MATRIX  # for the types before this one
+        source = computed if computed.exists() else imatrix
+        how |= {"imatrix": source} | ({"save_imatrix": computed} if source.is_dir() else {})
+    to_gguf(str(edge.saved.path), path, file_type=file_type, **how)
+
+
+def _fingerprint(imatrix: Path) -> str:
+    """sha256 of a file, or of the manifests of prepared data."""
+    files = [imatrix] if imatrix.is_file() else sorted(imatrix.glob(f"*/{MANIFEST_NAME}"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _measure(edge: Edge, path: Path, imatrix: Path | None) -> Row:
     llama = open_gguf(str(path), edge.run)
     row = {"program": llama_cpp.name(), "file": path.name, "bytes": path.stat().st_size}
-    row |= {"bits_per_weight": llama.bits_per_weight} | edge.quality(llama.logits)
-    if tasks:
-        row |= _tasks(edge.saved, path, tasks, task_data)
-    return row
+    if imatrix:
+        row["flattered"] = imatrix.resolve() == Path(edge.run.config.data.root).resolve()
+    return row | {"bits_per_weight": llama.bits_per_weight} | edge.quality(llama.logits)
 
 
-def _tasks(saved: SavedModel, path: Path, names: Sequence[str], data: str | None) -> Row:
-    from stablelm_jax.evaluation.checkpoint_tasks import evaluate_tasks, lm_of_gguf
+def _tasks(edge: Edge, asked: Row, path: Path | None) -> Row:
+    """Scores of a file, or of the checkpoint; ValueError where a task has none."""
+    from stablelm_jax.evaluation import checkpoint_tasks
 
     def model_of(told: Any) -> Any:
-        return lm_of_gguf(str(path), saved, told=told)
+        if path:
+            return checkpoint_tasks.lm_of_gguf(str(path), edge.saved, told=told)
+        how = {"batch_tokens": 16_384, "dtype": "float32", "told": told}
+        return checkpoint_tasks.lm_of_checkpoint(edge.saved, edge.run.mesh, **how)
 
     options = {"compared": "stablelm-2-1_6b", "limit": None, "num_fewshot": None}
-    found = evaluate_tasks(model_of, names, data=data, **options)
-    values = [score["value"] for score in found["tasks"] if score["metric"].startswith("acc")]
-    return {"tasks": found["tasks"], "tasks_mean": float(np.mean(values)) if values else None}
+    names, data = asked["names"], asked["data"]
+    found = checkpoint_tasks.evaluate_tasks(model_of, names, data=data, **options)
+    if failed := found.get("failed"):
+        raise ValueError(f"--tasks without scores: {failed}")
+    fields = [field.name for field in dataclasses.fields(TaskScore)]
+    shown = shown_scores([TaskScore(**{k: row[k] for k in fields}) for row in found["tasks"]])
+    # Of two metrics of a task the first.
+    values = {s.task: s.value for s in reversed(shown) if s.metric.startswith("acc")}
+    mean = float(np.mean(list(values.values()))) if values else None
+    return {"tasks": found["tasks"], "tasks_mean": mean}
 
 
 def in_fresh_process(*command: str) -> Row:
@@ -245,16 +298,26 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """How the numbers were measured."""
     places = max((row.get("places", 0) for row in rows), default=0)
-    timed = [row for row in rows if row.get("cores")]
     notes = [
         "bits a byte: mean over the sources of held-out text; KL of each type from the unquantised "
-        f"model, mean and 99th percentile over {places:,} held-out tokens."
+        f"model, mean and 99th percentile over {places:,} held-out tokens.",
+        "MB: GGUF files hold the tokenizer too, MLX's and OpenVINO's the weights alone. Bits a "
+        "weight: of llama.cpp's tensors, of the others' whole files.",
     ]
-    if timed:
-        first = timed[0]
+    if flattered := [row["type"] for row in rows if row.get("flattered")]:
+        notes.append(f"{', '.join(flattered)}: the importance matrix is of the data scored here.")
+    if asked := rows[0].get("asked"):
+        notes.append(f"tasks: mean accuracy of {', '.join(asked['names'])}, by published metrics.")
+    timed: dict[tuple[int, ...], list[str]] = {}
+    for row in rows:
+        if row.get("cores"):
+            how = row["cores"], row["prompt_tokens"], row["repeats"]
+            timed.setdefault(how, []).append(row["type"])
+    for (cores, prompt, repeats), types in timed.items():
+        whose = f" of {', '.join(types)}" if len(timed) > 1 else ""
         notes.append(
-            f"Speed on {first['cores']} cores: a prompt of {first['prompt_tokens']} tokens, then "
-            f"64 one by one, median of {first['repeats']}; memory: the most that a fresh process "
+            f"Speed{whose} on {cores} core{'s' * (cores > 1)}: a prompt of {prompt} tokens, then "
+            f"64 one by one, median of {repeats}; memory: the most that a fresh process "
             "held, less what it held before it loaded the file."
         )
     return notes

@@ -8,6 +8,7 @@ B rows, T sequence length, N places of a row that its texts fill, V vocabulary.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ def held_out_run(
     else:
         raise ValueError(
             f"{saved.path if saved else 'a GGUF file'} names no held-out text: give --config (with "
-            "data.weights of the sources), or --tasks"
+            "data.weights of the sources)"
         )
     given.data.root = data or given.data.root
     given.data.tokenizer = tokenizer or given.data.tokenizer
@@ -187,8 +188,9 @@ class Differences:
 class GgufScorer:
     """llama.cpp in the place of `Scorer`: log-likelihoods of continuations, for lm-eval's tasks."""
 
-    def __init__(self, llama: LlamaCpp, max_length: int):
+    def __init__(self, llama: LlamaCpp, max_length: int, num_valid_ids: int | None = None):
         self._llama, self.max_length = llama, max_length
+        self._num_valid = num_valid_ids or llama.vocab_size
 
     def compute_copy(self, params: Any) -> Any:
         """There are none: the file has them."""
@@ -203,14 +205,17 @@ class GgufScorer:
         self, params: Any, requests: Sequence[Request], on_answers: Callable[[int], None]
     ) -> list[Answer]:
         """See `Scorer.score`."""
-        answers, read, logits_TV = [], None, None
-        for tokens, targets in requests:
-            if tokens != read:  # the choices of a question are often one token each
-                read, logits_TV = tokens, self._llama.logits([tokens])
-            logits_NV, answer = logits_TV[len(tokens) - len(targets) :], (0.0, True)
+        answers: dict[int, Answer] = {}
+        alike = collections.defaultdict(list)  # the choices of a question are often one token each
+        for number, (tokens, targets) in enumerate(requests):
             if targets:
+                alike[tuple(tokens)].append((number, targets))
+        for tokens, asked in alike.items():
+            logits_TV = self._llama.logits([tokens], max(len(targets) for _, targets in asked))
+            logits_TV[:, self._num_valid :] = -np.inf
+            for number, targets in asked:
+                logits_NV = logits_TV[-len(targets) :]
                 greedy = logits_NV.argmax(-1).tolist() == list(targets)
-                answer = -float(nll(logits_NV, np.array(targets)).sum()), greedy
-            answers.append(answer)
+                answers[number] = -float(nll(logits_NV, np.array(targets)).sum()), greedy
             on_answers(len(answers))
-        return answers
+        return [answers.get(number, (0.0, True)) for number in range(len(requests))]

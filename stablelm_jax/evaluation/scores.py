@@ -98,13 +98,18 @@ def published_metric(task: str) -> str | None:
     return next((row["metric"] for row in published_scores() if row["task"] == task), None)
 
 
+def shown_scores(scores: Sequence[TaskScore]) -> list[TaskScore]:
+    """Without MMLU's subjects; of a task with a published metric that one, else all."""
+    known = {score.task: published_metric(score.task) for score in scores}
+    return [s for s in scores if not s.is_detail and known[s.task] in (None, s.metric)]
+
+
 def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks") -> Table:
     """Task, metric, examples, ours with its standard error, floor, and the score of `model`.
 
-    Shares are in percent. Of a task with a published metric that one is shown, else all.
+    Shares are in percent.
     """
-    known = {score.task: published_metric(score.task) for score in scores}
-    shown = [s for s in scores if not s.is_detail and known[s.task] in (None, s.metric)]
+    shown = shown_scores(scores)
     beside = {"floor": [FLOORS.get((score.task, score.metric)) for score in shown]}
     beside[model] = [(published_score(score, model) or (None,))[0] for score in shown]
     beside = {name: values for name, values in beside.items() if any(values)}

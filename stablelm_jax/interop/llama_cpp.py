@@ -1,6 +1,6 @@
 """llama.cpp (PyPI `cyllama`), which runs GGUF files, in this process.
 
-    python -m stablelm_jax.interop.llama_cpp FILE.gguf TOKENS  # speed and memory, as JSON
+    python -m stablelm_jax.interop.llama_cpp FILE.gguf  # speed and memory, as JSON
 
 N tokens of all texts of a call, V vocabulary. No jax here: it would be in the memory measured.
 """
@@ -14,7 +14,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'stablelm_jax[edge]'"
 _MOST_TEXTS = 256  # of one call: llama.cpp's LLAMA_MAX_SEQ
 _F32, _NO_FLASH = 0, 0
+PROMPT, WRITTEN = 448, 64  # tokens that are timed, of every program and whatever the context
 
 
 class LoadError(ValueError):
@@ -91,13 +92,19 @@ class LlamaCpp:
                 f"{tokenizer.name}: the file has another vocabulary"
             )
 
-    def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """[N, V] float32, after each token of texts that do not see one another, in their order."""
+    def logits(self, texts: Sequence[Sequence[int]], last: int | None = None) -> np.ndarray:
+        """[N, V] float32, after each token of texts that do not see one another, in their order.
+
+        `last`: after so many tokens at the end of each text alone.
+        """
         found = []
         for start in range(0, len(texts), _MOST_TEXTS):
             self._context.kv_cache_clear(True)
             part = enumerate(texts[start : start + _MOST_TEXTS])
-            found.append(self._decode([(n, range(len(ids)), ids) for n, ids in part]))
+            places = self._decode([(n, range(len(ids)), ids) for n, ids in part], last)
+            found.append(np.empty((len(places), self.vocab_size), np.float32))
+            for row_V, place in zip(found[-1], places):  # each comes as a list of Python's floats
+                row_V[:] = self._context.get_logits_ith(place)
         return np.concatenate(found)
 
     def read(self, ids: Sequence[int], first: int = 0) -> None:
@@ -105,22 +112,23 @@ class LlamaCpp:
         one's logits, which stay where they are."""
         if first == 0:
             self._context.kv_cache_clear(True)
-        self._decode([(0, range(first, first + len(ids)), ids)], every=False)
+        self._decode([(0, range(first, first + len(ids)), ids)], 1)
         self._context.synchronize()
 
     def _decode(
-        self, texts: Iterable[tuple[int, Iterable[int], Sequence[int]]], every: bool = True
-    ) -> np.ndarray:
-        """`texts`: number, places and ids of each. Logits after every token, or none."""
-        tokens = [(t, p, n) for n, places, ids in texts for p, t in zip(places, ids)]
+        self, texts: Sequence[tuple[int, Sequence[int], Sequence[int]]], last: int | None
+    ) -> list[int]:
+        """`texts`: number, places and ids of each. Where in the batch logits were computed."""
+        tokens = [
+            (int(token), place, [number], last is None or len(ids) - index <= last)
+            for number, places, ids in texts
+            for index, (place, token) in enumerate(zip(places, ids))
+        ]
         batch = self._library.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
-        for index, (token, place, number) in enumerate(tokens, 1):
-            batch.add(int(token), place, [number], every or index == len(tokens))
+        for token in tokens:
+            batch.add(*token)
         self._context.decode(batch)
-        found = np.empty((len(tokens) if every else 0, self.vocab_size), np.float32)
-        for index in range(len(found)):  # each comes as a list of Python's floats
-            found[index] = self._context.get_logits_ith(index)
-        return found
+        return [index for index, (*_, wanted) in enumerate(tokens) if wanted]
 
 
 def _load(library, path: str | Path, num_tokens: int, exact: bool, threads: int | None):
@@ -149,27 +157,27 @@ def num_processors() -> int:
 
 
 def time_reading(
-    read: Callable[[Sequence[int], int], None], vocab_size: int, prompt: int, repeats: int = 5
+    read: Callable[[Sequence[int], int], None], vocab_size: int, repeats: int = 5
 ) -> dict[str, Any]:
-    """Tokens a second of `read(ids, first)` with a prompt at once and then 64 one by one: medians.
+    """Tokens a second of `read(ids, first)`: PROMPT at once, then WRITTEN one by one; medians.
 
     What the tokens are plays no part, nor does choosing them.
     """
-    ids = np.random.default_rng(0).integers(0, vocab_size, prompt + 64).tolist()
-    read(ids[:prompt], 0)  # what is loaded or compiled when first needed
+    ids = np.random.default_rng(0).integers(0, vocab_size, PROMPT + WRITTEN).tolist()
+    read(ids[:PROMPT], 0)  # what is loaded or compiled when first needed
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        read(ids[:prompt], 0)
+        read(ids[:PROMPT], 0)
         middle = time.perf_counter()
-        for place in range(prompt, prompt + 64):
+        for place in range(PROMPT, PROMPT + WRITTEN):
             read(ids[place : place + 1], place)
         seconds.append((middle - start, time.perf_counter() - middle))
     reading, writing = (statistics.median(times) for times in zip(*seconds))
     return {
-        "prompt_tokens": prompt,
-        "read_tokens_per_second": prompt / reading,
-        "write_tokens_per_second": 64 / writing,
+        "prompt_tokens": PROMPT,
+        "read_tokens_per_second": PROMPT / reading,
+        "write_tokens_per_second": WRITTEN / writing,
         "repeats": repeats,
         "cores": num_processors(),
     }
@@ -187,13 +195,13 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def main(path: str, num_tokens: str) -> None:
+def main(path: str) -> None:
     """Prints speed, and the memory that the file takes over what Python and the library take."""
     import cyllama.llama.llama_cpp  # noqa: F401
 
     before = peak_memory()
-    llama = LlamaCpp(path, int(num_tokens), exact=False)
-    found = time_reading(llama.read, llama.vocab_size, int(num_tokens) - 64)
+    llama = LlamaCpp(path, PROMPT + WRITTEN, exact=False)
+    found = time_reading(llama.read, llama.vocab_size)
     print(json.dumps(found | {"memory_bytes": peak_memory() - before}))
 
 

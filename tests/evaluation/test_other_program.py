@@ -16,6 +16,7 @@ from stablelm_jax.evaluation.other_program import Differences, GgufScorer, held_
 from stablelm_jax.evaluation.scoring import Scorer
 from stablelm_jax.interop import llama_cpp
 from stablelm_jax.interop.llama_cpp import LlamaCpp
+from stablelm_jax.interop.verify import our_logits
 from stablelm_jax.model.compute import Compute
 from stablelm_jax.parallel.mesh import make_mesh
 
@@ -82,14 +83,21 @@ def test_continuations_are_as_likely_as_to_the_checkpoint(files):
     saved, mesh = SavedModel.open(checkpoint), make_mesh(devices=None)
     rng = np.random.default_rng(5)
     inputs = [rng.integers(0, 257, length).tolist() for length in (9, 4, 30)]
-    requests = [(inputs[0], [7]), (inputs[0], [8]), (inputs[1], [9, 30, 2]), (inputs[2], [])]
-    compute = Compute(dtype=jnp.dtype("float32"))
+    requests = [(inputs[0], [7]), (inputs[1], [9, 30, 2]), (inputs[2], []), (inputs[0], [8, 7])]
+    requests.append(([], []))
+    compute = Compute(dtype=jnp.dtype("float32"), num_valid_ids=300)  # of 320 rows
     scorer = Scorer(saved.model, mesh, max_length=32, compute=compute, batch_tokens=128)
     ours = scorer.score(scorer.compute_copy(saved.load(mesh)), requests, lambda done: None)
-    theirs = GgufScorer(LlamaCpp(out, 32), 32).score(None, requests, lambda done: None)
+    llama, read = LlamaCpp(out, 48), []
+    logits = llama.logits
+    llama.logits = lambda *given: read.append(given) or logits(*given)
+    theirs = GgufScorer(llama, 32, 300).score(None, requests, lambda done: None)
+    assert [last for _, last in read] == [2, 3]  # an input once, where there are targets
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     np.testing.assert_allclose(*([nats for nats, _ in found] for found in (ours, theirs)), 1e-5)
     assert len({nats for nats, _ in ours}) == 4
+    every_NV, some_NV = logits(inputs), logits(inputs, 3)
+    np.testing.assert_array_equal(some_NV, every_NV[[6, 7, 8, 10, 11, 12, 40, 41, 42]])
 
 
 def test_differences_are_of_the_counted_places_in_float64(files):
@@ -116,12 +124,25 @@ def test_our_logits_are_no_distance_from_themselves(files, tmp_path):
     data, checkpoint, out = files
     config = tiny.write_config(config_of(data), tmp_path)
     saved = SavedModel.open(checkpoint)
-    run = held_out_run(saved, config=config, max_rows=1)
+    run = held_out_run(saved, config=config, max_rows=4)
     batch = next(iter(run.held_out()["squares"].batches))
-    row = {name: values[0] for name, values in batch.items()}
+    several = np.ptp(batch["segment_ids"], axis=1) > 0  # documents in a row
+    row = {name: values[several.argmax()] for name, values in batch.items()}
     params, differences = saved.load(run.mesh), Differences(run)
-    inputs = (row[name][None] for name in ("tokens", "segment_ids", "positions"))
-    logits_TV = np.asarray(differences._ours(params, *inputs)[0])
-    differences.add(params, row, np.arange(32), logits_TV)
-    assert len(differences.kl) == 32 and np.abs(differences.kl).max() < 1e-12
+    found = []
+    assert several.any()
+    for number in np.unique(row["segment_ids"]):  # each by itself, so that no mask is needed
+        ids = row["tokens"][row["segment_ids"] == number]
+        padded = np.pad(ids, (0, 32 - len(ids)))
+        found.append(our_logits(saved.model, params, padded)[: len(ids)])
+    differences.add(params, row, np.arange(32), np.concatenate(found))
+    assert len(differences.kl) == 32 and np.abs(differences.kl).max() < 1e-9
     assert all(differences.same)
+
+
+def test_a_file_of_a_short_context_is_timed_with_the_prompt_of_all(files, capsys):
+    _, _, out = files
+    llama_cpp.main(str(out))
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt_tokens"] == 448 and found["cores"] == 1
+    assert found["read_tokens_per_second"] > 0 < found["write_tokens_per_second"]
