@@ -53,8 +53,8 @@ def _modules(root: pathlib.Path) -> Iterator[tuple[str, str]]:
         try:
             with tokenize.open(path) as file:  # follows the encoding that the source declares
                 text = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue  # a source that Python itself would not take
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue  # a source that Python itself would not take, a link to nowhere, a folder
         if text.strip():
             yield path.relative_to(root).as_posix(), text
 
@@ -71,8 +71,8 @@ def _docstrings(modules: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]
             continue  # parsing takes nearly all of the time
         try:
             tree = ast.parse(text)
-        except SyntaxError:
-            continue  # written for another Python than this one
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # written for another Python than this one, or nested too deep for it
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield path, ast.get_docstring(node) or ""
@@ -115,7 +115,8 @@ def package_docs() -> Iterator[tuple[str, str]]:
         (f"{package}/{path}", docstring)
         for package in _PACKAGES
         if (spec := importlib.util.find_spec(package))  # which does not import it
-        for path, docstring in _docstrings(_modules(pathlib.Path(*spec.submodule_search_locations)))
+        for place in spec.submodule_search_locations or ()
+        for path, docstring in _docstrings(_modules(pathlib.Path(place)))
     )
 
 

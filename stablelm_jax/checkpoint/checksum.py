@@ -79,7 +79,7 @@ def _at_once(x: jax.Array, start: jax.Array, whole: tuple[int, ...]) -> jax.Arra
 def _blockwise(x: jax.Array, start: jax.Array) -> jax.Array:
     """The same sum. XLA:CPU would write all products to memory before it sums them."""
     block = math.gcd(x.size, _BLOCK)
-    if block < 2**8:  # an odd size: so many short blocks would be slower
+    if not x.size or block < 2**8:  # of an odd size many short blocks would be slower
         return _at_once(x, start, x.shape)
     blocks = x.reshape(-1, block)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -23,7 +24,6 @@ from stablelm_jax.storage.remote import described, is_url, retried
 
 FORMAT_VERSION = 2
 _READERS = 4  # leaves that are read at once, and so held by the host
-_ALIGNMENT = 64  # bytes
 _ELSE = "use another checkpoint"
 _OF_THE_HOST = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
 
@@ -95,13 +95,21 @@ def read_arrays(path: epath.PathLike, abstract: dict[str, Any], run: dict[str, A
     def read(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         stored, parts = _open(path, name, like.shape, like.dtype, context), {}
 
-        def part(index):  # devices that hold the same one share one reading
+        def part(device, index):  # devices that hold the same one share one reading
             key = str(index)
             if key not in parts:
-                parts[key] = _read(stored[index])
-            return parts[key]
+                parts[key] = stored[index].read().result()
+            found = jax.device_put(parts[key], device)
+            if device.platform == "cpu" and found.unsafe_buffer_pointer() == parts[key].ctypes.data:
+                # The host's memory, taken as it is. No later step could write there, so the first
+                # one would need room for a second state.
+                found = jnp.copy(found)
+            return found
 
-        return jax.make_array_from_callback(like.shape, like.sharding or here, part)
+        sharding = like.sharding or here
+        indices = sharding.addressable_devices_indices_map(like.shape)
+        on_devices = [part(device, index) for device, index in indices.items()]
+        return jax.make_array_from_single_device_arrays(like.shape, sharding, on_devices)
 
     with _refused(path), ThreadPoolExecutor(_READERS) as pool:
         # The devices sum a leaf while the next ones are read.
@@ -121,7 +129,7 @@ def read_leaves(
     path, context = checkpoint_path(path), _context()
     for name, shape in shapes.items():
         with _refused(path):
-            leaf = _read(_open(path, f"params/{name}", shape, "float32", context))
+            leaf = _open(path, f"params/{name}", shape, "float32", context).read().result()
         _compare(path, run["checksums"], checksums({f"params/{name}": jax.device_put(leaf)}))
         yield name, leaf
 
@@ -148,16 +156,6 @@ def _open(
         what = f"{stored.dtype.name} {stored.shape}"
         raise ValueError(f"{name} is {what}, not {np.dtype(dtype)} {shape}")
     return stored
-
-
-def _read(stored: ts.TensorStore) -> np.ndarray:
-    """Into memory that starts where a device of the CPU takes it as it is, without a copy."""
-    dtype = stored.dtype.numpy_dtype
-    room = np.empty(stored.size * dtype.itemsize + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    found = room[start : start + stored.size * dtype.itemsize].view(dtype).reshape(stored.shape)
-    ts.array(found).write(stored.translate_to[(0,) * stored.rank]).result()
-    return found
 
 
 @contextlib.contextmanager

@@ -36,7 +36,6 @@ RETRY_SECONDS = 60.0  # from a save that failed to the next try
 # Bytes that are read at once: memory for them is used again and again, where that for whole leaves
 # would come from the system anew (glibc: from 32 MiB on), which takes longer than reading them.
 _CHUNK = 2**24
-_NICE = 15  # Linux's scale; of a core that a step keeps busy such a thread gets 3 %
 SLOW_SECONDS = 10.0  # a wait for a save that is longer than this is told
 
 
@@ -195,9 +194,12 @@ def start_writing(
         for name, tree in arrays.items()
     }
     try:
-        writer.save(path, args=ocp.args.Composite(**items, run=_RunSave(run, sums)))
-        # After Orbax's own part, whose threads would else wait for the cores that sum.
-        sums.set_result(start_checksums(arrays))
+        try:
+            writer.save(path, args=ocp.args.Composite(**items, run=_RunSave(run, sums)))
+        finally:
+            # After Orbax's own part, whose threads would else wait for the cores that sum; and
+            # where that failed, too, since all processes run the same programs in the same order.
+            sums.set_result(start_checksums(arrays))
     finally:
         sums.cancel()  # where it has no result: nobody shall wait for one
 
@@ -210,17 +212,16 @@ def _handlers() -> ocp.CompositeCheckpointHandler:
 
 
 def _leave_cores_to_steps() -> None:
-    """Lowers the priority of tensorstore's threads, for as long as they live; on Linux alone.
+    """Has tensorstore's threads run where nothing else would, for as long as they live; on Linux.
 
     They copy into the page cache, as fast as they are let: of two cores they took one. On a host
     whose devices compute elsewhere there are idle cores, and nothing changes.
     """
-    nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))
     for task in os.listdir("/proc/self/task") if os.path.exists("/proc/self/task") else ():
         with contextlib.suppress(OSError):  # a thread that has just ended
             with open(f"/proc/self/task/{task}/comm", "rb") as name:
                 if name.read().startswith(b"ts_pool"):
-                    os.setpriority(os.PRIO_PROCESS, int(task), nice)
+                    os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
 
 
 class _RunHandler(ocp.JsonCheckpointHandler):
@@ -231,7 +232,6 @@ class _RunHandler(ocp.JsonCheckpointHandler):
 
     async def _write(self, directory: epath.Path, args: _RunSave) -> None:
         sums = fetch_checksums(args.sums.result())
-        _leave_cores_to_steps()
         if distributed.is_first():
             record = {"format_version": FORMAT_VERSION, **args.run, "checksums": sums}
             (directory / "metadata").write_text(json.dumps(sealed(record)), "utf-8")

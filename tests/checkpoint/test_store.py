@@ -56,6 +56,17 @@ def written(tmp_path):
     return write
 
 
+def test_what_was_read_is_updated_where_it_lies_by_the_first_step(written):
+    """Else a resumed run would need room for a second state where a fresh one does not."""
+    checkpoint = random_checkpoint(shape=(512, 1024))
+    path = written(checkpoint)
+    arrays = read_arrays(path, as_abstract(checkpoint[0]), read_run(path))
+    kernel = arrays["params"]["layers"]["kernel"]
+    place = kernel.unsafe_buffer_pointer()
+    after = jax.jit(lambda x: x + 1, donate_argnums=0)(kernel)
+    assert after.unsafe_buffer_pointer() == place and kernel.is_deleted()
+
+
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_run_item(written):
     saved = random_checkpoint(3, {"rows_consumed": 24, "text": "ü"})
     path = written(saved)

@@ -46,6 +46,8 @@ def test_sources_that_python_would_not_take_or_that_are_empty_are_left_out(tmp_p
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
+    (tmp_path / ".#lock.py").symlink_to("nowhere")  # as an editor leaves them
+    (tmp_path / "folder.py").mkdir()
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert dict(smoke_corpus.stdlib_code()) == {
         "good.py": "x = 1\n",
