@@ -39,9 +39,9 @@ def evaluate_tasks(
     names: Sequence[str],
     *,
     data: str | Path | None,
-    compared: str,
-    limit: int | None,
-    num_fewshot: int | None,
+    compared: str = "stablelm-2-1_6b",
+    limit: int | None = None,
+    num_fewshot: int | None = None,
     chat: ChatTemplate | None = None,
     contamination: Sequence[Path] = (),
 ) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -98,9 +97,8 @@ class Edge:
         """The row of a type: what was measured before on the same is kept, the rest measured.
 
         Args:
-          measure, speed, tasks: give its parts.
+          measure, speed, tasks: give its parts. again: speed and memory whatever is kept.
           file: its path, and what writes it anew unless a kept row says what it is of.
-          again: speed and memory are measured, whatever is kept.
           asked: the tasks; None: those kept will do. imatrix: tells importance matrices apart.
         """
         place, of = self.folder / "rows" / f"{kind}.json", [self.saved.run["seal"], imatrix]
@@ -123,11 +121,9 @@ class Edge:
         """Held-out numbers of another program's logits; None: of our own forward pass."""
         from stablelm_jax.training.held_out import evaluate_held_out
 
-        run, differences = self.run, None
-        eval_step = run.eval_step
-        if logits:
-            differences = Differences(run)
-            eval_step = eval_step_of(logits, run, differences)
+        run = self.run
+        differences = Differences(run) if logits else None
+        eval_step = eval_step_of(logits, run, differences) if logits else run.eval_step
         params = self.saved.load(run.mesh)  # each time: conversions need the room meanwhile
         line = evaluate_held_out(eval_step, params, run.held_out(), run.mesh, run.objective)
         bits = [line.get(f"eval/bits_per_byte/{source}") for source in run.sources]
@@ -177,23 +173,14 @@ def show_edge(
     if imatrix and types and not weighted:
         raise ValueError(f"--imatrix: {', '.join(types)} take none; K-quants and iq4_xs do")
     edge = Edge(checkpoint, output, **held_out)
-    (edge.folder / _MATRIX).unlink(missing_ok=True)
+    if imatrix and imatrix.is_dir():
+        (edge.folder / _MATRIX).unlink(missing_ok=True)  # of an earlier report
     console = make_console(file_width=140)
-    size = 4 * edge.num_parameters
-    free = shutil.disk_usage(edge.folder).free
-    console.print(
-        f"files and measurements go to {edge.folder}: {size / 1e9:.2f} GB for each type at most, "
-        f"{free / 1e9:.0f} GB are free",
-        soft_wrap=True,
-    )
+    console.print(f"files, edge.json, edge.md and edge.png go to {edge.folder}", soft_wrap=True)
     asked = {"names": list(tasks), "data": task_data} if tasks else None
-
-    def ours() -> Row:
-        whole = {"program": "JAX", "bytes": size, "bits_per_weight": 32.0}
-        return whole | edge.quality(None)
-
     tasks_of = functools.partial(functools.partial, _tasks, edge, asked)
-    edge.row(UNQUANTISED, ours, tasks=tasks_of(None), asked=asked)
+    whole = {"program": "JAX", "bytes": 4 * edge.num_parameters, "bits_per_weight": 32.0}
+    edge.row(UNQUANTISED, lambda: whole | edge.quality(None), tasks=tasks_of(None), asked=asked)
     for file_type in types:
         matrix = imatrix if file_type in weighted else None
         kind = f"{file_type}-imatrix" if matrix else file_type
@@ -225,14 +212,13 @@ def _write_report(edge: Edge, console: Console) -> None:
     markdown = [f"| {' | '.join(x)} |" for x in (headings, ["---"] * len(headings), *lines)]
     write_text(edge.folder / "edge.md", "\n".join([*markdown, "", "\n\n".join(notes), ""]))
     draw_edge(rows, edge.folder / "edge.png")
-    console.print(f"{edge.folder}/edge.json, edge.md, edge.png", soft_wrap=True)
 
 
 def _write(edge: Edge, path: Path, file_type: str, imatrix: Path | None) -> None:
     how = {"tokenizer": None, "verify": True, "force": True}
     if imatrix:
         computed = edge.folder / _MATRIX  # for the types before this one
-        source = computed if computed.exists() else imatrix
+        source = computed if imatrix.is_dir() and computed.exists() else imatrix
         how |= {"imatrix": source} | ({"save_imatrix": computed} if source.is_dir() else {})
     to_gguf(str(edge.saved.path), path, file_type=file_type, **how)
 
@@ -261,9 +247,7 @@ def _tasks(edge: Edge, asked: Row, path: Path | None) -> Row:
         how = {"batch_tokens": 16_384, "dtype": "float32", "told": told}
         return checkpoint_tasks.lm_of_checkpoint(edge.saved, edge.run.mesh, **how)
 
-    options = {"compared": "stablelm-2-1_6b", "limit": None, "num_fewshot": None}
-    names, data = asked["names"], asked["data"]
-    found = checkpoint_tasks.evaluate_tasks(model_of, names, data=data, **options)
+    found = checkpoint_tasks.evaluate_tasks(model_of, asked["names"], data=asked["data"])
     if failed := found.get("failed"):
         raise ValueError(f"--tasks without scores: {failed}")
     fields = [field.name for field in dataclasses.fields(TaskScore)]
@@ -308,16 +292,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(f"{', '.join(flattered)}: the importance matrix is of the data scored here.")
     if asked := rows[0].get("asked"):
         notes.append(f"tasks: mean accuracy of {', '.join(asked['names'])}, by published metrics.")
-    timed: dict[tuple[int, ...], list[str]] = {}
-    for row in rows:
-        if row.get("cores"):
-            how = row["cores"], row["prompt_tokens"], row["repeats"]
-            timed.setdefault(how, []).append(row["type"])
-    for (cores, prompt, repeats), types in timed.items():
-        whose = f" of {', '.join(types)}" if len(timed) > 1 else ""
+    if timed := [row for row in rows if row.get("cores")]:
+        cores = " or ".join(map(str, sorted({row["cores"] for row in timed})))
         notes.append(
-            f"Speed{whose} on {cores} core{'s' * (cores > 1)}: a prompt of {prompt} tokens, then "
-            f"64 one by one, median of {repeats}; memory: the most that a fresh process "
-            "held, less what it held before it loaded the file."
+            f"Speed on {cores} core{'s' * (cores != '1')}: a prompt of {llama_cpp.PROMPT} tokens, "
+            f"then {llama_cpp.WRITTEN} one by one, median of {timed[0]['repeats']}; memory: the "
+            "most that a fresh process held, less what it held before it loaded the file."
         )
     return notes

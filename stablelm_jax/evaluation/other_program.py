@@ -205,8 +205,7 @@ class GgufScorer:
         self, params: Any, requests: Sequence[Request], on_answers: Callable[[int], None]
     ) -> list[Answer]:
         """See `Scorer.score`."""
-        answers: dict[int, Answer] = {}
-        alike = collections.defaultdict(list)  # the choices of a question are often one token each
+        answers, alike = {}, collections.defaultdict(list)  # several choices for one input
         for number, (tokens, targets) in enumerate(requests):
             if targets:
                 alike[tuple(tokens)].append((number, targets))

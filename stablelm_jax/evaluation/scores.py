@@ -100,8 +100,7 @@ def published_metric(task: str) -> str | None:
 
 def shown_scores(scores: Sequence[TaskScore]) -> list[TaskScore]:
     """Without MMLU's subjects; of a task with a published metric that one, else all."""
-    known = {score.task: published_metric(score.task) for score in scores}
-    return [s for s in scores if not s.is_detail and known[s.task] in (None, s.metric)]
+    return [s for s in scores if not s.is_detail and published_metric(s.task) in (None, s.metric)]
 
 
 def table_of_scores(scores: Sequence[TaskScore], model: str, title: str = "tasks") -> Table:

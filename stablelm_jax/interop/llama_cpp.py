@@ -92,37 +92,32 @@ class LlamaCpp:
                 f"{tokenizer.name}: the file has another vocabulary"
             )
 
-    def logits(self, texts: Sequence[Sequence[int]], last: int | None = None) -> np.ndarray:
-        """[N, V] float32, after each token of texts that do not see one another, in their order.
-
-        `last`: after so many tokens at the end of each text alone.
-        """
+    def logits(self, texts: Sequence[Sequence[int]], last: int = 1 << 31) -> np.ndarray:
+        """[N, V] float32, after each token of texts that do not see one another, in their order,
+        or after the `last` ones of each alone."""
         found = []
         for start in range(0, len(texts), _MOST_TEXTS):
             self._context.kv_cache_clear(True)
             part = enumerate(texts[start : start + _MOST_TEXTS])
-            places = self._decode([(n, range(len(ids)), ids) for n, ids in part], last)
-            found.append(np.empty((len(places), self.vocab_size), np.float32))
-            for row_V, place in zip(found[-1], places):  # each comes as a list of Python's floats
-                row_V[:] = self._context.get_logits_ith(place)
-        return np.concatenate(found)
+            for place in self._decode([(number, 0, ids) for number, ids in part], last):
+                # Each comes as a list of Python's floats.
+                found.append(np.float32(self._context.get_logits_ith(place)))
+        return np.stack(found)
 
     def read(self, ids: Sequence[int], first: int = 0) -> None:
         """Reads a text's tokens from place `first` on, behind those already read, for the last
         one's logits, which stay where they are."""
         if first == 0:
             self._context.kv_cache_clear(True)
-        self._decode([(0, range(first, first + len(ids)), ids)], 1)
+        self._decode([(0, first, ids)], 1)
         self._context.synchronize()
 
-    def _decode(
-        self, texts: Sequence[tuple[int, Sequence[int], Sequence[int]]], last: int | None
-    ) -> list[int]:
-        """`texts`: number, places and ids of each. Where in the batch logits were computed."""
+    def _decode(self, texts: Sequence[tuple[int, int, Sequence[int]]], last: int) -> list[int]:
+        """`texts`: number, first place and ids. Where in the batch logits were computed."""
         tokens = [
-            (int(token), place, [number], last is None or len(ids) - index <= last)
-            for number, places, ids in texts
-            for index, (place, token) in enumerate(zip(places, ids))
+            (int(token), first + index, [number], len(ids) - index <= last)
+            for number, first, ids in texts
+            for index, token in enumerate(ids)
         ]
         batch = self._library.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
         for token in tokens:
@@ -201,8 +196,8 @@ def main(path: str) -> None:
 
     before = peak_memory()
     llama = LlamaCpp(path, PROMPT + WRITTEN, exact=False)
-    found = time_reading(llama.read, llama.vocab_size)
-    print(json.dumps(found | {"memory_bytes": peak_memory() - before}))
+    found = time_reading(llama.read, llama.vocab_size) | {"memory_bytes": peak_memory() - before}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

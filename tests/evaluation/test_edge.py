@@ -116,7 +116,7 @@ def stubs(measured, monkeypatch):
     return run, written, folder
 
 
-def test_a_file_without_a_row_of_the_same_checkpoint_is_written_anew(stubs, tmp_path):
+def test_a_file_without_a_row_of_the_same_checkpoint_is_written_anew(stubs, tmp_path, capsys):
     run, written, folder = stubs
     folder.mkdir(parents=True)
     (folder / "global_step3-q4_0.gguf").write_bytes(b"of nobody knows what")
@@ -129,6 +129,8 @@ def test_a_file_without_a_row_of_the_same_checkpoint_is_written_anew(stubs, tmp_
     other = config_of(tmp_path / "data", **{"data.loss_on_first_token": False})
     rows = run("q4_0", "--config", tiny.write_config(other, tmp_path / "other"))
     assert not rows["q4_0"]["measured"]["loss_on_first_token"] and len(written) == 1
+    run("q4_0", "--output", "gs://bucket/edge", code=1)
+    assert "gs://bucket/edge: name a folder by --output" in capsys.readouterr().err
 
 
 def test_importance_is_computed_once_and_belongs_to_the_row(stubs, tmp_path, capsys):
@@ -141,7 +143,9 @@ def test_importance_is_computed_once_and_belongs_to_the_row(stubs, tmp_path, cap
     assert "q4_k_m-imatrix, q5_k_m-imatrix: the importance matrix is" in capsys.readouterr().out
     (tmp_path / "other.gguf").write_bytes(b"another")
     run("q4_k_m", "--imatrix", str(tmp_path / "other.gguf"))
-    assert written[3:] == [("q4_k_m", tmp_path / "other.gguf", True)]
+    run("q4_k_m", "--imatrix", str(matrix))
+    assert [source for _, source, _ in written[3:]] == [tmp_path / "other.gguf", matrix]
+    assert matrix.exists()
     run("q4_0", "--imatrix", str(data), code=1)
     assert "--imatrix: q4_0 take none" in capsys.readouterr().err
 
