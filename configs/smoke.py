@@ -42,17 +42,17 @@ def get_config():
     config.schedule.kind = "cosine"
     config.schedule.peak = 1e-2  # ours: ten times the 1.6B's
     config.schedule.minimum = 0.0
-    config.schedule.warmup_steps = 40  # ours: 5 % of the run (1.6B: 2 %)
-    config.schedule.total_steps = 800  # ours: the length of the run
+    config.schedule.warmup_steps = 100  # ours: 5 % of the run (1.6B: 2 %)
+    config.schedule.total_steps = 2000  # ours: the length of the run
 
-    config.training.num_steps = 800  # ours: minutes
+    config.training.num_steps = 2000  # ours: minutes
     config.training.dtype = "float32"  # bfloat16 is slow on CPUs
     config.training.log_every = 1  # every step in metrics.jsonl
 
     # Ours: a few of each in a run of minutes.
-    config.checkpoint.every = 200
-    config.evaluation.every = 200
+    config.checkpoint.every = 400
+    config.evaluation.every = 400
     config.evaluation.max_rows = 300  # all that is held out
-    config.samples.every = 200
+    config.samples.every = 400
     config.samples.prompts = ("Return the", "If the", "The name of")
     return config
