@@ -46,7 +46,7 @@ def test_overrides_reach_the_config_and_mains_exit_code_the_shell(verb):
     done = verb(
         "--config", SMOKE,
         "--config.data.weights.python_docs=2.0",
-        "--config.checkpoint.keep_every", "200",
+        "--config.checkpoint.keep_every", "400",
         "--noconfig.parallel.zero1",
         "--config.samples.prompts=('a', 'b')",
         "--config.schedule.peak=1",
@@ -55,7 +55,7 @@ def test_overrides_reach_the_config_and_mains_exit_code_the_shell(verb):
     out = json.loads(done.stdout)
     config, set_by = out["config"], out["set_by"]
     assert config["data"]["weights"] == {"python_docs": 2.0, "package_docs": 0.7}
-    assert config["checkpoint"]["keep_every"] == 200
+    assert config["checkpoint"]["keep_every"] == 400
     assert config["parallel"]["zero1"] is False
     assert config["samples"]["prompts"] == ["a", "b"]
     assert config["schedule"]["peak"] == 1.0
@@ -139,7 +139,7 @@ def test_none_unsets_what_the_file_has_set(verb, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from stablelm_jax.config import load\n"
-        f"def get_config():\n    c = load({SMOKE!r})\n    c.checkpoint.keep_every = 200\n"
+        f"def get_config():\n    c = load({SMOKE!r})\n    c.checkpoint.keep_every = 400\n"
         "    c.parallel.target = 'h200:1x1'\n    c.training.num_valid_ids = 4000\n"
         "    return c\n"
     )
