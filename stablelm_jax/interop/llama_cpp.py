@@ -7,6 +7,7 @@ N tokens of all texts of a call, V vocabulary. No jax here: it would be in the m
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -201,4 +202,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from stablelm_jax.run_verb import run_verb
+
+    run_verb(functools.partial(main, *sys.argv[1:]), "llama_cpp", prints_result=True)
