@@ -52,23 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="of the weights; default 5GB",
     )
-    to_gguf = directions.add_parser("to-gguf", help="a checkpoint for llama.cpp")
-    _takes_checkpoint(to_gguf, "OUT.gguf")
-    to_gguf.add_argument(
-        "--type", choices=GGUF_TYPES, default="f16", dest="file_type", help="%(default)s"
-    )
-    to_gguf.add_argument(
-        "--imatrix",
-        type=Path,
-        metavar="DATA|FILE",
-        help="round by importance: of a prepared folder's held-out text, or llama.cpp's file",
-    )
-    to_gguf.add_argument(
-        "--imatrix-rows", type=_count, metavar="N", help="of 512 tokens of DATA; default 128"
-    )
-    to_gguf.add_argument(
-        "--save-imatrix", type=Path, metavar="FILE", help="keep that of DATA for other types"
-    )
+    _takes_type(directions.add_parser("to-gguf", help="a checkpoint for llama.cpp"))
     from_peft = directions.add_parser("from-peft", help="a directory of PEFT's as a checkpoint")
     from_peft.add_argument("source", type=Path, metavar="DIR", help="holds adapter_config.json")
     from_peft.add_argument("out", type=Path, metavar="OUT", help="as of from-hf")
@@ -81,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     to_peft.add_argument(
         "--base", default="", help="what PEFT is told to load under them; default: the parent"
     )
-    for direction in (from_hf, to_hf, to_gguf, from_peft, to_peft):
+    for direction in directions.choices.values():
         direction.add_argument(
             "--tokenizer", help="a name or a tokenizer.json; default: the model's own"
         )
@@ -93,6 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         )
         direction.add_argument("--force", action="store_true", help="replace what OUT is now")
     return parser
+
+
+def _takes_type(parser: argparse.ArgumentParser) -> None:
+    _takes_checkpoint(parser, "OUT.gguf")
+    add = parser.add_argument
+    add("--type", choices=GGUF_TYPES, default="f16", dest="file_type", help="%(default)s")
+    what = "round by importance: of a prepared folder's held-out text, or llama.cpp's file"
+    add("--imatrix", type=Path, metavar="DATA|FILE", help=what)
+    add("--imatrix-rows", type=_count, metavar="N", help="of 512 tokens of DATA; default 128")
+    add("--save-imatrix", type=Path, metavar="FILE", help="keep that of DATA for other types")
 
 
 def _takes_checkpoint(parser: argparse.ArgumentParser, out: str) -> None:
